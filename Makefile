@@ -1,0 +1,42 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.up-to-date
+
+.PHONY: help setup demo test test-slow bench lint format clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv and install bdistil into it (editable); skipped when up to date
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,data]'
+	@touch $@
+
+demo: setup  ## distil the recipe `digits` (CPU, minutes) and print accuracy against cost
+	$(BIN)/bdistil fit --config digits --run_dir runs/digits
+	$(BIN)/bdistil report --run_dir runs/digits
+
+test: setup  ## fast tests
+	$(BIN)/pytest -n 2
+
+test-slow: setup  ## slow tests
+	$(BIN)/pytest -m slow --ignore=tests/bench
+
+bench: setup  ## timings
+	$(BIN)/python -m pytest -q -s tests/bench -m slow -p no:xdist
+
+lint: setup  ## check rules, format and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## mend rules and format where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove builds and caches; .venv and runs stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,30 @@
+"""Progressive ensemble distillation (B-DISTIL) on PyTorch Lightning.
+
+A trained teacher becomes an ordered ensemble of tiny students, round by round; every prefix of it is a predictor.
+
+Letters in shapes, the same everywhere: N samples, L outputs (classes), T rounds, B samples of a batch, D features,
+g teacher logits, f_t student t, S running error.
+"""
+
+from bdistil.budgets import Budget, Prediction
+from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.errors import RunError, UserError
+from bdistil.ledger import ErrorLedger
+from bdistil.rounds import BoostingRound
+from bdistil.settings import BoostingSettings
+from bdistil.students import Rung, Student
+from bdistil.teachers import FrozenTeacher
+
+__all__ = [
+    "BoostingRound",
+    "BoostingSettings",
+    "Budget",
+    "ErrorLedger",
+    "FrozenTeacher",
+    "Prediction",
+    "ProgressiveEnsemble",
+    "RunError",
+    "Rung",
+    "Student",
+    "UserError",
+]

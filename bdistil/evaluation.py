@@ -1,0 +1,103 @@
+"""What a finished run is worth: accuracy within a budget, and the costs of each stage."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from bdistil.budgets import Budget
+from bdistil.cost import latency_ms, measure_cost
+from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.errors import UserError
+from bdistil.preflight import only
+from bdistil.run_directory import RunDirectory
+from bdistil.students import linked_features, links_of
+
+
+def datamodule_of(run: RunDirectory) -> LightningDataModule:
+    """The data module that config.yaml of a run names. Such a file names classes that are imported: it is code.
+
+    Raises:
+        UserError: the run was not started by a recipe.
+    """
+    data = run.read_config().get("data") if run.config.exists() else None
+    if not data:
+        raise UserError(
+            f"{run.config} names no data, as it was not written by `bdistil fit`. "
+            "Load the ensemble with ProgressiveEnsemble.load(run_dir) and evaluate it on your own data."
+        )
+    parser = ArgumentParser()
+    parser.add_argument("--data", type=LightningDataModule)
+    module: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": data})).data
+    return module
+
+
+def evaluate_run(run: RunDirectory, budget: Budget, part: Literal["test", "val"] = "test") -> dict[str, Any]:
+    """Accuracy, average cost and the share of samples decided at each stage, within a budget.
+
+    Args:
+        run: a run of a recipe.
+        budget: limits.
+        part: of the data.
+    """
+    ensemble = ProgressiveEnsemble.load(run.root)
+    datamodule = datamodule_of(run)
+    datamodule.prepare_data()
+    datamodule.setup("test" if part == "test" else "fit")
+    loader = only(datamodule.test_dataloader() if part == "test" else datamodule.val_dataloader())
+    right, macs, samples, decided = 0, 0, 0, torch.zeros(len(ensemble) + 1, dtype=torch.int64)
+    started = time.perf_counter()
+    for x, y in loader:
+        prediction = ensemble.predict(x, budget)
+        right += int((prediction.logits.argmax(-1) == y).sum())
+        macs += int(prediction.macs.sum())
+        samples += len(y)
+        decided += prediction.stages.bincount(minlength=len(ensemble) + 1)
+    return {
+        "part": part,
+        "samples": samples,
+        "accuracy": round(right / samples, 6),
+        "average_macs": round(macs / samples),
+        "all_stages_macs": ensemble.macs[-1],
+        "decided_share": [round(float(d) / samples, 4) for d in decided[1:]],
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
+    """Costs of each stage, the teacher's first: MACs per sample (own, of links, cumulative), parameters, bytes, latency.
+
+    Args:
+        run: the run directory.
+        batch_size: samples a call, for the activation bytes and the latency.
+
+    Raises:
+        UserError: `batch_size` < 1, or no round is committed.
+    """
+    if batch_size < 1:
+        raise UserError(f"Expected `batch_size` to be >= 1, got {batch_size}.")
+    ensemble = ProgressiveEnsemble.load(run.root)
+    shape = run.record(0)["input_shape"]
+    x = torch.randn(batch_size, *shape)
+    rows = []
+    if teacher := run.teacher_figures():
+        rows.append(_row("teacher", teacher["macs"], 0, teacher["macs"], teacher["params"], None, None, None))
+    for number, student in enumerate(ensemble.students):
+        earlier = list(ensemble.students)[:number]
+        inputs = (x, linked_features(student, earlier, x)) if links_of(student) else (x,)
+        cost = measure_cost(student, inputs, uncounted="record")
+        own, links = cost.macs // batch_size, cost.by_module.get("join", 0) // batch_size
+        rows.append(
+            _row(number + 1, own, links, ensemble.macs[number], cost.params, cost.weight_bytes, cost.activation_bytes,
+                 round(latency_ms(student, inputs), 3))
+        )  # fmt: skip
+    return rows
+
+
+def _row(stage: Any, *figures: Any) -> dict[str, Any]:
+    names = ("macs", "link_macs", "cumulative_macs", "params", "weight_bytes", "activation_bytes", "latency_ms")
+    return {"stage": stage, **dict(zip(names, figures, strict=True))}

@@ -1,0 +1,326 @@
+"""The ledger: teacher logits g and running error S of every sample, in files, addressed by sample index.
+
+S = sum over committed students of (f_s - g) is all that the game has to remember: its weights are two exponentials and
+L log-normalisers away, and S / t is the error of the prefix of t students. Files are memory-mapped, so a process holds
+the rows of a batch, not the N of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdistil import distributed
+from bdistil.errors import RunError, UserError
+from bdistil.functional import centre, game_rows, log_normaliser
+
+# Rows that are scored at once; whole blocks go to one process, whatever the number of processes.
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class LedgerHead:
+    """What is known of all rows: N samples, L outputs, the unit rms of the centred logits, their largest value."""
+
+    samples: int
+    outputs: int
+    scale: float
+    largest: float
+    teacher: str
+
+
+@dataclass(frozen=True)
+class RoundEvidence:
+    """What one pass of a student over all samples says of it.
+
+    Attributes:
+        margin_share: share of the L outputs whose margin is at least -tolerance * b.
+        margin_min: smallest margin.
+        rms_before: rms error to the teacher of the prefix without the student; of round 0, of a constant answer.
+        rms_after: the same with the student.
+        sup_after: largest error to the teacher of the prefix with the student.
+    """
+
+    margin_share: float
+    margin_min: float
+    rms_before: float
+    rms_after: float
+    sup_after: float
+
+
+class ErrorLedger:
+    """g and S by sample index, both (N, L) float32, in one folder.
+
+    Logits of the teacher are centred per sample and divided by their rms over all samples, so that settings mean the
+    same for any teacher; `scale` is that one number.
+
+    Args:
+        folder: where the files are; made by `create`.
+    """
+
+    head: LedgerHead
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.version = -1
+        self._log_z: dict[float, Tensor] = {}
+
+    # ---- files
+
+    @property
+    def _head_file(self) -> Path:
+        return self.folder / "ledger.json"
+
+    @property
+    def _teacher_file(self) -> Path:
+        return self.folder / "teacher.f32"
+
+    def _error_file(self, version: int) -> Path:
+        return self.folder / f"error.{version:03d}.f32"
+
+    @property
+    def _next_file(self) -> Path:
+        return self.folder / "error.next.tmp"
+
+    def _map(self, path: Path, mode: str) -> np.memmap:
+        return np.memmap(path, np.float32, mode, shape=(self.samples, self.outputs))
+
+    def _blank(self, path: Path) -> None:
+        """A file of zeros of the right size that takes no room until it is written to."""
+        if distributed.rank() == 0:
+            with open(path, "wb") as file:
+                file.truncate(self.samples * self.outputs * 4)
+        distributed.barrier()
+
+    def _keep(self, beside: Path, path: Path) -> None:
+        """Flushes a file that all processes wrote to, and gives it its name."""
+        distributed.barrier()
+        if distributed.rank() == 0:
+            handle = os.open(beside, os.O_RDWR)
+            os.fsync(handle)
+            os.close(handle)
+            os.replace(beside, path)
+        distributed.barrier()
+
+    # ---- making and opening
+
+    @property
+    def exists(self) -> bool:
+        """Are the teacher's logits here?"""
+        return self._head_file.exists()
+
+    def create(
+        self,
+        samples: int,
+        logits: Iterable[tuple[int, Tensor]],
+        *,
+        outputs: int,
+        teacher: str = "",
+        scale: float | None = None,
+    ) -> None:
+        """Writes the teacher's logits; S is 0.
+
+        Args:
+            samples: N.
+            logits: (first row, teacher logits (rows, L)) of the rows of this process (`distributed.my_blocks`).
+            outputs: L.
+            teacher: fingerprint of the teacher, compared at the next start.
+            scale: the unit, where it is given by another ledger (that of the training part).
+
+        Raises:
+            RunError: a logit is NaN or infinite; the first sample is named.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.head = LedgerHead(samples, outputs, 1.0, 0.0, teacher)
+        beside = self.folder / "teacher.f32.tmp"
+        self._blank(beside)
+        target = self._map(beside, "r+")
+        squares, largest = torch.zeros((), dtype=torch.float64), torch.zeros(())
+        for low, rows in logits:
+            rows = centre(rows.detach().float().cpu())
+            _refuse_nonfinite(rows, low, "the teacher's logits")
+            target[low : low + len(rows)] = rows.numpy()
+            squares += rows.double().square().sum()
+            largest = torch.maximum(largest, rows.abs().max())
+        target.flush()
+        self._keep(beside, self._teacher_file)
+        rms = float(distributed.all_sum(squares) / (samples * outputs)) ** 0.5
+        scale = scale or max(rms, torch.finfo(torch.float32).tiny)
+        self.head = LedgerHead(samples, outputs, scale, float(distributed.all_max(largest)) / scale, teacher)
+        if distributed.rank() == 0:
+            text = json.dumps(asdict(self.head), indent=1)
+            (self.folder / "ledger.json.tmp").write_text(text)
+            os.replace(self.folder / "ledger.json.tmp", self._head_file)
+        distributed.barrier()
+
+    def open(self, samples: int, teacher: str = "") -> None:
+        """Opens what `create` wrote.
+
+        Raises:
+            UserError: N or the teacher is another than at the start of the run.
+            RunError: a file is torn.
+        """
+        self.head = LedgerHead(**json.loads(self._head_file.read_text()))
+        if self.samples != samples:
+            raise UserError(
+                f"The training dataset has {samples} samples, but the run in {self.folder.parent} was started with "
+                f"{self.samples}. Give the dataset it was started with, or choose another `run_dir`."
+            )
+        if teacher and self.head.teacher and teacher != self.head.teacher:
+            raise UserError(
+                f"The teacher is another one than the run in {self.folder.parent} was started with (its weights differ). "
+                "Give that teacher, or choose another `run_dir`."
+            )
+        size = self._teacher_file.stat().st_size if self._teacher_file.exists() else 0
+        if size != self.samples * self.outputs * 4:
+            raise RunError(
+                f"{self._teacher_file} is missing or torn: {size} bytes, {self.samples * self.outputs * 4} expected. "
+                f"Nothing was deleted. Remove {self.folder} to have the teacher asked again."
+            )
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return self.head.samples
+
+    @property
+    def outputs(self) -> int:
+        """L."""
+        return self.head.outputs
+
+    @property
+    def scale(self) -> float:
+        """Rms of the centred teacher logits: what one unit of this ledger is in the teacher's units."""
+        return self.head.scale
+
+    @property
+    def bound(self) -> float:
+        """b = 2 max|g|, in units of the ledger."""
+        return 2.0 * self.head.largest
+
+    # ---- versions of S
+
+    def has(self, version: int) -> bool:
+        """Is S after `version` rounds here, whole?"""
+        path = self._error_file(version)
+        return version == 0 or (path.exists() and path.stat().st_size == self.samples * self.outputs * 4)
+
+    def use(self, version: int) -> None:
+        """Opens S after `version` rounds; other versions are removed, as a restart can make them again."""
+        if version == 0 and not self._error_file(0).exists():
+            self._blank(self.folder / "error.000.f32.tmp")
+            self._keep(self.folder / "error.000.f32.tmp", self._error_file(0))
+        if not self.has(version):
+            raise RunError(f"{self._error_file(version)} is missing or torn.")
+        self.version, self._log_z = version, {}
+        self._g, self._s = self._map(self._teacher_file, "r"), self._map(self._error_file(version), "r")
+        distributed.barrier()
+        if distributed.rank() == 0:
+            for path in self.folder.glob("error.*"):
+                if path != self._error_file(version):
+                    path.unlink(missing_ok=True)
+
+    def advance(self, answers: Iterable[tuple[int, Tensor]], *, eta: float, tolerance: float) -> RoundEvidence:
+        """One pass of a new student over all samples: S of the next version, and what it says of the student.
+
+        The new version has no name before `keep` gives it one.
+
+        Args:
+            answers: (first row, student logits in units of the ledger (rows, L)) of the rows of this process.
+            eta: step size of the game, for the margins.
+            tolerance: a margin is met from -tolerance * b on.
+
+        Raises:
+            RunError: an answer is NaN or infinite; the first sample is named.
+        """
+        self._blank(self._next_file)
+        target = self._map(self._next_file, "r+")
+        margin = torch.zeros(self.outputs, dtype=torch.float64)
+        squares, largest = torch.zeros(2, dtype=torch.float64), torch.zeros(())
+        log_z = self.log_normaliser(eta)
+        for low, rows in answers:
+            g, s = self._slice(low, low + len(rows))
+            deviation = rows.detach().float().cpu() - g
+            _refuse_nonfinite(deviation, low, "the student's logits")
+            up, down = game_rows(s.double(), log_z, eta)
+            margin += ((up - down) * deviation).sum(0)
+            before = s if self.version else g
+            new = s + deviation
+            squares += torch.stack((before.double().square().sum(), new.double().square().sum()))
+            largest = torch.maximum(largest, new.abs().max())
+            target[low : low + len(rows)] = new.numpy()
+        target.flush()
+        margin, squares, largest = (
+            distributed.all_sum(margin), distributed.all_sum(squares), distributed.all_max(largest)
+        )  # fmt: skip
+        rms = (squares / (self.samples * self.outputs)).sqrt()
+        return RoundEvidence(
+            margin_share=float((margin >= -tolerance * self.bound).double().mean()),
+            margin_min=float(margin.min()),
+            rms_before=float(rms[0]) / max(self.version, 1),
+            rms_after=float(rms[1]) / (self.version + 1),
+            sup_after=float(largest) / (self.version + 1),
+        )
+
+    def keep(self) -> None:
+        """Gives the version that `advance` wrote its name. It counts once the round is committed."""
+        self._keep(self._next_file, self._error_file(self.version + 1))
+
+    # ---- reading
+
+    def _slice(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        # A copy: torch must not hold on to a read-only map.
+        return torch.from_numpy(self._g[low:high] / np.float32(self.scale)), torch.from_numpy(np.array(self._s[low:high]))
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """g and S of a batch, both (B, L) float32 on the CPU.
+
+        Args:
+            index: sample numbers, shape (B,), on any device; an index on the CPU costs no wait for a device.
+
+        Raises:
+            UserError: a number is not in 0 … N-1.
+        """
+        wanted = index.cpu().numpy()
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.samples):
+            bad = int(wanted[(wanted < 0) | (wanted >= self.samples)][0])
+            raise UserError(f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}.")
+        return torch.from_numpy(self._g[wanted] / np.float32(self.scale)), torch.from_numpy(self._s[wanted])
+
+    def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first row, g, S) of the rows of this process, block by block."""
+        for low, high in distributed.my_blocks(self.samples, BLOCK):
+            yield low, *self._slice(low, high)
+
+    def log_normaliser(self, eta: float) -> Tensor:
+        """log Z of the open version, shape (L,) float64: made once in one pass over S, then kept.
+
+        Every process runs over the whole map in the same order, so all hold the same bits.
+
+        Raises:
+            RunError: S holds NaN or infinity.
+        """
+        if eta not in self._log_z:
+            total = torch.full((self.outputs,), -torch.inf, dtype=torch.float64)
+            for low in range(0, self.samples, 8 * BLOCK):
+                part = torch.from_numpy(self._s[low : low + 8 * BLOCK].astype(np.float64))
+                _refuse_nonfinite(part, low, f"the ledger ({self._error_file(self.version)})")
+                total = torch.logaddexp(total, log_normaliser(part, eta))
+            self._log_z[eta] = total
+        return self._log_z[eta]
+
+
+def _refuse_nonfinite(rows: Tensor, low: int, what: str) -> None:
+    if not torch.isfinite(rows).all():
+        bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])
+        raise RunError(
+            f"NaN or infinity in {what}, first at sample {low + bad} (row {bad} of its block). Nothing of this round was "
+            "committed; the rounds before it are intact. A lower learning rate or float32 precision is the usual cure."
+        )

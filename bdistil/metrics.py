@@ -1,0 +1,80 @@
+"""What an ordered ensemble is measured by: accuracy of each prefix, and the curve of accuracy against cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from bdistil.errors import UserError
+
+
+class PrefixScores(Metric):
+    """Accuracy and mean cross entropy of K predictors on the same samples.
+
+    Args:
+        predictors: K, for example the number of prefixes.
+    """
+
+    full_state_update = False
+    right: Tensor
+    entropy: Tensor
+    samples: Tensor
+
+    def __init__(self, predictors: int = 1) -> None:
+        super().__init__()
+        for name in ("right", "entropy"):
+            self.add_state(name, torch.zeros(predictors, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            logits: (K, B, L).
+            target: class numbers (B,).
+        """
+        flat = logits.float().flatten(0, 1)
+        entropy = F.cross_entropy(flat, target.repeat(len(logits)), reduction="none").view(len(logits), -1)
+        self.right += (logits.argmax(-1) == target).sum(-1)
+        self.entropy += entropy.sum(-1)
+        self.samples += len(target)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Accuracy (K,) in 0 … 1, and mean cross entropy (K,) in nats."""
+        return self.right / self.samples, self.entropy / self.samples
+
+
+def area_under_curve(macs: Sequence[float], accuracy: Sequence[float]) -> float:
+    """Area under accuracy over log(MACs), by the trapezoid rule, divided by the width: a mean accuracy in 0 … 1.
+
+    The mean accuracy that a user gets whose budget lies anywhere between the first and the last prefix, on a
+    logarithmic scale. One point gives its own accuracy.
+
+    Args:
+        macs: cumulative MACs of the prefixes, rising.
+        accuracy: of the prefixes.
+
+    Raises:
+        UserError: the lengths differ, or MACs are not positive and rising.
+    """
+    if len(macs) != len(accuracy) or not len(macs):
+        raise UserError(f"Expected as many MACs as accuracies, at least one, got {len(macs)} and {len(accuracy)}.")
+    if min(macs) <= 0 or any(b <= a for a, b in zip(macs, macs[1:], strict=False)):
+        raise UserError(f"Expected `macs` of the prefixes to be positive and rising, got {list(macs)}.")
+    if len(macs) == 1:
+        return float(accuracy[0])
+    logs = [math.log(m) for m in macs]
+    pieces = [
+        (logs[i + 1] - logs[i]) * (accuracy[i] + accuracy[i + 1]) / 2 for i in range(len(logs) - 1)
+    ]  # fmt: skip
+    return sum(pieces) / (logs[-1] - logs[0])
+
+
+def violations_of_monotony(accuracy: Sequence[float], tolerance: float = 0.0) -> int:
+    """How many prefixes are less accurate than the one before, by more than `tolerance`."""
+    return sum(b < a - tolerance for a, b in zip(accuracy, accuracy[1:], strict=False))

@@ -1,0 +1,116 @@
+"""What can be known to be wrong before an hour is spent on training."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from bdistil.data.indexing import is_random
+from bdistil.errors import UserError
+from bdistil.students import Rung
+
+
+def only(loader: Any) -> Any:
+    """The loader of a list of one, as some data modules return."""
+    return loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
+
+
+def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
+    """Training and validation loader of a data module that has been set up.
+
+    Raises:
+        UserError: it lacks one, or changes batches after they are read.
+    """
+    for method in ("train_dataloader", "val_dataloader"):
+        if not is_overridden(method, datamodule, pl.LightningDataModule):
+            raise UserError(
+                f"Expected `{type(datamodule).__name__}` to define `{method}()`. Students are accepted by their error on "
+                "the validation part; split one off the training part."
+            )
+    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        if is_overridden(hook, datamodule, pl.LightningDataModule):
+            raise UserError(
+                f"`{type(datamodule).__name__}.{hook}` changes batches after they are read, which the ledger would not "
+                "see. Do it in the dataset or the collate function."
+            )
+    rank_zero_only(datamodule.prepare_data)()
+    datamodule.setup("fit")
+    return only(datamodule.train_dataloader()), only(datamodule.val_dataloader())
+
+
+def check_augmentation(dataset: Any, state: str) -> None:
+    """Cached logits belong to an x that is the same at every reading.
+
+    Raises:
+        UserError: random augmentation with cached state.
+    """
+    if state == "cached" and is_random(dataset):
+        raise UserError(
+            "Reading a training sample twice gives two different x (random augmentation), so cached teacher logits "
+            "would not belong to the x of a batch. Give BoostingSettings(state='recompute'), or augment once."
+        )
+
+
+def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:
+    """A ladder with wider students needs a function that makes them.
+
+    Raises:
+        UserError: it takes no `width`.
+    """
+    wider = [rung.width for rung in ladder if rung.width != 1]
+    parameters = inspect.signature(make).parameters.values()
+    if wider and not any(p.name == "width" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise UserError(
+            f"The ladder asks for students of width x{wider[0]:g}, but `student` takes no `width`. "
+            "Write make_student(round, width=1.0), or leave such rungs out."
+        )
+
+
+@torch.no_grad()
+def check_outputs(teacher: nn.Module, student: nn.Module, example: Any) -> int:
+    """Teacher and student must give logits (B, L) of the same L.
+
+    Args:
+        teacher: the teacher, wherever it is.
+        student: an unlinked student, on the CPU; left in eval mode.
+        example: x of two samples.
+
+    Returns:
+        L.
+
+    Raises:
+        UserError: another shape, or two different L.
+    """
+    goal, answer = teacher(to_device(example, device_of(teacher))), student.eval()(example)
+    for name, logits in (("teacher", goal), ("student", answer)):
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(f"Expected logits of shape (2, L) of the {name} for a batch of 2 samples, got {got}.")
+    if goal.shape[1] != answer.shape[1]:
+        raise UserError(
+            f"The teacher gives L={goal.shape[1]} outputs, the student L={answer.shape[1]}. "
+            f"Give the student a head of {goal.shape[1]} outputs."
+        )
+    return goal.shape[1]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are; the CPU for one that has none."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def to_device(x: Any, device: torch.device) -> Any:
+    """A tensor, or a tuple or list of them, on a device."""
+    return x.to(device) if isinstance(x, Tensor) else type(x)(to_device(part, device) for part in x)
+
+
+def first_of(x: Any) -> Any:
+    """The first sample of a batch, as a batch of one."""
+    return x[:1] if isinstance(x, Tensor) else type(x)(first_of(part) for part in x)

@@ -1,0 +1,170 @@
+"""One round of boosting: a LightningModule that trains one student against the teacher and the ledger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdistil.errors import RunError
+from bdistil.functional import centre, game_rows, log_barrier_loss
+from bdistil.ledger import ErrorLedger
+from bdistil.settings import BoostingSettings
+from bdistil.students import run_student
+
+# Training steps between two looks at the loss for NaN: each look waits for the device.
+WATCH_EVERY = 50
+
+
+class BoostingRound(pl.LightningModule):
+    """Trains student t; the earlier students and the teacher are out of its module tree.
+
+    They are in no checkpoint, no gradient reaches them, and there is nothing of them for DDP to reduce.
+
+    Args:
+        student: the student of this round, linked.
+        number: t, from 0.
+        settings: of the run.
+        earlier: the committed students, in order, in eval mode.
+        ledger: g and S of the training part.
+        validation: g and S of the validation part.
+        teacher: asked about each batch where settings.state is `recompute`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        number: int,
+        settings: BoostingSettings,
+        earlier: Sequence[nn.Module],
+        ledger: ErrorLedger,
+        validation: ErrorLedger,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.number, self.settings, self.ledger, self.validation = number, settings, ledger, validation
+        object.__setattr__(self, "earlier", list(earlier))
+        object.__setattr__(self, "teacher", teacher)
+        self.recompute = settings.state == "recompute"
+        self._scores: Tensor | None = None
+
+    earlier: list[nn.Module]
+    teacher: nn.Module | None
+
+    def forward(self, x: Any) -> Tensor:
+        """Logits (B, L) of this round's student, in units of the ledger."""
+        return run_student(self.student, self.earlier, x)
+
+    # ---- training
+
+    def training_step(self, batch: tuple[Any, Any, Tensor], batch_idx: int) -> Tensor:
+        """The log-barrier loss of a batch (x, y, index)."""
+        x, _, index = batch
+        target, error = self.state(x, index)
+        up, down = game_rows(error, self.log_z, self.settings.eta)
+        deviation = self(x).float() - target
+        loss = log_barrier_loss(deviation, up, down, population=self.ledger.samples, bound=self.bound, gamma=self.gamma)
+        self._watch(loss, batch_idx)
+        return loss
+
+    def state(self, x: Any, index: Tensor) -> tuple[Tensor, Tensor]:
+        """g and S of a batch, both (B, L): read from the ledger, or made anew from teacher and earlier students."""
+        if self.recompute:
+            return self._recomputed(x)
+        target, error = self.ledger.rows(index)
+        return target.to(self.device, non_blocking=True), error.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _recomputed(self, x: Any) -> tuple[Tensor, Tensor]:
+        assert self.teacher is not None
+        target = centre(self.teacher(x).float()) / self.ledger.scale
+        error = torch.zeros_like(target)
+        for number, student in enumerate(self.earlier):
+            error = error + (run_student(student, self.earlier[:number], x).float() - target)
+        return target, error
+
+    def prepare(self) -> None:
+        """Reads from the ledger what holds for all batches of the round, and moves what is hidden to the device."""
+        self.log_z = self.ledger.log_normaliser(self.settings.eta).float().to(self.device)
+        self.bound, self.gamma = self.ledger.bound, self.settings.gamma_for(self.ledger.bound)
+        self._unusable = torch.full((), math.inf, device=self.device)
+        for module in [*self.earlier, *([self.teacher] if self.teacher is not None else [])]:
+            module.to(self.device)
+
+    def _watch(self, loss: Tensor, batch_idx: int) -> None:
+        """Remembers the first batch whose loss is not finite; looks now and then."""
+        here = torch.where(loss.detach().isfinite(), math.inf, float(batch_idx))
+        self._unusable = torch.minimum(self._unusable, here)
+        if batch_idx % WATCH_EVERY == WATCH_EVERY - 1:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Stops the round if a loss was NaN or infinite.
+
+        Raises:
+            RunError: names round, epoch and batch.
+        """
+        first = float(self._unusable)
+        if first < math.inf:
+            raise RunError(
+                f"The loss of round {self.number}, epoch {self.current_epoch}, batch {int(first)} is NaN or infinite. "
+                f"Nothing of this round was committed; the {self.number} rounds before it are intact. "
+                f"Look at that batch, or lower `lr` (now {self.settings.lr:g}) and start again in a new `run_dir`."
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """A last look at the epoch's losses."""
+        self.check_finite()
+
+    # ---- validation: sums on the device, logged once an epoch
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums: correct answers, cross entropy, squared error, outputs, samples."""
+        self._scores = torch.zeros(5, device=self.device)
+
+    def validation_step(self, batch: tuple[Any, Tensor, Tensor], batch_idx: int) -> None:
+        """Scores the prefix that ends with this student."""
+        x, y, index = batch
+        target, error = (rows.to(self.device) for rows in self.validation.rows(index))
+        miss = (error + self(x).float() - target) / (self.number + 1)
+        logits = (target + miss) * self.ledger.scale
+        right, entropy = (logits.argmax(-1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
+        counts = torch.tensor([miss.numel(), len(miss)], device=self.device)
+        self._scores = self._scores + torch.cat((torch.stack((right, entropy, miss.square().sum())), counts))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs accuracy, loss and rms error of the prefix."""
+        assert self._scores is not None
+        scores = self.trainer.strategy.reduce(self._scores, reduce_op="sum")
+        right, entropy, squares, outputs, samples = scores
+        self.log_dict(
+            {"val_accuracy": right / samples, "val_loss": entropy / samples, "val_rms": (squares / outputs).sqrt()},
+            prog_bar=True,
+            rank_zero_only=False,
+        )
+
+    # ---- the rest
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, fused where the precision allows it, on a cosine over the epochs."""
+        # A gradient scaler unscales outside the optimizer, which a fused step does not allow.
+        fused = "16-mixed" != str(self.trainer.precision)
+        optimizer = torch.optim.AdamW(
+            self.student.parameters(), self.settings.lr, weight_decay=self.settings.weight_decay, fused=fused
+        )
+        epochs = self.trainer.max_epochs or -1
+        if self.settings.schedule == "constant" or epochs <= 0:
+            return optimizer
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves the index on the CPU, where the ledger is: reading its rows must not wait for the device."""
+        *moved, index = batch
+        return (*super().transfer_batch_to_device(moved, device, dataloader_idx), index)

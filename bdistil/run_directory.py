@@ -1,0 +1,337 @@
+"""The run directory: the only code that knows the file names of a run.
+
+A run directory is the truth about a run. A round is in it whole (student, cost, metrics) or not at all: it is written
+beside, flushed to the disk, and renamed. Nothing here is ever deleted but what a restart makes again.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bdistil.errors import RunError, UserError
+
+CURVE_COLUMNS = (
+    "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",
+    "seconds", "accepted_class", "margin_share", "reason",
+    "margin_min", "rms_error", "sup_error", "activation_bytes", "area", "violations",
+)  # fmt: skip
+
+
+@contextmanager
+def _disk_errors(doing: str, root: Path) -> Iterator[None]:
+    """Turns a refusal of the disk into a message that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        cause = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise RunError(
+            f"Could not finish {doing} in {root}: {cause}. Every round committed before is intact. "
+            "Free some space (or mend the permission) and give the same command again: it goes on from there."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader, or a restart, sees all of it or what was there before."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    _sync(beside)
+    os.replace(beside, path)
+    _sync(path.parent)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_310(file)
+
+
+def _digest_310(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class RunDirectory:
+    """One run on the disk.
+
+    Args:
+        root: the folder of the run; made when the run starts.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    # ---- places
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, as it ran."""
+        return self.root / "config.yaml"
+
+    @property
+    def teacher(self) -> Path:
+        """Weights of a teacher that the recipe trained."""
+        return self.root / "teacher.safetensors"
+
+    @property
+    def ledger(self) -> Path:
+        """Folder of the ledger's files."""
+        return self.root / "ledger"
+
+    @property
+    def curve(self) -> Path:
+        """One row a prefix, the teacher first."""
+        return self.root / "curve.csv"
+
+    @property
+    def picture(self) -> Path:
+        """Accuracy against cost."""
+        return self.root / "curve.png"
+
+    @property
+    def report(self) -> Path:
+        """The run at a glance, one self-contained file."""
+        return self.root / "report.html"
+
+    def folder(self, number: int) -> Path:
+        """Folder of a committed round."""
+        return self.root / "rounds" / f"{number:03d}"
+
+    def work(self, number: int) -> Path:
+        """Folder of the round under way; safe to delete: costs that round."""
+        return self.root / "work" / f"{number:03d}"
+
+    def checkpoint(self, number: int) -> Path:
+        """Lightning's checkpoint of the round under way."""
+        return self.work(number) / "last.ckpt"
+
+    # ---- starting
+
+    def prepare(self) -> None:
+        """Makes the folder and proves that it can be written to.
+
+        Raises:
+            UserError: it cannot; the message names the folder and the cause.
+        """
+        try:
+            (self.root / "rounds").mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".writable.{os.getpid()}"
+            write_atomically(probe, "")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"`run_dir` {self.root} cannot be written to: {error.strerror or error}. "
+                "Give a folder that you may write to, on a disk with room."
+            ) from error
+
+    def freeze(self, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
+        """Keeps the configuration of a new run, or proves that a run found here is of the same one.
+
+        Args:
+            config: nested plain values, as they will stand in config.yaml.
+            ignore: dotted prefixes of keys that may differ between two starts of the same run.
+
+        Raises:
+            UserError: the run here has another configuration; the message lists what differs.
+        """
+        if not self.config.exists():
+            if self.committed():
+                raise UserError(f"{self.root} holds rounds but no config.yaml: put the file back, or choose another `run_dir`.")
+            write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False))
+            return
+        old, new = (
+            {k: v for k, v in flatten(c).items() if not k.startswith(tuple(ignore))} if ignore else flatten(c)
+            for c in (self.read_config(), yaml.safe_load(yaml.safe_dump(dict(config))))
+        )
+        differing = [k for k in sorted(old | new) if old.get(k) != new.get(k)]
+        if differing:
+            lines = "\n".join(f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in differing)
+            raise UserError(
+                f"`run_dir` {self.root} holds a run of another configuration:\n{lines}\n"
+                "Choose another `run_dir`, or give the values that stand there to go on with that run."
+            )
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration that was kept."""
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+
+    # ---- rounds
+
+    def committed(self) -> int:
+        """How many rounds are committed.
+
+        Raises:
+            RunError: a folder is missing between two others; it is named, nothing is deleted.
+        """
+        found = sorted(int(p.name) for p in (self.root / "rounds").glob("[0-9][0-9][0-9]") if p.is_dir())
+        if found != list(range(len(found))):
+            gap = next(n for n, f in enumerate(found) if n != f)
+            raise RunError(f"{self.folder(gap)} is missing, but later rounds are there. Put it back, or start a new `run_dir`.")
+        return len(found)
+
+    def commit(self, number: int, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Commits a round: all of it is there after this call, or nothing.
+
+        Args:
+            number: the round, from 0.
+            weights: tensors of the student by name.
+            record: what round.json says; the weights' size and sha256 are added.
+
+        Raises:
+            RunError: the disk refused.
+        """
+        with _disk_errors(f"the commit of round {number}", self.root):
+            beside = self.folder(number).with_name(f".{number:03d}.tmp")
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            file = beside / "student.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, file)
+            _sync(file)
+            seal = {"file": file.name, "bytes": file.stat().st_size, "sha256": _digest(file)}
+            write_atomically(beside / "round.json", json.dumps({**record, "weights": seal}, indent=1))
+            os.replace(beside, self.folder(number))
+            _sync(self.folder(number).parent)
+        shutil.rmtree(self.work(number), ignore_errors=True)
+
+    def record(self, number: int) -> dict[str, Any]:
+        """What round.json of a committed round says.
+
+        Raises:
+            RunError: the file is missing or torn; it is named.
+        """
+        path = self.folder(number) / "round.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{path} of a committed round is missing or torn ({error}). Nothing was deleted. "
+                f"Put the file back, or remove {path.parent} and all later rounds to train them again."
+            ) from error
+
+    def weights(self, number: int) -> dict[str, Tensor]:
+        """The student's tensors of a committed round, held to the size and sha256 that its record gives.
+
+        Raises:
+            RunError: the file is missing or torn; it is named.
+        """
+        seal = self.record(number)["weights"]
+        path = self.folder(number) / seal["file"]
+        found = path.stat().st_size if path.is_file() else None
+        if found != seal["bytes"] or _digest(path) != seal["sha256"]:
+            state = "is missing" if found is None else f"is torn: {found} bytes, {seal['bytes']} were written"
+            state = "has changed since it was written" if found == seal["bytes"] else state
+            raise RunError(
+                f"{path} of a committed round {state}. Nothing was deleted. "
+                f"Put the file back, or remove {path.parent} and all later rounds to train them again."
+            )
+        return load_file(path)
+
+    # ---- the teacher
+
+    def keep_teacher(self, figures: Mapping[str, Any]) -> None:
+        """Keeps the teacher's row of the curve: its cost and its accuracy."""
+        with _disk_errors("the teacher's figures", self.root):
+            write_atomically(self.root / "teacher.json", json.dumps(figures, indent=1))
+
+    def teacher_figures(self) -> dict[str, Any] | None:
+        """The teacher's row of the curve, once it was kept."""
+        path = self.root / "teacher.json"
+        return dict(json.loads(path.read_text())) if path.exists() else None
+
+    def keep_test(self, accuracy: Sequence[float]) -> None:
+        """Keeps the test accuracy of the teacher and of every prefix, in this order: read once, at the end."""
+        with _disk_errors("the test figures", self.root):
+            write_atomically(self.root / "test.json", json.dumps(list(accuracy)))
+
+    def test_figures(self) -> list[float] | None:
+        """Test accuracy of the teacher and of every prefix, once the run has ended."""
+        path = self.root / "test.json"
+        return list(json.loads(path.read_text())) if path.exists() else None
+
+    # ---- tries of the round under way, and the end
+
+    def tries(self, number: int) -> list[str]:
+        """Why the tries of a round so far were rejected, one reason a rung of the ladder."""
+        path = self.work(number) / "rejected.json"
+        return list(json.loads(path.read_text())) if path.exists() else []
+
+    def reject(self, number: int, reason: str) -> None:
+        """Records that a try was rejected; its checkpoint goes."""
+        reasons = [*self.tries(number), reason]
+        with _disk_errors(f"round {number}", self.root):
+            self.work(number).mkdir(parents=True, exist_ok=True)
+            write_atomically(self.work(number) / "rejected.json", json.dumps(reasons))
+        self.checkpoint(number).unlink(missing_ok=True)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why boosting stopped before the last round, if it did."""
+        path = self.root / "stopped.json"
+        return str(json.loads(path.read_text())["reason"]) if path.exists() else None
+
+    def stop(self, number: int, reason: str) -> None:
+        """Records that boosting stopped at a round, with the reason."""
+        with _disk_errors("the record of the stop", self.root):
+            write_atomically(self.root / "stopped.json", json.dumps({"round": number, "reason": reason, "tries": self.tries(number)}))
+
+    # ---- the curve
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the curve by what is committed: the teacher, then every prefix."""
+        teacher = self.teacher_figures()
+        rows = [teacher] if teacher else []
+        rows += [dict(self.record(number)["curve"]) for number in range(self.committed())]
+        for row, accuracy in zip(rows, self.test_figures() or [], strict=False):
+            row["test_accuracy"] = accuracy
+        return rows
+
+    def write_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes curve.csv, the teacher's row first. A key that a row lacks stays empty."""
+        with _disk_errors("curve.csv", self.root):
+            text = io.StringIO()
+            writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({column: _cell(row.get(column)) for column in CURVE_COLUMNS} for row in rows)
+            write_atomically(self.curve, text.getvalue())
+
+    def read_curve(self) -> list[dict[str, str]]:
+        """The rows of curve.csv as text."""
+        with open(self.curve, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,0 +1,142 @@
+"""Passes over the data at the edge of a round: what teacher and students answer, and how well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bdistil import distributed
+from bdistil.data.indexing import block_loader, check_dataset
+from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ledger import BLOCK, ErrorLedger, RoundEvidence
+from bdistil.metrics import PrefixScores
+from bdistil.seeding import seed_of
+from bdistil.settings import BoostingSettings
+from bdistil.students import run_student
+
+
+class Part:
+    """The training or the validation part: its samples, and the ledger of their g and S.
+
+    Args:
+        name: ``train`` or ``val``: as in ``train_dataloader`` and in the ledger's folder.
+        loader: the user's loader, yields (x, y).
+        folder: where the ledgers of a run are.
+        seed: of the run.
+
+    Raises:
+        UserError: the dataset is iterable or empty, or its items are not (x, y).
+    """
+
+    def __init__(self, name: str, loader: DataLoader[Any], folder: Path, seed: int) -> None:
+        self.samples = check_dataset(loader, f"{name}_dataloader")
+        self.name, self.loader, self.seed = name, loader, seed
+        self.ledger = ErrorLedger(folder / name)
+
+    def _rows(self, number: int) -> DataLoader[Any]:
+        """The rows of this process as (x, y, index), whole blocks in order."""
+        blocks = distributed.my_blocks(self.samples, BLOCK)
+        return block_loader(self.loader, blocks, seed=seed_of(self.seed, number, "score"))
+
+    def ask(
+        self, teacher: nn.Module, device: torch.device, *, outputs: int, fingerprint: str, scale: float | None = None
+    ) -> tuple[float, float]:
+        """Writes the teacher's logits of all samples to the ledger.
+
+        Args:
+            teacher: maps x to logits (B, L).
+            device: where the teacher is.
+            outputs: L.
+            fingerprint: of the teacher.
+            scale: the ledger's unit, where another part gives it.
+
+        Returns:
+            The teacher's accuracy and cross entropy.
+
+        Raises:
+            RunError: a logit is NaN or infinite.
+        """
+        scores = PrefixScores()
+        answers = self._answers(teacher, (), device, scores, teacher=True)
+        self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, scale=scale)
+        return _summed(scores)
+
+    def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
+        """Opens S after the committed students: as it is on the disk, else made again from them.
+
+        Raises:
+            UserError: the number of samples or the teacher is another than at the start of the run.
+            RunError: a file is torn.
+        """
+        self.ledger.open(self.samples, fingerprint)
+        if not self.ledger.has(len(students)):
+            self.ledger.use(0)
+            for number, student in enumerate(students):
+                answers = self._answers(student.to(device), students[:number], device, PrefixScores())
+                self.ledger.advance(answers, eta=1.0, tolerance=0.0)
+                self.ledger.keep()
+                self.ledger.use(number + 1)
+        self.ledger.use(len(students))
+
+    def score(
+        self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device, settings: BoostingSettings
+    ) -> tuple[RoundEvidence, float, float]:
+        """One pass of a new student, in eval mode; its mode is put back. S of the next version waits for `keep`.
+
+        Returns:
+            The evidence, and accuracy and cross entropy of the prefix that ends with the student.
+
+        Raises:
+            RunError: a logit is NaN or infinite.
+        """
+        scores = PrefixScores()
+        modes = {module: module.training for module in student.modules()}
+        answers = self._answers(student.eval(), earlier, device, scores)
+        evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
+        for module, mode in modes.items():
+            module.training = mode
+        return evidence, *_summed(scores)
+
+    @torch.no_grad()
+    def _answers(
+        self,
+        model: nn.Module,
+        earlier: Sequence[nn.Module],
+        device: torch.device,
+        scores: PrefixScores,
+        *,
+        teacher: bool = False,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, logits (rows, L)) block by block; `scores` sees the teacher, or the prefix with the student."""
+        for x, y, index in self._rows(len(earlier)):
+            logits = run_student(model, earlier, move_data_to_device(x, device)).float().cpu()
+            scores.update((logits if teacher else self._prefix(logits, index))[None], y)
+            yield int(index[0]), logits
+
+    def _prefix(self, answer: Tensor, index: Tensor) -> Tensor:
+        """Logits of the prefix that ends with a student, in the teacher's units."""
+        g, s = self.ledger.rows(index)
+        return (g + (s + answer - g) / (self.ledger.version + 1)) * self.ledger.scale
+
+
+def _summed(scores: PrefixScores) -> tuple[float, float]:
+    """Accuracy and loss over all processes."""
+    for name in ("right", "entropy", "samples"):
+        setattr(scores, name, distributed.all_sum(getattr(scores, name)))
+    accuracy, entropy = scores.compute()
+    return float(accuracy.mean()), float(entropy.mean())  # of one predictor; torchmetrics squeezes it
+
+
+@torch.no_grad()
+def prefix_accuracies(ensemble: ProgressiveEnsemble, loader: DataLoader[Any], device: torch.device) -> list[float]:
+    """Accuracy of every prefix, in 0 … 1, in one pass over a loader that yields (x, y)."""
+    scores = PrefixScores(len(ensemble))
+    for x, y in loader:
+        scores.update(torch.stack([stage.logits.cpu() for stage in ensemble.stages(move_data_to_device(x, device))]), y)
+    return [float(a) for a in scores.compute()[0].flatten()]

@@ -1,0 +1,102 @@
+"""The settings of a boosting run, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from bdistil.errors import UserError
+from bdistil.functional import gamma_of
+from bdistil.students import Rung
+
+
+def _default_ladder() -> list[Rung]:
+    """No link, one link, then wider in kind: a second link through a hidden joint layer."""
+    return [Rung(0), Rung(1), Rung(2, "hidden")]
+
+
+@dataclass(frozen=True)
+class BoostingSettings:
+    """What defines a boosting run beside its data, teacher and students.
+
+    Attributes:
+        rounds: T, how many students at most.
+        eta: step size of the game: how much harder the worst samples pull.
+        kappa: correction strength: a student aims at g - kappa S. 0 is plain averaging, 1 repairs the whole error.
+            1 unless `gamma` is given.
+        gamma: the raw weight of the paper, instead of `kappa`.
+        accept: `progress` asks that the prefix's rms error to the teacher on the validation part falls by more than
+            `min_progress`; `margin` (the paper's) that a share `margin_share` of the outputs meets its margin.
+        min_progress: smallest relative fall of the rms error that counts.
+        margin_share: q, share of the outputs that has to meet its margin.
+        margin_tolerance: a margin is met from -margin_tolerance * b on.
+        ladder: the classes F_0 … F_R; a rejected round is trained again one rung higher.
+        start: rung of the rounds from the second on; the first round, which has nothing to link to, starts at 0.
+        state: `cached` reads g and S from the ledger; `recompute` asks teacher and students about each batch, as
+            random augmentation needs.
+        lr: learning rate of a round.
+        weight_decay: of AdamW.
+        schedule: of the learning rate over the epochs of a round.
+    """
+
+    rounds: int = 6
+    eta: float = 0.5
+    kappa: float | None = None
+    gamma: float | None = None
+    accept: Literal["progress", "margin"] = "progress"
+    min_progress: float = 0.002
+    margin_share: float = 0.5
+    margin_tolerance: float = 1e-3
+    ladder: list[Rung] = field(default_factory=_default_ladder)
+    start: int = 1
+    state: Literal["cached", "recompute"] = "cached"
+    lr: float = 1e-2
+    weight_decay: float = 1e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.kappa is not None and self.gamma is not None:
+            raise UserError(
+                f"Expected `kappa` or `gamma`, got both ({self.kappa} and {self.gamma}): gamma = eta / (4 b kappa) "
+                "says the same thing. Leave one out; `kappa` is the one to tune."
+            )
+        _require(self, "rounds", self.rounds >= 1, ">= 1")
+        _require(self, "eta", self.eta > 0, "> 0 (0.5 is a good start)")
+        _require(self, "kappa", self.kappa is None or self.kappa >= 0, ">= 0 (1 is a good start)")
+        _require(self, "gamma", self.gamma is None or self.gamma > 0, "> 0")
+        _require(self, "accept", self.accept in ("progress", "margin"), "'progress' or 'margin'")
+        _require(self, "min_progress", 0 <= self.min_progress < 1, "in [0, 1)")
+        _require(self, "margin_share", 0 <= self.margin_share <= 1, "in [0, 1]")
+        _require(self, "margin_tolerance", self.margin_tolerance >= 0, ">= 0")
+        _require(self, "ladder", len(self.ladder) > 0, "one rung or more")
+        _require(self, "start", 0 <= self.start, ">= 0")
+        _require(self, "state", self.state in ("cached", "recompute"), "'cached' or 'recompute'")
+        _require(self, "lr", self.lr > 0, "> 0")
+        _require(self, "weight_decay", self.weight_decay >= 0, ">= 0")
+        _require(self, "schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
+
+    def gamma_for(self, bound: float) -> float:
+        """Gamma of the loss: as given, or derived of eta, kappa and b = 2 max|g|."""
+        return self.gamma if self.gamma is not None else gamma_of(self.eta, 1.0 if self.kappa is None else self.kappa, bound)
+
+    def rungs(self, number: int, *, links: bool) -> Sequence[Rung]:
+        """The classes that a round may try, in order.
+
+        Args:
+            number: the round, from 0.
+            links: do students take links? Others have F_0, and wider ones where the ladder has them.
+        """
+        if number == 0 or not links:
+            bare = [rung for rung in self.ladder if rung.links == 0]
+            return bare or [Rung(0)]
+        return self.ladder[min(self.start, len(self.ladder) - 1) :]
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+
+def _require(settings: BoostingSettings, name: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"Expected `{name}` of the boosting settings to be {allowed}, got {getattr(settings, name)!r}.")

@@ -1,0 +1,167 @@
+"""Students: a body, a head, and read-only links to the bodies of earlier students.
+
+A student exports the features of its body *before* links join, so that a link to student t-1 costs the body of t-1 and
+nothing more, and a prefix of the ensemble never changes when later students arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bdistil.errors import UserError
+
+LinkKind = Literal["concat", "residual", "hidden"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One class of students on the ladder F_0 … F_R; a round that makes no progress climbs to the next.
+
+    Attributes:
+        links: how many of the most recent students are read; fewer in the first rounds.
+        kind: `concat` joins them into a linear head, `residual` adds a projection to the features, `hidden` joins
+            them and the features through a hidden layer.
+        hidden: width of the hidden layer of `hidden`.
+        width: factor on the student's own width, given to `make_student(round, width=...)` where it is not 1.
+    """
+
+    links: int = 0
+    kind: LinkKind = "concat"
+    hidden: int = 32
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.links < 0:
+            raise UserError(f"Expected `links` of a rung to be >= 0, got {self.links}.")
+        if self.kind not in ("concat", "residual", "hidden"):
+            raise UserError(f"Expected `kind` of a rung to be one of 'concat', 'residual', 'hidden', got {self.kind!r}.")
+        if self.hidden < 1 or self.width <= 0:
+            raise UserError(f"Expected `hidden` >= 1 and `width` > 0 of a rung, got {self.hidden} and {self.width}.")
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: F0, F1, F2-hidden, F1 x1.5."""
+        kind = f"-{self.kind}" if self.links and self.kind != "concat" else ""
+        return f"F{self.links}{kind}" + (f" x{self.width:g}" if self.width != 1 else "")
+
+
+class Join(nn.Module):
+    """How linked features enter a student.
+
+    Args:
+        own: D, features of the student.
+        linked: D of each linked student, the most recent first.
+        outputs: L.
+        rung: kind and hidden width.
+    """
+
+    def __init__(self, own: int, linked: Sequence[int], outputs: int, rung: Rung) -> None:
+        super().__init__()
+        self.kind = rung.kind
+        total = sum(linked)
+        if rung.kind == "concat":
+            # With a linear head this is exactly a head over the concatenation.
+            self.project: nn.Module = nn.Linear(total, outputs, bias=False)
+        elif rung.kind == "residual":
+            self.project = nn.Linear(total, own)
+        else:
+            self.project = nn.Sequential(nn.Linear(own + total, rung.hidden), nn.ReLU(), nn.Linear(rung.hidden, outputs))
+
+    def forward(self, features: Tensor, linked: Tensor) -> Tensor:
+        """What is added: to the logits (B, L) by `concat` and `hidden`, to the features (B, D) by `residual`."""
+        joined: Tensor = self.project(torch.cat((features, linked), 1) if self.kind == "hidden" else linked)
+        return joined
+
+
+class Student(nn.Module):
+    """A student that takes links.
+
+    Args:
+        body: maps x (B, ...) to features (B, D).
+        head: maps features (B, D) to logits (B, L).
+        features: D; read off a linear head where it is not given.
+        outputs: L; read off a linear head where it is not given.
+
+    Raises:
+        UserError: D or L can not be read off the head and was not given.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, *, features: int | None = None, outputs: int | None = None) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+        linear = head if isinstance(head, nn.Linear) else None
+        if linear is None and (features is None or outputs is None):
+            raise UserError(
+                f"Expected `features` and `outputs` beside a head that is not nn.Linear, got head {type(head).__name__}, "
+                f"features={features}, outputs={outputs}. Give Student(body, head, features=D, outputs=L)."
+            )
+        self.width = int(features if features is not None else linear.in_features)  # type: ignore[union-attr]
+        self.outputs = int(outputs if outputs is not None else linear.out_features)  # type: ignore[union-attr]
+        self.links = 0
+        self.join: Join | None = None
+
+    def link(self, earlier: Sequence[nn.Module], rung: Rung) -> Student:
+        """Adds links to the most recent of `earlier`, as many as the rung says and as there are; before training.
+
+        Args:
+            earlier: the students before this one, in order.
+            rung: the class.
+
+        Returns:
+            The student itself.
+        """
+        linked = linkable(earlier)[: rung.links]
+        if linked:
+            self.join = Join(self.width, [s.width for s in linked], self.outputs, rung)
+            self.links = len(linked)
+        return self
+
+    def features(self, x: Any) -> Tensor:
+        """Features (B, D) of the body, before links join: what later students read."""
+        features: Tensor = self.body(x)
+        if features.ndim != 2 or features.shape[1] != self.width:
+            raise UserError(
+                f"Expected the student's body to give features (B, {self.width}), got {tuple(features.shape)}. "
+                "End the body with a flatten or a pooling, or give `features`."
+            )
+        return features
+
+    def answer(self, features: Tensor, linked: Sequence[Tensor] = ()) -> Tensor:
+        """Logits (B, L) from own features (B, D) and those of the linked students, the most recent first."""
+        if self.join is None:
+            logits: Tensor = self.head(features)
+            return logits
+        joined = self.join(features, torch.cat(tuple(linked), 1) if len(linked) > 1 else linked[0])
+        logits = self.head(features + joined) if self.join.kind == "residual" else self.head(features) + joined
+        return logits
+
+    def forward(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
+        """Logits (B, L); `linked` holds features (B, D) of the linked students, the most recent first."""
+        return self.answer(self.features(x), linked)
+
+
+def links_of(student: nn.Module) -> int:
+    """How many earlier students a student reads; any other module reads none."""
+    return student.links if isinstance(student, Student) else 0
+
+
+def linkable(earlier: Sequence[nn.Module]) -> list[Student]:
+    """Those of the earlier students that export features, the most recent first."""
+    return [s for s in reversed(earlier) if isinstance(s, Student)]
+
+
+@torch.no_grad()
+def linked_features(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> list[Tensor]:
+    """Detached features that a student reads of the earlier ones, the most recent first; each costs one body."""
+    return [s.features(x) for s in linkable(earlier)[: links_of(student)]]
+
+
+def run_student(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> Tensor:
+    """Logits (B, L) of a student that may read earlier ones; gradients reach the student alone."""
+    logits: Tensor = student(x, linked_features(student, earlier, x)) if links_of(student) else student(x)
+    return logits

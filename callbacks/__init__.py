@@ -1,0 +1,14 @@
+"""Lightning callbacks, one a file. This folder is imported as ``bdistil.callbacks``."""
+
+if __name__ == "callbacks":
+    raise ImportError(
+        "This folder is part of bdistil and is not imported as plain `callbacks`. "
+        "Write `import bdistil.callbacks`, or `from bdistil.callbacks import RoundController`."
+    )
+
+from bdistil.callbacks.compute_cost import ComputeCost
+from bdistil.callbacks.metric_curves import MetricCurves
+from bdistil.callbacks.round_controller import RoundController
+from bdistil.callbacks.round_progress import RoundProgressBar
+
+__all__ = ["ComputeCost", "MetricCurves", "RoundController", "RoundProgressBar"]

@@ -1,0 +1,114 @@
+"""The compute cost of any LightningModule: measured once, counted while it trains, logged beside its metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
+from bdistil.errors import UserError
+
+
+class ComputeCost(Callback):
+    """Logs what a forward pass of one sample costs before the first step, and what the training cost at its end.
+
+    Keys: ``cost/macs``, ``params``, ``weight_bytes``, ``activation_bytes``, ``latency_ms``, as in `bdistil.cost`; then
+    ``cost/train_macs`` and ``cost/seconds``, resumed parts included. They are in ``trainer.callback_metrics`` as well.
+
+    Args:
+        inputs: positional arguments of the pass, taken as they are. Default: the first row of the module's
+            ``example_input_array``, else of the first training batch, which is x or begins with x.
+        attribute: dotted name of the part to measure, such as "student"; default the whole module.
+        uncounted: an operator that cannot be counted is an "error" before the first step, or left out ("record").
+        latency: also time the pass.
+    """
+
+    def __init__(self, inputs: tuple[Any, ...] | Tensor | None = None, *, attribute: str | None = None,
+                 uncounted: Literal["error", "record"] = "error", latency: bool = True) -> None:  # fmt: skip
+        self.inputs, self.attribute, self.uncounted, self.latency = inputs, attribute, uncounted, latency
+        self.cost: Cost | None = None
+        self.samples_seen, self.seconds = 0, 0.0  # samples of all ranks; until the end as if all had what this one has
+        self._own, self._rows, self._start = 0, 1, 0.0  # samples of this rank, samples measured, when the clock was 0
+
+    @property
+    def state_key(self) -> str:
+        """Two instances may measure two parts."""
+        return f"ComputeCost[{self.attribute}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted so far."""
+        return {"samples_seen": self.samples_seen, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting from a checkpoint."""
+        self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts from 0 in a fit from the beginning, also where this instance served another one."""
+        if trainer.global_step == 0:
+            self.samples_seen, self.seconds = 0, 0.0
+        self.cost, self._own, self._start = None, 0, time.perf_counter() - self.seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measures before the first step; not in `on_fit_start`, as the sanity check clears what is logged there."""
+        if self.cost is not None:
+            return
+        part = dict(pl_module.named_modules()).get(self.attribute or "")
+        if part is None or type(part).forward is LightningModule.forward:
+            names = [name for name, _ in pl_module.named_children()]
+            raise UserError(f"ComputeCost(attribute={self.attribute!r}) has no `forward` to measure; choose from {names}.")
+        inputs = trainer.precision_plugin.convert_input(self._given(pl_module, batch))
+        self._rows, self.cost = _rows(inputs), measure_cost(part, inputs, uncounted=self.uncounted)
+        figures = {key: getattr(self.cost, key) for key in ("macs", "params", "weight_bytes", "activation_bytes")}
+        if self.latency:
+            with trainer.precision_plugin.forward_context():
+                figures["latency_ms"] = latency_ms(part, inputs)
+        _log(trainer, figures)
+        self._start = time.perf_counter() - self.seconds
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+                           ) -> None:  # fmt: skip
+        """Counts the samples."""
+        self._own += _rows(batch)
+        self.samples_seen += _rows(batch) * trainer.world_size
+        self.seconds = time.perf_counter() - self._start
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the cost of training, with the samples that the other ranks really had."""
+        total = trainer.strategy.reduce(torch.tensor(self._own, device=pl_module.device), reduce_op="sum")
+        self.samples_seen, self._own = self.samples_seen + int(total) - self._own * trainer.world_size, 0
+        self.seconds = time.perf_counter() - self._start
+        if self.cost is not None:
+            macs = training_macs(student=self.cost.macs, samples_seen=self.samples_seen) // self._rows
+            _log(trainer, {"train_macs": macs, "seconds": self.seconds})
+
+    def _given(self, pl_module: LightningModule, batch: Any) -> Any:
+        x = pl_module.example_input_array if self.inputs is None else self.inputs
+        if x is None:
+            x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, (Tensor, tuple)):
+            raise UserError(
+                f"ComputeCost has no input to measure {type(pl_module).__name__} with, and no batch begins with a tensor. "
+                "Give one sample: ComputeCost(inputs=...), or `self.example_input_array = ...` in the module."
+            )
+        if self.inputs is None:
+            x = tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.dim() else leaf, x)
+        return move_data_to_device(x if isinstance(x, tuple) else (x,), pl_module.device)
+
+
+def _rows(batch: Any) -> int:
+    """Samples in a batch: the rows of its first tensor."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def _log(trainer: Trainer, figures: dict[str, Any]) -> None:
+    named = {f"cost/{name}": value for name, value in figures.items()}
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in named.items()})
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        logger.log_metrics(named, step=trainer.global_step)

@@ -1,0 +1,69 @@
+"""What every test gets: one thread, no GPU unless asked for, fixed seeds, and guards against leaks."""
+
+import os
+
+# Before torch is imported. With a CUDA build of torch and no GPU, each step of Adam asks NVML again for devices, which
+# costs as much as a tiny step itself; and a test must do the same on every machine. `CUDA_VISIBLE_DEVICES=0 pytest`
+# shows a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ["WANDB_MODE"] = "offline"  # not a default: no test uploads, whatever the shell says
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# What a package sets once for the whole process, when it is imported or started: stays.
+KEPT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK",  # import lightning
+    "TORCHINDUCTOR_CACHE_DIR",  # import lightning
+    "KMP_DUPLICATE_LIB_OK",  # import sklearn
+    "KMP_INIT_AT_FORK",  # import sklearn
+    "WANDB_SERVICE",  # the first run of wandb
+}
+# What Lightning sets by design: taken back after each test, and no fault of the test.
+TAKEN_BACK = {
+    "PL_GLOBAL_SEED",  # seed_everything
+    "PL_SEED_WORKERS",  # seed_everything
+    "CUBLAS_WORKSPACE_CONFIG",  # Trainer(deterministic=True)
+    "WANDB_MODE",  # WandbLogger(offline=True)
+    "PYTEST_CURRENT_TEST",  # pytest itself
+}
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU; the tests hide it unless CUDA_VISIBLE_DEVICES is set")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks():
+    """Fails a test that leaves environment variables or a process group behind, and cleans up for the next one."""
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} - KEPT
+    for key in changed - {"PYTEST_CURRENT_TEST"}:
+        if key in before:
+            os.environ[key] = before[key]
+        else:
+            del os.environ[key]
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if group:
+        torch.distributed.destroy_process_group()
+    leaked = {key: after.get(key) for key in sorted(changed - TAKEN_BACK)}
+    assert not leaked, f"the test left environment variables changed: {leaked}; set them with monkeypatch.setenv"
+    assert not group, "the test left a torch process group; end it with destroy_process_group()"

@@ -1,0 +1,78 @@
+"""Reads what an offline run of W&B wrote.
+
+A ``.wandb`` file is a log as LevelDB writes it, behind a head of seven bytes: blocks of 32 KiB, in them chunks with a
+head of checksum, length and kind. A record, a protobuf message of W&B, is one chunk or several.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+HEAD, BLOCK = 7, 32 * 1024  # bytes; the head of the file is as long as that of a chunk
+
+
+@dataclass
+class OfflineRun:
+    """What is in one file. The exit code of a run that was killed is None."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # x axis and summaries by name or glob
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    exit_code: int | None = None
+
+
+def offline_runs(folder: Path) -> list[OfflineRun]:
+    """The offline runs below a folder, the oldest first."""
+    files = sorted(folder.rglob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    return [_read(file.read_bytes()) for file in files]
+
+
+def _read(data: bytes) -> OfflineRun:
+    found = OfflineRun()
+    for record in _records(data):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found.run = {key: getattr(record.run, key) for key in ("run_id", "run_group", "job_type", "project")}
+            found.run |= {"name": record.run.display_name, "tags": list(record.run.tags)}
+        elif kind == "history":
+            found.history.append(_items(record.history.item))
+        elif kind == "metric":
+            kept = [option.name for option, _ in record.metric.summary.ListFields()]
+            found.metrics[record.metric.name or record.metric.glob_name] = (record.metric.step_metric, kept)
+        elif kind == "exit":
+            found.exit_code = record.exit.exit_code
+        if (artifact := record.artifact).name or (artifact := record.request.log_artifact.artifact).name:
+            files = {entry.path: entry.local_path for entry in artifact.manifest.contents}
+            about = {"name": artifact.name, "type": artifact.type, "metadata": json.loads(artifact.metadata or "{}")}
+            found.artifacts.append({**about, "aliases": set(artifact.aliases), "files": files})
+        found.config |= _items(record.run.config.update) | _items(record.config.update)
+        found.summary |= _items(record.summary.update)
+    return found
+
+
+def _items(items: Iterable[Any]) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _records(data: bytes) -> Iterator[Any]:
+    at, record = HEAD, b""
+    while at + HEAD <= len(data):
+        if (left := BLOCK - at % BLOCK) < HEAD:
+            at += left  # padding: no head fits into the rest of the block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        chunk = data[at + HEAD : at + HEAD + length]
+        if kind == 0 or len(chunk) < length:
+            return  # torn by a kill
+        record = chunk if kind in (1, 2) else record + chunk  # 1 is whole, 2 to 4 are first, middle and last
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(record)
+        at += HEAD + length
