@@ -25,7 +25,7 @@ _MACHINERY = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Indescribable(ValueError):
+class IndescribableError(ValueError):
     """A module holds something that plain JSON cannot say; the message names it."""
 
 
@@ -33,7 +33,7 @@ def describe(module: nn.Module) -> tuple[Plan, dict[str, Tensor]]:
     """The structure of a module, and all its tensors by dotted name.
 
     Raises:
-        Indescribable: a hook, or an attribute that is neither plain data nor a named function or class.
+        IndescribableError: a hook, or an attribute that is neither plain data nor a named function or class.
     """
     seen: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ def _module(module: nn.Module, name: str, seen: dict[int, str], tensors: dict[st
         return {"same": seen[id(module)]}
     seen[id(module)] = name
     if hooked := [hook for hook in _HOOKS if getattr(module, hook)]:
-        raise Indescribable(f"{name or 'the module'} has {hooked[0]}")
+        raise IndescribableError(f"{name or 'the module'} has {hooked[0]}")
     plan: Plan = {"class": _path_of(type(module)), "training": module.training}
     for kind, group in (("parameters", module._parameters), ("buffers", module._buffers)):
         plan[kind] = {key: _tensor(value, _join(name, key), seen, tensors) for key, value in group.items()}
@@ -78,12 +78,9 @@ def _value(value: Any, name: str, seen: dict[int, str], tensors: dict[str, Tenso
         return value
     if isinstance(value, Tensor):
         return _tensor(value, name, seen, tensors)
-    if isinstance(value, torch.Size):
-        return {"size": list(value)}
-    if isinstance(value, list):
-        return [_value(v, f"{name}.{i}", seen, tensors) for i, v in enumerate(value)]
-    if isinstance(value, tuple):
-        return {"tuple": [_value(v, f"{name}.{i}", seen, tensors) for i, v in enumerate(value)]}
+    if isinstance(value, list | tuple):
+        items = [_value(v, f"{name}.{i}", seen, tensors) for i, v in enumerate(value)]
+        return items if isinstance(value, list) else {"size" if isinstance(value, torch.Size) else "tuple": items}
     if isinstance(value, set | frozenset):
         return {type(value).__name__: sorted(map(inner, value), key=repr)}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -94,14 +91,14 @@ def _value(value: Any, name: str, seen: dict[int, str], tensors: dict[str, Tenso
         return {"partial": [inner(value.func), inner(list(value.args)), inner(dict(value.keywords))]}
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return {"name": _path_of(value)}
-    raise Indescribable(f"attribute {name} is a {type(value).__name__}")
+    raise IndescribableError(f"attribute {name} is a {type(value).__name__}")
 
 
 def _path_of(thing: Any) -> str:
     """Dotted path of a class or function, once it is sure that the path leads back to it."""
     path = f"{thing.__module__}.{thing.__qualname__}"
     if "<" in path or _resolve(path) is not thing:
-        raise Indescribable(f"{path} cannot be imported by name")
+        raise IndescribableError(f"{path} cannot be imported by name")
     return path
 
 
@@ -144,7 +141,11 @@ def _build(plan: Plan, name: str, made: dict[str, Any], tensors: Mapping[str, Te
     for key, value in plan["parameters"].items():
         module.register_parameter(key, _parameter(value, _join(name, key), made, tensors))
     for key, value in plan["buffers"].items():
-        tensor = None if value is None else made.setdefault(value.get("tensor", value.get("same")), tensors[_join(name, key)])
+        tensor = (
+            None
+            if value is None
+            else made.setdefault(value.get("tensor", value.get("same")), tensors[_join(name, key)])
+        )
         module.register_buffer(key, tensor, persistent=key not in plan["transient"])
     for key, child in plan["modules"].items():
         module.add_module(key, None if child is None else _build(child, _join(name, key), made, tensors))

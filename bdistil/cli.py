@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
+from bdistil import distributed
 from bdistil.budgets import Budget
 from bdistil.callbacks import RoundController, RoundProgressBar
 from bdistil.distiller import Distiller, TeacherTraining, load_weights, save_weights
@@ -29,6 +31,8 @@ from bdistil.report import curve_table, write_report
 from bdistil.run_directory import RunDirectory
 from bdistil.seeding import reseed
 from bdistil.tracking import Tracking, make_logger
+
+NO_LIMITS = Budget()
 
 
 class Parser(LightningArgumentParser):
@@ -41,9 +45,9 @@ class Parser(LightningArgumentParser):
     def print_usage(self, file: Any = None) -> None:
         """Nothing: it is some 3,700 characters before every error."""
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any) -> str:
         """The help without the lists of all subclasses that happen to be imported."""
-        return re.sub(r",\s+known\s+subclasses:[^)]{400,}\)", ", any subclass)", super().format_help())
+        return re.sub(r",\s+known\s+subclasses:[^)]{400,}\)", ", any subclass)", super().format_help(*args))
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """One message, with the nearest spelling where an option is unknown."""
@@ -54,17 +58,15 @@ class Parser(LightningArgumentParser):
         super().error(message, ex)
 
     def _options(self) -> list[str]:
-        parsers = [self]
-        for action in self._actions:
-            if isinstance(getattr(action, "choices", None), dict):
-                parsers += action.choices.values()
+        commands = [c.values() for a in self._actions if isinstance(c := getattr(a, "choices", None), dict)]
+        parsers = [self, *(parser for group in commands for parser in group)]
         return [action.dest for parser in parsers for action in parser._actions if action.dest]
 
 
 class RoundTrainer(Trainer):
     """Lightning's Trainer; LightningCLI reads the help of a subcommand off its methods."""
 
-    def fit(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def fit(self, *args: Any, **kwargs: Any) -> None:
         """Distil a teacher into an ordered ensemble of students; a run found in `run_dir` goes on."""
         super().fit(*args, **kwargs)
 
@@ -79,13 +81,11 @@ class BoostCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys of a recipe beside model, data and trainer."""
-        parser.add_argument("--run_dir", type=str, default="runs/last", help="Folder of the run; one found there goes on.")
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/last", help="Folder of the run; one found there goes on."
+        )
         parser.add_class_arguments(Tracking, "tracking")
-        parser.set_defaults({
-            "trainer.logger": False,
-            "trainer.enable_checkpointing": False,
-            "trainer.enable_model_summary": False,
-        })  # fmt: skip
+        parser.set_defaults({"trainer.logger": False, "trainer.enable_model_summary": False})
 
     def round_trainer(self, **changed: Any) -> Trainer:
         """A Trainer of the recipe; callbacks of the recipe are copied, so that each round has its own."""
@@ -108,7 +108,11 @@ class BoostCLI(LightningCLI):
         )
         controller.boosting.check(datamodule)
         self._teach(model, datamodule, run, seed)
-        logger = make_logger(self._get(self.config_init, "tracking"), run.root, config) if not self._finished(run, model) else None
+        logger = (
+            make_logger(self._get(self.config_init, "tracking"), run.root, config)
+            if not self._finished(run, model)
+            else None
+        )
         given = self._get(self.config_init, "trainer").logger
         loggers = [*(given if isinstance(given, list) else [given] if given else []), *([logger] if logger else [])]
         try:
@@ -118,7 +122,7 @@ class BoostCLI(LightningCLI):
                 )
                 trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
         finally:
-            controller.close_loggers()
+            controller.tracker.close()
         _say_end(run)
 
     @staticmethod
@@ -132,18 +136,17 @@ class BoostCLI(LightningCLI):
         if not path.is_file():
             rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")
             reseed(seed, "teacher")
-            spec.network.requires_grad_(True)
-            trainer = self.round_trainer(max_epochs=spec.epochs, max_steps=-1, logger=False)
+            spec.network.requires_grad_(True).train()
+            trainer = self.round_trainer(max_epochs=spec.epochs, logger=False, enable_checkpointing=False)
             trainer.fit(TeacherTraining(spec), datamodule)
-            if rank_zero_only.rank == 0:
+            if distributed.early_rank() == 0:
                 save_weights(spec.network, path)
             trainer.strategy.barrier("teacher kept")
-            spec.network.requires_grad_(False)
-        load_weights(spec.network, path)
+        load_weights(spec.network.requires_grad_(False).eval(), path)
 
 
 def _say_end(run: RunDirectory) -> None:
-    if rank_zero_only.rank == 0:
+    if distributed.early_rank() == 0:
         print(curve_table(run.read_curve()))
         print(f"\n{run.picture}  {run.report}")
 
@@ -152,7 +155,10 @@ def _say_end(run: RunDirectory) -> None:
 
 
 def evaluate(
-    run_dir: str, budget: Budget = Budget(), part: Literal["test", "val"] = "test", as_json: bool = False  # noqa: B008
+    run_dir: str,
+    budget: Budget = NO_LIMITS,
+    part: Literal["test", "val"] = "test",
+    as_json: bool = False,
 ) -> None:
     """Accuracy and cost of a run's ensemble within a budget.
 
@@ -182,7 +188,10 @@ def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(rows))
         return
-    widths = {key: max(len(key), *(len(f"{row[key]:,}" if isinstance(row[key], int) else str(row[key])) for row in rows)) for key in rows[0]}
+    widths = {
+        key: max(len(key), *(len(f"{row[key]:,}" if isinstance(row[key], int) else str(row[key])) for row in rows))
+        for key in rows[0]
+    }
     print("  ".join(f"{key:>{widths[key]}}" for key in rows[0]))
     for row in rows:
         cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in row.values())
@@ -215,7 +224,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def _overview() -> str:
-    lines = ["usage: bdistil COMMAND [options]", "", "Progressive ensemble distillation: one teacher, an ordered ensemble of students.", ""]
+    lines = [
+        "usage: bdistil COMMAND [options]",
+        "",
+        "Progressive ensemble distillation: one teacher, an ordered ensemble of students.",
+        "",
+    ]
     lines.append(f"  {'fit':<10} {RoundTrainer.fit.__doc__}")
     lines += [f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
     return "\n".join([*lines, "", "bdistil COMMAND --help says more. First: bdistil fit --config digits"])
@@ -249,8 +263,25 @@ def _run(command: str, args: Sequence[str]) -> None:
     function = COMMANDS[command]
     parser = Parser(prog=f"bdistil {command}", description=function.__doc__)
     parser.add_function_arguments(function, as_positional=False)
-    given: Namespace = parser.instantiate_classes(parser.parse_args(["--as_json=true" if a == "--json" else a for a in args]))
+    given: Namespace = parser.instantiate_classes(
+        parser.parse_args(["--as_json=true" if a == "--json" else a for a in args])
+    )
     function(**{key: value for key, value in given.items() if key != "config"})
+
+
+# What Lightning says of the machine at every Trainer, which a run of T rounds would say T times.
+CHATTER = ("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped", "Restor", "LOCAL_RANK")
+
+
+def _quieten() -> None:
+    """Leaves on the screen what is about this run. W&B says its own where `tracking` has not said it."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    said = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    said.addFilter(lambda record: not record.getMessage().startswith(CHATTER))
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", "The .* does not have many workers")
+    warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -263,6 +294,7 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a failed run, 2 for bad arguments.
     """
     given = list(sys.argv[1:] if args is None else args)
+    _quieten()
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0

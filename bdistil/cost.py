@@ -29,19 +29,19 @@ from bdistil.errors import UserError
 
 # Operators without matmul-like work, beyond those that fvcore knows, as a pattern of what is between "aten::_" and "_".
 FREE_OPERATORS = r"""
-    (leaky_|p|r|)relu6?|(c|s|)elu|gelu|silu|mish|glu|(log_)?(sigmoid|softmax)|hard(tanh|sigmoid|swish)|tanh|threshold|
+    (leaky_|p|r|)relu6?|(c|s|)elu|gelu|silu|mish|glu|(log_)?(sigmoid|softmax)|hard(tanh|sigmoid|swish)|tanh|threshold|t|
     (hard|soft|tanh)shrink|soft(plus|sign)|(alpha_|feature_|feature_alpha_|)dropout|bernoulli|embedding(_bag)?|one_hot|
-    (batch|layer|group|instance|rms|weight|linalg_vector)_norm|norm|weight_norm_interface|grid_sampler|upsample_\w+|
-    all|any|(adaptive_)?(avg|max)_pool[123]d(_with_indices)?|add|r?sub|mul(tiply)?|(true_|floor_|)div(ide)?|neg|abs|
-    sign|log(1p|2|10)?|exp(2|m1)?|logsumexp|r?sqrt|pow|square|reciprocal|a?(sin|cos|tan)h?|atan2|erfc?|round|ceil|
-    floor|trunc|frac|fmod|remainder|clamp(_min|_max)?|clip|addc(mul|div)|lerp|where|(logical|bitwise)_\w+|and|x?or|not|
-    eq|ne|[gl][et]|is(nan|inf|finite)|nan_to_num|(arg)?(max|min|sort)|a(min|max|minmax)|(max|min)imum|sum|mean|prod|
-    (std|var)(_mean)?|cum(sum|prod)|topk|clone|copy|detach|alias|t|numpy_t|transpose|move(axis|dim)|
-    swap(axes|dims)|unflatten|(un)?squeeze|unfold|im2col|col2im|tile|repeat(_interleave)?|(expand|view|reshape)_as|
-    broadcast_(to|tensors)|flip|rot90|pad|(reflection|replication)_pad\dd|fill|pixel_(un)?shuffle|channel_shuffle|
-    (unsafe|tensor)_(split\w*|chunk)|concat|[hv]stack|index_\w+|scatter(_add)?|linspace|masked_(select|scatter|fill)|
-    take(_along_dim)?|tri[lu]|diag(onal|_embed)?|meshgrid|zero|new_ones|randn?|numel|dim|item|
-    (ones|empty|rand|randn)_like|scalar_tensor|lift_fresh|local_scalar_dense|pack_padded_sequence|pad_packed_sequence|\w+implicit"""
+    (batch|layer|group|instance|rms|weight|linalg_vector)_norm|norm|weight_norm_interface|grid_sampler|upsample_\w+|all|
+    any|(adaptive_)?(avg|max)_pool[123]d(_with_indices)?|add|r?sub|mul(tiply)?|(true_|floor_|)div(ide)?|neg|abs|sign|eq|
+    log(1p|2|10)?|exp(2|m1)?|logsumexp|r?sqrt|pow|square|reciprocal|a?(sin|cos|tan)h?|atan2|erfc?|round|ceil|floor|frac|
+    trunc|fmod|remainder|clamp(_min|_max)?|clip|addc(mul|div)|lerp|where|(logical|bitwise)_\w+|and|x?or|not|ne|[gl][et]|
+    is(nan|inf|finite)|nan_to_num|(arg)?(max|min|sort)|a(min|max|minmax)|(max|min)imum|sum|mean|prod|(std|var)(_mean)?|
+    cum(sum|prod)|topk|clone|copy|detach|alias|numpy_t|transpose|move(axis|dim)|swap(axes|dims)|unflatten|(un)?squeeze|
+    unfold|im2col|col2im|tile|repeat(_interleave)?|(expand|view|reshape)_as|broadcast_(to|tensors)|flip|rot90|fill|zero|
+    pad(_packed_sequence)?|(reflection|replication)_pad\dd|pixel_(un)?shuffle|channel_shuffle|concat|[hv]stack|linspace|
+    (unsafe|tensor)_(split\w*|chunk)|index_\w+|scatter(_add)?|masked_(select|scatter|fill)|take(_along_dim)?|tri[lu]|
+    diag(onal|_embed)?|meshgrid|new_ones|randn?|numel|dim|item|(ones|empty|rand|randn)_like|scalar_tensor|lift_fresh|
+    local_scalar_dense|pack_padded_sequence|\w+implicit|real|imag|conj|view_as_(real|complex)"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def measure_cost(
 
 def latency_ms(module: nn.Module, inputs: tuple[Any, ...], *, repeats: int = 30, warmup: int = 5) -> float:
     """Median wall milliseconds of a forward pass in eval and inference mode, until the device is done."""
-    times = []
+    times, inputs = [], _cloned(inputs)
     with _as_found(module, inputs) as devices, torch.inference_mode():
         for _ in range(warmup + repeats):
             start = time.perf_counter()
@@ -147,7 +147,7 @@ def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.
 
 
 class _Keep(TorchFunctionMode):
-    """Keeps every float tensor that is made. While such a mode is on, transformers do not take their fused paths."""
+    """Keeps every tensor that is made. While such a mode is on, transformers do not take their fused paths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class _Keep(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.made += [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        self.made += [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         return out
 
 

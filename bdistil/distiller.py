@@ -69,7 +69,8 @@ class Distiller(pl.LightningModule):
 
     def make_student(self, number: int, width: float = 1.0) -> nn.Module:
         """The student of a round, from 0; `width` is given to the class only where a rung asks for it."""
-        return self.make() if width == 1 else self.make(width=width)
+        make: Callable[..., nn.Module] = self.make
+        return make() if width == 1 else make(width=width)
 
 
 class TeacherTraining(pl.LightningModule):
@@ -119,7 +120,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         UserError: the names or shapes are those of another network.
     """
     safe = path.suffix == ".safetensors"
-    state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     try:
         network.load_state_dict(state.get("state_dict", state))
     except RuntimeError as error:

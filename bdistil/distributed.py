@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
@@ -14,6 +15,11 @@ def _active() -> bool:
 def rank() -> int:
     """Number of this process, 0 without a process group."""
     return dist.get_rank() if _active() else 0
+
+
+def early_rank() -> int:
+    """Number of this process even before there is a process group, as the launcher told it."""
+    return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
 def world_size() -> int:

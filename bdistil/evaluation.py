@@ -11,9 +11,9 @@ from lightning.pytorch import LightningDataModule
 
 from bdistil.budgets import Budget
 from bdistil.cost import latency_ms, measure_cost
+from bdistil.data.attach import only
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
-from bdistil.preflight import only
 from bdistil.run_directory import RunDirectory
 from bdistil.students import linked_features, links_of
 
@@ -69,7 +69,7 @@ def evaluate_run(run: RunDirectory, budget: Budget, part: Literal["test", "val"]
 
 
 def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
-    """Costs of each stage, the teacher's first: MACs per sample (own, of links, cumulative), parameters, bytes, latency.
+    """Costs of each stage, the teacher's first: MACs per sample, parameters, bytes, latency.
 
     Args:
         run: the run directory.

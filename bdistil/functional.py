@@ -148,7 +148,10 @@ def accepts_margin(margin_share: float, required: float) -> tuple[bool, str]:
         The decision, and the sentence that explains it.
     """
     met = margin_share >= required
-    return met, f"{margin_share:.0%} of the outputs meet their margin, {'at least' if met else 'less than'} {required:.0%}"
+    return (
+        met,
+        f"{margin_share:.0%} of the outputs meet their margin, {'at least' if met else 'less than'} {required:.0%}",
+    )
 
 
 class KDTerms(NamedTuple):

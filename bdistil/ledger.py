@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ class ErrorLedger:
     def _next_file(self) -> Path:
         return self.folder / "error.next.tmp"
 
-    def _map(self, path: Path, mode: str) -> np.memmap:
+    def _map(self, path: Path, mode: Literal["r", "r+"]) -> np.memmap[Any, np.dtype[np.float32]]:
         return np.memmap(path, np.float32, mode, shape=(self.samples, self.outputs))
 
     def _blank(self, path: Path) -> None:
@@ -175,7 +176,7 @@ class ErrorLedger:
             )
         if teacher and self.head.teacher and teacher != self.head.teacher:
             raise UserError(
-                f"The teacher is another one than the run in {self.folder.parent} was started with (its weights differ). "
+                f"The teacher's weights differ from those that the run in {self.folder.parent} was started with. "
                 "Give that teacher, or choose another `run_dir`."
             )
         size = self._teacher_file.stat().st_size if self._teacher_file.exists() else 0
@@ -277,18 +278,20 @@ class ErrorLedger:
 
     def _slice(self, low: int, high: int) -> tuple[Tensor, Tensor]:
         # A copy: torch must not hold on to a read-only map.
-        return torch.from_numpy(self._g[low:high] / np.float32(self.scale)), torch.from_numpy(np.array(self._s[low:high]))
+        return torch.from_numpy(self._g[low:high] / np.float32(self.scale)), torch.from_numpy(
+            np.array(self._s[low:high])
+        )
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, index: Tensor | np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """g and S of a batch, both (B, L) float32 on the CPU.
 
         Args:
-            index: sample numbers, shape (B,), on any device; an index on the CPU costs no wait for a device.
+            index: sample numbers, shape (B,); one that is on the CPU costs no wait for a device.
 
         Raises:
             UserError: a number is not in 0 … N-1.
         """
-        wanted = index.cpu().numpy()
+        wanted = index.cpu().numpy() if isinstance(index, Tensor) else index
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.samples):
             bad = int(wanted[(wanted < 0) | (wanted >= self.samples)][0])
             raise UserError(f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}.")
@@ -321,6 +324,6 @@ def _refuse_nonfinite(rows: Tensor, low: int, what: str) -> None:
     if not torch.isfinite(rows).all():
         bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])
         raise RunError(
-            f"NaN or infinity in {what}, first at sample {low + bad} (row {bad} of its block). Nothing of this round was "
-            "committed; the rounds before it are intact. A lower learning rate or float32 precision is the usual cure."
+            f"NaN or infinity in {what}, first at sample {low + bad}. Nothing of this round was committed; the rounds "
+            "before it are intact. A lower learning rate or float32 precision is the usual cure."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def area_under_curve(macs: Sequence[float], accuracy: Sequence[float]) -> float:
     """
     if len(macs) != len(accuracy) or not len(macs):
         raise UserError(f"Expected as many MACs as accuracies, at least one, got {len(macs)} and {len(accuracy)}.")
-    if min(macs) <= 0 or any(b <= a for a, b in zip(macs, macs[1:], strict=False)):
+    if min(macs) <= 0 or any(b <= a for a, b in pairwise(macs)):
         raise UserError(f"Expected `macs` of the prefixes to be positive and rising, got {list(macs)}.")
     if len(macs) == 1:
         return float(accuracy[0])
@@ -77,4 +78,4 @@ def area_under_curve(macs: Sequence[float], accuracy: Sequence[float]) -> float:
 
 def violations_of_monotony(accuracy: Sequence[float], tolerance: float = 0.0) -> int:
     """How many prefixes are less accurate than the one before, by more than `tolerance`."""
-    return sum(b < a - tolerance for a, b in zip(accuracy, accuracy[1:], strict=False))
+    return sum(b < a - tolerance for a, b in pairwise(accuracy))

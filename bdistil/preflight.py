@@ -12,14 +12,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from bdistil.data.attach import only
 from bdistil.data.indexing import is_random
 from bdistil.errors import UserError
 from bdistil.students import Rung
-
-
-def only(loader: Any) -> Any:
-    """The loader of a list of one, as some data modules return."""
-    return loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
 
 
 def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
@@ -31,8 +27,8 @@ def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
     for method in ("train_dataloader", "val_dataloader"):
         if not is_overridden(method, datamodule, pl.LightningDataModule):
             raise UserError(
-                f"Expected `{type(datamodule).__name__}` to define `{method}()`. Students are accepted by their error on "
-                "the validation part; split one off the training part."
+                f"Expected `{type(datamodule).__name__}` to define `{method}()`. Students are accepted by their error "
+                "on the validation part; split one off the training part."
             )
     for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
         if is_overridden(hook, datamodule, pl.LightningDataModule):
@@ -98,7 +94,7 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any) -> int:
             f"The teacher gives L={goal.shape[1]} outputs, the student L={answer.shape[1]}. "
             f"Give the student a head of {goal.shape[1]} outputs."
         )
-    return goal.shape[1]
+    return int(goal.shape[1])
 
 
 def device_of(module: nn.Module) -> torch.device:

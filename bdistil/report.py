@@ -250,7 +250,8 @@ td{white-space:nowrap} tr>:first-child{position:sticky;left:0;background:var(--p
 li{margin:.5rem 0} summary{cursor:pointer}
 pre{overflow-x:auto;overflow-wrap:normal;border:1px solid var(--line);border-radius:.6rem;padding:1rem;font-size:.8rem}
 @page{size:landscape;margin:12mm}
-@media print{body{padding:0;font-size:12px} h2,footer{margin-top:1rem;break-after:avoid} th,td{font-size:8px;padding:.2rem}
+@media print{body{padding:0;font-size:12px}
+h2,footer{margin-top:1rem;break-after:avoid} th,td{font-size:8px;padding:.2rem}
 .scroll{overflow:visible} figure,.cards>div,tr,li{break-inside:avoid} pre{white-space:pre-wrap}}
 """
 )

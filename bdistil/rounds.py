@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from bdistil.functional import centre, game_rows, log_barrier_loss
 from bdistil.ledger import ErrorLedger
 from bdistil.settings import BoostingSettings
 from bdistil.students import run_student
+
+Index = np.ndarray[Any, np.dtype[np.int64]]
 
 # Training steps between two looks at the loss for NaN: each look waits for the device.
 WATCH_EVERY = 50
@@ -53,7 +56,7 @@ class BoostingRound(pl.LightningModule):
         object.__setattr__(self, "earlier", list(earlier))
         object.__setattr__(self, "teacher", teacher)
         self.recompute = settings.state == "recompute"
-        self._scores: Tensor | None = None
+        self._scores = torch.zeros(5)
 
     earlier: list[nn.Module]
     teacher: nn.Module | None
@@ -64,7 +67,7 @@ class BoostingRound(pl.LightningModule):
 
     # ---- training
 
-    def training_step(self, batch: tuple[Any, Any, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
         """The log-barrier loss of a batch (x, y, index)."""
         x, _, index = batch
         target, error = self.state(x, index)
@@ -74,7 +77,7 @@ class BoostingRound(pl.LightningModule):
         self._watch(loss, batch_idx)
         return loss
 
-    def state(self, x: Any, index: Tensor) -> tuple[Tensor, Tensor]:
+    def state(self, x: Any, index: Index) -> tuple[Tensor, Tensor]:
         """g and S of a batch, both (B, L): read from the ledger, or made anew from teacher and earlier students."""
         if self.recompute:
             return self._recomputed(x)
@@ -129,7 +132,7 @@ class BoostingRound(pl.LightningModule):
         """Starts the sums: correct answers, cross entropy, squared error, outputs, samples."""
         self._scores = torch.zeros(5, device=self.device)
 
-    def validation_step(self, batch: tuple[Any, Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Any, Tensor, Index], batch_idx: int) -> None:
         """Scores the prefix that ends with this student."""
         x, y, index = batch
         target, error = (rows.to(self.device) for rows in self.validation.rows(index))
@@ -141,7 +144,6 @@ class BoostingRound(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs accuracy, loss and rms error of the prefix."""
-        assert self._scores is not None
         scores = self.trainer.strategy.reduce(self._scores, reduce_op="sum")
         right, entropy, squares, outputs, samples = scores
         self.log_dict(
@@ -155,7 +157,7 @@ class BoostingRound(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW, fused where the precision allows it, on a cosine over the epochs."""
         # A gradient scaler unscales outside the optimizer, which a fused step does not allow.
-        fused = "16-mixed" != str(self.trainer.precision)
+        fused = str(self.trainer.precision) != "16-mixed"
         optimizer = torch.optim.AdamW(
             self.student.parameters(), self.settings.lr, weight_decay=self.settings.weight_decay, fused=fused
         )
@@ -163,8 +165,3 @@ class BoostingRound(pl.LightningModule):
         if self.settings.schedule == "constant" or epochs <= 0:
             return optimizer
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)]
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leaves the index on the CPU, where the ledger is: reading its rows must not wait for the device."""
-        *moved, index = batch
-        return (*super().transfer_batch_to_device(moved, device, dataloader_idx), index)

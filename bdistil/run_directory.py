@@ -169,7 +169,9 @@ class RunDirectory:
         """
         if not self.config.exists():
             if self.committed():
-                raise UserError(f"{self.root} holds rounds but no config.yaml: put the file back, or choose another `run_dir`.")
+                raise UserError(
+                    f"{self.root} holds rounds but no config.yaml: put the file back, or choose another `run_dir`."
+                )
             write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False))
             return
         old, new = (
@@ -178,7 +180,9 @@ class RunDirectory:
         )
         differing = [k for k in sorted(old | new) if old.get(k) != new.get(k)]
         if differing:
-            lines = "\n".join(f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in differing)
+            lines = "\n".join(
+                f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in differing
+            )
             raise UserError(
                 f"`run_dir` {self.root} holds a run of another configuration:\n{lines}\n"
                 "Choose another `run_dir`, or give the values that stand there to go on with that run."
@@ -199,7 +203,9 @@ class RunDirectory:
         found = sorted(int(p.name) for p in (self.root / "rounds").glob("[0-9][0-9][0-9]") if p.is_dir())
         if found != list(range(len(found))):
             gap = next(n for n, f in enumerate(found) if n != f)
-            raise RunError(f"{self.folder(gap)} is missing, but later rounds are there. Put it back, or start a new `run_dir`.")
+            raise RunError(
+                f"{self.folder(gap)} is missing, but later rounds are there. Put it back, or start a new `run_dir`."
+            )
         return len(found)
 
     def commit(self, number: int, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -296,6 +302,10 @@ class RunDirectory:
             write_atomically(self.work(number) / "rejected.json", json.dumps(reasons))
         self.checkpoint(number).unlink(missing_ok=True)
 
+    def verdicts(self, number: int) -> tuple[int, int]:
+        """How many rounds are committed, and how many tries of a round rejected: changes with every verdict."""
+        return self.committed(), len(self.tries(number))
+
     @property
     def stopped(self) -> str | None:
         """Why boosting stopped before the last round, if it did."""
@@ -305,7 +315,9 @@ class RunDirectory:
     def stop(self, number: int, reason: str) -> None:
         """Records that boosting stopped at a round, with the reason."""
         with _disk_errors("the record of the stop", self.root):
-            write_atomically(self.root / "stopped.json", json.dumps({"round": number, "reason": reason, "tries": self.tries(number)}))
+            write_atomically(
+                self.root / "stopped.json", json.dumps({"round": number, "reason": reason, "tries": self.tries(number)})
+            )
 
     # ---- the curve
 

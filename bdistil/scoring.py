@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Part:
         return block_loader(self.loader, blocks, seed=seed_of(self.seed, number, "score"))
 
     def ask(
-        self, teacher: nn.Module, device: torch.device, *, outputs: int, fingerprint: str, scale: float | None = None
+        self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, scale: float | None = None
     ) -> tuple[float, float]:
         """Writes the teacher's logits of all samples to the ledger.
 
@@ -119,7 +120,7 @@ class Part:
             scores.update((logits if teacher else self._prefix(logits, index))[None], y)
             yield int(index[0]), logits
 
-    def _prefix(self, answer: Tensor, index: Tensor) -> Tensor:
+    def _prefix(self, answer: Tensor, index: np.ndarray[Any, Any]) -> Tensor:
         """Logits of the prefix that ends with a student, in the teacher's units."""
         g, s = self.ledger.rows(index)
         return (g + (s + answer - g) / (self.ledger.version + 1)) * self.ledger.scale

@@ -70,7 +70,7 @@ class BoostingSettings:
         _require(self, "margin_share", 0 <= self.margin_share <= 1, "in [0, 1]")
         _require(self, "margin_tolerance", self.margin_tolerance >= 0, ">= 0")
         _require(self, "ladder", len(self.ladder) > 0, "one rung or more")
-        _require(self, "start", 0 <= self.start, ">= 0")
+        _require(self, "start", self.start >= 0, ">= 0")
         _require(self, "state", self.state in ("cached", "recompute"), "'cached' or 'recompute'")
         _require(self, "lr", self.lr > 0, "> 0")
         _require(self, "weight_decay", self.weight_decay >= 0, ">= 0")
@@ -78,7 +78,11 @@ class BoostingSettings:
 
     def gamma_for(self, bound: float) -> float:
         """Gamma of the loss: as given, or derived of eta, kappa and b = 2 max|g|."""
-        return self.gamma if self.gamma is not None else gamma_of(self.eta, 1.0 if self.kappa is None else self.kappa, bound)
+        return (
+            self.gamma
+            if self.gamma is not None
+            else gamma_of(self.eta, 1.0 if self.kappa is None else self.kappa, bound)
+        )
 
     def rungs(self, number: int, *, links: bool) -> Sequence[Rung]:
         """The classes that a round may try, in order.

@@ -39,7 +39,9 @@ class Rung:
         if self.links < 0:
             raise UserError(f"Expected `links` of a rung to be >= 0, got {self.links}.")
         if self.kind not in ("concat", "residual", "hidden"):
-            raise UserError(f"Expected `kind` of a rung to be one of 'concat', 'residual', 'hidden', got {self.kind!r}.")
+            raise UserError(
+                f"Expected `kind` of a rung to be one of 'concat', 'residual', 'hidden', got {self.kind!r}."
+            )
         if self.hidden < 1 or self.width <= 0:
             raise UserError(f"Expected `hidden` >= 1 and `width` > 0 of a rung, got {self.hidden} and {self.width}.")
 
@@ -70,7 +72,9 @@ class Join(nn.Module):
         elif rung.kind == "residual":
             self.project = nn.Linear(total, own)
         else:
-            self.project = nn.Sequential(nn.Linear(own + total, rung.hidden), nn.ReLU(), nn.Linear(rung.hidden, outputs))
+            self.project = nn.Sequential(
+                nn.Linear(own + total, rung.hidden), nn.ReLU(), nn.Linear(rung.hidden, outputs)
+            )
 
     def forward(self, features: Tensor, linked: Tensor) -> Tensor:
         """What is added: to the logits (B, L) by `concat` and `hidden`, to the features (B, D) by `residual`."""
@@ -91,14 +95,17 @@ class Student(nn.Module):
         UserError: D or L can not be read off the head and was not given.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, *, features: int | None = None, outputs: int | None = None) -> None:
+    def __init__(
+        self, body: nn.Module, head: nn.Module, *, features: int | None = None, outputs: int | None = None
+    ) -> None:
         super().__init__()
         self.body, self.head = body, head
         linear = head if isinstance(head, nn.Linear) else None
         if linear is None and (features is None or outputs is None):
             raise UserError(
-                f"Expected `features` and `outputs` beside a head that is not nn.Linear, got head {type(head).__name__}, "
-                f"features={features}, outputs={outputs}. Give Student(body, head, features=D, outputs=L)."
+                f"Expected `features` and `outputs` beside a head that is not nn.Linear, got "
+                f"{type(head).__name__} with features={features}, outputs={outputs}. "
+                "Give Student(body, head, features=D, outputs=L)."
             )
         self.width = int(features if features is not None else linear.in_features)  # type: ignore[union-attr]
         self.outputs = int(outputs if outputs is not None else linear.out_features)  # type: ignore[union-attr]
@@ -137,8 +144,9 @@ class Student(nn.Module):
             logits: Tensor = self.head(features)
             return logits
         joined = self.join(features, torch.cat(tuple(linked), 1) if len(linked) > 1 else linked[0])
-        logits = self.head(features + joined) if self.join.kind == "residual" else self.head(features) + joined
-        return logits
+        residual = self.join.kind == "residual"
+        answer: Tensor = self.head(features + joined) if residual else self.head(features) + joined
+        return answer
 
     def forward(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
         """Logits (B, L); `linked` holds features (B, D) of the linked students, the most recent first."""

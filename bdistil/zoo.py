@@ -23,7 +23,9 @@ def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequ
         UserError: no channels, or a number below 1.
     """
     if not channels or min(*channels, in_channels, pooled) < 1:
-        raise UserError(f"Expected `channels`, `in_channels` and `pooled` >= 1, got {list(channels)}, {in_channels}, {pooled}.")
+        raise UserError(
+            f"Expected `channels`, `in_channels` and `pooled` >= 1, got {list(channels)}, {in_channels}, {pooled}."
+        )
     layers: list[tuple[str, nn.Module]] = []
     for number, (inside, outside) in enumerate(zip([in_channels, *channels], channels, strict=False)):
         layers += [

@@ -34,7 +34,7 @@ class ComputeCost(Callback):
         self.inputs, self.attribute, self.uncounted, self.latency = inputs, attribute, uncounted, latency
         self.cost: Cost | None = None
         self.samples_seen, self.seconds = 0, 0.0  # samples of all ranks; until the end as if all had what this one has
-        self._own, self._rows, self._start = 0, 1, 0.0  # samples of this rank, samples measured, when the clock was 0
+        self._rows, self._start = 1, 0.0  # samples that were measured at once, the time when the clock stood at 0
 
     @property
     def state_key(self) -> str:
@@ -53,7 +53,7 @@ class ComputeCost(Callback):
         """Counts from 0 in a fit from the beginning, also where this instance served another one."""
         if trainer.global_step == 0:
             self.samples_seen, self.seconds = 0, 0.0
-        self.cost, self._own, self._start = None, 0, time.perf_counter() - self.seconds
+        self.cost, self._start = None, time.perf_counter() - self.seconds
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measures before the first step; not in `on_fit_start`, as the sanity check clears what is logged there."""
@@ -61,8 +61,8 @@ class ComputeCost(Callback):
             return
         part = dict(pl_module.named_modules()).get(self.attribute or "")
         if part is None or type(part).forward is LightningModule.forward:
-            names = [name for name, _ in pl_module.named_children()]
-            raise UserError(f"ComputeCost(attribute={self.attribute!r}) has no `forward` to measure; choose from {names}.")
+            there = [name for name, _ in pl_module.named_children()]
+            raise UserError(f"ComputeCost(attribute={self.attribute!r}) names no module with a `forward` of {there}.")
         inputs = trainer.precision_plugin.convert_input(self._given(pl_module, batch))
         self._rows, self.cost = _rows(inputs), measure_cost(part, inputs, uncounted=self.uncounted)
         figures = {key: getattr(self.cost, key) for key in ("macs", "params", "weight_bytes", "activation_bytes")}
@@ -75,14 +75,13 @@ class ComputeCost(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
                            ) -> None:  # fmt: skip
         """Counts the samples."""
-        self._own += _rows(batch)
         self.samples_seen += _rows(batch) * trainer.world_size
         self.seconds = time.perf_counter() - self._start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the cost of training, with the samples that the other ranks really had."""
-        total = trainer.strategy.reduce(torch.tensor(self._own, device=pl_module.device), reduce_op="sum")
-        self.samples_seen, self._own = self.samples_seen + int(total) - self._own * trainer.world_size, 0
+        total = trainer.strategy.reduce(torch.tensor(self.samples_seen, device=pl_module.device), reduce_op="sum")
+        self.samples_seen = int(total) // trainer.world_size  # of each rank's own, times the ranks: the sum of its own
         self.seconds = time.perf_counter() - self._start
         if self.cost is not None:
             macs = training_macs(student=self.cost.macs, samples_seen=self.samples_seen) // self._rows
@@ -93,10 +92,8 @@ class ComputeCost(Callback):
         if x is None:
             x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, (Tensor, tuple)):
-            raise UserError(
-                f"ComputeCost has no input to measure {type(pl_module).__name__} with, and no batch begins with a tensor. "
-                "Give one sample: ComputeCost(inputs=...), or `self.example_input_array = ...` in the module."
-            )
+            raise UserError("ComputeCost has no input to measure with, as the batches do not begin with a tensor. Give "
+                            "one sample: ComputeCost(inputs=...), or the module's `example_input_array`.")  # fmt: skip
         if self.inputs is None:
             x = tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.dim() else leaf, x)
         return move_data_to_device(x if isinstance(x, tuple) else (x,), pl_module.device)

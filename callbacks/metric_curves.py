@@ -58,8 +58,8 @@ class MetricCurves(pl.Callback):
         missing = [key for key in (self.metric, self.cost) if key not in trainer.callback_metrics]
         if missing:
             raise UserError(
-                f"MetricCurves found no metric {missing[0]!r}; logged were {sorted(trainer.callback_metrics)}. Log it, or "
-                "give `metric` and `cost` as they are logged (ComputeCost logs cost/macs)."
+                f"MetricCurves found no metric {missing[0]!r}; logged were {sorted(trainer.callback_metrics)}. "
+                "Log it, or give `metric` and `cost` as they are logged (ComputeCost logs cost/macs)."
             )
         figures = self.add(*(float(trainer.callback_metrics[key]) for key in (self.cost, self.metric)))
         for logger in trainer.loggers:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from bdistil import distributed
 from bdistil.boosting import Boosting
 from bdistil.callbacks.metric_curves import MetricCurves
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
 from bdistil.report import write_report
+from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
 from bdistil.seeding import reseed
 from bdistil.settings import BoostingSettings
-from bdistil.tracking import CurveTracker
 
 
 class RoundController(Checkpoint):
@@ -37,9 +38,7 @@ class RoundController(Checkpoint):
         teacher: any module, x -> logits (B, L).
         student: ``make_student(round)``, rounds from 0; a `Student` also takes links.
         settings: of the run.
-        seed: all randomness of the run is a function of it, the round, the epoch and the rank.
-        config: what config.yaml keeps; the settings and the seed by default.
-        uncounted: an operator whose cost is unknown is an ``error`` before training, or recorded with a warning.
+        options: seed, config and uncounted of `bdistil.boosting.Boosting`.
 
     Example::
 
@@ -57,23 +56,17 @@ class RoundController(Checkpoint):
         teacher: nn.Module,
         student: Callable[..., nn.Module],
         settings: BoostingSettings | None = None,
-        seed: int = 0,
-        config: Mapping[str, Any] | None = None,
-        uncounted: Literal["error", "record"] = "record",
+        **options: Any,
     ) -> None:
-        self.boosting = Boosting(
-            run_dir, teacher=teacher, student=student, settings=settings or BoostingSettings(), seed=seed,
-            config=config, uncounted=uncounted,
-        )  # fmt: skip
-        self.run, self.settings, self.seed = self.boosting.run, self.boosting.settings, seed
-        self.tracker: CurveTracker | None = None
+        self.settings = settings or BoostingSettings()
+        self.boosting = Boosting(run_dir, teacher=teacher, student=student, settings=self.settings, **options)
+        self.run, self.tracker = self.boosting.run, RoundTracker(self.boosting.run)
         self._begin(0)
 
     def _begin(self, number: int) -> None:
-        self.number, self.done, self.closed = number, False, False
-        self.epochs, self.samples_seen, self.seconds = 0, 0, 0.0
-        self._fresh, self._started = True, time.perf_counter()
-        self._device = torch.device("cpu")
+        self.number, self.done, self.closed, self.fresh = number, False, False, True
+        self.epochs, self.samples_seen, self.seconds, self.started = 0, 0, 0.0, time.perf_counter()
+        self.device = torch.device("cpu")
 
     # ---- the loop that a user writes
 
@@ -88,31 +81,21 @@ class RoundController(Checkpoint):
             RunError: a round came back without a verdict, or a committed round is torn.
         """
         self.boosting.check(datamodule)
+        self.boosting.recognise()
         while (module := self.boosting.build()) is not None:
             self._begin(module.number)
+            before = self.run.verdicts(self.number)
             with self.boosting.loaders(datamodule):
                 yield module
-            tries = len(self.run.tries(module.number))
-            if self.run.committed() == module.number and tries == self.boosting.attempt and not self.run.stopped:
+            if self.run.verdicts(self.number) == before:
                 raise RunError(
-                    f"Round {module.number} ended without a verdict. Was the module fitted to its end by a Trainer with "
-                    "callbacks=[controller]?"
+                    f"Round {self.number + 1} came back without a verdict. Was its module fitted to the end by a "
+                    "Trainer with callbacks=[controller]?"
                 )
             gc.collect()  # a Trainer lingers in reference cycles
-        self.boosting.finish(datamodule, self._device)
-        if rank_zero_only.rank == 0 and self.run.committed():
+        self.boosting.finish(datamodule, self.device)
+        if distributed.early_rank() == 0 and self.run.committed():
             write_report(self.run)
-            self._show_curve()
-        if self.run.stopped:
-            rank_zero_info(f"Boosting stopped: {self.run.stopped}.")
-
-    def _show_curve(self) -> None:
-        if self.tracker is not None and self.run.curve.exists():
-            self.tracker.curve(self.run.read_curve())
-
-    def close_loggers(self) -> None:
-        """Ends the tracker's run; for the `finally` of a program that starts no other run."""
-        if self.tracker is not None:
             self.tracker.finish()
 
     @property
@@ -130,12 +113,9 @@ class RoundController(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the round under way is."""
-        return {
-            "number": self.number,
-            "attempt": self.boosting.attempt,
-            "done": self.done,
-            "epochs": self.epochs,
-            "samples_seen": self.samples_seen,
+        names = ("number", "done", "epochs", "samples_seen")
+        return {name: getattr(self, name) for name in names} | {
+            "try": self.boosting.attempt,
             "seconds": self._elapsed(),
         }
 
@@ -145,18 +125,17 @@ class RoundController(Checkpoint):
         Raises:
             RunError: the checkpoint is of another round.
         """
-        found = state_dict["number"], state_dict["attempt"]
-        if found != (self.number, self.boosting.attempt):
+        found, wanted = (state_dict["number"], state_dict["try"]), (self.number, self.boosting.attempt)
+        if found != wanted:
             raise RunError(
-                f"A checkpoint of round {found[0]} (try {found[1]}) was offered to round {self.number} (try "
-                f"{self.boosting.attempt}). Fit with ckpt_path=controller.ckpt_path; under SLURM also with "
-                "Trainer(default_root_dir=...) of its own for each round."
+                f"A checkpoint of (round, try) {found} was offered to {wanted}. Fit with "
+                "ckpt_path=controller.ckpt_path; under SLURM give each round's Trainer a default_root_dir of its own."
             )
-        self.done, self.epochs = state_dict["done"], state_dict["epochs"]
-        self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
+        for name in ("done", "epochs", "samples_seen", "seconds"):
+            setattr(self, name, state_dict[name])
 
     def _elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self._started
+        return self.seconds + time.perf_counter() - self.started
 
     # ---- hooks
 
@@ -164,45 +143,32 @@ class RoundController(Checkpoint):
         """Refuses what is not this round; seeds, as configure_optimizers may make the loader."""
         if not isinstance(pl_module, BoostingRound) or pl_module.number != self.number:
             raise UserError(
-                f"RoundController expected the module of round {self.number} that `controller.rounds(datamodule)` gave, "
-                f"got {type(pl_module).__name__}."
+                "RoundController expected the module that `controller.rounds(datamodule)` gave for round "
+                f"{self.number + 1}, got {type(pl_module).__name__}."
             )
         self._reseed(trainer)
 
     def _reseed(self, trainer: pl.Trainer) -> None:
-        reseed(self.seed, self.number, self.boosting.attempt, self.epochs, trainer.global_rank)
+        reseed(self.boosting.seed, self.number, self.boosting.attempt, self.epochs, trainer.global_rank)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Brings the ledger up to date; a round that had ended and was not committed trains no more."""
         assert isinstance(pl_module, BoostingRound)
-        self._device = pl_module.device
+        self.device = pl_module.device
         self.boosting.open(pl_module)
+        self.tracker.start(trainer, self.number)
         self.curves = MetricCurves()
-        records = [self.run.record(number) for number in range(self.number)]
-        for record in records:
-            self.curves.add(record["curve"]["macs"], record["curve"]["val_accuracy"])
-        self._watch(trainer, records)
-        # The step axis of loggers goes on where the rounds before ended, though each Trainer counts from 0.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = sum(record["steps"] for record in records)
-        if trainer.train_dataloader is None:
-            self._reseed(trainer)
-        if self.done:
-            trainer.should_stop = True
-
-    def _watch(self, trainer: pl.Trainer, records: list[dict[str, Any]]) -> None:
-        """Shows the run in this Trainer's loggers; after a restart the committed rounds are shown again."""
-        first = self.tracker is None
-        self.tracker = CurveTracker(trainer.loggers)
-        for logger in trainer.loggers:
-            self.tracker.define(logger)
-        if first:
-            self.tracker.restore(records)
+        for number in range(self.number):
+            row = self.run.record(number)["curve"]
+            self.curves.add(row["macs"], row["val_accuracy"])
+        self._reseed(trainer)
+        trainer.should_stop |= self.done
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the epoch; the first one was, before its loader was made."""
-        if not self._fresh:
+        if not self.fresh:
             self._reseed(trainer)
-        self._fresh = False
+        self.fresh = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -218,32 +184,29 @@ class RoundController(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judges the student and commits it, or sends the round to a wider class."""
+        assert isinstance(pl_module, BoostingRound)
         self._close(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes a round that was resumed after its last epoch: it trained no more, so `on_train_end` was not called."""
+        """Closes a round that was resumed after its last epoch, for which `on_train_end` is not called."""
         if not self.closed:
-            pl_module.to(self._device)
-            self._close(trainer, pl_module)
+            assert isinstance(pl_module, BoostingRound)
+            self._close(trainer, pl_module.to(self.device))
             pl_module.cpu()
 
-    def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, BoostingRound)
+    def _close(self, trainer: pl.Trainer, module: BoostingRound) -> None:
         self.closed = True
-        verdict = self.boosting.judge(pl_module, self._device)
+        verdict = self.boosting.judge(module, self.device)
         name = f"Round {self.number + 1} of {self.settings.rounds}, class {self.boosting.rung.name}"
         if not verdict.accepted:
-            goes_on = self.boosting.reject(pl_module, verdict)
-            rank_zero_info(f"{name}: rejected, {verdict.reason}. " + ("A wider class is tried." if goes_on else "Boosting stops."))
+            then = "A wider class is tried." if self.boosting.reject(module, verdict) else "Boosting stops."
+            rank_zero_info(f"{name}: rejected, {verdict.reason}. {then}")
             return
-        row = self.boosting.row(pl_module, verdict, samples_seen=self.samples_seen, seconds=self._elapsed())
+        row = self.boosting.row(module, verdict, samples_seen=self.samples_seen, seconds=self._elapsed())
         row |= self.curves.add(row["macs"], row["val_accuracy"])
-        self.boosting.commit(pl_module, verdict, row, {"epochs": self.epochs, "steps": trainer.global_step})
+        self.boosting.commit(module, verdict, row, epochs=self.epochs, steps=trainer.global_step)
+        self.tracker.committed(trainer, row, self.number)
         rank_zero_info(
-            f"{name}: accepted, {verdict.reason}. Prefix of {self.number + 1}: accuracy {verdict.accuracy:.4f} on "
-            f"validation, {row['macs']:,} MACs."
+            f"{name}: accepted, {verdict.reason}. Accuracy of the prefix {verdict.accuracy:.4f} on validation, "
+            f"{row['macs']:,} MACs."
         )
-        assert self.tracker is not None
-        self.tracker.round(row, self.number + 1, trainer.fit_loop.epoch_loop._batches_that_stepped)
-        if trainer.is_global_zero:
-            self.tracker.student(self.run.folder(self.number), self.number + 1, row)

@@ -25,7 +25,7 @@ def row(stage, accuracy):
         "val_accuracy": accuracy, "val_loss": 0.61 / stage, "test_accuracy": accuracy - 0.0123, "latency_ms": 0.217,
         "seconds": 75.5 * stage, "accepted_class": "F_1", "margin_share": 0.4, "reason": REASON,
         "margin_min": -0.012345, "rms_error": 0.463 / stage, "sup_error": 3.14 / stage, "activation_bytes": 25_088,
-        "area": 0.8412, "violations": 0,
+        "area": 0.8112 + 0.01 * stage, "violations": 0,
     }  # fmt: skip
 
 
@@ -144,6 +144,8 @@ def test_picture_follows_the_data(tmp_path):
     pictures = {}
     changed = {
         "as it is": rows(), "again": rows(), "validation": rows((0.794, 0.85, 0.9001)), "no teacher": rows()[1:],
+        "better teacher": [{**TEACHER, "val_accuracy": 0.98}, *rows()[1:]],
+        "teacher of no known cost": [{**TEACHER, "macs": None}, *rows()[1:]],
         "test": [*rows()[:3], {**rows()[3], "test_accuracy": 0.82}],
         "dearer": [*rows()[:3], {**rows()[3], "macs": 40_000}],
         "longer": rows((*ACCURACY, 0.91)),
@@ -184,6 +186,12 @@ def test_page_follows_the_colour_scheme(run, page):
     used = set(re.findall(r"var\(--(\w+)\)", pictures))
     assert used == {"blue", "orange", "ink", "muted", "line", "paper"}
     assert not re.search(r": ?#[0-9a-f]{6}", pictures), "a colour that does not follow"
+
+
+def test_teacher_is_a_dotted_line_and_a_star(run, page):
+    styles = [value for key, value in page.attributes if key == "style"]
+    assert any("stroke-dasharray" in style and "stroke: var(--ink)" in style for style in styles)
+    assert any("fill: var(--ink); stroke: var(--paper); stroke-linejoin: bevel" in style for style in styles)
 
 
 def test_page_has_every_exact_figure(run, page):
@@ -256,8 +264,8 @@ def test_a_run_without_a_curve_is_told_so(tmp_path):
 
 
 def test_drawing_leaves_no_global_state(tmp_path):
-    settings, seen = dict(matplotlib.rcParams), set(sys.modules)
+    settings, seen = matplotlib.rcParams.copy(), set(sys.modules)
     plot_curve(as_read(tmp_path, rows()), tmp_path / "curve.png")
-    assert dict(matplotlib.rcParams) == settings
+    assert matplotlib.rcParams.copy() == settings
     assert not Gcf.figs
     assert "matplotlib.pyplot" not in set(sys.modules) - seen

@@ -74,5 +74,5 @@ def _records(data: bytes) -> Iterator[Any]:
             return  # torn by a kill
         record = chunk if kind in (1, 2) else record + chunk  # 1 is whole, 2 to 4 are first, middle and last
         if kind in (1, 4):
-            yield wandb_internal_pb2.Record.FromString(record)
+            yield wandb_internal_pb2.Record.FromString(record)  # type: ignore[attr-defined]  # has no types
         at += HEAD + length

@@ -42,7 +42,9 @@ def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple
     for label in classes:
         rows = (labels == label).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        for part, chosen in zip(parts, (rows[second + third :], rows[:second], rows[second : second + third]), strict=True):
+        for part, chosen in zip(
+            parts, (rows[second + third :], rows[:second], rows[second : second + third]), strict=True
+        ):
             part.append(chosen)
     train, val, test = (torch.cat(part).sort().values for part in parts)
     return train, val, test

@@ -24,10 +24,14 @@ def packaged_file(package: str, path: str, sha256: str) -> Path:
     try:
         file = Path(str(metadata.distribution(package).locate_file(path)))
     except metadata.PackageNotFoundError:
-        raise UserError(f"This recipe's data come with the package `{package}`, which is not installed. {cure}") from None
+        raise UserError(
+            f"This recipe's data come with the package `{package}`, which is not installed. {cure}"
+        ) from None
     if not file.is_file():
         raise UserError(f"{file} is missing from the package `{package}` {metadata.version(package)}. {cure}")
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != sha256:
-        raise UserError(f"{file} is not the file that this recipe was made for: sha256 {found}, expected {sha256}. {cure}")
+        raise UserError(
+            f"{file} is not the file that this recipe was made for: sha256 {found}, expected {sha256}. {cure}"
+        )
     return file

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -49,15 +50,15 @@ class IndexedDataset(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> Any:
         if self._tensors is None:
             return [self[index] for index in indices]
-        rows = torch.tensor(indices)
-        return (*(tensor[rows] for tensor in self._tensors), rows)
+        rows = np.asarray(indices)
+        return (*(tensor[torch.from_numpy(rows)] for tensor in self._tensors), rows)
 
     def collate(self, batch: Any) -> Any:
-        """(x, y, index) of a batch; index (B,) int64."""
+        """(x, y, index) of a batch; index is (B,) int64 in NumPy, which no Trainer moves to a device."""
         if isinstance(batch, tuple):
             return batch
         items, indices = zip(*batch, strict=True)
-        return (*self._collate(list(items)), torch.tensor(indices))
+        return (*self._collate(list(items)), np.asarray(indices))
 
 
 def _settings(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -164,7 +165,9 @@ def check_dataset(loader: Any, name: str) -> int:
     item = dataset[0]
     if not isinstance(item, tuple | list) or len(item) != 2:
         got = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
-        raise UserError(f"Expected items of the dataset of `{name}()` to be (x, y), got {got}. The index is added for you.")
+        raise UserError(
+            f"Expected items of the dataset of `{name}()` to be (x, y), got {got}. The index is added for you."
+        )
     return len(dataset)
 
 

@@ -1,0 +1,139 @@
+"""What a row of the curve says: the cost of a stage, counted before training, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
+from bdistil.ledger import RoundEvidence
+from bdistil.preflight import first_of, to_device
+from bdistil.students import Student, linkable, linked_features, links_of
+
+Uncounted = Literal["error", "record"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a trained student, and the figures behind it; accuracy and loss are the prefix's on validation."""
+
+    accepted: bool
+    reason: str
+    training: RoundEvidence
+    validation: RoundEvidence
+    accuracy: float
+    loss: float
+
+
+def student_inputs(
+    student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device
+) -> tuple[Any, ...]:
+    """What a student is given for one sample: x, and the features (1, D) that it reads of earlier ones."""
+    x = to_device(first_of(example), device)
+    return (x, linked_features(student, earlier, x)) if links_of(student) else (x,)
+
+
+def student_cost(student: nn.Module, earlier: Sequence[nn.Module], example: Any, uncounted: Uncounted) -> Cost:
+    """Cost of a student for one sample; all modules come to the CPU for it.
+
+    Raises:
+        UserError: an operator's cost is unknown, and `uncounted` is ``error``.
+    """
+    for module in earlier:
+        module.cpu()
+    inputs = student_inputs(student, earlier, example, torch.device("cpu"))
+    cost = measure_cost(student, inputs, uncounted=uncounted)
+    if cost.uncounted:
+        rank_zero_warn(
+            f"The MACs of {type(student).__name__} lack operators that could not be counted: {cost.uncounted}."
+        )
+    return cost
+
+
+def teacher_row(
+    teacher: nn.Module, example: Any, device: torch.device, samples: int, uncounted: Uncounted
+) -> dict[str, Any]:
+    """Cost of the teacher, and of asking it about all samples once; left on the device."""
+    cost = measure_cost(teacher.cpu(), (first_of(example),), uncounted=uncounted)
+    latency = latency_ms(teacher.to(device), (to_device(first_of(example), device),))
+    return {
+        "stage": "teacher",
+        "macs": cost.macs,
+        "link_macs": 0,
+        "params": cost.params,
+        "train_macs": cost.macs * samples,
+        "latency_ms": latency,
+        "activation_bytes": cost.activation_bytes,
+    }
+
+
+def round_training_macs(
+    student: nn.Module,
+    cost: Cost,
+    earlier: Sequence[nn.Module],
+    example: Any,
+    samples_seen: int,
+    teacher_macs: int,
+) -> int:
+    """MACs of training one round: the student, what it reads of earlier students, and the teacher where it is asked.
+
+    Args:
+        student: of the round.
+        cost: of the student.
+        earlier: the students before it, on the CPU.
+        example: x of some samples.
+        samples_seen: in all epochs and processes.
+        teacher_macs: 0 with cached state; else the earlier students run whole for every batch as well.
+    """
+    linked = linkable(earlier)[: links_of(student)]
+    run: list[nn.Module] = list(earlier) if teacher_macs else [s.body for s in linked]
+    links = sum(_macs(module, module_inputs(module, earlier, example)) for module in run)
+    return training_macs(
+        student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen
+    )
+
+
+def module_inputs(module: nn.Module, earlier: Sequence[nn.Module], example: Any) -> tuple[Any, ...]:
+    """Inputs of an earlier student, or of a body, for one sample."""
+    before = list(earlier)[: list(earlier).index(module)] if isinstance(module, Student) else []
+    return student_inputs(module, before, example, torch.device("cpu"))
+
+
+def _macs(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+    return measure_cost(module, inputs, uncounted="record").macs
+
+
+def stage_row(number: int, before: Mapping[str, Any], cost: Cost, verdict: Verdict) -> dict[str, Any]:
+    """The row of a prefix: MACs and parameters are cumulative, the other costs are this stage's.
+
+    Args:
+        number: the round, from 0.
+        before: row of the prefix before; ignored in round 0.
+        cost: of the student.
+        verdict: of the round.
+    """
+    macs, params = (before["macs"], before["params"]) if number else (0, 0)
+    return {
+        "stage": number + 1,
+        "macs": macs + cost.macs,
+        "link_macs": cost.by_module.get("join", 0),
+        "params": params + cost.params,
+        "val_accuracy": verdict.accuracy,
+        "val_loss": verdict.loss,
+        "margin_share": verdict.training.margin_share,
+        "reason": verdict.reason,
+        "margin_min": verdict.training.margin_min,
+        "rms_error": verdict.validation.rms_after,
+        "sup_error": verdict.validation.sup_after,
+        "activation_bytes": cost.activation_bytes,
+    }
+
+
+def shape_of(example: Any) -> list[int] | None:
+    """Shape of one sample, where x is a tensor."""
+    return list(example.shape[1:]) if isinstance(example, Tensor) else None
