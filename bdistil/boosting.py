@@ -146,8 +146,8 @@ class Boosting:
             number=number,
             settings=self.settings,
             earlier=self.students,
-            ledger=self.train.ledger,
-            validation=self.val.ledger,
+            train=self.train,
+            val=self.val,
             teacher=self.teacher if self.recompute else None,
         )
 
@@ -163,8 +163,9 @@ class Boosting:
         """
         if not (self.train.ledger.exists and self.val.ledger.exists and self.run.teacher_figures()):
             self._ask_teacher(module.device)
+        reach = 0 if self.recompute else max(rung.links for rung in self.settings.ladder)
         for part in (self.train, self.val):
-            part.catch_up(self.students, module.device, self.fingerprint)
+            part.catch_up(self.students, module.device, self.fingerprint, reach)
         module.prepare()
         inputs = student_inputs(module.student, self.students, self.example, module.device)
         self.latency = latency_ms(module.student, inputs)
@@ -233,8 +234,8 @@ class Boosting:
         Raises:
             RunError: the disk refused.
         """
-        self.train.ledger.keep()
-        self.val.ledger.keep()
+        for part in (self.train, self.val):
+            part.keep(module.student, module.number)
         if distributed.rank() == 0:
             plan, tensors, why = _described(module.student)
             record = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
 import logging
 import os
@@ -261,12 +262,12 @@ def _run(command: str, args: Sequence[str]) -> None:
         )
         return
     function = COMMANDS[command]
-    parser = Parser(prog=f"bdistil {command}", description=function.__doc__)
-    parser.add_function_arguments(function, as_positional=False)
-    given: Namespace = parser.instantiate_classes(
-        parser.parse_args(["--as_json=true" if a == "--json" else a for a in args])
-    )
-    function(**{key: value for key, value in given.items() if key != "config"})
+    parser = Parser(prog=f"bdistil {command}", description=(function.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(function, as_positional=False, skip={"as_json"})
+    if "as_json" in inspect.signature(function).parameters:
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
+    given: Namespace = parser.instantiate_classes(parser.parse_args(list(args)))
+    function(**{"as_json" if key == "json" else key: value for key, value in given.items()})
 
 
 # What Lightning says of the machine at every Trainer, which a run of T rounds would say T times.

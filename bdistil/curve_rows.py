@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.ledger import RoundEvidence
 from bdistil.preflight import first_of, to_device
-from bdistil.students import Student, linkable, linked_features, links_of
+from bdistil.students import linkable, linked_features, links_of
 
 Uncounted = Literal["error", "record"]
 
@@ -69,6 +69,7 @@ def teacher_row(
         "train_macs": cost.macs * samples,
         "latency_ms": latency,
         "activation_bytes": cost.activation_bytes,
+        "weight_bytes": cost.weight_bytes,
     }
 
 
@@ -80,7 +81,7 @@ def round_training_macs(
     samples_seen: int,
     teacher_macs: int,
 ) -> int:
-    """MACs of training one round: the student, what it reads of earlier students, and the teacher where it is asked.
+    """MACs of training one round: the student; without cached state also teacher and earlier students, every batch.
 
     Args:
         student: of the round.
@@ -88,23 +89,19 @@ def round_training_macs(
         earlier: the students before it, on the CPU.
         example: x of some samples.
         samples_seen: in all epochs and processes.
-        teacher_macs: 0 with cached state; else the earlier students run whole for every batch as well.
+        teacher_macs: 0 with cached state; else the earlier students run for every batch as well.
     """
-    linked = linkable(earlier)[: links_of(student)]
-    run: list[nn.Module] = list(earlier) if teacher_macs else [s.body for s in linked]
-    links = sum(_macs(module, module_inputs(module, earlier, example)) for module in run)
+    links = 0
+    if teacher_macs:
+        links = sum(_macs(s, earlier[:number], example) for number, s in enumerate(earlier))
+        links += sum(_macs(s.body, (), example) for s in linkable(earlier)[: links_of(student)])
     return training_macs(
         student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen
     )
 
 
-def module_inputs(module: nn.Module, earlier: Sequence[nn.Module], example: Any) -> tuple[Any, ...]:
-    """Inputs of an earlier student, or of a body, for one sample."""
-    before = list(earlier)[: list(earlier).index(module)] if isinstance(module, Student) else []
-    return student_inputs(module, before, example, torch.device("cpu"))
-
-
-def _macs(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+def _macs(module: nn.Module, earlier: Sequence[nn.Module], example: Any) -> int:
+    inputs = student_inputs(module, earlier, example, torch.device("cpu"))
     return measure_cost(module, inputs, uncounted="record").macs
 
 

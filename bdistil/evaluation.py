@@ -85,7 +85,13 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
     x = torch.randn(batch_size, *shape)
     rows = []
     if teacher := run.teacher_figures():
-        rows.append(_row("teacher", teacher["macs"], 0, teacher["macs"], teacher["params"], None, None, None))
+        once = [round(teacher["latency_ms"], 3)] if batch_size == 1 else [None]
+        size = teacher["activation_bytes"] if batch_size == 1 else None
+        rows.append(
+            _row(
+                "teacher", teacher["macs"], 0, teacher["macs"], teacher["params"], teacher["weight_bytes"], size, *once
+            )
+        )
     for number, student in enumerate(ensemble.students):
         earlier = list(ensemble.students)[:number]
         inputs = (x, linked_features(student, earlier, x)) if links_of(student) else (x,)

@@ -1,16 +1,17 @@
 """The arithmetic of progressive ensemble distillation: functions of tensors, no state.
 
 Letters: N samples of the training part, B samples of a batch, L outputs (classes), T rounds.
-All functions are differentiable and keep the dtype and device of what they are given.
+All functions are differentiable (the loss once) and keep the dtype and device of what they are given.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Under this value the logarithm of the barrier goes on as its tangent (see `log_barrier_loss`).
 BARRIER_FLOOR = 1e-3
@@ -78,10 +79,31 @@ def margins(error: Tensor, deviation: Tensor, eta: float) -> Tensor:
     return ((up - down) * deviation).sum(0)
 
 
-def _log_with_tangent(value: Tensor) -> Tensor:
-    """log(value), continued below `BARRIER_FLOOR` by its tangent: finite, and its gradient never vanishes."""
-    below = (value - BARRIER_FLOOR) / BARRIER_FLOOR + torch.log(torch.full_like(value, BARRIER_FLOOR))
-    return torch.where(value > BARRIER_FLOOR, torch.log(value.clamp_min(BARRIER_FLOOR)), below)
+class _LogBarrierLoss(torch.autograd.Function):
+    """The loss with its gradient in closed form: a dozen small kernels a step instead of some sixty.
+
+    The logarithm goes on as its tangent below `BARRIER_FLOOR`: finite, and its gradient never vanishes. With
+    a' = max(a, floor) that is log(a') + (a - a')/floor, and its slope is 1/a' on both sides.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, deviation: Tensor, up: Tensor, down: Tensor, share: float, gamma: float) -> Tensor:
+        argument = (torch.stack((up, -down)) * deviation).sum(1).mul_(share).add_(1.0)
+        safe = argument.clamp_min(BARRIER_FLOOR)
+        barrier = safe.log().add_(argument.sub_(safe), alpha=1.0 / BARRIER_FLOOR).sum()
+        ctx.save_for_backward(deviation, up, down, safe)
+        ctx.share, ctx.gamma = share, gamma
+        return deviation.square().mean().sub_(barrier, alpha=1.0 / (gamma * deviation.shape[1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        deviation, up, down, safe = ctx.saved_tensors
+        pull = gradient * (ctx.share / (ctx.gamma * deviation.shape[1])) / safe
+        of_deviation = deviation * (gradient * (2.0 / deviation.numel())) - (up * pull[0] - down * pull[1])
+        of_up = -deviation * pull[0] if ctx.needs_input_grad[1] else None
+        of_down = deviation * pull[1] if ctx.needs_input_grad[2] else None
+        return of_deviation, of_up, of_down, None, None
 
 
 def log_barrier_loss(
@@ -106,10 +128,8 @@ def log_barrier_loss(
         The loss, shape ().
     """
     share = population / (len(deviation) * 2.0 * bound)
-    rise = 1.0 + share * (up * deviation).sum(0)
-    fall = 1.0 - share * (down * deviation).sum(0)
-    barrier = _log_with_tangent(torch.stack((rise, fall))).sum(0).mean()
-    return deviation.square().mean() - barrier / gamma
+    loss: Tensor = _LogBarrierLoss.apply(deviation, up, down, share, gamma)
+    return loss
 
 
 def gamma_of(eta: float, kappa: float, bound: float) -> float:
@@ -136,9 +156,8 @@ def accepts_progress(before: float, after: float, minimum: float) -> tuple[bool,
     """
     fall = 1.0 - after / before if before > 0 else 0.0
     verdict = "fell" if fall > minimum else "did not fall"
-    return fall > minimum, (
-        f"rms error to the teacher {verdict} by more than {minimum:g}: {before:.4f} -> {after:.4f} ({fall:+.2%})"
-    )
+    change = f"{before:.4f} -> {after:.4f}, {-fall:+.2%}"
+    return fall > minimum, f"rms error to the teacher {verdict} by more than {minimum:g}: {change}"
 
 
 def accepts_margin(margin_share: float, required: float) -> tuple[bool, str]:

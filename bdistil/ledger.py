@@ -12,13 +12,13 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import distributed
+from bdistil import distributed, row_files
 from bdistil.errors import RunError, UserError
 from bdistil.functional import centre, game_rows, log_normaliser
 
@@ -90,25 +90,9 @@ class ErrorLedger:
     def _next_file(self) -> Path:
         return self.folder / "error.next.tmp"
 
-    def _map(self, path: Path, mode: Literal["r", "r+"]) -> np.memmap[Any, np.dtype[np.float32]]:
-        return np.memmap(path, np.float32, mode, shape=(self.samples, self.outputs))
-
-    def _blank(self, path: Path) -> None:
-        """A file of zeros of the right size that takes no room until it is written to."""
-        if distributed.rank() == 0:
-            with open(path, "wb") as file:
-                file.truncate(self.samples * self.outputs * 4)
-        distributed.barrier()
-
-    def _keep(self, beside: Path, path: Path) -> None:
-        """Flushes a file that all processes wrote to, and gives it its name."""
-        distributed.barrier()
-        if distributed.rank() == 0:
-            handle = os.open(beside, os.O_RDWR)
-            os.fsync(handle)
-            os.close(handle)
-            os.replace(beside, path)
-        distributed.barrier()
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.samples, self.outputs
 
     # ---- making and opening
 
@@ -138,11 +122,9 @@ class ErrorLedger:
         Raises:
             RunError: a logit is NaN or infinite; the first sample is named.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.head = LedgerHead(samples, outputs, 1.0, 0.0, teacher)
         beside = self.folder / "teacher.f32.tmp"
-        self._blank(beside)
-        target = self._map(beside, "r+")
+        target = row_files.blank(beside, self._shape)
         squares, largest = torch.zeros((), dtype=torch.float64), torch.zeros(())
         for low, rows in logits:
             rows = centre(rows.detach().float().cpu())
@@ -150,8 +132,7 @@ class ErrorLedger:
             target[low : low + len(rows)] = rows.numpy()
             squares += rows.double().square().sum()
             largest = torch.maximum(largest, rows.abs().max())
-        target.flush()
-        self._keep(beside, self._teacher_file)
+        row_files.name(beside, self._teacher_file)
         rms = float(distributed.all_sum(squares) / (samples * outputs)) ** 0.5
         scale = scale or max(rms, torch.finfo(torch.float32).tiny)
         self.head = LedgerHead(samples, outputs, scale, float(distributed.all_max(largest)) / scale, teacher)
@@ -210,18 +191,18 @@ class ErrorLedger:
 
     def has(self, version: int) -> bool:
         """Is S after `version` rounds here, whole?"""
-        path = self._error_file(version)
-        return version == 0 or (path.exists() and path.stat().st_size == self.samples * self.outputs * 4)
+        return version == 0 or row_files.whole(self._error_file(version), self._shape)
 
     def use(self, version: int) -> None:
         """Opens S after `version` rounds; other versions are removed, as a restart can make them again."""
         if version == 0 and not self._error_file(0).exists():
-            self._blank(self.folder / "error.000.f32.tmp")
-            self._keep(self.folder / "error.000.f32.tmp", self._error_file(0))
+            row_files.blank(self._next_file, self._shape)
+            row_files.name(self._next_file, self._error_file(0))
         if not self.has(version):
             raise RunError(f"{self._error_file(version)} is missing or torn.")
         self.version, self._log_z = version, {}
-        self._g, self._s = self._map(self._teacher_file, "r"), self._map(self._error_file(version), "r")
+        self._g = row_files.mapped(self._teacher_file, self._shape)
+        self._s = row_files.mapped(self._error_file(version), self._shape)
         distributed.barrier()
         if distributed.rank() == 0:
             for path in self.folder.glob("error.*"):
@@ -241,8 +222,7 @@ class ErrorLedger:
         Raises:
             RunError: an answer is NaN or infinite; the first sample is named.
         """
-        self._blank(self._next_file)
-        target = self._map(self._next_file, "r+")
+        target = row_files.blank(self._next_file, self._shape)
         margin = torch.zeros(self.outputs, dtype=torch.float64)
         squares, largest = torch.zeros(2, dtype=torch.float64), torch.zeros(())
         log_z = self.log_normaliser(eta)
@@ -257,7 +237,6 @@ class ErrorLedger:
             squares += torch.stack((before.double().square().sum(), new.double().square().sum()))
             largest = torch.maximum(largest, new.abs().max())
             target[low : low + len(rows)] = new.numpy()
-        target.flush()
         margin, squares, largest = (
             distributed.all_sum(margin), distributed.all_sum(squares), distributed.all_max(largest)
         )  # fmt: skip
@@ -272,7 +251,7 @@ class ErrorLedger:
 
     def keep(self) -> None:
         """Gives the version that `advance` wrote its name. It counts once the round is committed."""
-        self._keep(self._next_file, self._error_file(self.version + 1))
+        row_files.name(self._next_file, self._error_file(self.version + 1))
 
     # ---- reading
 
@@ -292,10 +271,16 @@ class ErrorLedger:
             UserError: a number is not in 0 … N-1.
         """
         wanted = index.cpu().numpy() if isinstance(index, Tensor) else index
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.samples):
+        try:
+            if len(wanted) and wanted.min() < 0:  # NumPy would count from the end
+                raise IndexError
+            return torch.from_numpy(self._g.take(wanted, 0) / np.float32(self.scale)), torch.from_numpy(
+                self._s.take(wanted, 0)
+            )
+        except IndexError:
             bad = int(wanted[(wanted < 0) | (wanted >= self.samples)][0])
-            raise UserError(f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}.")
-        return torch.from_numpy(self._g[wanted] / np.float32(self.scale)), torch.from_numpy(self._s[wanted])
+            message = f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}."
+            raise UserError(message) from None
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, g, S) of the rows of this process, block by block."""

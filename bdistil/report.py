@@ -252,7 +252,7 @@ pre{overflow-x:auto;overflow-wrap:normal;border:1px solid var(--line);border-rad
 @page{size:landscape;margin:12mm}
 @media print{body{padding:0;font-size:12px}
 h2,footer{margin-top:1rem;break-after:avoid} th,td{font-size:8px;padding:.2rem}
-.scroll{overflow:visible} figure,.cards>div,tr,li{break-inside:avoid} pre{white-space:pre-wrap}}
+.scroll{overflow:visible} figure,table,.cards>div,li{break-inside:avoid} pre{white-space:pre-wrap}}
 """
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from bdistil.errors import RunError
 from bdistil.functional import centre, game_rows, log_barrier_loss
-from bdistil.ledger import ErrorLedger
+from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
-from bdistil.students import run_student
+from bdistil.students import links_of, run_student
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -34,8 +33,8 @@ class BoostingRound(pl.LightningModule):
         number: t, from 0.
         settings: of the run.
         earlier: the committed students, in order, in eval mode.
-        ledger: g and S of the training part.
-        validation: g and S of the validation part.
+        train: g, S and linked features of the training part.
+        val: the same of the validation part.
         teacher: asked about each batch where settings.state is `recompute`.
     """
 
@@ -46,13 +45,14 @@ class BoostingRound(pl.LightningModule):
         number: int,
         settings: BoostingSettings,
         earlier: Sequence[nn.Module],
-        ledger: ErrorLedger,
-        validation: ErrorLedger,
+        train: Part,
+        val: Part,
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.number, self.settings, self.ledger, self.validation = number, settings, ledger, validation
+        self.number, self.settings, self.train_part, self.val_part = number, settings, train, val
+        self.ledger = train.ledger
         object.__setattr__(self, "earlier", list(earlier))
         object.__setattr__(self, "teacher", teacher)
         self.recompute = settings.state == "recompute"
@@ -65,6 +65,13 @@ class BoostingRound(pl.LightningModule):
         """Logits (B, L) of this round's student, in units of the ledger."""
         return run_student(self.student, self.earlier, x)
 
+    def answer(self, x: Any, index: Index, part: Part) -> Tensor:
+        """Logits (B, L) float32 of this round's student for samples of a part, whose linked features are cached."""
+        if self.recompute or not links_of(self.student):
+            return run_student(self.student, self.earlier, x).float()
+        logits: Tensor = self.student(x, part.linked(self.student, self.earlier, index, self.device))
+        return logits.float()
+
     # ---- training
 
     def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
@@ -72,7 +79,7 @@ class BoostingRound(pl.LightningModule):
         x, _, index = batch
         target, error = self.state(x, index)
         up, down = game_rows(error, self.log_z, self.settings.eta)
-        deviation = self(x).float() - target
+        deviation = self.answer(x, index, self.train_part) - target
         loss = log_barrier_loss(deviation, up, down, population=self.ledger.samples, bound=self.bound, gamma=self.gamma)
         self._watch(loss, batch_idx)
         return loss
@@ -97,15 +104,16 @@ class BoostingRound(pl.LightningModule):
         """Reads from the ledger what holds for all batches of the round, and moves what is hidden to the device."""
         self.log_z = self.ledger.log_normaliser(self.settings.eta).float().to(self.device)
         self.bound, self.gamma = self.ledger.bound, self.settings.gamma_for(self.ledger.bound)
-        self._unusable = torch.full((), math.inf, device=self.device)
+        self._recent, self._watched = torch.zeros(WATCH_EVERY, device=self.device), 0
         for module in [*self.earlier, *([self.teacher] if self.teacher is not None else [])]:
             module.to(self.device)
 
     def _watch(self, loss: Tensor, batch_idx: int) -> None:
-        """Remembers the first batch whose loss is not finite; looks now and then."""
-        here = torch.where(loss.detach().isfinite(), math.inf, float(batch_idx))
-        self._unusable = torch.minimum(self._unusable, here)
-        if batch_idx % WATCH_EVERY == WATCH_EVERY - 1:
+        """Remembers the loss of a batch; looks at the last ones now and then."""
+        place = batch_idx % WATCH_EVERY
+        self._recent[place] = loss.detach()
+        self._watched = batch_idx
+        if place == WATCH_EVERY - 1:
             self.check_finite()
 
     def check_finite(self) -> None:
@@ -114,10 +122,11 @@ class BoostingRound(pl.LightningModule):
         Raises:
             RunError: names round, epoch and batch.
         """
-        first = float(self._unusable)
-        if first < math.inf:
+        bad = (~self._recent.isfinite()).nonzero()
+        if len(bad):
+            batch = self._watched - self._watched % WATCH_EVERY + int(bad[0])
             raise RunError(
-                f"The loss of round {self.number}, epoch {self.current_epoch}, batch {int(first)} is NaN or infinite. "
+                f"The loss of round {self.number}, epoch {self.current_epoch}, batch {batch} is NaN or infinite. "
                 f"Nothing of this round was committed; the {self.number} rounds before it are intact. "
                 f"Look at that batch, or lower `lr` (now {self.settings.lr:g}) and start again in a new `run_dir`."
             )
@@ -135,8 +144,8 @@ class BoostingRound(pl.LightningModule):
     def validation_step(self, batch: tuple[Any, Tensor, Index], batch_idx: int) -> None:
         """Scores the prefix that ends with this student."""
         x, y, index = batch
-        target, error = (rows.to(self.device) for rows in self.validation.rows(index))
-        miss = (error + self(x).float() - target) / (self.number + 1)
+        target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
+        miss = (error + self.answer(x, index, self.val_part) - target) / (self.number + 1)
         logits = (target + miss) * self.ledger.scale
         right, entropy = (logits.argmax(-1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
         counts = torch.tensor([miss.numel(), len(miss)], device=self.device)

@@ -17,13 +17,14 @@ from bdistil.data.indexing import block_loader, check_dataset
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.ledger import BLOCK, ErrorLedger, RoundEvidence
 from bdistil.metrics import PrefixScores
+from bdistil.row_files import FeatureCache
 from bdistil.seeding import seed_of
 from bdistil.settings import BoostingSettings
-from bdistil.students import run_student
+from bdistil.students import Student, linked_numbers, run_student
 
 
 class Part:
-    """The training or the validation part: its samples, and the ledger of their g and S.
+    """The training or the validation part: its samples, the ledger of their g and S, the features that are linked to.
 
     Args:
         name: ``train`` or ``val``: as in ``train_dataloader`` and in the ledger's folder.
@@ -39,6 +40,7 @@ class Part:
         self.samples = check_dataset(loader, f"{name}_dataloader")
         self.name, self.loader, self.seed = name, loader, seed
         self.ledger = ErrorLedger(folder / name)
+        self.features = FeatureCache(folder / name, self.samples)
 
     def _rows(self, number: int) -> DataLoader[Any]:
         """The rows of this process as (x, y, index), whole blocks in order."""
@@ -64,12 +66,18 @@ class Part:
             RunError: a logit is NaN or infinite.
         """
         scores = PrefixScores()
-        answers = self._answers(teacher, (), device, scores, teacher=True)
+        answers = self._teacher_answers(teacher, device, scores)
         self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, scale=scale)
         return _summed(scores)
 
-    def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
-        """Opens S after the committed students: as it is on the disk, else made again from them.
+    def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str, reach: int) -> None:
+        """Opens S after the committed students, and the features of the last of them: as on the disk, else made again.
+
+        Args:
+            students: the committed ones, in order.
+            device: where they are to run.
+            fingerprint: of the teacher.
+            reach: how many students back a link may go.
 
         Raises:
             UserError: the number of samples or the teacher is another than at the start of the run.
@@ -84,11 +92,26 @@ class Part:
                 self.ledger.keep()
                 self.ledger.use(number + 1)
         self.ledger.use(len(students))
+        self._catch_up_features(students, device, reach)
+
+    @torch.no_grad()
+    def _catch_up_features(self, students: Sequence[nn.Module], device: torch.device, reach: int) -> None:
+        widths: dict[int, int] = {}
+        for number in linked_numbers(students, reach):
+            student = students[number]
+            assert isinstance(student, Student)
+            widths[number] = student.width
+            if not self.features.has(number, student.width):
+                self.features.begin(student.width)
+                for x, _, index in self._rows(number):
+                    self.features.write(int(index[0]), student.to(device).features(move_data_to_device(x, device)))
+                self.features.keep(number)
+        self.features.use(widths)
 
     def score(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device, settings: BoostingSettings
     ) -> tuple[RoundEvidence, float, float]:
-        """One pass of a new student, in eval mode; its mode is put back. S of the next version waits for `keep`.
+        """One pass of a new student, in eval mode; its mode is put back. What it makes waits for `keep`.
 
         Returns:
             The evidence, and accuracy and cross entropy of the prefix that ends with the student.
@@ -98,27 +121,58 @@ class Part:
         """
         scores = PrefixScores()
         modes = {module: module.training for module in student.modules()}
-        answers = self._answers(student.eval(), earlier, device, scores)
+        if isinstance(student, Student):
+            self.features.begin(student.width)
+        answers = self._answers(student.eval(), earlier, device, scores, write=isinstance(student, Student))
         evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
         for module, mode in modes.items():
             module.training = mode
         return evidence, *_summed(scores)
 
+    def keep(self, student: nn.Module, number: int) -> None:
+        """Keeps what `score` made of a student that was accepted: S of the next version, and its features."""
+        self.ledger.keep()
+        if isinstance(student, Student):
+            self.features.keep(number)
+
+    @torch.no_grad()
+    def _teacher_answers(
+        self, teacher: nn.Module, device: torch.device, scores: PrefixScores
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, teacher logits (rows, L)) block by block."""
+        for x, y, index in self._rows(0):
+            logits = teacher(move_data_to_device(x, device)).float().cpu()
+            scores.update(logits[None], y)
+            yield int(index[0]), logits
+
     @torch.no_grad()
     def _answers(
         self,
-        model: nn.Module,
+        student: nn.Module,
         earlier: Sequence[nn.Module],
         device: torch.device,
         scores: PrefixScores,
-        *,
-        teacher: bool = False,
+        write: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
-        """(first row, logits (rows, L)) block by block; `scores` sees the teacher, or the prefix with the student."""
+        """(first row, student logits (rows, L)) block by block; `scores` sees the prefix that ends with the student."""
         for x, y, index in self._rows(len(earlier)):
-            logits = run_student(model, earlier, move_data_to_device(x, device)).float().cpu()
-            scores.update((logits if teacher else self._prefix(logits, index))[None], y)
+            moved = move_data_to_device(x, device)
+            if write and isinstance(student, Student):
+                own = student.features(moved)
+                self.features.write(int(index[0]), own)
+                logits = student.answer(own, self.linked(student, earlier, index, device))
+            else:
+                logits = run_student(student, earlier, moved)
+            logits = logits.float().cpu()
+            scores.update(self._prefix(logits, index)[None], y)
             yield int(index[0]), logits
+
+    def linked(
+        self, student: nn.Module, earlier: Sequence[nn.Module], index: np.ndarray[Any, Any], device: torch.device
+    ) -> list[Tensor]:
+        """Cached features (B, D) that a student reads of the earlier ones, the most recent first, on the device."""
+        numbers = linked_numbers(earlier, student.links if isinstance(student, Student) else 0)
+        return [rows.to(device, non_blocking=True) for rows in self.features.rows(numbers, index)]
 
     def _prefix(self, answer: Tensor, index: np.ndarray[Any, Any]) -> Tensor:
         """Logits of the prefix that ends with a student, in the teacher's units."""

@@ -163,6 +163,11 @@ def linkable(earlier: Sequence[nn.Module]) -> list[Student]:
     return [s for s in reversed(earlier) if isinstance(s, Student)]
 
 
+def linked_numbers(earlier: Sequence[nn.Module], links: int) -> list[int]:
+    """Round numbers of the earlier students that a student with so many links reads, the most recent first."""
+    return [number for number in reversed(range(len(earlier))) if isinstance(earlier[number], Student)][:links]
+
+
 @torch.no_grad()
 def linked_features(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> list[Tensor]:
     """Detached features that a student reads of the earlier ones, the most recent first; each costs one body."""

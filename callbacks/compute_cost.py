@@ -53,7 +53,7 @@ class ComputeCost(Callback):
         """Counts from 0 in a fit from the beginning, also where this instance served another one."""
         if trainer.global_step == 0:
             self.samples_seen, self.seconds = 0, 0.0
-        self.cost, self._start = None, time.perf_counter() - self.seconds
+        self.cost = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measures before the first step; not in `on_fit_start`, as the sanity check clears what is logged there."""
@@ -82,8 +82,8 @@ class ComputeCost(Callback):
         """Logs the cost of training, with the samples that the other ranks really had."""
         total = trainer.strategy.reduce(torch.tensor(self.samples_seen, device=pl_module.device), reduce_op="sum")
         self.samples_seen = int(total) // trainer.world_size  # of each rank's own, times the ranks: the sum of its own
-        self.seconds = time.perf_counter() - self._start
         if self.cost is not None:
+            self.seconds = time.perf_counter() - self._start
             macs = training_macs(student=self.cost.macs, samples_seen=self.samples_seen) // self._rows
             _log(trainer, {"train_macs": macs, "seconds": self.seconds})
 

@@ -25,6 +25,10 @@ from bdistil.rounds import BoostingRound
 from bdistil.seeding import reseed
 from bdistil.settings import BoostingSettings
 
+# Largest share of the training time that saving the round under way may take. Where an epoch takes milliseconds, a kill
+# costs more than one of them, and still no more than the time of this many saves.
+SAVE_SHARE = 0.02
+
 
 class RoundController(Checkpoint):
     """Boosts: a fresh module and a fresh Trainer a round, and this one callback in all of them.
@@ -66,7 +70,7 @@ class RoundController(Checkpoint):
     def _begin(self, number: int) -> None:
         self.number, self.done, self.closed, self.fresh = number, False, False, True
         self.epochs, self.samples_seen, self.seconds, self.started = 0, 0, 0.0, time.perf_counter()
-        self.device = torch.device("cpu")
+        self.device, self.save_after = torch.device("cpu"), 0.0
 
     # ---- the loop that a user writes
 
@@ -177,10 +181,14 @@ class RoundController(Checkpoint):
         self.samples_seen += len(batch[-1]) * trainer.world_size
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the round under way."""
+        """Saves the round under way, unless saving would take more than `SAVE_SHARE` of the time."""
         self.epochs += 1
         self.done = trainer.should_stop
-        trainer.save_checkpoint(self.run.checkpoint(self.number), weights_only=False)
+        last = self.done or self.epochs == trainer.max_epochs
+        if trainer.strategy.broadcast(last or time.perf_counter() >= self.save_after):
+            begun = time.perf_counter()
+            trainer.save_checkpoint(self.run.checkpoint(self.number), weights_only=False)
+            self.save_after = time.perf_counter() + (time.perf_counter() - begun) / SAVE_SHARE
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judges the student and commits it, or sends the round to a wider class."""

@@ -170,6 +170,7 @@ def test_a_part_is_measured_by_its_name(tmp_path):
     assert (whole.cost.macs, part.cost.macs) == (MACS, 48)
     fit(NoForward(), [part], tmp_path / "no_forward")
     assert part.samples_seen == SAMPLES, "an instance that serves a second fit counts that fit"
+    assert logged(tmp_path / "no_forward")["macs"] == [48]
 
 
 ERRORS = {

@@ -9,11 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
-    functional errors seeding distributed run_directory
-    settings ledger teachers students blueprint cost metrics budgets indexing data zoo preflight recipe_files
+    functional errors seeding distributed run_directory row_files
+    settings ledger teachers students blueprint cost metrics budgets indexing data zoo preflight recipe_files curve_rows
     ensemble mekd mixing variance
     rounds scoring boosting
-    tracking report
+    tracking report round_tracker
     callbacks
     compare export distiller evaluation cli
     __init__ __main__

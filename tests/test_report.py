@@ -135,7 +135,7 @@ def test_units(tmp_path, column, value, shown):
 def test_picture_has_its_size_and_no_leftovers(tmp_path):
     path = tmp_path / "picture" / "curve.png"
     path.parent.mkdir()
-    plot_curve(as_read(tmp_path, rows()), path, title="digits $x")
+    plot_curve(as_read(tmp_path, rows()), path, title=r"as it is named, $\nope$")
     assert png_size(path) == (1080, 630)
     assert [file.name for file in path.parent.iterdir()] == ["curve.png"]
 

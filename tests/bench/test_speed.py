@@ -1,0 +1,167 @@
+"""What the framework costs beside the training it does: ratios within one process, interleaved, smallest CPU time.
+
+`make bench` prints the ratios and holds them to their bounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bdistil import BoostingSettings, Student
+from bdistil.callbacks import RoundController
+from bdistil.data.indexing import training_loader
+from bdistil.ledger import BLOCK
+from bdistil.zoo import ConvStudent
+
+pytestmark = pytest.mark.slow
+
+SAMPLES, OUTPUTS = 5120, 10
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+}
+
+
+class Noise(pl.LightningDataModule):
+    """Random images; what they show does not matter to the clock."""
+
+    def __init__(self, samples: int = SAMPLES) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(samples, 1, 28, 28, generator=generator)
+        self.data = TensorDataset(x, torch.randint(OUTPUTS, (samples,), generator=generator))
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.data, batch_size=128, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(*(t[:128] for t in self.data.tensors)), batch_size=128)
+
+
+class Plain(pl.LightningModule):
+    """The yardstick: MSE to cached logits, the same optimizer, the index in the batch for the look-up."""
+
+    def __init__(self, student: nn.Module, logits: Tensor) -> None:
+        super().__init__()
+        self.student, self.logits = student, [logits]
+
+    def training_step(self, batch: tuple[Tensor, Tensor, object], batch_idx: int) -> Tensor:
+        x, _, index = batch
+        return F.mse_loss(self.student(x), self.logits[0][index])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.student.parameters(), 1e-2, weight_decay=1e-4, fused=True)
+
+
+class EpochClock(pl.Callback):
+    """CPU seconds of each epoch, from its first batch to the end of its hooks."""
+
+    def __init__(self) -> None:
+        self.epochs: list[float] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        now = time.process_time()
+        if trainer.current_epoch:
+            self.epochs.append(now - self.started)
+        self.started = now
+
+
+def mlp() -> Student:
+    body = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+    return Student(body, nn.Linear(32, OUTPUTS))
+
+
+def conv() -> Student:
+    return ConvStudent(channels=(4, 8))
+
+
+def teacher() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, OUTPUTS))
+
+
+def plain_epochs(student: nn.Module, epochs: int) -> list[float]:
+    clock, data = EpochClock(), Noise()
+    loader = training_loader(data.train_dataloader(), seed=0, epoch=0, rank=0, world_size=1)
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=[clock], enable_checkpointing=False, **QUIET)
+    trainer.fit(Plain(student, torch.randn(SAMPLES, OUTPUTS)), loader)
+    return clock.epochs
+
+
+def round_epochs(folder: Path, make: Callable[[], Student], rounds: list[int], epochs: int) -> dict[int, list[float]]:
+    """Epochs of some rounds of a run whose other rounds are of one epoch."""
+    settings = BoostingSettings(rounds=max(rounds) + 1, accept="margin", margin_share=0.0)
+    controller = RoundController(folder, teacher=teacher(), student=lambda round: make(), settings=settings)
+    data, times = Noise(), {}
+    for module in controller.rounds(data):
+        clock = EpochClock()
+        trainer = pl.Trainer(
+            max_epochs=epochs if module.number in rounds else 1, callbacks=[clock, controller], **QUIET
+        )
+        trainer.fit(module, data, ckpt_path=controller.ckpt_path)
+        times[module.number] = clock.epochs
+    return {number: times[number] for number in rounds}
+
+
+@pytest.mark.parametrize(("make", "bound"), [(conv, 1.10), (mlp, 1.25)], ids=["conv", "mlp"])
+def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, make, bound):
+    plain, rounds = [], []
+    for repeat in range(3):
+        plain += plain_epochs(make(), 5)
+        rounds += round_epochs(tmp_path / str(repeat), make, [1], 5)[1]
+    ratio = min(rounds) / min(plain)
+    step = min(plain) / (SAMPLES / 128) * 1e3
+    print(f"\nepoch of a round / plain quiet Trainer, step {step:.2f} ms: {ratio:.3f} (bound {bound})")
+    assert ratio <= bound
+
+
+def test_round_16_costs_what_round_2_does(tmp_path):
+    times = round_epochs(tmp_path, mlp, [1, 15], 12)
+    ratio = min(times[15]) / min(times[1])
+    print(f"\nepoch of round 16 / of round 2: {ratio:.3f} (bound 1.15)")
+    assert ratio <= 1.15
+
+
+def test_a_commit_costs_about_one_pass(tmp_path):
+    """Verdict and commit of a round: the pass over the training part, the ledger, the files; against the bare pass."""
+    settings = BoostingSettings(rounds=5, accept="margin", margin_share=0.0)
+    controller = RoundController(tmp_path, teacher=teacher(), student=lambda round: conv(), settings=settings)
+    data, commits, passes = Noise(), [], []
+    close = controller._close
+
+    def timed(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        passes.append(bare_pass(module.student, controller.boosting.students, data))
+        started = time.process_time()
+        close(trainer, module)
+        commits.append(time.process_time() - started)
+
+    controller._close = timed
+    for module in controller.rounds(data):
+        trainer = pl.Trainer(max_epochs=1, callbacks=[controller], **QUIET)
+        trainer.fit(module, data, ckpt_path=controller.ckpt_path)
+    ratio = min(commits) / min(passes)
+    print(f"\nverdict and commit of a round / one evaluation pass: {ratio:.3f} (bound 1.5)")
+    assert ratio <= 1.5
+
+
+@torch.no_grad()
+def bare_pass(student: nn.Module, earlier: list[nn.Module], data: Noise) -> float:
+    """A plain evaluation of the student over the training part, in the same blocks."""
+    student.eval()
+    started = time.process_time()
+    for x, _ in DataLoader(data.data, batch_size=BLOCK):
+        linked = [earlier[-1].features(x)] if earlier else []
+        student(x, linked)
+    return time.process_time() - started

@@ -1,0 +1,529 @@
+"""What a user can get wrong, and what a disk can: one message that says what is the matter, and nothing is lost."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from toys import (
+    CLASSES,
+    FEATURES,
+    TRAIN,
+    VAL,
+    WIDTH,
+    Hook,
+    Toys,
+    boost,
+    control,
+    digests,
+    everything,
+    fit,
+    in_child,
+    make_plain,
+    make_student,
+    make_teacher,
+    make_trainer,
+    samples,
+    settings_for,
+)
+
+from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, Student, UserError
+from bdistil.callbacks import RoundController, round_controller
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_controller, "write_report", lambda run: run.report)
+        yield
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """A whole run fails before its first step, with a message; the folder can be used once the fault is mended."""
+
+    def refuse(error, match, datamodule=None, *, mended=True, **options):
+        steps = []
+        count = Hook(on_train_batch_end=lambda *_: steps.append(1))
+        with pytest.raises(error, match=match):
+            boost(tmp_path / "run", datamodule, callbacks=lambda: [count], **options)
+        assert not steps
+        assert not digests(tmp_path / "run")
+        if mended:
+            boost(tmp_path / "run", settings=settings_for(1), trainer={"epochs": 1})
+            assert list(digests(tmp_path / "run")) == ["000"]
+
+    return refuse
+
+
+# ---- teacher and student
+
+
+def test_different_numbers_of_outputs(refused):
+    refused(
+        UserError,
+        r"teacher gives L=4 outputs, the student L=5\. Give the student a head of 4 outputs",
+        student=lambda round: nn.Linear(FEATURES, 5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("who", "shape"), [("teacher", (2, 2, 2)), ("student", (2, 2, 2)), ("student", (8,)), ("student", (1, 8))]
+)
+def test_logits_of_another_shape(refused, who, shape):
+    class Folded(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)[:2].reshape(shape)
+
+    wrong = {"teacher": Folded(FEATURES, CLASSES)} if who == "teacher" else {"student": lambda r: Folded(FEATURES, 4)}
+    got = ", ".join(map(str, shape))
+    refused(UserError, rf"logits of shape \(2, L\) of the {who} for a batch of 2 samples, got \({got},?\)", **wrong)
+
+
+def test_an_answer_that_is_no_tensor(refused):
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    refused(UserError, r"logits of shape \(2, L\) of the student .* got tuple", student=lambda r: Pair(FEATURES, 4))
+
+
+def test_no_module_as_a_student(refused):
+    refused(UserError, r"`student` to return a torch\.nn\.Module, got dict", student=lambda round: {"width": 3})
+
+
+def test_no_module_as_a_later_student(tmp_path):
+    with pytest.raises(UserError, match=r"`student` to return a torch\.nn\.Module, got NoneType"):
+        boost(tmp_path, student=lambda round: None if round else make_plain(round))
+    assert list(digests(tmp_path)) == ["000"]
+    assert len(boost(tmp_path, student=make_plain).ensemble) == 3
+
+
+def test_nan_in_the_teachers_logits(tmp_path):
+    class Holed(nn.Linear):
+        def forward(self, x):
+            return torch.where(x[:, :1] == hole, torch.nan, super().forward(x))
+
+    hole = samples(TRAIN, 11)[0][37, 0]
+    with pytest.raises(RunError, match="NaN or infinity in the teacher's logits, first at sample 37"):
+        boost(tmp_path, teacher=Holed(FEATURES, CLASSES))
+    assert not digests(tmp_path)
+    assert len(boost(tmp_path, settings=settings_for()).ensemble) == 3
+
+
+class Breaks(nn.Module):
+    """Its logits are NaN from a training step on."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.net, self.at, self.step = nn.Linear(FEATURES, CLASSES), at, 0
+
+    def forward(self, x):
+        self.step += self.training
+        return self.net(x) * (torch.nan if self.step > self.at else 1.0)
+
+
+def make_breaking(round):
+    return Breaks(8 if round else 10_000)  # six steps an epoch, so that is batch 2 of epoch 1
+
+
+def test_nan_in_the_loss(tmp_path):
+    with pytest.raises(
+        RunError, match=r"round [12], epoch 1, batch 2 is NaN.*\n?.*Nothing of this round was committed"
+    ):
+        boost(tmp_path, student=make_breaking)
+    assert list(digests(tmp_path)) == ["000"]
+    ensemble = ProgressiveEnsemble.load(tmp_path)
+    assert len(ensemble) == 1
+    assert torch.isfinite(ensemble(samples(VAL, 12)[0])).all()
+    assert torch.isfinite(
+        torch.load(tmp_path / "work/001/last.ckpt", weights_only=True)["state_dict"]["student.net.weight"]
+    ).all()
+
+
+class Overflows(nn.Linear):
+    """Infinite when it is scored, not when it is trained or looked at."""
+
+    def forward(self, x):
+        return super().forward(x) * (torch.inf if not self.training and len(x) > 2 * 32 else 1.0)
+
+
+def test_infinity_in_the_students_logits(tmp_path):
+    with pytest.raises(RunError, match="infinity in the student's logits, first at sample 0"):
+        boost(tmp_path, student=lambda round: (Overflows if round else nn.Linear)(FEATURES, CLASSES))
+    assert list(digests(tmp_path)) == ["000"]
+
+
+# ---- data
+
+
+def datamodule(train, val=None):
+    """A data module of loaders."""
+    made = L.LightningDataModule()
+    made.train_dataloader = lambda: train
+    made.val_dataloader = lambda: val or Toys().val_dataloader()
+    return made
+
+
+def loader(dataset):
+    return DataLoader(dataset, batch_size=8)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([samples(1, 1)])
+
+
+class Items(Dataset):
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return self.item
+
+
+X, Y = samples(16, 1)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (loader(TensorDataset(X[:0], Y[:0])), "`train_dataloader.*to hold samples, got an empty TensorDataset"),
+        (loader(Stream()), r"`train_dataloader.*map-style \(with __len__ and __getitem__\), got the iterable Stream"),
+        (loader(Items((X[0], 1, 2))), r"items of the dataset of `train_dataloader\(\)` to be \(x, y\), got 3 values"),
+        (loader(Items({"x": X[0]})), r"to be \(x, y\), got dict"),
+        (loader(Items(X[0])), r"to be \(x, y\), got Tensor"),
+        ([loader(TensorDataset(X, Y))] * 2, "`train_dataloader.*to return one torch DataLoader, got list"),
+        ({"a": loader(TensorDataset(X, Y))}, "`train_dataloader.*to return one torch DataLoader, got dict"),
+        ([(X, Y)], "`train_dataloader.*to return one torch DataLoader, got tuple"),
+    ],
+    ids=["empty", "iterable", "three values", "dictionary", "no label", "two loaders", "named loaders", "batches"],
+)
+def test_training_data_that_the_ledger_cannot_address(refused, train, message):
+    refused(UserError, message, datamodule(train))
+
+
+def test_validation_data_that_the_ledger_cannot_address(refused):
+    refused(UserError, "`val_dataloader.*empty", datamodule(Toys().train_dataloader(), loader(TensorDataset(X[:0]))))
+    refused(UserError, "`val_dataloader.*iterable Stream", datamodule(Toys().train_dataloader(), loader(Stream())),
+            mended=False)  # fmt: skip
+
+
+def test_no_validation_data(refused):
+    data = datamodule(Toys().train_dataloader())
+    del data.val_dataloader
+    refused(UserError, r"`LightningDataModule` to define `val_dataloader\(\)`.*split one off the training part", data)
+
+
+@pytest.mark.parametrize("hook", ["on_after_batch_transfer", "on_before_batch_transfer"])
+def test_a_data_module_that_changes_batches(refused, hook):
+    kind = type("Changing", (Toys,), {hook: lambda self, batch, dataloader_idx: batch})
+    refused(UserError, rf"`Changing\.{hook}` changes batches after they are read", kind())
+
+
+def test_random_augmentation_in_the_collate_function(refused):
+    def jitter(items):
+        x, y = torch.utils.data.default_collate(items)
+        return x + torch.randn_like(x), y
+
+    train = DataLoader(Toys().train_dataloader().dataset, batch_size=32, collate_fn=jitter)
+    refused(UserError, "random augmentation.*recompute", datamodule(train))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_dataset_that_shrank(tmp_path, part):
+    boost(tmp_path, settings=settings_for(1))
+    before = everything(tmp_path)
+    now = {"train": (160, TRAIN), "val": (32, VAL)}[part]
+    with pytest.raises(UserError, match=rf"dataset has {now[0]} samples, .* was started with {now[1]}"):
+        boost(tmp_path, Toys(**{part: now[0]}), settings=settings_for(1))
+    assert everything(tmp_path) == before
+
+
+def test_an_index_out_of_range(tmp_path):
+    ledger = ErrorLedger(tmp_path)
+    ledger.create(5, [(0, torch.randn(5, 3))], outputs=3)
+    ledger.use(0)
+    for bad in (5, -1):
+        with pytest.raises(UserError, match=rf"sample index to be in 0 … 4, got {bad}"):
+            ledger.rows(torch.tensor([0, bad]))
+    assert ledger.rows(np.array([4, 0]))[0].shape == (2, 3)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eta": 0.0}, r"`eta` of the boosting settings to be > 0 .*got 0\.0"),
+        ({"eta": -1.0}, r"`eta` .*got -1\.0"),
+        ({"kappa": 1.0, "gamma": 0.1}, r"`kappa` or `gamma`, got both \(1\.0 and 0\.1\)"),
+        ({"kappa": -0.5}, r"`kappa` .*>= 0.*got -0\.5"),
+        ({"gamma": 0.0}, r"`gamma` .*> 0.*got 0\.0"),
+        ({"rounds": 0}, r"`rounds` .*>= 1.*got 0"),
+        ({"accept": "always"}, r"`accept` .*'progress' or 'margin', got 'always'"),
+        ({"state": "none"}, r"`state` .*'cached' or 'recompute', got 'none'"),
+        ({"ladder": []}, r"`ladder` .*one rung or more, got \[\]"),
+        ({"lr": 0.0}, r"`lr` .*got 0\.0"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(UserError, match=message):
+        BoostingSettings(**settings)
+
+
+@pytest.mark.parametrize("rung", [{"links": -1}, {"kind": "sum"}, {"hidden": 0}, {"width": 0.0}])
+def test_a_rung_out_of_range(rung):
+    (name, value), *_ = rung.items()
+    with pytest.raises(UserError, match=rf"`{name}`.*{value}"):
+        Rung(**rung)
+
+
+def test_a_mended_ladder_goes_on_in_the_same_folder(refused):
+    refused(
+        UserError,
+        "takes no `width`",
+        student=lambda round: make_student(round),
+        settings=settings_for(ladder=[Rung(0), Rung(1, width=2)]),
+    )
+
+
+def test_a_body_of_another_width_than_its_head(refused):
+    refused(
+        UserError,
+        r"body to give features \(B, 3\), got \(2, 6\)",
+        student=lambda round: Student(nn.Linear(FEATURES, WIDTH), nn.ReLU(), features=3, outputs=CLASSES),
+    )
+
+
+# ---- fits that are none
+
+
+def test_a_round_that_is_not_fitted(tmp_path):
+    rounds = control(tmp_path).rounds(Toys())
+    next(rounds)
+    with pytest.raises(RunError, match=r"Round 1 came back without a verdict.*callbacks=\[controller\]"):
+        next(rounds)
+    assert not digests(tmp_path)
+    assert len(boost(tmp_path).ensemble) == 3
+
+
+def test_a_round_that_is_fitted_without_the_controller(tmp_path):
+    data = Toys()
+    rounds = control(tmp_path).rounds(data)
+    module = next(rounds)
+    with pytest.raises((UserError, RunError), match=r"callbacks=\[controller\]"):
+        make_trainer(enable_checkpointing=False).fit(module, data)
+    rounds.close()
+    assert not digests(tmp_path)
+
+
+def test_a_strangers_module(tmp_path):
+    controller, data = control(tmp_path), Toys()
+    rounds = controller.rounds(data)
+    module = next(rounds)
+    with pytest.raises(UserError, match=r"controller\.rounds\(datamodule\)` gave for round 1, got BoringModel"):
+        make_trainer(controller).fit(BoringModel(), data)
+    make_trainer(controller).fit(module, data)
+    next(rounds)
+    with pytest.raises(UserError, match=r"gave for round 2, got BoostingRound"):
+        make_trainer(controller).fit(module, data)
+    rounds.close()
+    assert list(digests(tmp_path)) == ["000"]
+
+
+# ---- committed rounds that are no longer whole
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("two")
+    boost(run_dir, settings=settings_for(2))
+    return run_dir
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("rounds/000/student.safetensors", cut, r"is torn: \d+ bytes, \d+ were written"),
+        ("rounds/000/student.safetensors", flip, "has changed since it was written"),
+        ("rounds/001/student.safetensors", Path.unlink, "is missing"),
+        ("rounds/000/round.json", Path.unlink, r"is missing or torn \(.*No such file"),
+        ("rounds/001/round.json", cut, "is missing or torn"),
+        ("rounds/000", shutil.rmtree, "is missing, but later rounds are there"),
+        ("ledger/train/teacher.f32", cut, r"is missing or torn: \d+ bytes, 3072 expected"),
+        ("ledger/val/teacher.f32", Path.unlink, "is missing or torn: 0 bytes, 1024 expected"),
+        ("ledger/train/ledger.json", cut, "is missing or torn"),
+    ],
+)
+def test_a_torn_file_is_named_and_nothing_is_deleted(two_rounds, tmp_path, file, damage, message):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_rounds, run_dir)
+    damage(run_dir / file)
+    before = everything(run_dir)
+    with pytest.raises(RunError, match=rf"{run_dir / file}.* {message}"):
+        boost(run_dir, settings=settings_for(2))
+    assert everything(run_dir) == before
+
+
+@pytest.mark.parametrize("torn", ["rounds/001", "rounds/001 of a finished run", "ledger/train", "ledger"])
+def test_the_way_out_that_a_message_names(two_rounds, tmp_path, torn):
+    run_dir, (torn, *finished) = tmp_path / "run", torn.split(" of ")
+    shutil.copytree(two_rounds, run_dir)
+    wanted = digests(run_dir)
+    if not finished:
+        (run_dir / "test.json").unlink()
+    shutil.rmtree(run_dir / torn)
+    read = []
+    data = Toys()
+    data.test_dataloader = lambda: read.append(1) or Toys().test_dataloader()
+    boost(run_dir, data, settings=settings_for(2))
+    assert digests(run_dir) == wanted
+    assert len(read) == (1 if torn.startswith("rounds") else 0 if finished else 1), "the test part of new students"
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_errors_that_were_lost_are_made_again(two_rounds, tmp_path, part):
+    run_dir = tmp_path / "run"
+    boost(run_dir, settings=settings_for(2), callbacks=lambda: [], student=make_student)
+    assert digests(run_dir) == digests(two_rounds)
+    shutil.rmtree(run_dir / "rounds/001")
+    for name in ("test.json", f"ledger/{part}/error.002.f32"):
+        (run_dir / name).unlink()
+    boost(run_dir, settings=settings_for(2))
+    assert digests(run_dir) == digests(two_rounds)
+
+
+def test_infinity_in_the_ledger(tmp_path):
+    def spoil(trainer, module):
+        if module.number == 0:  # the ledger of the next round is on the disk
+            file = tmp_path / "ledger/train/error.001.f32"
+            rows = np.fromfile(file, np.float32).reshape(TRAIN, CLASSES)
+            rows[50, 2] = np.inf
+            rows.tofile(file)
+
+    with pytest.raises(
+        RunError, match=r"NaN or infinity in the ledger \(.*train/error\.001\.f32\), first at sample 50"
+    ):
+        boost(tmp_path, callbacks=lambda: [Hook(on_fit_end=spoil)])
+    assert list(digests(tmp_path)) == ["000"]
+    shutil.rmtree(tmp_path / "ledger")  # it can be made again
+    assert len(boost(tmp_path).ensemble) == 3
+
+
+# ---- disks
+
+
+def mount(folder, options):
+    """Puts a small disk of memory at a folder; skips where that is not allowed."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no `mount`")
+    if done.returncode:
+        pytest.skip(f"mounting a disk is not allowed here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that mounts a disk with options, or mounts it again with others; gives its folder."""
+    folder = tmp_path / "disk"
+    mounted = []
+
+    def use(options):
+        if mounted:
+            subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+        else:
+            mount(folder, options)
+            mounted.append(folder)
+        return folder
+
+    yield use
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        with pytest.raises(UserError, match=rf"`run_dir` {tmp_path / place} cannot be written to: .*Give a folder"):
+            boost(tmp_path / place)
+    if sys.platform == "linux":
+        with pytest.raises(UserError, match="`run_dir` /proc/bdistil cannot be written to"):
+            boost("/proc/bdistil")
+
+
+def test_a_run_directory_that_is_read_only(disk):
+    folder = disk("size=4m")
+    boost(folder, settings=settings_for(1))
+    disk("ro")
+    before = everything(folder)
+    with pytest.raises(UserError, match=rf"`run_dir` {folder} cannot be written to: Read-only file system"):
+        boost(folder, settings=settings_for(1))
+    assert everything(folder) == before
+    assert len(ProgressiveEnsemble.load(folder)) == 1
+
+
+def fill(folder):
+    """Leaves no room on a disk."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def run_and_fill(folder, point):
+    """A run whose disk is full from a point of round 1 on."""
+    controller = control(folder / "run")
+
+    def full(trainer, module):
+        if module.number == 1:
+            fill(folder)
+
+    if point == "commit":
+        commit = controller.run.commit
+        controller.run.commit = lambda number, *args: (number == 1 and fill(folder), commit(number, *args))
+    hooks = {"save": "on_train_epoch_start", "score": "on_train_end", "ledger": "on_fit_start"}
+    fit(controller, callbacks=lambda: [Hook(**{hooks[point]: full})] if point in hooks else [])
+
+
+@pytest.mark.parametrize("point", ["ledger", "save", "score", "commit"])
+def test_a_full_disk(disk, tmp_path, point):
+    folder, log = disk("size=400k"), tmp_path / "log"
+    # In a process of its own, as writing to a mapped file on a full disk kills.
+    assert in_child(log, run_and_fill, folder, point) == 1, log.read_text()
+    said = log.read_text().splitlines()[-1]
+    assert said.startswith("RunError: ")
+    assert f"{folder / 'run'}: the disk is full. Every round committed before is intact" in said
+    assert list(digests(folder / "run")) == ["000"]
+    assert len(ProgressiveEnsemble.load(folder / "run")) == 1
+
+    disk("size=8m")
+    assert len(boost(folder / "run").ensemble) == 3
+    boost(tmp_path / "whole")
+    assert digests(folder / "run") == digests(tmp_path / "whole")

@@ -1,0 +1,184 @@
+"""Tiny data, a tiny teacher and tiny students: a whole boosting run takes a second."""
+
+import csv
+import gc
+import hashlib
+import math
+import multiprocessing
+import os
+import sys
+import traceback
+from types import SimpleNamespace
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from bdistil import BoostingSettings, Rung, Student
+from bdistil.callbacks import RoundController, round_controller
+
+TRAIN, VAL, TEST = 192, 64, 64
+FEATURES, CLASSES, WIDTH, BATCH = 8, 4, 6, 32
+TIMES = {"latency_ms", "seconds"}  # columns of the curve that no two runs share
+
+round_controller.SAVE_SHARE = math.inf  # a toy epoch takes milliseconds; have each of them saved all the same
+gc.freeze()  # the controller collects once a round: not all that was imported, which takes longer than a round
+
+
+def make_teacher(seed=1):
+    """A net with fixed weights whose answers depend on its mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(FEATURES, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Dropout(0.3), nn.Linear(24, CLASSES)
+        )
+
+
+def samples(count, seed):
+    """x (count, 8), and y (count,) as the teacher says; one in eight is wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, FEATURES, generator=generator)
+    with torch.no_grad():
+        y = make_teacher().eval()(x).argmax(-1)
+    wrong = torch.rand(count, generator=generator) < 1 / 8
+    return x, torch.where(wrong, (y + 1) % CLASSES, y)
+
+
+class Noisy(Dataset):
+    """Random augmentation: each reading of a sample gives another x."""
+
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+    def __len__(self):
+        return len(self.tensors[0])
+
+    def __getitem__(self, index):
+        return self.tensors[0][index] + 0.1 * torch.randn(FEATURES), self.tensors[1][index]
+
+
+class Toys(L.LightningDataModule):
+    """192 training, 64 validation and 64 test samples; knows nothing of bdistil."""
+
+    def __init__(self, *, train=TRAIN, val=VAL, noisy=False, workers=0, test=TEST):
+        super().__init__()
+        self.parts = {"train": samples(train, 11), "val": samples(val, 12), "test": samples(test, 13)}
+        self.noisy, self.workers = noisy, workers
+
+    def train_dataloader(self):
+        data = (Noisy if self.noisy else TensorDataset)(*self.parts["train"])
+        return DataLoader(data, batch_size=BATCH, shuffle=True, num_workers=self.workers)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(*self.parts["val"]), batch_size=BATCH)
+
+    def test_dataloader(self):
+        return DataLoader(TensorDataset(*self.parts["test"]), batch_size=BATCH)
+
+
+def make_student(round, width=1.0):
+    """Batch norm and dropout: what a wrong mode or a wrong seed would show."""
+    wide = int(WIDTH * width)
+    return Student(
+        nn.Sequential(nn.Linear(FEATURES, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Dropout(0.1)),
+        nn.Linear(wide, CLASSES),
+    )
+
+
+def make_plain(round):
+    """A student that takes no links."""
+    return nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+
+
+def settings_for(rounds=3, **settings):
+    """A ladder of one and two links; any progress is enough, so that no toy run stops by chance."""
+    return BoostingSettings(**{"rounds": rounds, "ladder": [Rung(0), Rung(1), Rung(2, "hidden", 5)],
+                               "margin_share": 0.0, "accept": "margin", **settings})  # fmt: skip
+
+
+def make_trainer(*callbacks, epochs=2, logger=False, **options):
+    return L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, logger=logger, callbacks=list(callbacks),
+        enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+def control(run_dir, *, settings=None, student=make_student, teacher=None, **options):
+    """A controller of a toy run."""
+    return RoundController(
+        run_dir, teacher=teacher or make_teacher(), student=student, settings=settings or settings_for(), **options
+    )
+
+
+def fit(controller, datamodule=None, *, callbacks=list, **trainer):
+    """Fits all rounds. `callbacks()` gives those that stand beside the controller in one of them."""
+    datamodule = datamodule or Toys()
+    for module in controller.rounds(datamodule):
+        make_trainer(*callbacks(), controller, **trainer).fit(module, datamodule, ckpt_path=controller.ckpt_path)
+    return controller
+
+
+def boost(run_dir, datamodule=None, *, callbacks=list, trainer=None, **options):
+    """A whole run; gives its controller."""
+    return fit(control(run_dir, **options), datamodule, callbacks=callbacks, **(trainer or {}))
+
+
+class Hook(L.Callback):
+    """Calls functions of (trainer, module) in hooks: ``Hook(on_train_epoch_end=function)``."""
+
+    def __init__(self, **hooks):
+        for name, function in hooks.items():
+            assert hasattr(L.Callback, name), name
+            setattr(self, name, lambda trainer, module, *_, function=function: function(trainer, module))
+
+
+def in_child(log, function, *args):
+    """Calls a function in a process of its own: 0, 1 for an exception, -9 for a kill. What it says is in the log."""
+    context = multiprocessing.get_context("forkserver")  # a new interpreter, which imports torch once for all children
+    context.set_forkserver_preload(["bdistil.callbacks"])
+    child = context.Process(target=_child, args=(log, function, args))
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, child.kill()
+    return child.exitcode
+
+
+def _child(log, function, args):
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        try:
+            function(*args)
+        except Exception as error:
+            file.write(f"{traceback.format_exc()}\n{type(error).__name__}: {error}\n")
+            sys.exit(1)
+
+
+def digests(run_dir):
+    """Sha256 of the weights of every committed round."""
+    files = sorted(run_dir.glob("rounds/*/student.safetensors"))
+    return {file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def everything(folder):
+    """All files of a run by name, and their bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def curve(run_dir, *, without=()):
+    """Rows of curve.csv as text."""
+    with open(run_dir / "curve.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in without} for row in csv.DictReader(file)]
+
+
+def by_hand(ensemble, teacher, x):
+    """What a run should say of samples x, made from its students alone: all (N, L) but the list of f."""
+    with torch.no_grad():
+        g = teacher.eval()(x)
+        g = g - g.mean(-1, keepdim=True)
+        g = g / ensemble.scale
+        logits = [stage.logits * stage.index / ensemble.scale for stage in ensemble.stages(x)]  # running sums
+    students = [now - before for now, before in zip(logits, [torch.zeros_like(g), *logits], strict=False)]
+    return SimpleNamespace(g=g, students=students, error=sum(f - g for f in students))
