@@ -150,6 +150,10 @@ def _build(plan: Plan, name: str, made: dict[str, Any], tensors: Mapping[str, Te
     for key, child in plan["modules"].items():
         module.add_module(key, None if child is None else _build(child, _join(name, key), made, tensors))
     for key, value in plan["attributes"].items():
+        if key in _MACHINERY or key.startswith("__") or callable(getattr(kind, key, None)):
+            raise UserError(
+                f"The file would replace {plan['class']}.{key}, which no student does: it is not to be trusted."
+            )
         vars(module)[key] = _read(value, made, tensors)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()

@@ -33,6 +33,7 @@ from bdistil.curve_rows import (
 )
 from bdistil.data.attach import indexed_loaders, only
 from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
+from bdistil.errors import UserError
 from bdistil.functional import accepts_margin, accepts_progress
 from bdistil.ledger import RoundEvidence
 from bdistil.preflight import check_augmentation, check_outputs, check_widths, loaders_of
@@ -83,6 +84,7 @@ class Boosting:
         self.recompute = settings.state == "recompute"
         self.students: list[nn.Module] = []
         self.attempt = 0
+        self._last: nn.Module | None = None
 
     # ---- before training
 
@@ -95,21 +97,24 @@ class Boosting:
         """
         if distributed.early_rank() == 0:
             self.run.prepare()
-            self.run.freeze(self.config, FREE_KEYS)
+            if self.run.config.exists() or self.run.committed():
+                self.run.freeze(self.config, FREE_KEYS)
         for number in range(self.run.committed()):
             self.run.weights(number)
         train, val = loaders_of(datamodule)
         self.train = Part("train", train, self.run.ledger, self.seed)
         self.val = Part("val", val, self.run.ledger, self.seed)
-        check_augmentation(train.dataset, self.settings.state)
+        check_augmentation(train, self.settings.state)
         check_widths(self.make, self.settings.ladder)
         self.example = train.collate_fn([train.dataset[0], train.dataset[self.train.samples - 1]])[0]
         self._check_models()
+        if distributed.early_rank() == 0:
+            self.run.freeze(self.config, FREE_KEYS)
 
     def _check_models(self) -> None:
         with torch.random.fork_rng():
             student = build_student(self.make, 0, [], Rung(0))
-        self.outputs = check_outputs(self.teacher, student, self.example)
+        self.outputs, self._last = check_outputs(self.teacher, student, self.example), student
         self.takes_links = isinstance(student, Student)
         if not self.takes_links:
             kind = type(student).__name__
@@ -137,9 +142,16 @@ class Boosting:
         while len(self.students) < number:
             self.students.append(restore_student(self.run, len(self.students), self.students, self.make))
         self.attempt = len(self.run.tries(number))
-        self.rung = self.settings.rungs(number, links=self.takes_links)[self.attempt]
+        rungs = self.settings.rungs(number, links=self.takes_links)
+        if self.attempt >= len(rungs):  # killed after the last rejection
+            self._stop(number, self.run.tries(number)[-1])
+            return None
+        self.rung = rungs[self.attempt]
         reseed(self.seed, number, self.attempt, "build")
         student = build_student(self.make, number, self.students, self.rung)
+        if student is self._last:
+            raise UserError("Expected `student` to make a new module in each round, got the same one again.")
+        self._last = student
         self.cost = student_cost(student, self.students, self.example, self.uncounted)
         return BoostingRound(
             student,
@@ -263,11 +275,13 @@ class Boosting:
         if distributed.rank() == 0:
             self.run.reject(number, f"{self.rung.name}: {verdict.reason}")
             if last:
-                self.run.stop(
-                    number, f"no class of students was accepted in round {number + 1}; last, {verdict.reason}"
-                )
+                self._stop(number, verdict.reason)
         distributed.barrier()
         return not last
+
+    def _stop(self, number: int, reason: str) -> None:
+        if distributed.early_rank() == 0:
+            self.run.stop(number, f"no class of students was accepted in round {number + 1}; last, {reason}")
 
     # ---- the end of the run
 
@@ -278,15 +292,13 @@ class Boosting:
 
     def finish(self, datamodule: pl.LightningDataModule, device: torch.device) -> None:
         """Reads the test part, once; the curve gets its test accuracies."""
-        done = self.run.test_figures() is not None or not self.run.committed()
-        if distributed.early_rank() != 0 or done:
+        if distributed.early_rank() != 0 or not self.run.committed():
             return
-        if not is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
-            return
-        datamodule.setup("test")
-        loader = only(datamodule.test_dataloader())
-        teacher = prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device)
-        self.run.keep_test(teacher + prefix_accuracies(self.ensemble.to(device), loader, device))
+        if self.run.test_figures() is None and is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
+            datamodule.setup("test")
+            loader = only(datamodule.test_dataloader())
+            teacher = prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device)
+            self.run.keep_test(teacher + prefix_accuracies(self.ensemble.to(device), loader, device))
         self.run.write_curve(self.run.rows())
 
 

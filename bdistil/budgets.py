@@ -31,7 +31,7 @@ class Budget:
             raise UserError(f"Expected `stages` of a budget to be >= 1, got {self.stages}.")
         for name in ("macs", "seconds"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise UserError(f"Expected `{name}` of a budget to be > 0, got {value}.")
         if self.confidence is not None and not 0 < self.confidence <= 1:
             raise UserError(f"Expected `confidence` of a budget to be in (0, 1], got {self.confidence}.")

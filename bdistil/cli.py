@@ -101,7 +101,7 @@ class BoostCLI(LightningCLI):
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains the teacher if it is missing, then the rounds, then writes the report."""
         run = RunDirectory(self._get(self.config, "run_dir"))
-        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
+        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_unset=False))
         seed = int(self._get(self.config, "seed_everything"))
         network = model.teacher.network
         controller = RoundController(
@@ -266,7 +266,7 @@ def _run(command: str, args: Sequence[str]) -> None:
     parser.add_function_arguments(function, as_positional=False, skip={"as_json"})
     if "as_json" in inspect.signature(function).parameters:
         parser.add_argument("--json", action="store_true", help="Print JSON.")
-    given: Namespace = parser.instantiate_classes(parser.parse_args(list(args)))
+    given: Namespace = parser.instantiate(parser.parse_args(list(args)))
     function(**{"as_json" if key == "json" else key: value for key, value in given.items()})
 
 
@@ -306,10 +306,20 @@ def main(args: Sequence[str] | None = None) -> int:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"Expected a command, one of {', '.join(['fit', *COMMANDS])}, got {command!r}.{hint}")
         _run(command, given[1:])
-    except (UserError, RunError) as error:
-        print(f"bdistil: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        print(f"bdistil: error: {known}", file=sys.stderr)
+        return 2 if isinstance(known, UserError) else 1
     return 0
+
+
+def _known(error: BaseException | None) -> UserError | RunError | None:
+    """The message that is meant for the user, also where the parser wrapped it into one of its own."""
+    while error is not None and not isinstance(error, UserError | RunError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 if __name__ == "__main__":

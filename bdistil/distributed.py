@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
@@ -52,6 +54,15 @@ def _reduced(values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
     moved = values.to(_collective_device(), copy=True)
     dist.all_reduce(moved, how)
     return moved.to(values.device)
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the values of process 0, in place."""
+    if _active():
+        for tensor in tensors:
+            moved = tensor.detach().to(_collective_device())
+            dist.broadcast(moved, 0)
+            tensor.detach().copy_(moved)
 
 
 def my_blocks(total: int, block: int) -> list[tuple[int, int]]:

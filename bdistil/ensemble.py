@@ -183,7 +183,13 @@ def restore_student(
     else:
         with torch.random.fork_rng():
             student = build_student(make, number, earlier, Rung(**record["rung"]))
-        student.load_state_dict({name: tensors[name] for name in student.state_dict()})
+        try:
+            student.load_state_dict({name: tensors[name] for name in student.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"The student of round {number + 1} in {run.root} is another than `student` makes now ({error}). "
+                "Give the function that the run was started with, or choose another `run_dir`."
+            ) from error
     return student.requires_grad_(False).train(False)
 
 

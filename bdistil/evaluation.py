@@ -32,7 +32,7 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
         )
     parser = ArgumentParser()
     parser.add_argument("--data", type=LightningDataModule)
-    module: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": data})).data
+    module: LightningDataModule = parser.instantiate(parser.parse_object({"data": data})).data
     return module
 
 

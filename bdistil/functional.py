@@ -88,22 +88,23 @@ class _LogBarrierLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, deviation: Tensor, up: Tensor, down: Tensor, share: float, gamma: float) -> Tensor:
-        argument = (torch.stack((up, -down)) * deviation).sum(1).mul_(share).add_(1.0)
+        pair = torch.stack((up, -down))
+        argument = (pair * deviation).sum(1, keepdim=True).mul_(share).add_(1.0)
         safe = argument.clamp_min(BARRIER_FLOOR)
-        barrier = safe.log().add_(argument.sub_(safe), alpha=1.0 / BARRIER_FLOOR).sum()
-        ctx.save_for_backward(deviation, up, down, safe)
-        ctx.share, ctx.gamma = share, gamma
-        return deviation.square().mean().sub_(barrier, alpha=1.0 / (gamma * deviation.shape[1]))
+        pull = safe.reciprocal().mul_(share / (gamma * deviation.shape[1]))
+        barrier = safe.log_().add_(argument.clamp_max_(BARRIER_FLOOR), alpha=1.0 / BARRIER_FLOOR).sum()
+        ctx.save_for_backward(torch.sub(deviation * (2.0 / deviation.numel()), (pair * pull).sum(0)), deviation, pull)
+        weight = 1.0 / (gamma * deviation.shape[1])
+        # Above the floor the tangent's part is floor/floor = 1 for every argument.
+        return deviation.square().mean().sub_(barrier - argument.numel(), alpha=weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        deviation, up, down, safe = ctx.saved_tensors
-        pull = gradient * (ctx.share / (ctx.gamma * deviation.shape[1])) / safe
-        of_deviation = deviation * (gradient * (2.0 / deviation.numel())) - (up * pull[0] - down * pull[1])
-        of_up = -deviation * pull[0] if ctx.needs_input_grad[1] else None
-        of_down = deviation * pull[1] if ctx.needs_input_grad[2] else None
-        return of_deviation, of_up, of_down, None, None
+        of_deviation, deviation, pull = ctx.saved_tensors
+        of_up = -gradient * deviation * pull[0] if ctx.needs_input_grad[1] else None
+        of_down = gradient * deviation * pull[1] if ctx.needs_input_grad[2] else None
+        return gradient * of_deviation, of_up, of_down, None, None
 
 
 def log_barrier_loss(

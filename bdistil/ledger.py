@@ -125,15 +125,15 @@ class ErrorLedger:
         self.head = LedgerHead(samples, outputs, 1.0, 0.0, teacher)
         beside = self.folder / "teacher.f32.tmp"
         target = row_files.blank(beside, self._shape)
-        squares, largest = torch.zeros((), dtype=torch.float64), torch.zeros(())
+        squares, largest = _sums(samples, 1), torch.zeros(())
         for low, rows in logits:
             rows = centre(rows.detach().float().cpu())
             _refuse_nonfinite(rows, low, "the teacher's logits")
             target[low : low + len(rows)] = rows.numpy()
-            squares += rows.double().square().sum()
+            squares[low // BLOCK] = rows.double().square().sum()
             largest = torch.maximum(largest, rows.abs().max())
         row_files.name(beside, self._teacher_file)
-        rms = float(distributed.all_sum(squares) / (samples * outputs)) ** 0.5
+        rms = float(distributed.all_sum(squares).sum() / (samples * outputs)) ** 0.5
         scale = scale or max(rms, torch.finfo(torch.float32).tiny)
         self.head = LedgerHead(samples, outputs, scale, float(distributed.all_max(largest)) / scale, teacher)
         if distributed.rank() == 0:
@@ -149,10 +149,17 @@ class ErrorLedger:
             UserError: N or the teacher is another than at the start of the run.
             RunError: a file is torn.
         """
-        self.head = LedgerHead(**json.loads(self._head_file.read_text()))
+        try:
+            self.head = LedgerHead(**json.loads(self._head_file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(
+                f"{self._head_file} is missing or torn ({error}). Nothing was deleted. "
+                f"Remove {self.folder} to have the teacher asked again."
+            ) from error
+        part = "validation" if self.folder.name == "val" else "training"
         if self.samples != samples:
             raise UserError(
-                f"The training dataset has {samples} samples, but the run in {self.folder.parent} was started with "
+                f"The {part} dataset has {samples} samples, but the run in {self.folder.parent} was started with "
                 f"{self.samples}. Give the dataset it was started with, or choose another `run_dir`."
             )
         if teacher and self.head.teacher and teacher != self.head.teacher:
@@ -223,24 +230,22 @@ class ErrorLedger:
             RunError: an answer is NaN or infinite; the first sample is named.
         """
         target = row_files.blank(self._next_file, self._shape)
-        margin = torch.zeros(self.outputs, dtype=torch.float64)
-        squares, largest = torch.zeros(2, dtype=torch.float64), torch.zeros(())
+        margins, squares, largest = _sums(self.samples, self.outputs), _sums(self.samples, 2), torch.zeros(())
         log_z = self.log_normaliser(eta)
         for low, rows in answers:
             g, s = self._slice(low, low + len(rows))
             deviation = rows.detach().float().cpu() - g
             _refuse_nonfinite(deviation, low, "the student's logits")
             up, down = game_rows(s.double(), log_z, eta)
-            margin += ((up - down) * deviation).sum(0)
+            margins[low // BLOCK] = ((up - down) * deviation).sum(0)
             before = s if self.version else g
             new = s + deviation
-            squares += torch.stack((before.double().square().sum(), new.double().square().sum()))
+            squares[low // BLOCK] = torch.stack((before.double().square().sum(), new.double().square().sum()))
             largest = torch.maximum(largest, new.abs().max())
             target[low : low + len(rows)] = new.numpy()
-        margin, squares, largest = (
-            distributed.all_sum(margin), distributed.all_sum(squares), distributed.all_max(largest)
-        )  # fmt: skip
-        rms = (squares / (self.samples * self.outputs)).sqrt()
+        margin, square = distributed.all_sum(margins).sum(0), distributed.all_sum(squares).sum(0)
+        largest = distributed.all_max(largest)
+        rms = (square / (self.samples * self.outputs)).sqrt()
         return RoundEvidence(
             margin_share=float((margin >= -tolerance * self.bound).double().mean()),
             margin_min=float(margin.min()),
@@ -299,16 +304,26 @@ class ErrorLedger:
             total = torch.full((self.outputs,), -torch.inf, dtype=torch.float64)
             for low in range(0, self.samples, 8 * BLOCK):
                 part = torch.from_numpy(self._s[low : low + 8 * BLOCK].astype(np.float64))
-                _refuse_nonfinite(part, low, f"the ledger ({self._error_file(self.version)})")
+                _refuse_nonfinite(
+                    part, low, f"the ledger ({self._error_file(self.version)})", "Remove that file: it is made again."
+                )
                 total = torch.logaddexp(total, log_normaliser(part, eta))
             self._log_z[eta] = total
         return self._log_z[eta]
 
 
-def _refuse_nonfinite(rows: Tensor, low: int, what: str) -> None:
+def _sums(samples: int, columns: int) -> Tensor:
+    """Zeros for a sum of every block: added up in one order, whatever process made it, they give the same bits."""
+    return torch.zeros(-(-samples // BLOCK), columns, dtype=torch.float64)
+
+
+LOWER = "A lower learning rate or float32 precision is the usual cure."
+
+
+def _refuse_nonfinite(rows: Tensor, low: int, what: str, cure: str = LOWER) -> None:
     if not torch.isfinite(rows).all():
         bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])
         raise RunError(
             f"NaN or infinity in {what}, first at sample {low + bad}. Nothing of this round was committed; the rounds "
-            "before it are intact. A lower learning rate or float32 precision is the usual cure."
+            f"before it are intact. {cure}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ class PrefixScores(Metric):
     entropy: Tensor
     samples: Tensor
 
-    def __init__(self, predictors: int = 1) -> None:
-        super().__init__()
+    def __init__(self, predictors: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         for name in ("right", "entropy"):
             self.add_state(name, torch.zeros(predictors, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")

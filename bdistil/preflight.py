@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from bdistil.data.attach import only
 from bdistil.data.indexing import is_random
@@ -38,20 +39,39 @@ def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
             )
     rank_zero_only(datamodule.prepare_data)()
     datamodule.setup("fit")
-    return only(datamodule.train_dataloader()), only(datamodule.val_dataloader())
+    try:
+        return only(datamodule.train_dataloader()), only(datamodule.val_dataloader())
+    except ValueError as error:
+        if "num_samples" not in str(error):
+            raise
+        kind = type(datamodule).__name__  # torch's own sampler refuses an empty dataset that is to be shuffled
+        raise UserError(f"Expected the datasets of `{kind}` to hold samples, got an empty one ({error}).") from error
 
 
-def check_augmentation(dataset: Any, state: str) -> None:
+def check_augmentation(loader: Any, state: str) -> None:
     """Cached logits belong to an x that is the same at every reading.
 
     Raises:
         UserError: random augmentation with cached state.
     """
-    if state == "cached" and is_random(dataset):
+    if state == "cached" and (is_random(loader.dataset) or is_random(_Collated(loader))):
         raise UserError(
             "Reading a training sample twice gives two different x (random augmentation), so cached teacher logits "
             "would not belong to the x of a batch. Give BoostingSettings(state='recompute'), or augment once."
         )
+
+
+class _Collated(Dataset[Any]):
+    """Samples as batches of one."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.loader.collate_fn([self.loader.dataset[index]])
 
 
 def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:

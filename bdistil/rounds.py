@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdistil.errors import RunError
+from bdistil.errors import RunError, UserError
 from bdistil.functional import centre, game_rows, log_barrier_loss
 from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
@@ -72,6 +72,13 @@ class BoostingRound(pl.LightningModule):
         logits: Tensor = self.student(x, part.linked(self.student, self.earlier, index, self.device))
         return logits.float()
 
+    def on_fit_start(self) -> None:
+        """Refuses a Trainer without the controller, which opens the ledger."""
+        if not hasattr(self, "log_z"):
+            raise UserError(
+                "A round is fitted by a Trainer with callbacks=[controller]; this one has no RoundController."
+            )
+
     # ---- training
 
     def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
@@ -126,8 +133,8 @@ class BoostingRound(pl.LightningModule):
         if len(bad):
             batch = self._watched - self._watched % WATCH_EVERY + int(bad[0])
             raise RunError(
-                f"The loss of round {self.number}, epoch {self.current_epoch}, batch {batch} is NaN or infinite. "
-                f"Nothing of this round was committed; the {self.number} rounds before it are intact. "
+                f"The loss of round {self.number + 1}, epoch {self.current_epoch}, batch {batch} is NaN or infinite. "
+                f"Nothing of this round was committed; the {self.number} committed rounds are intact. "
                 f"Look at that batch, or lower `lr` (now {self.settings.lr:g}) and start again in a new `run_dir`."
             )
 

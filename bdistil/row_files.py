@@ -27,7 +27,10 @@ def blank(path: Path, shape: tuple[int, int]) -> Rows:
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
-            file.truncate(shape[0] * shape[1] * 4)
+            size = shape[0] * shape[1] * 4
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a kill at a mapped page
     distributed.barrier()
     return mapped(path, shape, "r+")
 

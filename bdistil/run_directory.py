@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,12 +33,13 @@ CURVE_COLUMNS = (
 
 
 @contextmanager
-def _disk_errors(doing: str, root: Path) -> Iterator[None]:
+def disk_errors(doing: str, root: Path) -> Iterator[None]:
     """Turns a refusal of the disk into a message that says what is safe."""
     try:
         yield
-    except OSError as error:
-        cause = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        cause = "the disk is full" if full else str(error)
         raise RunError(
             f"Could not finish {doing} in {root}: {cause}. Every round committed before is intact. "
             "Free some space (or mend the permission) and give the same command again: it goes on from there."
@@ -149,7 +151,7 @@ class RunDirectory:
         try:
             (self.root / "rounds").mkdir(parents=True, exist_ok=True)
             probe = self.root / f".writable.{os.getpid()}"
-            write_atomically(probe, "")
+            write_atomically(probe, 4096 * "-")
             probe.unlink()
         except OSError as error:
             raise UserError(
@@ -219,7 +221,7 @@ class RunDirectory:
         Raises:
             RunError: the disk refused.
         """
-        with _disk_errors(f"the commit of round {number}", self.root):
+        with disk_errors(f"the commit of round {number}", self.root):
             beside = self.folder(number).with_name(f".{number:03d}.tmp")
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
@@ -228,6 +230,7 @@ class RunDirectory:
             _sync(file)
             seal = {"file": file.name, "bytes": file.stat().st_size, "sha256": _digest(file)}
             write_atomically(beside / "round.json", json.dumps({**record, "weights": seal}, indent=1))
+            (self.root / "test.json").unlink(missing_ok=True)  # of other students
             os.replace(beside, self.folder(number))
             _sync(self.folder(number).parent)
         shutil.rmtree(self.work(number), ignore_errors=True)
@@ -269,7 +272,7 @@ class RunDirectory:
 
     def keep_teacher(self, figures: Mapping[str, Any]) -> None:
         """Keeps the teacher's row of the curve: its cost and its accuracy."""
-        with _disk_errors("the teacher's figures", self.root):
+        with disk_errors("the teacher's figures", self.root):
             write_atomically(self.root / "teacher.json", json.dumps(figures, indent=1))
 
     def teacher_figures(self) -> dict[str, Any] | None:
@@ -279,7 +282,7 @@ class RunDirectory:
 
     def keep_test(self, accuracy: Sequence[float]) -> None:
         """Keeps the test accuracy of the teacher and of every prefix, in this order: read once, at the end."""
-        with _disk_errors("the test figures", self.root):
+        with disk_errors("the test figures", self.root):
             write_atomically(self.root / "test.json", json.dumps(list(accuracy)))
 
     def test_figures(self) -> list[float] | None:
@@ -297,10 +300,10 @@ class RunDirectory:
     def reject(self, number: int, reason: str) -> None:
         """Records that a try was rejected; its checkpoint goes."""
         reasons = [*self.tries(number), reason]
-        with _disk_errors(f"round {number}", self.root):
+        self.checkpoint(number).unlink(missing_ok=True)  # first: the next try cannot go on from it
+        with disk_errors(f"round {number}", self.root):
             self.work(number).mkdir(parents=True, exist_ok=True)
             write_atomically(self.work(number) / "rejected.json", json.dumps(reasons))
-        self.checkpoint(number).unlink(missing_ok=True)
 
     def verdicts(self, number: int) -> tuple[int, int]:
         """How many rounds are committed, and how many tries of a round rejected: changes with every verdict."""
@@ -310,11 +313,12 @@ class RunDirectory:
     def stopped(self) -> str | None:
         """Why boosting stopped before the last round, if it did."""
         path = self.root / "stopped.json"
-        return str(json.loads(path.read_text())["reason"]) if path.exists() else None
+        record = json.loads(path.read_text()) if path.exists() else {"round": None}
+        return str(record["reason"]) if record["round"] == self.committed() else None
 
     def stop(self, number: int, reason: str) -> None:
         """Records that boosting stopped at a round, with the reason."""
-        with _disk_errors("the record of the stop", self.root):
+        with disk_errors("the record of the stop", self.root):
             write_atomically(
                 self.root / "stopped.json", json.dumps({"round": number, "reason": reason, "tries": self.tries(number)})
             )
@@ -332,7 +336,7 @@ class RunDirectory:
 
     def write_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes curve.csv, the teacher's row first. A key that a row lacks stays empty."""
-        with _disk_errors("curve.csv", self.root):
+        with disk_errors("curve.csv", self.root):
             text = io.StringIO()
             writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
             writer.writeheader()

@@ -20,7 +20,7 @@ from bdistil.metrics import PrefixScores
 from bdistil.row_files import FeatureCache
 from bdistil.seeding import seed_of
 from bdistil.settings import BoostingSettings
-from bdistil.students import Student, linked_numbers, run_student
+from bdistil.students import Student, linked_features, linked_numbers, run_student
 
 
 class Part:
@@ -65,7 +65,7 @@ class Part:
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        scores = PrefixScores()
+        scores = PrefixScores(sync_on_compute=False)
         answers = self._teacher_answers(teacher, device, scores)
         self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, scale=scale)
         return _summed(scores)
@@ -87,11 +87,14 @@ class Part:
         if not self.ledger.has(len(students)):
             self.ledger.use(0)
             for number, student in enumerate(students):
-                answers = self._answers(student.to(device), students[:number], device, PrefixScores())
+                answers = self._answers(
+                    student.to(device), students[:number], device, PrefixScores(sync_on_compute=False)
+                )
                 self.ledger.advance(answers, eta=1.0, tolerance=0.0)
                 self.ledger.keep()
                 self.ledger.use(number + 1)
         self.ledger.use(len(students))
+        self.reach = reach
         self._catch_up_features(students, device, reach)
 
     @torch.no_grad()
@@ -119,7 +122,7 @@ class Part:
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        scores = PrefixScores()
+        scores = PrefixScores(sync_on_compute=False)
         modes = {module: module.training for module in student.modules()}
         if isinstance(student, Student):
             self.features.begin(student.width)
@@ -160,7 +163,11 @@ class Part:
             if write and isinstance(student, Student):
                 own = student.features(moved)
                 self.features.write(int(index[0]), own)
-                logits = student.answer(own, self.linked(student, earlier, index, device))
+                cached = self.reach > 0
+                linked = (
+                    self.linked(student, earlier, index, device) if cached else linked_features(student, earlier, moved)
+                )
+                logits = student.answer(own, linked)
             else:
                 logits = run_student(student, earlier, moved)
             logits = logits.float().cpu()
@@ -191,7 +198,7 @@ def _summed(scores: PrefixScores) -> tuple[float, float]:
 @torch.no_grad()
 def prefix_accuracies(ensemble: ProgressiveEnsemble, loader: DataLoader[Any], device: torch.device) -> list[float]:
     """Accuracy of every prefix, in 0 … 1, in one pass over a loader that yields (x, y)."""
-    scores = PrefixScores(len(ensemble))
+    scores = PrefixScores(len(ensemble), sync_on_compute=False)
     for x, y in loader:
         scores.update(torch.stack([stage.logits.cpu() for stage in ensemble.stages(move_data_to_device(x, device))]), y)
     return [float(a) for a in scores.compute()[0].flatten()]

@@ -22,6 +22,7 @@ from bdistil.errors import RunError, UserError
 from bdistil.report import write_report
 from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
+from bdistil.run_directory import disk_errors
 from bdistil.seeding import reseed
 from bdistil.settings import BoostingSettings
 
@@ -159,7 +160,8 @@ class RoundController(Checkpoint):
         """Brings the ledger up to date; a round that had ended and was not committed trains no more."""
         assert isinstance(pl_module, BoostingRound)
         self.device = pl_module.device
-        self.boosting.open(pl_module)
+        with disk_errors(f"the ledger of round {self.number}", self.run.root):
+            self.boosting.open(pl_module)
         self.tracker.start(trainer, self.number)
         self.curves = MetricCurves()
         for number in range(self.number):
@@ -187,7 +189,12 @@ class RoundController(Checkpoint):
         last = self.done or self.epochs == trainer.max_epochs
         if trainer.strategy.broadcast(last or time.perf_counter() >= self.save_after):
             begun = time.perf_counter()
-            trainer.save_checkpoint(self.run.checkpoint(self.number), weights_only=False)
+            path = self.run.checkpoint(self.number)
+            beside = path.with_name("last.ckpt.tmp")  # Lightning copies into place where /tmp is another disk
+            with disk_errors(f"round {self.number}", self.run.root):
+                trainer.save_checkpoint(beside, weights_only=False)
+                if trainer.is_global_zero:
+                    os.replace(beside, path)
             self.save_after = time.perf_counter() + (time.perf_counter() - begun) / SAVE_SHARE
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,7 +211,9 @@ class RoundController(Checkpoint):
 
     def _close(self, trainer: pl.Trainer, module: BoostingRound) -> None:
         self.closed = True
-        verdict = self.boosting.judge(module, self.device)
+        distributed.share(module.student.buffers())  # each rank has batch statistics of its own; that of 0 is committed
+        with disk_errors(f"round {self.number}", self.run.root):
+            verdict = self.boosting.judge(module, self.device)
         name = f"Round {self.number + 1} of {self.settings.rounds}, class {self.boosting.rung.name}"
         if not verdict.accepted:
             then = "A wider class is tried." if self.boosting.reject(module, verdict) else "Boosting stops."

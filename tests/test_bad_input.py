@@ -28,14 +28,13 @@ from toys import (
     in_child,
     make_plain,
     make_student,
-    make_teacher,
     make_trainer,
     samples,
     settings_for,
 )
 
 from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, Student, UserError
-from bdistil.callbacks import RoundController, round_controller
+from bdistil.callbacks import round_controller
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,18 +46,15 @@ def _no_pictures():
 
 @pytest.fixture
 def refused(tmp_path):
-    """A whole run fails before its first step, with a message; the folder can be used once the fault is mended."""
+    """A whole run fails before its first step, with a message."""
 
-    def refuse(error, match, datamodule=None, *, mended=True, **options):
+    def refuse(error, match, datamodule=None, **options):
         steps = []
         count = Hook(on_train_batch_end=lambda *_: steps.append(1))
         with pytest.raises(error, match=match):
             boost(tmp_path / "run", datamodule, callbacks=lambda: [count], **options)
         assert not steps
         assert not digests(tmp_path / "run")
-        if mended:
-            boost(tmp_path / "run", settings=settings_for(1), trainer={"epochs": 1})
-            assert list(digests(tmp_path / "run")) == ["000"]
 
     return refuse
 
@@ -104,6 +100,11 @@ def test_no_module_as_a_later_student(tmp_path):
         boost(tmp_path, student=lambda round: None if round else make_plain(round))
     assert list(digests(tmp_path)) == ["000"]
     assert len(boost(tmp_path, student=make_plain).ensemble) == 3
+
+
+def test_the_same_student_in_each_round(refused):
+    same = make_plain(0)
+    refused(UserError, "a new module in each round", student=lambda round: same)
 
 
 def test_nan_in_the_teachers_logits(tmp_path):
@@ -168,7 +169,7 @@ def datamodule(train, val=None):
     """A data module of loaders."""
     made = L.LightningDataModule()
     made.train_dataloader = lambda: train
-    made.val_dataloader = lambda: val or Toys().val_dataloader()
+    made.val_dataloader = lambda: Toys().val_dataloader() if val is None else val
     return made
 
 
@@ -215,8 +216,7 @@ def test_training_data_that_the_ledger_cannot_address(refused, train, message):
 
 def test_validation_data_that_the_ledger_cannot_address(refused):
     refused(UserError, "`val_dataloader.*empty", datamodule(Toys().train_dataloader(), loader(TensorDataset(X[:0]))))
-    refused(UserError, "`val_dataloader.*iterable Stream", datamodule(Toys().train_dataloader(), loader(Stream())),
-            mended=False)  # fmt: skip
+    refused(UserError, "`val_dataloader.*iterable Stream", datamodule(Toys().train_dataloader(), loader(Stream())))
 
 
 def test_no_validation_data(refused):
@@ -290,13 +290,15 @@ def test_a_rung_out_of_range(rung):
         Rung(**rung)
 
 
-def test_a_mended_ladder_goes_on_in_the_same_folder(refused):
-    refused(
-        UserError,
-        "takes no `width`",
-        student=lambda round: make_student(round),
-        settings=settings_for(ladder=[Rung(0), Rung(1, width=2)]),
-    )
+def test_width_without_a_student_that_takes_it(refused, tmp_path):
+    def narrow(round):
+        return make_student(round)
+
+    wide = settings_for(ladder=[Rung(0), Rung(1, width=1.5)])
+    refused(UserError, r"width x1\.5.*make_student\(round, width=1\.0\), or leave such rungs out",
+            student=narrow, settings=wide)  # fmt: skip
+    boost(tmp_path / "run", student=narrow, settings=settings_for(1))  # as the message says, in the same folder
+    assert list(digests(tmp_path / "run")) == ["000"]
 
 
 def test_a_body_of_another_width_than_its_head(refused):
@@ -403,6 +405,21 @@ def test_the_way_out_that_a_message_names(two_rounds, tmp_path, torn):
     assert len(read) == (1 if torn.startswith("rounds") else 0 if finished else 1), "the test part of new students"
 
 
+def test_a_round_of_a_stopped_run_can_be_trained_again(tmp_path):
+    def stop_at_round_2():
+        controller = control(tmp_path)
+        controller.boosting.decide = lambda number, *_: (number < 2, "as the test says")
+        return fit(controller)
+
+    stop_at_round_2()
+    wanted = digests(tmp_path)
+    assert list(wanted) == ["000", "001"]
+    assert (tmp_path / "stopped.json").exists()
+    shutil.rmtree(tmp_path / "rounds/001")
+    assert len(stop_at_round_2().ensemble) == 2
+    assert digests(tmp_path) == wanted
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_errors_that_were_lost_are_made_again(two_rounds, tmp_path, part):
     run_dir = tmp_path / "run"
@@ -498,21 +515,21 @@ def fill(folder):
 
 
 def run_and_fill(folder, point):
-    """A run whose disk is full from a point of round 1 on."""
+    """A run whose disk is full from a point on: of round 0 for the teacher's logits, else of round 1."""
     controller = control(folder / "run")
 
     def full(trainer, module):
-        if module.number == 1:
+        if module.number == (point != "teacher"):
             fill(folder)
 
     if point == "commit":
         commit = controller.run.commit
         controller.run.commit = lambda number, *args: (number == 1 and fill(folder), commit(number, *args))
-    hooks = {"save": "on_train_epoch_start", "score": "on_train_end", "ledger": "on_fit_start"}
+    hooks = {"teacher": "on_fit_start", "save": "on_train_epoch_start", "score": "on_train_end"}
     fit(controller, callbacks=lambda: [Hook(**{hooks[point]: full})] if point in hooks else [])
 
 
-@pytest.mark.parametrize("point", ["ledger", "save", "score", "commit"])
+@pytest.mark.parametrize("point", ["teacher", "save", "score", "commit"])
 def test_a_full_disk(disk, tmp_path, point):
     folder, log = disk("size=400k"), tmp_path / "log"
     # In a process of its own, as writing to a mapped file on a full disk kills.
@@ -520,8 +537,9 @@ def test_a_full_disk(disk, tmp_path, point):
     said = log.read_text().splitlines()[-1]
     assert said.startswith("RunError: ")
     assert f"{folder / 'run'}: the disk is full. Every round committed before is intact" in said
-    assert list(digests(folder / "run")) == ["000"]
-    assert len(ProgressiveEnsemble.load(folder / "run")) == 1
+    if point != "teacher":
+        assert list(digests(folder / "run")) == ["000"]
+        assert len(ProgressiveEnsemble.load(folder / "run")) == 1
 
     disk("size=8m")
     assert len(boost(folder / "run").ensemble) == 3

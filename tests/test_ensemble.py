@@ -15,7 +15,7 @@ from bdistil.errors import RunError, UserError
 from bdistil.run_directory import RunDirectory
 from bdistil.students import Rung, Student, run_student
 
-IN, L, T, B = 5, 4, 4, 12
+IN, L, T, B = 5, 4, 4, 40
 MACS = [10, 25, 45, 70]
 SCALE = 2.5
 RUNGS = [Rung(0), Rung(1), Rung(2, "hidden"), Rung(2, "residual")]
@@ -208,6 +208,7 @@ def test_decided_samples_leave(ensemble, x, confidence, more):
     prediction = ensemble.predict(x, Budget(confidence=confidence, **more))
     # A body saw the samples that were not decided before it, and no other.
     assert rows_seen(ensemble) == [sum(k >= number + 1 for k in expected) for number in range(T)]
+    assert all(0 not in student.body.seen for student in ensemble.students)
     assert prediction.stages.tolist() == expected
     assert_is_what_it_says(ensemble, prediction, x)
 

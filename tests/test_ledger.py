@@ -164,15 +164,15 @@ def test_game_rows_equal_the_weights_of_the_whole_error(ledger, scale):
     torch.testing.assert_close(torch.stack(part), torch.stack(expected)[:, rows].float(), rtol=1e-3, atol=0)
 
 
-def test_normaliser_at_huge_errors(ledger):
-    add(ledger, torch.full((N, L), 200.0 / ETA))
+@pytest.mark.parametrize("size", [200.0, 2000.0, -2000.0])
+def test_normaliser_at_huge_errors(ledger, size):
+    add(ledger, torch.full((N, L), size / ETA))
     found = ledger.log_normaliser(ETA)
     assert found.dtype == torch.float64
     assert found.shape == (L,)
-    assert torch.isfinite(found).all()
-    # Each of the N samples adds exp(200 - eta g) and nothing that counts beside it.
+    # Each of the N samples adds exp(|size| -+ eta g), and nothing that counts beside it.
     g, _ = in_numpy(teacher_logits())
-    np.testing.assert_allclose(found, 200 + np.log(np.exp(-ETA * g).sum(0)), rtol=1e-6)
+    np.testing.assert_allclose(found, abs(size) + np.log(np.exp(-np.sign(size) * ETA * g).sum(0)), rtol=1e-6)
 
 
 def test_normaliser_is_of_the_version_and_the_step_size(ledger):
@@ -255,8 +255,11 @@ def test_index_out_of_range(ledger, kind, index):
         ledger.rows(kind(index))
 
 
-def test_another_number_of_samples(ledger):
-    with pytest.raises(UserError, match=rf"has {N + 1} samples, but the run in .*run was started with {N}\..*run_dir"):
+@pytest.mark.parametrize(("folder", "part"), [("train", "training"), ("val", "validation")])
+def test_another_number_of_samples(tmp_path, folder, part):
+    ledger = a_ledger(tmp_path / "run" / folder)
+    message = rf"The {part} dataset has {N + 1} samples, but the run in .*run was started with {N}\..*run_dir"
+    with pytest.raises(UserError, match=message):
         ErrorLedger(ledger.folder).open(N + 1, "a teacher")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bdistil.errors import UserError
-from bdistil.students import Rung, Student, linkable, linked_features, links_of, run_student
+from bdistil.students import Rung, Student, linkable, linked_features, linked_numbers, links_of, run_student
 
 IN, L = 6, 3
 WIDTHS = [4, 5, 2]  # D differs from student to student
@@ -141,6 +141,7 @@ def test_a_plain_module_takes_no_links(earlier, x):
 def test_a_plain_module_exports_no_features(earlier, x):
     mixed = [earlier[0], nn.Linear(IN, L), earlier[2], nn.Identity()]
     assert linkable(mixed) == [earlier[2], earlier[0]]
+    assert [linked_numbers(mixed, links) for links in range(4)] == [[], [2], [2, 0], [2, 0]]
     student = a_student().eval().link(mixed, Rung(2))
     assert student.links == 2
     torch.testing.assert_close(

@@ -43,10 +43,11 @@ def indexed_loaders(datamodule: pl.LightningDataModule, seed: int) -> Iterator[N
 def _train(original: Callable[[], Any], datamodule: pl.LightningDataModule, seed: int) -> DataLoader[Any]:
     trainer = datamodule.trainer
     assert trainer is not None
+    progress: Any = trainer.fit_loop.epoch_progress
     return training_loader(
         only(original()),
         seed=seed,
-        epoch=trainer.current_epoch,
+        epoch=progress.current.processed,  # current_epoch is one behind in a fit that goes on
         rank=trainer.global_rank,
         world_size=trainer.world_size,
     )

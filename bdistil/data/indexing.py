@@ -6,7 +6,7 @@ workers and collate function, in an order that is a pure function of (seed, roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch.utils.data import (
 )
 
 from bdistil.errors import UserError
+from bdistil.seeding import seed_of
 
 
 class IndexedDataset(Dataset[Any]):
@@ -39,7 +40,7 @@ class IndexedDataset(Dataset[Any]):
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
         self.dataset, self._collate = dataset, collate
-        self._tensors = dataset.tensors if isinstance(dataset, TensorDataset) and collate is default_collate else None
+        self._tensors = dataset.tensors if type(dataset) is TensorDataset and collate is default_collate else None
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -78,6 +79,15 @@ def _settings(loader: DataLoader[Any]) -> dict[str, Any]:
     return kept
 
 
+class _EpochLoader(DataLoader[Any]):
+    """Seeds its workers by the order of the epoch, so that a resumed epoch draws what it would have drawn."""
+
+    def __iter__(self) -> Any:
+        sampler = cast(DistributedSampler[Any], self.sampler)
+        self.generator.manual_seed(seed_of(sampler.seed, sampler.epoch, sampler.rank, "workers"))
+        return super().__iter__()
+
+
 def training_loader(loader: DataLoader[Any], *, seed: int, epoch: int, rank: int, world_size: int) -> DataLoader[Any]:
     """The user's training loader, with the index and an order of its own for (seed, epoch).
 
@@ -94,7 +104,7 @@ def training_loader(loader: DataLoader[Any], *, seed: int, epoch: int, rank: int
     indexed = IndexedDataset(loader.dataset, loader.collate_fn)
     options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
     plain = type(loader.batch_sampler) is BatchSampler
-    if not plain or not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+    if not plain or not _reads_all(loader):
         if plain:
             options |= {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
         else:
@@ -103,15 +113,22 @@ def training_loader(loader: DataLoader[Any], *, seed: int, epoch: int, rank: int
     shuffle = isinstance(loader.sampler, RandomSampler)
     sampler: DistributedSampler[Any] = DistributedSampler(indexed, world_size, rank, shuffle=shuffle, seed=seed)
     sampler.set_epoch(epoch)
-    generator = torch.Generator().manual_seed(seed + epoch)  # seeds the workers
-    return DataLoader(
+    return _EpochLoader(
         indexed,
         batch_size=loader.batch_size,
         sampler=sampler,
         drop_last=loader.drop_last,
-        generator=generator,
+        generator=torch.Generator(),
         **options,
     )
+
+
+def _reads_all(loader: DataLoader[Any]) -> bool:
+    """Does the loader read each sample once an epoch, shuffled or in order, by a sampler of torch's own?"""
+    sampler = loader.sampler
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+    return type(sampler) is SequentialSampler
 
 
 class _Blocks:
@@ -154,6 +171,10 @@ def check_dataset(loader: Any, name: str) -> int:
         loader = loader[0]
     if not isinstance(loader, DataLoader):
         raise UserError(f"Expected `{name}()` to return one torch DataLoader, got {type(loader).__name__}.")
+    if loader.batch_sampler is None:
+        raise UserError(
+            f"Expected the loader of `{name}()` to make batches, got batch_size=None. Give it a batch_size."
+        )
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise UserError(
@@ -171,13 +192,23 @@ def check_dataset(loader: Any, name: str) -> int:
     return len(dataset)
 
 
-def is_random(dataset: Dataset[Any], tries: int = 3) -> bool:
+def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
     """Does reading a sample twice give two different x (random augmentation)?"""
     for index in range(min(tries, len(cast(Sized, dataset)))):
-        first, second = dataset[index][0], dataset[index][0]
-        if isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(first, second):
+        if not _same(dataset[index][0], dataset[index][0]):
             return True
     return False
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Are two x equal, NaN and all?"""
+    if isinstance(first, Mapping):
+        return all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, tuple | list):
+        return all(map(_same, first, second))
+    if isinstance(first, Tensor | np.ndarray):
+        return bool(np.array_equal(np.asarray(first), np.asarray(second), equal_nan=True))
+    return True  # of anything else equality says nothing
 
 
 def sequential_loader(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import BoostingSettings, Student
 from bdistil.callbacks import RoundController
-from bdistil.data.indexing import training_loader
+from bdistil.data.attach import indexed_loaders
 from bdistil.ledger import BLOCK
 from bdistil.zoo import ConvStudent
 
@@ -94,9 +94,9 @@ def teacher() -> nn.Module:
 
 def plain_epochs(student: nn.Module, epochs: int) -> list[float]:
     clock, data = EpochClock(), Noise()
-    loader = training_loader(data.train_dataloader(), seed=0, epoch=0, rank=0, world_size=1)
     trainer = pl.Trainer(max_epochs=epochs, callbacks=[clock], enable_checkpointing=False, **QUIET)
-    trainer.fit(Plain(student, torch.randn(SAMPLES, OUTPUTS)), loader)
+    with indexed_loaders(data, seed=0):
+        trainer.fit(Plain(student, torch.randn(SAMPLES, OUTPUTS)), data)
     return clock.epochs
 
 

@@ -1,0 +1,123 @@
+"""A run on two real processes, as torchrun starts them: one decision, one commit, one ledger."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from toys import Toys, boost, by_hand, control, curve, fit, make_teacher, samples, settings_for
+
+from bdistil import ErrorLedger, ProgressiveEnsemble, Rung
+
+TRAIN, VAL = 1100, 600  # of blocks of 512 rows, two and one of the first, one and one of the second
+SETTINGS = settings_for(2, ladder=[Rung(0), Rung(1), Rung(1, width=2)])
+
+
+def script(folder):
+    """What each of the processes runs. The first try of round 1 is rejected, by the order of the test."""
+
+    def say(*what):
+        with open(folder / f"rank{os.environ['RANK']}", "a") as file:
+            file.write(json.dumps(what) + "\n")
+
+    def judged(number, training, validation):
+        first = (number, controller.boosting.attempt) == (1, 0)
+        verdict = (False, "not wanted") if first else decide(number, training, validation)
+        say("verdict", number, controller.boosting.rung.name, verdict, asdict(training), asdict(validation))
+        return verdict
+
+    def committed(number, *args):
+        say("commit", number)
+        commit(number, *args)
+
+    controller = control(folder / "run", settings=SETTINGS)
+    decide, controller.boosting.decide = controller.boosting.decide, judged
+    commit, controller.run.commit = controller.run.commit, committed
+    # Without a validation at the end, which would happen to bring the batch statistics of the ranks together.
+    fit(controller, Toys(train=TRAIN, val=VAL), strategy="ddp", devices=2, check_val_every_n_epoch=3)
+    answers = controller.ensemble(samples(64, 13)[0])
+    say("end", len(controller.ensemble), hashlib.sha256(answers.numpy().tobytes()).hexdigest())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of the run; in `rank0` and `rank1`, what each process said."""
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, folder]
+    process = subprocess.Popen(
+        list(map(str, command)), env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        pytest.fail(f"the ranks hang:\n{said[-5000:]}\n{heard(folder)}")
+    assert process.returncode == 0, said[-5000:]
+    return folder
+
+
+def heard(folder):
+    """What the two processes said."""
+    files = [folder / "rank0", folder / "rank1"]
+    return [[json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [] for file in files]
+
+
+@pytest.mark.distributed
+def test_both_ranks_take_the_same_decisions(run):
+    first, second = ([line for line in lines if line[0] == "verdict"] for lines in heard(run))
+    assert first == second
+    assert [(number, rung, verdict[0]) for _, number, rung, verdict, *_ in first] == [
+        (0, "F0", True), (1, "F1", False), (1, "F1 x2", True)
+    ]  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_a_round_is_committed_once_and_both_ranks_end(run):
+    first, second = heard(run)
+    assert [line[1] for line in first if line[0] == "commit"] == [0, 1]
+    assert not [line for line in second if line[0] == "commit"]
+    assert first[-1] == second[-1]
+    assert first[-1][:2] == ["end", 2]
+    rows = curve(run / "run")
+    assert [row["accepted_class"] for row in rows] == ["", "F0", "F1 x2"]
+    assert all(row["test_accuracy"] for row in rows)
+    a_round = 2 * TRAIN * 3  # epochs, samples, passes
+    assert [int(row["train_macs"]) for row in rows[1:]] == [a_round * 72, a_round * (144 + 24)]
+    assert json.loads((run / "run/rounds/001/round.json").read_text())["tries"] == ["F1: not wanted"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("part", "count", "seed"), [("train", TRAIN, 11), ("val", VAL, 12)])
+def test_the_ledger_is_that_of_the_committed_students(run, part, count, seed):
+    ledger = ErrorLedger(run / "run/ledger" / part)
+    ledger.open(count)
+    ledger.use(2)
+    g, error = ledger.rows(torch.arange(count))
+    x, y = samples(count, seed)
+    ensemble = ProgressiveEnsemble.load(run / "run")
+    truth = by_hand(ensemble, make_teacher(), x)
+    torch.testing.assert_close(g, truth.g, atol=1e-6, rtol=0)
+    torch.testing.assert_close(error, truth.error, atol=5e-6, rtol=0)
+    if part == "val":
+        right = float((ensemble(x).argmax(-1) == y).double().mean())
+        assert float(curve(run / "run")[-1]["val_accuracy"]) == pytest.approx(right, abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_one_process_finds_the_run_finished(run):
+    before = ProgressiveEnsemble.load(run / "run").macs
+    assert boost(run / "run", Toys(train=TRAIN, val=VAL), settings=SETTINGS).ensemble.macs == before
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    script(Path(sys.argv[1]))

@@ -1,0 +1,177 @@
+"""The command line as a user meets it: the commands on a small real run, and one message for each mistake."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from bdistil import ProgressiveEnsemble
+from bdistil.cli import COMMANDS, main
+from bdistil.run_directory import CURVE_COLUMNS, RunDirectory
+
+SMALL = [
+    "fit", "--config", "digits", "--model.boosting.rounds", "2", "--trainer.max_epochs", "1",
+    "--model.teacher.epochs", "1", "--model.teacher.network.channels", "[4,8]", "--trainer.accelerator", "cpu",
+    "--tracking.mode", "disabled", "--data.batch_size", "500",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "digits"
+    assert main([*SMALL, "--run_dir", str(folder)]) == 0
+    return RunDirectory(folder)
+
+
+def failed(capsys, *args):
+    """Exit status and message of a command that fails."""
+    try:
+        status = main(list(args))
+    except SystemExit as end:  # the parser's own way
+        status = end.code
+    return status, capsys.readouterr().err
+
+
+def test_fit_leaves_a_whole_run_directory(run):
+    assert run.committed() == 2
+    assert run.teacher.is_file()
+    assert run.picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "<html" in run.report.read_text()
+    rows = run.read_curve()
+    assert [row["stage"] for row in rows] == ["teacher", "1", "2"]
+    assert list(rows[0]) == list(CURVE_COLUMNS)
+    assert all(float(row["test_accuracy"]) > 0 for row in rows)
+
+
+def test_config_is_resolved_and_starts_the_same_run_again(run, capsys):
+    config = yaml.safe_load(run.config.read_text())
+    assert config["model"]["boosting"]["rounds"] == 2
+    assert config["model"]["boosting"]["eta"] == 0.5
+    assert config["data"]["class_path"] == "bdistil.data.digits.Digits"
+    before = run.curve.read_bytes()
+    assert main([*SMALL, "--run_dir", str(run.root)]) == 0
+    assert "teacher" in capsys.readouterr().out
+    assert run.curve.read_bytes() == before
+
+
+def test_fit_prints_the_curve_as_a_table(run, capsys):
+    assert main(["report", "--run_dir", str(run.root)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^teacher +\S+", out, re.M)
+    assert re.search(r"^ +2 +\S+", out, re.M)
+    assert str(run.picture) in out
+
+
+def test_evaluate_within_budgets(run, capsys):
+    ensemble = ProgressiveEnsemble.load(run.root)
+    answers = {}
+    for stages in (1, 2):
+        assert main(["evaluate", "--run_dir", str(run.root), "--budget.stages", str(stages), "--json"]) == 0
+        answers[stages] = json.loads(capsys.readouterr().out)
+    assert [answers[s]["average_macs"] for s in (1, 2)] == ensemble.macs
+    rows = run.read_curve()
+    assert [answers[s]["accuracy"] for s in (1, 2)] == pytest.approx([float(r["test_accuracy"]) for r in rows[1:]])
+    assert answers[1]["decided_share"] == [1.0, 0.0]
+    assert main(["evaluate", "--run_dir", str(run.root), "--budget.macs", "1", "--part", "val"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"samples +500", out)
+    assert re.search(rf"average_macs +{ensemble.macs[0]:,}", out)
+
+
+def test_profile_lists_teacher_and_stages(run, capsys):
+    assert main(["profile", "--run_dir", str(run.root), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["stage"] for row in rows] == ["teacher", 1, 2]
+    assert [row["cumulative_macs"] for row in rows[1:]] == ProgressiveEnsemble.load(run.root).macs
+    assert rows[2]["link_macs"] > 0
+    assert all(row["latency_ms"] > 0 for row in rows)
+    assert main(["profile", "--run_dir", str(run.root), "--batch_size", "4"]) == 0
+    assert "cumulative_macs" in capsys.readouterr().out
+
+
+def test_recipes_are_listed_with_their_first_line(capsys):
+    assert main(["recipes"]) == 0
+    assert re.search(r"^digits +5,000 real MNIST digits", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_the_overview_names_every_command(args, capsys):
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", out, re.M) for name in ("fit", *COMMANDS))
+
+
+@pytest.mark.parametrize("command", ["fit", *COMMANDS])
+def test_help_of_a_command_is_short_and_says_what_it_does(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert len(out.splitlines()) < 600
+    assert "--run_dir" in out or command == "recipes"
+
+
+def test_print_config_shows_the_resolved_recipe(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL, "--print_config"])
+    assert end.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["student"]["class_path"] == "bdistil.zoo.ConvStudent"
+    assert shown["trainer"]["max_epochs"] == 1
+
+
+MISTAKES = [
+    (["fitt"], "'fitt'", "Did you mean 'fit'"),
+    (["fit", "--config", "digit"], "'digit'", "Did you mean 'digits'"),
+    (["fit", "--config", "digits", "--model.boosting.rouns", "3"], "rouns", "Did you mean 'model.boosting.rounds'"),
+    (["fit", "--config", "digits", "--model.boosting.round", "3"], "unrecognized", "model.boosting.rounds"),
+    (["fit", "--config", "digits", "--model.boosting.rounds", "many"], "model.boosting.rounds", "many"),
+    (["fit", "--config", "digits", "--model.boosting.rounds", "0"], "`rounds`", "got 0"),
+    (["fit", "--config", "digits", "--model.boosting.eta", "-1"], "`eta`", "got -1.0"),
+    (
+        ["fit", "--config", "digits", "--model.boosting.kappa", "1", "--model.boosting.gamma", "2"],
+        "`kappa` or `gamma`",
+        "Leave one out",
+    ),
+    (["fit", "--config", "digits", "--model.student.wdith", "3"], "wdith", "Did you mean 'width'"),
+    (["fit", "--config", "digits", "--model.teacher.checkpoint", "none.pt"], "checkpoint", "'none.pt'"),
+    (["fit", "--config", "digits", "--data.batch_size", "0"], "`batch_size`", "got 0"),
+    (["fit", "--config", "digits", "--run_dir", "/proc/nowhere"], "`run_dir`", "/proc/nowhere"),
+    (["fit"], "required", "model.student"),
+    (["evaluate"], "required", "run_dir"),
+    (["evaluate", "--run_dir", "none"], "none", "bdistil fit"),
+    (["profile", "--run_dir", "none"], "none", "bdistil fit"),
+    (["evaluate", "--run_dir", "none", "--budget.stage", "1"], "budget.stage", "Did you mean 'budget.stages'"),
+    (["evaluate", "--run_dir", "none", "--budget.stages", "0"], "`stages`", "got 0"),
+    (["evaluate", "--run_dir", "none", "--budget.confidence", "2"], "`confidence`", "(0, 1]"),
+]
+
+
+@pytest.mark.parametrize(("args", "names", "helps"), MISTAKES, ids=[" ".join(a[-2:]) for a, _, _ in MISTAKES])
+def test_a_mistake_gets_one_message(args, names, helps, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, message = failed(capsys, *args)
+    assert status == 2
+    assert names in message
+    assert helps in message
+    assert "Traceback" not in message
+    assert len(message) < 1000
+    assert not list(tmp_path.glob("runs/*/rounds/*"))
+
+
+def test_another_configuration_is_refused_with_what_differs(run, capsys):
+    status, message = failed(capsys, *SMALL, "--run_dir", str(run.root), "--model.boosting.eta", "0.7")
+    assert status == 2
+    assert "model.boosting.eta: 0.5 there, 0.7 now" in message
+    assert run.committed() == 2
+
+
+def test_a_failed_run_exits_with_1(tmp_path, capsys):
+    """The learning rate of the teacher makes its logits NaN: no round is committed."""
+    status, message = failed(
+        capsys, *SMALL, "--run_dir", str(tmp_path / "run"), "--model.teacher.lr", "1e30", "--model.teacher.epochs", "2"
+    )
+    assert status == 1
+    assert "NaN or infinity in the teacher's logits" in message
+    assert RunDirectory(tmp_path / "run").committed() == 0
