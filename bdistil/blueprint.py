@@ -1,8 +1,9 @@
 """A module's structure as plain JSON, so that an ensemble loads without the code that configured it.
 
 Weights go to safetensors; this is the rest: classes by dotted path, plain attributes, submodules, which tensors are
-one and the same. Rebuilding imports those classes and sets their attributes; it calls no constructor and nothing else
-that the file names. A file that names classes is code all the same: load runs of people you trust.
+one and the same. Rebuilding imports those classes and sets their attributes. It calls no constructor, replaces no
+method, and takes no function but those of torch.nn, timm, math and the class's own package. A file that names classes
+is code all the same, as importing runs them: load runs of people you trust.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import importlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -55,7 +57,10 @@ def _module(module: nn.Module, name: str, seen: dict[int, str], tensors: dict[st
         for key, child in module._modules.items()
     }
     plain = {key: value for key, value in vars(module).items() if key not in _MACHINERY}
-    plan["attributes"] = {key: _value(value, _join(name, key), seen, tensors) for key, value in plain.items()}
+    if replaced := [key for key in plain if _is_method(type(module), key)]:
+        raise IndescribableError(f"{_join(name, replaced[0])} replaces a method")
+    read = functools.partial(_value, home=_home(type(module)), seen=seen, tensors=tensors)
+    plan["attributes"] = {key: read(value, _join(name, key)) for key, value in plain.items()}
     return plan
 
 
@@ -71,35 +76,61 @@ def _tensor(value: Tensor | None, name: str, seen: dict[int, str], tensors: dict
     return {"tensor": name, "grad": value.requires_grad} if first == name else {"same": first}
 
 
-def _value(value: Any, name: str, seen: dict[int, str], tensors: dict[str, Tensor]) -> Any:
-    """An attribute as JSON: plain values as they are, everything else tagged."""
-    inner = functools.partial(_value, name=name, seen=seen, tensors=tensors)
-    if value is None or isinstance(value, bool | int | float | str):
+def _is_method(kind: type, key: str) -> bool:
+    return key.startswith("__") or callable(getattr(kind, key, None))
+
+
+def _home(kind: type) -> str:
+    """The package of a class, whose functions its instances may name."""
+    return kind.__module__.partition(".")[0]
+
+
+def _value(value: Any, name: str, *, home: str, seen: dict[int, str], tensors: dict[str, Tensor]) -> Any:
+    """An attribute as JSON: plain values as they are, everything else tagged. Only exact types: no subclass is lost."""
+    inner = functools.partial(_value, home=home, seen=seen, tensors=tensors)
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):
         return _tensor(value, name, seen, tensors)
-    if isinstance(value, list | tuple):
-        items = [_value(v, f"{name}.{i}", seen, tensors) for i, v in enumerate(value)]
-        return items if isinstance(value, list) else {"size" if isinstance(value, torch.Size) else "tuple": items}
-    if isinstance(value, set | frozenset):
-        return {type(value).__name__: sorted(map(inner, value), key=repr)}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"dict": {key: _value(v, _join(name, key), seen, tensors) for key, v in value.items()}}
-    if isinstance(value, torch.dtype | torch.device):
-        return {type(value).__name__: str(value)}
-    if isinstance(value, functools.partial):
-        return {"partial": [inner(value.func), inner(list(value.args)), inner(dict(value.keywords))]}
+    if kind in (list, tuple, torch.Size):
+        items = [inner(v, f"{name}.{i}") for i, v in enumerate(value)]
+        return items if kind is list else {kind.__name__.lower(): items}
+    if kind in (set, frozenset):
+        return {kind.__name__: sorted((inner(v, name) for v in value), key=repr)}
+    if kind in (dict, OrderedDict) and all(isinstance(key, str) for key in value):
+        return {kind.__name__.lower(): {key: inner(v, _join(name, key)) for key, v in value.items()}}
+    if isinstance(value, Enum):
+        return {"enum": [_path_of(kind), value.name]}
+    if kind in (torch.dtype, torch.device):
+        return {kind.__name__: str(value)}
+    if kind is functools.partial:
+        parts = (value.func, list(value.args), dict(value.keywords))
+        return {"partial": [inner(part, name) for part in parts]}
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        return {"name": _path_of(value)}
-    raise IndescribableError(f"attribute {name} is a {type(value).__name__}")
+        return {"name": _path_of(value, home)}
+    raise IndescribableError(f"attribute {name} is a {kind.__name__}")
 
 
-def _path_of(thing: Any) -> str:
+def _path_of(thing: Any, home: str | None = None) -> str:
     """Dotted path of a class or function, once it is sure that the path leads back to it."""
     path = f"{thing.__module__}.{thing.__qualname__}"
     if "<" in path or _resolve(path) is not thing:
         raise IndescribableError(f"{path} cannot be imported by name")
+    if home is not None and not _may_be_called(thing, home):
+        raise IndescribableError(f"{path} is no function of torch.nn, timm or the package of the student")
     return path
+
+
+def _may_be_called(thing: Any, home: str) -> bool:
+    """Answering calls what attributes name, so a file may name modules, and functions made for networks, no others."""
+    if isinstance(thing, type):
+        return issubclass(thing, nn.Module)
+    where = str(getattr(thing, "__module__", ""))
+    networks = where.startswith(("torch.nn.functional", "torch._C._nn", "timm.layers", "timm.models"))
+    return (
+        networks or where == "math" or (home not in ("torch", "timm", "builtins") and where.partition(".")[0] == home)
+    )
 
 
 def _resolve(path: str) -> Any:
@@ -150,11 +181,11 @@ def _build(plan: Plan, name: str, made: dict[str, Any], tensors: Mapping[str, Te
     for key, child in plan["modules"].items():
         module.add_module(key, None if child is None else _build(child, _join(name, key), made, tensors))
     for key, value in plan["attributes"].items():
-        if key in _MACHINERY or key.startswith("__") or callable(getattr(kind, key, None)):
+        if key in _MACHINERY or _is_method(kind, key):
             raise UserError(
                 f"The file would replace {plan['class']}.{key}, which no student does: it is not to be trusted."
             )
-        vars(module)[key] = _read(value, made, tensors)
+        vars(module)[key] = _read(value, made, tensors, _home(kind))
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
     return module.train(False) if not plan["training"] else module
@@ -169,13 +200,13 @@ def _parameter(value: Any, name: str, made: dict[str, Any], tensors: Mapping[str
     return parameter
 
 
-def _read(value: Any, made: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _read(value: Any, made: dict[str, Any], tensors: Mapping[str, Tensor], home: str) -> Any:
     if isinstance(value, list):
-        return [_read(v, made, tensors) for v in value]
+        return [_read(v, made, tensors, home) for v in value]
     if not isinstance(value, dict):
         return value
     tag, content = next(iter(value.items()))
-    inner = functools.partial(_read, made=made, tensors=tensors)
+    inner = functools.partial(_read, made=made, tensors=tensors, home=home)
     makers: dict[str, Any] = {
         "tensor": lambda: made.setdefault(content, tensors[content]),
         "same": lambda: made[content],
@@ -183,10 +214,26 @@ def _read(value: Any, made: dict[str, Any], tensors: Mapping[str, Tensor]) -> An
         "tuple": lambda: tuple(map(inner, content)),
         "set": lambda: set(map(inner, content)),
         "frozenset": lambda: frozenset(map(inner, content)),
-        "dict": lambda: OrderedDict((key, inner(v)) for key, v in content.items()),
+        "dict": lambda: {key: inner(v) for key, v in content.items()},
+        "ordereddict": lambda: OrderedDict((key, inner(v)) for key, v in content.items()),
         "dtype": lambda: getattr(torch, content.removeprefix("torch.")),
         "device": lambda: torch.device(content),
         "partial": lambda: functools.partial(inner(content[0]), *inner(content[1]), **inner(content[2])),
-        "name": lambda: _resolve(content),
+        "name": lambda: _named(content, home),
+        "enum": lambda: _member(*content),
     }
     return makers[tag]()
+
+
+def _member(path: str, name: str) -> Enum:
+    kind = _resolve(path)
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise UserError(f"The file names {path}, which is no Enum: it is not to be trusted.")
+    return kind[name]
+
+
+def _named(path: str, home: str) -> Any:
+    thing = _resolve(path)
+    if not _may_be_called(thing, home):
+        raise UserError(f"The file names {path}, which no network calls: it is not to be trusted.")
+    return thing

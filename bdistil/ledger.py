@@ -134,7 +134,9 @@ class ErrorLedger:
             largest = torch.maximum(largest, rows.abs().max())
         row_files.name(beside, self._teacher_file)
         rms = float(distributed.all_sum(squares).sum() / (samples * outputs)) ** 0.5
-        scale = scale or max(rms, torch.finfo(torch.float32).tiny)
+        if rms == 0:
+            raise RunError("The teacher gives every class the same logit for every sample: there is nothing to distil.")
+        scale = scale or rms
         self.head = LedgerHead(samples, outputs, scale, float(distributed.all_max(largest)) / scale, teacher)
         if distributed.rank() == 0:
             text = json.dumps(asdict(self.head), indent=1)

@@ -47,7 +47,7 @@ class PrefixScores(Metric):
         self.samples += len(target)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Accuracy (K,) in 0 … 1, and mean cross entropy (K,) in nats."""
+        """Accuracy in 0 … 1 and mean cross entropy in nats, both (K,), or () for K = 1 as torchmetrics squeezes it."""
         return self.right / self.samples, self.entropy / self.samples
 
 

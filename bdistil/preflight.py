@@ -109,6 +109,8 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any) -> int:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(f"Expected logits of shape (2, L) of the {name} for a batch of 2 samples, got {got}.")
+    if goal.shape[1] < 2:
+        raise UserError("Expected a teacher of L >= 2 outputs (classes), got L=1. Regression is not supported yet.")
     if goal.shape[1] != answer.shape[1]:
         raise UserError(
             f"The teacher gives L={goal.shape[1]} outputs, the student L={answer.shape[1]}. "

@@ -23,14 +23,14 @@ def mapped(path: Path, shape: tuple[int, int], mode: Literal["r", "r+"] = "r") -
 
 
 def blank(path: Path, shape: tuple[int, int]) -> Rows:
-    """A file of zeros that takes no room until it is written to, open for writing."""
+    """A file of zeros, open for writing. Its room is taken now: a full disk is an error here, not a crash later."""
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             size = shape[0] * shape[1] * 4
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a kill at a mapped page
+                os.posix_fallocate(file.fileno(), 0, size)
     distributed.barrier()
     return mapped(path, shape, "r+")
 
