@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,15 +19,12 @@ from bdistil.callbacks.metric_curves import MetricCurves
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
 from bdistil.report import write_report
+from bdistil.round_state import RoundState, Saver
 from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
 from bdistil.run_directory import disk_errors
 from bdistil.seeding import reseed
 from bdistil.settings import BoostingSettings
-
-# Largest share of the training time that saving the round under way may take. Where an epoch takes milliseconds, a kill
-# costs more than one of them, and still no more than the time of this many saves.
-SAVE_SHARE = 0.02
 
 
 class RoundController(Checkpoint):
@@ -69,9 +65,13 @@ class RoundController(Checkpoint):
         self._begin(0)
 
     def _begin(self, number: int) -> None:
-        self.number, self.done, self.closed, self.fresh = number, False, False, True
-        self.epochs, self.samples_seen, self.seconds, self.started = 0, 0, 0.0, time.perf_counter()
-        self.device, self.save_after = torch.device("cpu"), 0.0
+        self.state, self.saver = RoundState(number, self.boosting.attempt), Saver()
+        self.closed, self.fresh, self.device = False, True, torch.device("cpu")
+
+    @property
+    def number(self) -> int:
+        """The round under way, from 0."""
+        return self.state.number
 
     # ---- the loop that a user writes
 
@@ -114,35 +114,15 @@ class RoundController(Checkpoint):
         """The ensemble of the committed rounds."""
         return self.boosting.ensemble
 
-    # ---- state within a round: plain numbers, as a checkpoint is read with weights_only
+    # ---- hooks
 
     def state_dict(self) -> dict[str, Any]:
         """Where the round under way is."""
-        names = ("number", "done", "epochs", "samples_seen")
-        return {name: getattr(self, name) for name in names} | {
-            "try": self.boosting.attempt,
-            "seconds": self._elapsed(),
-        }
+        return self.state.plain()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a checkpoint of this round was written.
-
-        Raises:
-            RunError: the checkpoint is of another round.
-        """
-        found, wanted = (state_dict["number"], state_dict["try"]), (self.number, self.boosting.attempt)
-        if found != wanted:
-            raise RunError(
-                f"A checkpoint of (round, try) {found} was offered to {wanted}. Fit with "
-                "ckpt_path=controller.ckpt_path; under SLURM give each round's Trainer a default_root_dir of its own."
-            )
-        for name in ("done", "epochs", "samples_seen", "seconds"):
-            setattr(self, name, state_dict[name])
-
-    def _elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self.started
-
-    # ---- hooks
+        """Goes on where a checkpoint of this round was written."""
+        self.state.load(state_dict)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses what is not this round; seeds, as configure_optimizers may make the loader."""
@@ -154,7 +134,7 @@ class RoundController(Checkpoint):
         self._reseed(trainer)
 
     def _reseed(self, trainer: pl.Trainer) -> None:
-        reseed(self.boosting.seed, self.number, self.boosting.attempt, self.epochs, trainer.global_rank)
+        reseed(self.boosting.seed, self.number, self.state.attempt, self.state.epochs, trainer.global_rank)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Brings the ledger up to date; a round that had ended and was not committed trains no more."""
@@ -168,7 +148,7 @@ class RoundController(Checkpoint):
             row = self.run.record(number)["curve"]
             self.curves.add(row["macs"], row["val_accuracy"])
         self._reseed(trainer)
-        trainer.should_stop |= self.done
+        trainer.should_stop |= self.state.done
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the epoch; the first one was, before its loader was made."""
@@ -180,22 +160,15 @@ class RoundController(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts samples, for the cost of training."""
-        self.samples_seen += len(batch[-1]) * trainer.world_size
+        self.state.samples_seen += len(batch[-1]) * trainer.world_size
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the round under way, unless saving would take more than `SAVE_SHARE` of the time."""
-        self.epochs += 1
-        self.done = trainer.should_stop
-        last = self.done or self.epochs == trainer.max_epochs
-        if trainer.strategy.broadcast(last or time.perf_counter() >= self.save_after):
-            begun = time.perf_counter()
-            path = self.run.checkpoint(self.number)
-            beside = path.with_name("last.ckpt.tmp")  # Lightning copies into place where /tmp is another disk
-            with disk_errors(f"round {self.number}", self.run.root):
-                trainer.save_checkpoint(beside, weights_only=False)
-                if trainer.is_global_zero:
-                    os.replace(beside, path)
-            self.save_after = time.perf_counter() + (time.perf_counter() - begun) / SAVE_SHARE
+        """Saves the round under way."""
+        self.state.epochs += 1
+        self.state.done = trainer.should_stop
+        last = self.state.done or self.state.epochs == trainer.max_epochs
+        with disk_errors(f"round {self.number}", self.run.root):
+            self.saver.save(trainer, self.run.checkpoint(self.number), always=last)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judges the student and commits it, or sends the round to a wider class."""
@@ -219,9 +192,9 @@ class RoundController(Checkpoint):
             then = "A wider class is tried." if self.boosting.reject(module, verdict) else "Boosting stops."
             rank_zero_info(f"{name}: rejected, {verdict.reason}. {then}")
             return
-        row = self.boosting.row(module, verdict, samples_seen=self.samples_seen, seconds=self._elapsed())
+        row = self.boosting.row(module, verdict, samples_seen=self.state.samples_seen, seconds=self.state.elapsed())
         row |= self.curves.add(row["macs"], row["val_accuracy"])
-        self.boosting.commit(module, verdict, row, epochs=self.epochs, steps=trainer.global_step)
+        self.boosting.commit(module, verdict, row, epochs=self.state.epochs, steps=trainer.global_step)
         self.tracker.committed(trainer, row, self.number)
         rank_zero_info(
             f"{name}: accepted, {verdict.reason}. Accuracy of the prefix {verdict.accuracy:.4f} on validation, "

@@ -21,15 +21,17 @@ class RoundProgressBar(RichProgressBar):
         super().__init__(refresh_rate=refresh_rate, leave=False)
 
     def _get_train_description(self, current_epoch: int) -> str:
-        module = self._trainer.lightning_module if self._trainer is not None else None
-        epoch = super()._get_train_description(current_epoch).replace("Epoch", "epoch")
-        if not isinstance(module, BoostingRound):
-            return epoch
-        return f"round {module.number + 1}/{module.settings.rounds} · {epoch}"
+        module, epochs = self.trainer.lightning_module, self.trainer.max_epochs
+        epoch = f"epoch {current_epoch + 1}" + (f"/{epochs}" if epochs and epochs > 0 else "")
+        if isinstance(module, BoostingRound):
+            return f"round {module.number + 1}/{module.settings.rounds} · {epoch}"
+        return epoch
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The logged metrics, without the version number, in short."""
+        """The accuracy of the prefix and its rms error to the teacher; of another module what it logs."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        names = {"val_accuracy": "prefix accuracy", "val_loss": "prefix loss", "val_rms": "prefix rms"}
-        return {names.get(key, key): value for key, value in metrics.items()}
+        if isinstance(pl_module, BoostingRound):
+            names = {"val_accuracy": "prefix accuracy", "val_rms": "rms"}
+            metrics = {names[key]: value for key, value in metrics.items() if key in names}
+        return metrics

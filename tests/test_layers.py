@@ -13,7 +13,7 @@ LAYERS = """
     settings ledger teachers students blueprint cost metrics budgets indexing data zoo preflight recipe_files curve_rows
     ensemble mekd mixing variance
     rounds scoring boosting
-    tracking report round_tracker
+    tracking report round_tracker round_state
     callbacks
     compare export distiller evaluation cli
     __init__ __main__

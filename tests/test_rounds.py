@@ -50,7 +50,7 @@ from wandb_offline import offline_runs
 
 import bdistil.report
 import bdistil.run_directory
-from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, UserError
+from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, UserError, round_state
 from bdistil.boosting import Boosting
 from bdistil.callbacks import ComputeCost, MetricCurves, RoundController, round_controller
 from bdistil.cost import measure_cost
@@ -554,7 +554,7 @@ def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, monkeypatch, data, 
     epochs = []
     note = Hook(on_train_epoch_start=lambda trainer, module: epochs.append((module.number, trainer.current_epoch)))
     for share, rest in ((math.inf, [(1, 2)]), (1e-9, [(1, 1), (1, 2)])):  # each epoch is saved, or the first and last
-        monkeypatch.setattr(round_controller, "SAVE_SHARE", share)
+        monkeypatch.setattr(round_state, "SAVE_SHARE", share)
         run_dir = tmp_path / str(share)
         with pytest.raises(Killed):
             boost(run_dir, data(), callbacks=lambda: [Hook(on_train_epoch_start=stop)], **options)

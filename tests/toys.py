@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from bdistil import BoostingSettings, Rung, Student
-from bdistil.callbacks import RoundController, round_controller
+from bdistil import BoostingSettings, Rung, Student, round_state
+from bdistil.callbacks import RoundController
 
 TRAIN, VAL, TEST = 192, 64, 64
 FEATURES, CLASSES, WIDTH, BATCH = 8, 4, 6, 32
 TIMES = {"latency_ms", "seconds"}  # columns of the curve that no two runs share
 
-round_controller.SAVE_SHARE = math.inf  # a toy epoch takes milliseconds; have each of them saved all the same
+round_state.SAVE_SHARE = math.inf  # a toy epoch takes milliseconds; have each of them saved all the same
 gc.freeze()  # the controller collects once a round: not all that was imported, which takes longer than a round
 
 
