@@ -17,7 +17,6 @@ $(STAMP): pyproject.toml
 
 demo: setup  ## distil the recipe `digits` (CPU, minutes) and print accuracy against cost
 	$(BIN)/bdistil fit --config digits --run_dir runs/digits
-	$(BIN)/bdistil report --run_dir runs/digits
 
 test: setup  ## fast tests
 	$(BIN)/pytest -n 2

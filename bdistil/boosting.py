@@ -85,6 +85,7 @@ class Boosting:
         self.students: list[nn.Module] = []
         self.attempt = 0
         self._last: nn.Module | None = None
+        self._said = False
 
     # ---- before training
 
@@ -116,7 +117,8 @@ class Boosting:
             student = build_student(self.make, 0, [], Rung(0))
         self.outputs, self._last = check_outputs(self.teacher, student, self.example), student
         self.takes_links = isinstance(student, Student)
-        if not self.takes_links:
+        if not self.takes_links and not self._said:
+            self._said = True
             kind = type(student).__name__
             rank_zero_info(f"{kind} is no bdistil.Student, so it takes no links: all rounds are of class F0.")
 

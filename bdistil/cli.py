@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil import distributed
@@ -108,27 +109,27 @@ class BoostCLI(LightningCLI):
             run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config
         )
         controller.boosting.check(datamodule)
-        self._teach(model, datamodule, run, seed)
-        logger = (
-            make_logger(self._get(self.config_init, "tracking"), run.root, config)
-            if not self._finished(run, model)
-            else None
-        )
-        given = self._get(self.config_init, "trainer").logger
-        loggers = [*(given if isinstance(given, list) else [given] if given else []), *([logger] if logger else [])]
         try:
+            self._teach(model, datamodule, run, seed)
+            loggers = self._loggers(run, config) if run.committed() < model.boosting.rounds and not run.stopped else []
             for module in controller.rounds(datamodule):
-                trainer = self.round_trainer(
-                    callbacks=[controller], logger=loggers, default_root_dir=str(run.work(module.number))
-                )
+                folder = str(run.work(module.number))
+                trainer = self.round_trainer(callbacks=[controller], logger=loggers, default_root_dir=folder)
                 trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
+        except SystemExit as end:  # Lightning's answer to SIGTERM and Ctrl-C, with status 0 for the former
+            raise RunError(
+                f"The run was interrupted with {run.committed()} of {model.boosting.rounds} rounds committed. "
+                "Give the same command again: it goes on from there."
+            ) from end
         finally:
             controller.tracker.close()
         _say_end(run)
 
-    @staticmethod
-    def _finished(run: RunDirectory, model: Distiller) -> bool:
-        return run.committed() >= model.boosting.rounds or run.stopped is not None
+    def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
+        """The loggers of the recipe, and the one of `tracking`."""
+        given = self._get(self.config_init, "trainer").logger
+        tracked = make_logger(self._get(self.config_init, "tracking"), run.root, config)
+        return [*(given if isinstance(given, list) else [given] if given else []), *([tracked] if tracked else [])]
 
     def _teach(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory, seed: int) -> None:
         """Loads the teacher's weights; trains and keeps them where the run has none."""

@@ -15,7 +15,7 @@ from bdistil.errors import RunError, UserError
 from bdistil.functional import centre, game_rows, log_barrier_loss
 from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
-from bdistil.students import links_of, run_student
+from bdistil.students import linked_numbers, links_of, run_student
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -67,9 +67,9 @@ class BoostingRound(pl.LightningModule):
 
     def answer(self, x: Any, index: Index, part: Part) -> Tensor:
         """Logits (B, L) float32 of this round's student for samples of a part, whose linked features are cached."""
-        if self.recompute or not links_of(self.student):
+        if self.recompute or not self._reads:
             return run_student(self.student, self.earlier, x).float()
-        logits: Tensor = self.student(x, part.linked(self.student, self.earlier, index, self.device))
+        logits: Tensor = self.student(x, part.linked(self._reads, index, self.device))
         return logits.float()
 
     def on_fit_start(self) -> None:
@@ -111,7 +111,8 @@ class BoostingRound(pl.LightningModule):
         """Reads from the ledger what holds for all batches of the round, and moves what is hidden to the device."""
         self.log_z = self.ledger.log_normaliser(self.settings.eta).float().to(self.device)
         self.bound, self.gamma = self.ledger.bound, self.settings.gamma_for(self.ledger.bound)
-        self._recent, self._watched = torch.zeros(WATCH_EVERY, device=self.device), 0
+        self._reads = linked_numbers(self.earlier, links_of(self.student))
+        self._recent = torch.zeros(WATCH_EVERY, device=self.device)
         for module in [*self.earlier, *([self.teacher] if self.teacher is not None else [])]:
             module.to(self.device)
 
@@ -119,19 +120,21 @@ class BoostingRound(pl.LightningModule):
         """Remembers the loss of a batch; looks at the last ones now and then."""
         place = batch_idx % WATCH_EVERY
         self._recent[place] = loss.detach()
-        self._watched = batch_idx
         if place == WATCH_EVERY - 1:
-            self.check_finite()
+            self.check_finite(batch_idx - place)
 
-    def check_finite(self) -> None:
-        """Stops the round if a loss was NaN or infinite.
+    def check_finite(self, first: int) -> None:
+        """Stops the round if one of the last losses was NaN or infinite.
+
+        Args:
+            first: batch of the first of them.
 
         Raises:
             RunError: names round, epoch and batch.
         """
         bad = (~self._recent.isfinite()).nonzero()
         if len(bad):
-            batch = self._watched - self._watched % WATCH_EVERY + int(bad[0])
+            batch = first + int(bad[0])
             raise RunError(
                 f"The loss of round {self.number + 1}, epoch {self.current_epoch}, batch {batch} is NaN or infinite. "
                 f"Nothing of this round was committed; the {self.number} committed rounds are intact. "
@@ -140,7 +143,8 @@ class BoostingRound(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """A last look at the epoch's losses."""
-        self.check_finite()
+        last = self.trainer.fit_loop.batch_idx
+        self.check_finite(last - last % WATCH_EVERY)
 
     # ---- validation: sums on the device, logged once an epoch
 

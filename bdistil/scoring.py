@@ -20,7 +20,7 @@ from bdistil.metrics import PrefixScores
 from bdistil.row_files import FeatureCache
 from bdistil.seeding import seed_of
 from bdistil.settings import BoostingSettings
-from bdistil.students import Student, linked_features, linked_numbers, run_student
+from bdistil.students import Student, linked_features, linked_numbers, links_of, run_student
 
 
 class Part:
@@ -158,15 +158,14 @@ class Part:
         write: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, student logits (rows, L)) block by block; `scores` sees the prefix that ends with the student."""
+        reads = linked_numbers(earlier, links_of(student))
         for x, y, index in self._rows(len(earlier)):
             moved = move_data_to_device(x, device)
             if write and isinstance(student, Student):
                 own = student.features(moved)
                 self.features.write(int(index[0]), own)
                 cached = self.reach > 0
-                linked = (
-                    self.linked(student, earlier, index, device) if cached else linked_features(student, earlier, moved)
-                )
+                linked = self.linked(reads, index, device) if cached else linked_features(student, earlier, moved)
                 logits = student.answer(own, linked)
             else:
                 logits = run_student(student, earlier, moved)
@@ -174,11 +173,8 @@ class Part:
             scores.update(self._prefix(logits, index)[None], y)
             yield int(index[0]), logits
 
-    def linked(
-        self, student: nn.Module, earlier: Sequence[nn.Module], index: np.ndarray[Any, Any], device: torch.device
-    ) -> list[Tensor]:
-        """Cached features (B, D) that a student reads of the earlier ones, the most recent first, on the device."""
-        numbers = linked_numbers(earlier, student.links if isinstance(student, Student) else 0)
+    def linked(self, numbers: Sequence[int], index: np.ndarray[Any, Any], device: torch.device) -> list[Tensor]:
+        """Cached features (B, D) of some students for samples, on the device."""
         return [rows.to(device, non_blocking=True) for rows in self.features.rows(numbers, index)]
 
     def _prefix(self, answer: Tensor, index: np.ndarray[Any, Any]) -> Tensor:

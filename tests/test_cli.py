@@ -1,12 +1,15 @@
 """The command line as a user meets it: the commands on a small real run, and one message for each mistake."""
 
 import json
+import os
 import re
+import signal
 
 import pytest
 import yaml
 
 from bdistil import ProgressiveEnsemble
+from bdistil.callbacks import RoundController
 from bdistil.cli import COMMANDS, main
 from bdistil.run_directory import CURVE_COLUMNS, RunDirectory
 
@@ -175,3 +178,23 @@ def test_a_failed_run_exits_with_1(tmp_path, capsys):
     assert status == 1
     assert "NaN or infinity in the teacher's logits" in message
     assert RunDirectory(tmp_path / "run").committed() == 0
+
+
+def test_an_interrupted_run_exits_with_1_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    """SIGTERM to a real fit, sent by a hook in its second round."""
+    hook = RoundController.on_train_epoch_start
+
+    def terminate(self, trainer, pl_module):
+        hook(self, trainer, pl_module)
+        if self.number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = RunDirectory(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundController, "on_train_epoch_start", terminate)
+        status, message = failed(capsys, *SMALL, "--run_dir", str(run.root))
+    assert status == 1
+    assert "interrupted with 1 of 2 rounds committed" in message
+    assert run.committed() == 1
+    assert main([*SMALL, "--run_dir", str(run.root)]) == 0
+    assert run.committed() == 2
