@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.errors import RunError, UserError
-from bdistil.functional import centre, game_rows, log_barrier_loss
+from bdistil.functional import centre, round_loss
 from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
 from bdistil.students import linked_numbers, links_of, run_student
@@ -85,9 +85,8 @@ class BoostingRound(pl.LightningModule):
         """The log-barrier loss of a batch (x, y, index)."""
         x, _, index = batch
         target, error = self.state(x, index)
-        up, down = game_rows(error, self.log_z, self.settings.eta)
         deviation = self.answer(x, index, self.train_part) - target
-        loss = log_barrier_loss(deviation, up, down, population=self.ledger.samples, bound=self.bound, gamma=self.gamma)
+        loss = round_loss(deviation, error, self.log_z, **self.game)
         self._watch(loss, batch_idx)
         return loss
 
@@ -110,9 +109,12 @@ class BoostingRound(pl.LightningModule):
     def prepare(self) -> None:
         """Reads from the ledger what holds for all batches of the round, and moves what is hidden to the device."""
         self.log_z = self.ledger.log_normaliser(self.settings.eta).float().to(self.device)
-        self.bound, self.gamma = self.ledger.bound, self.settings.gamma_for(self.ledger.bound)
+        bound, eta = self.ledger.bound, self.settings.eta
+        self.game: dict[str, Any] = {
+            "eta": eta, "population": self.ledger.samples, "bound": bound, "gamma": self.settings.gamma_for(bound),
+        }  # fmt: skip
         self._reads = linked_numbers(self.earlier, links_of(self.student))
-        self._recent = torch.zeros(WATCH_EVERY, device=self.device)
+        self._recent = [torch.zeros((), device=self.device)] * WATCH_EVERY
         for module in [*self.earlier, *([self.teacher] if self.teacher is not None else [])]:
             module.to(self.device)
 
@@ -132,7 +134,7 @@ class BoostingRound(pl.LightningModule):
         Raises:
             RunError: names round, epoch and batch.
         """
-        bad = (~self._recent.isfinite()).nonzero()
+        bad = (~torch.stack(self._recent).isfinite()).nonzero()
         if len(bad):
             batch = first + int(bad[0])
             raise RunError(

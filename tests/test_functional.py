@@ -317,3 +317,19 @@ def test_teacher_residual_keeps_its_size_at_any_temperature():
     student, teacher = bf.centre(normal(8, 5)), bf.centre(normal(8, 5))
     terms = bf.kd_terms(student, teacher, torch.zeros(8, dtype=torch.long), temperature=1e4)
     torch.testing.assert_close(terms.teacher_residual, (student - teacher) / 5, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("small", [1 << 16, 0], ids=["numpy", "torch"])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
+def test_round_loss_is_the_barrier_loss_of_the_game(small, scale, monkeypatch):
+    monkeypatch.setattr(bf, "SMALL", small)
+    S, g = scale * torch.randn(40, 3, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
+    d, log_z = torch.randn(16, 3, dtype=torch.float64).requires_grad_(), bf.log_normaliser(S, 0.5)
+    options = {"population": 40, "bound": 0.3, "gamma": 0.4}  # a small bound: arguments fall below the floor
+    found = bf.round_loss(d - g, S[:16], log_z, eta=0.5, **options)
+    up, down = bf.game_rows(S[:16], log_z, 0.5)
+    wanted = bf.log_barrier_loss(d - g, up, down, **options)
+    torch.testing.assert_close(found, wanted)
+    (mine,) = torch.autograd.grad(3 * found, d)
+    (theirs,) = torch.autograd.grad(3 * wanted, d)
+    torch.testing.assert_close(mine, theirs)
