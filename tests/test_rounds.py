@@ -46,7 +46,7 @@ from toys import (
     samples,
     settings_for,
 )
-from wandb_offline import offline_runs
+from wandb_offline import finished_runs
 
 import bdistil.report
 import bdistil.run_directory
@@ -863,7 +863,7 @@ def test_all_rounds_are_one_run_of_wandb(wandb_alone, tmp_path):
     about = {"project": "mine", "group": "toys", "name": "toys-0", "tags": ["toy", "mlp"]}
     logger = make_logger(Tracking(mode="offline", **about), run_dir, config)
     boost(run_dir, trainer={"logger": logger}, config=config).tracker.close()
-    (seen,) = offline_runs(tmp_path)
+    (seen,) = finished_runs(tmp_path)
     assert seen.exit_code == 0
     assert {key: seen.config[key] for key in config} == config
     assert (seen.run["run_group"], seen.run["tags"], seen.run["name"]) == ("toys", ["toy", "mlp"], "toys-0")

@@ -14,7 +14,7 @@ import wandb
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from wandb_offline import offline_runs
+from wandb_offline import finished_runs, offline_runs
 
 from bdistil import tracking
 from bdistil.tracking import CurveTracker, Tracking, make_logger
@@ -121,7 +121,7 @@ def started_twice(alone, tmp_path_factory):
 
 @pytest.fixture
 def runs(started_twice):
-    first, second = offline_runs(started_twice)
+    first, second = finished_runs(started_twice)
     return first, second
 
 

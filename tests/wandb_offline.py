@@ -6,6 +6,7 @@ head of checksum, length and kind. A record, a protobuf message of W&B, is one c
 
 import json
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,16 @@ def offline_runs(folder: Path) -> list[OfflineRun]:
     """The offline runs below a folder, the oldest first."""
     files = sorted(folder.rglob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
     return [_read(file.read_bytes()) for file in files]
+
+
+def finished_runs(folder: Path, seconds: float = 20.0) -> list[OfflineRun]:
+    """The same, once all have their exit code: a process of W&B's own writes the file, after `finish` too."""
+    end = time.monotonic() + seconds
+    runs = offline_runs(folder)
+    while any(run.exit_code is None for run in runs) and time.monotonic() < end:
+        time.sleep(0.1)
+        runs = offline_runs(folder)
+    return runs
 
 
 def _read(data: bytes) -> OfflineRun:
