@@ -1,7 +1,7 @@
 """What the recipe `digits` has to show, over three seeds; `make bench` prints the table and holds it to its bounds.
 
-Channels and epochs of the recipe were chosen with such test figures in sight, so this is a demonstration that the recipe
-does what it says, not a benchmark of the method.
+Channels and epochs of the recipe were chosen with such test figures in sight, so this is a demonstration that the
+recipe does what it says, not a benchmark of the method.
 """
 
 from __future__ import annotations
