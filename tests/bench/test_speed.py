@@ -118,12 +118,13 @@ def round_epochs(folder: Path, make: Callable[[], Student], rounds: list[int], e
     return {number: times[number] for number in rounds}
 
 
-@pytest.mark.parametrize(("make", "bound"), [(conv, 1.10), (mlp, 1.25)], ids=["conv", "mlp"])
-def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, make, bound):
+# The smallest of many, taken in turns: a machine that other programs share has quiet moments, not quiet minutes.
+@pytest.mark.parametrize(("make", "bound", "turns"), [(conv, 1.10, 5), (mlp, 1.25, 12)], ids=["conv", "mlp"])
+def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, make, bound, turns):
     plain, rounds = [], []
-    for repeat in range(3):
-        plain += plain_epochs(make(), 5)
-        rounds += round_epochs(tmp_path / str(repeat), make, [1], 5)[1]
+    for turn in range(turns):
+        plain += plain_epochs(make(), 7)
+        rounds += round_epochs(tmp_path / str(turn), make, [1], 7)[1]
     ratio = min(rounds) / min(plain)
     step = min(plain) / (SAMPLES / 128) * 1e3
     print(f"\nepoch of a round / plain quiet Trainer, step {step:.2f} ms: {ratio:.3f} (bound {bound})")
@@ -131,8 +132,8 @@ def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, make, 
 
 
 def test_round_16_costs_what_round_2_does(tmp_path):
-    times = round_epochs(tmp_path, mlp, [1, 15], 12)
-    ratio = min(times[15]) / min(times[1])
+    turns = [round_epochs(tmp_path / str(turn), mlp, [1, 15], 12) for turn in range(5)]
+    ratio = min(min(times[15]) for times in turns) / min(min(times[1]) for times in turns)
     print(f"\nepoch of round 16 / of round 2: {ratio:.3f} (bound 1.15)")
     assert ratio <= 1.15
 
