@@ -124,16 +124,15 @@ class _RoundLoss(torch.autograd.Function):
     def forward(
         ctx: Any, deviation: Tensor, error: Tensor, log_z: Tensor, eta: float, share: float, gamma: float
     ) -> Tensor:
-        small = deviation.device.type == "cpu" and deviation.numel() <= SMALL
-        args = (eta, share, gamma)
-        if small:
+        if deviation.device.type == "cpu" and deviation.numel() <= SMALL:
             with np.errstate(all="ignore"):
-                found = _closed_form(np, deviation.numpy(), error.numpy(), log_z.numpy(), *args)
-            value, gradient = torch.from_numpy(np.asarray(found[0])), torch.from_numpy(found[1])
+                arrays = deviation.numpy(), error.numpy(), log_z.numpy()
+                value, slope = _closed_form(np, np.maximum, *arrays, eta, share, gamma)
+            found, gradient = deviation.new_tensor(value), torch.from_numpy(slope)
         else:
-            value, gradient = _closed_form(torch, deviation, error, log_z, *args)
+            found, gradient = _closed_form(torch, torch.clamp_min, deviation, error, log_z, eta, share, gamma)
         ctx.save_for_backward(gradient)
-        return value
+        return found
 
     @staticmethod
     @once_differentiable
@@ -145,17 +144,30 @@ class _RoundLoss(torch.autograd.Function):
 SMALL = 1 << 16
 
 
-def _closed_form(xp: Any, d: Any, s: Any, log_z: Any, eta: float, share: float, gamma: float) -> tuple[Any, Any]:
-    """Value () and gradient (B, L) of `round_loss`, for arrays of torch or of NumPy (`xp`) alike."""
+def _closed_form(
+    xp: Any, at_least: Any, d: Any, s: Any, log_z: Any, eta: float, share: float, gamma: float
+) -> tuple[Any, Any]:
+    """Value () and gradient (B, L) of `round_loss`, for arrays of torch or of NumPy (`xp`) alike.
+
+    Few and large operations: cold, each costs more to call than to compute.
+    """
     scaled = eta * s
-    up, down = xp.exp(-scaled - log_z), xp.exp(scaled - log_z)
-    rise, fall = 1.0 + share * (up * d).sum(0), 1.0 - share * (down * d).sum(0)
-    safe_rise, safe_fall = rise.clip(BARRIER_FLOOR), fall.clip(BARRIER_FLOOR)
-    logs = xp.log(safe_rise * safe_fall) + (rise - safe_rise + fall - safe_fall) / BARRIER_FLOOR
-    weight = 1.0 / (gamma * d.shape[1])
-    value = (d * d).mean() - weight * logs.sum()
-    pull = up * (share * weight / safe_rise) - down * (share * weight / safe_fall)
-    return value, (2.0 / (d.shape[0] * d.shape[1])) * d - pull
+    signed = xp.stack((-scaled, scaled))
+    signed -= log_z
+    weights = xp.exp(signed)
+    argument = (weights * d).sum(1)
+    argument *= share
+    argument[1] *= -1.0
+    argument += 1.0
+    safe = at_least(argument, BARRIER_FLOOR)
+    count, weight = d.shape[0] * d.shape[1], 1.0 / (gamma * d.shape[1])
+    barrier = xp.log(safe).sum() + (argument - safe).sum() / BARRIER_FLOOR
+    pull = (share * weight) / safe
+    weights *= pull[:, None]
+    slope = (2.0 / count) * d
+    slope -= weights[0]
+    slope += weights[1]
+    return (d * d).sum() / count - weight * barrier, slope
 
 
 def round_loss(

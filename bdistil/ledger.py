@@ -132,11 +132,13 @@ class ErrorLedger:
             target[low : low + len(rows)] = rows.numpy()
             squares[low // BLOCK] = rows.double().square().sum()
             largest = torch.maximum(largest, rows.abs().max())
-        row_files.name(beside, self._teacher_file)
         rms = float(distributed.all_sum(squares).sum() / (samples * outputs)) ** 0.5
         if rms == 0:
             raise RunError("The teacher gives every class the same logit for every sample: there is nothing to distil.")
         scale = scale or rms
+        for low, high in distributed.my_blocks(samples, BLOCK):
+            target[low:high] /= np.float32(scale)
+        row_files.name(beside, self._teacher_file)
         self.head = LedgerHead(samples, outputs, scale, float(distributed.all_max(largest)) / scale, teacher)
         if distributed.rank() == 0:
             text = json.dumps(asdict(self.head), indent=1)
@@ -264,9 +266,7 @@ class ErrorLedger:
 
     def _slice(self, low: int, high: int) -> tuple[Tensor, Tensor]:
         # A copy: torch must not hold on to a read-only map.
-        return torch.from_numpy(self._g[low:high] / np.float32(self.scale)), torch.from_numpy(
-            np.array(self._s[low:high])
-        )
+        return torch.from_numpy(np.array(self._g[low:high])), torch.from_numpy(np.array(self._s[low:high]))
 
     def rows(self, index: Tensor | np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """g and S of a batch, both (B, L) float32 on the CPU.
@@ -281,9 +281,7 @@ class ErrorLedger:
         try:
             if len(wanted) and wanted.min() < 0:  # NumPy would count from the end
                 raise IndexError
-            return torch.from_numpy(self._g.take(wanted, 0) / np.float32(self.scale)), torch.from_numpy(
-                self._s.take(wanted, 0)
-            )
+            return torch.from_numpy(self._g.take(wanted, 0)), torch.from_numpy(self._s.take(wanted, 0))
         except IndexError:
             bad = int(wanted[(wanted < 0) | (wanted >= self.samples)][0])
             message = f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}."

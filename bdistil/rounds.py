@@ -95,6 +95,8 @@ class BoostingRound(pl.LightningModule):
         if self.recompute:
             return self._recomputed(x)
         target, error = self.ledger.rows(index)
+        if self._on_cpu:
+            return target, error
         return target.to(self.device, non_blocking=True), error.to(self.device, non_blocking=True)
 
     @torch.no_grad()
@@ -109,6 +111,7 @@ class BoostingRound(pl.LightningModule):
     def prepare(self) -> None:
         """Reads from the ledger what holds for all batches of the round, and moves what is hidden to the device."""
         self.log_z = self.ledger.log_normaliser(self.settings.eta).float().to(self.device)
+        self._on_cpu = self.device.type == "cpu"
         bound, eta = self.ledger.bound, self.settings.eta
         self.game: dict[str, Any] = {
             "eta": eta, "population": self.ledger.samples, "bound": bound, "gamma": self.settings.gamma_for(bound),

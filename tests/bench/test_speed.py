@@ -119,7 +119,7 @@ def round_epochs(folder: Path, make: Callable[[], Student], rounds: list[int], e
 
 
 # The smallest of many, taken in turns: a machine that other programs share has quiet moments, not quiet minutes.
-@pytest.mark.parametrize(("make", "bound", "turns"), [(conv, 1.10, 5), (mlp, 1.25, 12)], ids=["conv", "mlp"])
+@pytest.mark.parametrize(("make", "bound", "turns"), [(conv, 1.10, 10), (mlp, 1.25, 12)], ids=["conv", "mlp"])
 def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, make, bound, turns):
     plain, rounds = [], []
     for turn in range(turns):
