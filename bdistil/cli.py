@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from bdistil import distributed
 from bdistil.budgets import Budget
 from bdistil.callbacks import RoundController, RoundProgressBar
-from bdistil.distiller import Distiller, TeacherTraining, load_weights, save_weights
+from bdistil.distiller import Distiller, TeacherTraining
 from bdistil.errors import RunError, UserError
 from bdistil.evaluation import evaluate_run, profile_run
 from bdistil.recipe_files import find_recipe, recipes, summary
@@ -33,6 +33,7 @@ from bdistil.report import curve_table, write_report
 from bdistil.run_directory import RunDirectory
 from bdistil.seeding import reseed
 from bdistil.tracking import Tracking, make_logger
+from bdistil.weight_files import load_weights, save_weights
 
 NO_LIMITS = Budget()
 
@@ -144,7 +145,7 @@ class BoostCLI(LightningCLI):
             if distributed.early_rank() == 0:
                 save_weights(spec.network, path)
             trainer.strategy.barrier("teacher kept")
-        load_weights(spec.network.requires_grad_(False).eval(), path)
+        load_weights(spec.network.requires_grad_(False).eval(), path, "model.teacher.network")
 
 
 def _say_end(run: RunDirectory) -> None:

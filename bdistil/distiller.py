@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
@@ -111,24 +109,3 @@ class TeacherTraining(pl.LightningModule):
             self.network.parameters(), self.spec.lr, weight_decay=self.spec.weight_decay, fused=fused
         )
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.spec.epochs)]
-
-
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Loads weights that are safetensors, or of `torch.save` read with weights_only: neither executes anything.
-
-    Raises:
-        UserError: the names or shapes are those of another network.
-    """
-    safe = path.suffix == ".safetensors"
-    state: dict[str, Any] = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        network.load_state_dict(state.get("state_dict", state))
-    except RuntimeError as error:
-        raise UserError(f"The weights in {path} are not those of `model.teacher.network`: {error}") from error
-
-
-def save_weights(network: nn.Module, path: Path) -> None:
-    """Writes weights as safetensors; the file is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    save_file({name: value.detach().cpu().clone() for name, value in network.state_dict().items()}, beside)
-    os.replace(beside, path)

@@ -9,8 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
-    functional errors seeding distributed run_directory row_files
-    settings ledger teachers students blueprint cost metrics budgets indexing data zoo preflight recipe_files curve_rows
+    functional errors seeding distributed run_directory row_files weight_files
+    settings ledger teachers students blueprint cost metrics budgets indexing data zoo
+    timm_models preflight recipe_files curve_rows
     ensemble mekd mixing variance
     rounds scoring boosting
     tracking report round_tracker round_state

@@ -1,0 +1,69 @@
+"""Weights of one module in one file: safetensors, or what `torch.save` wrote, read without executing anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bdistil.errors import UserError
+
+
+def read_weights(path: Path, argument: str) -> dict[str, Any]:
+    """The state dict in a file: safetensors by the suffix, else `torch.save` with weights_only.
+
+    Args:
+        path: the file; of a dict with the key ``state_dict`` (a checkpoint of Lightning or timm) that part is taken.
+        argument: that named the file, for the messages.
+
+    Raises:
+        UserError: there is no such file, or it holds no weights.
+    """
+    if not path.is_file():
+        raise UserError(f"Expected `{argument}` to be a file, got {str(path)!r}, which is not there.")
+    try:
+        safe = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"Expected `{argument}` to hold weights (safetensors, or a state_dict of torch.save), but {path} cannot be "
+            f"read without executing it: {error}"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise UserError(f"Expected `{argument}` to hold a state_dict, got a {type(state).__name__} in {path}.")
+    return state
+
+
+def load_weights(network: nn.Module, path: Path, argument: str, *, new: Collection[str] = ()) -> None:
+    """Loads weights from a file into a module.
+
+    Args:
+        network: the module.
+        path: of the file.
+        argument: that named the file, for the messages.
+        new: weights that stay as they are where the file has them of another shape, as a classifier of other classes.
+
+    Raises:
+        UserError: no such file, or the names or shapes are those of another network.
+    """
+    state, own = read_weights(path, argument), network.state_dict()
+    state |= {name: own[name] for name in new if name in state and state[name].shape != own[name].shape}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"The weights in {path} are not those that `{argument}` needs: {error}") from error
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Writes weights as safetensors; the file is there whole or not at all."""
+    beside = path.with_name(f".{path.name}.tmp")
+    save_file({name: value.detach().cpu().clone() for name, value in network.state_dict().items()}, beside)
+    os.replace(beside, path)
