@@ -126,11 +126,13 @@ class _RoundLoss(torch.autograd.Function):
     ) -> Tensor:
         if deviation.device.type == "cpu" and deviation.numel() <= SMALL:
             with np.errstate(all="ignore"):
-                arrays = deviation.numpy(), error.numpy(), log_z.numpy()
+                arrays = deviation.numpy(), error.numpy(), log_z.numpy(), SIGNS
                 value, slope = _closed_form(np, np.maximum, *arrays, eta, share, gamma)
             found, gradient = deviation.new_tensor(value), torch.from_numpy(slope)
         else:
-            found, gradient = _closed_form(torch, torch.clamp_min, deviation, error, log_z, eta, share, gamma)
+            signs = torch.arange(-1.0, 2.0, 2.0, device=deviation.device, dtype=deviation.dtype).view(2, 1, 1)
+            tensors = deviation, error, log_z, signs
+            found, gradient = _closed_form(torch, torch.clamp_min, *tensors, eta, share, gamma)
         ctx.save_for_backward(gradient)
         return found
 
@@ -142,31 +144,28 @@ class _RoundLoss(torch.autograd.Function):
 
 # Numbers of a batch up to which NumPy, over the same memory, is several times faster than torch's dispatch.
 SMALL = 1 << 16
+# The sign of eta S in K+ and in K-.
+SIGNS = np.array([-1, 1], np.float32).reshape(2, 1, 1)
 
 
 def _closed_form(
-    xp: Any, at_least: Any, d: Any, s: Any, log_z: Any, eta: float, share: float, gamma: float
+    xp: Any, at_least: Any, d: Any, s: Any, log_z: Any, signs: Any, eta: float, share: float, gamma: float
 ) -> tuple[Any, Any]:
     """Value () and gradient (B, L) of `round_loss`, for arrays of torch or of NumPy (`xp`) alike.
 
-    Few and large operations: cold, each costs more to call than to compute.
+    Both games at once, in few and large operations: between two steps of a network each costs more to call than to
+    compute.
     """
-    scaled = eta * s
-    signed = xp.stack((-scaled, scaled))
-    signed -= log_z
-    weights = xp.exp(signed)
-    argument = (weights * d).sum(1)
-    argument *= share
-    argument[1] *= -1.0
-    argument += 1.0
+    weights = (eta * signs) * s
+    weights -= log_z
+    xp.exp(weights, out=weights)
+    towards = -share * signs[:, 0]
+    argument = 1.0 + towards * xp.einsum("kij,ij->kj", weights, d)
     safe = at_least(argument, BARRIER_FLOOR)
     count, weight = d.shape[0] * d.shape[1], 1.0 / (gamma * d.shape[1])
     barrier = xp.log(safe).sum() + (argument - safe).sum() / BARRIER_FLOOR
-    pull = (share * weight) / safe
-    weights *= pull[:, None]
     slope = (2.0 / count) * d
-    slope -= weights[0]
-    slope += weights[1]
+    slope -= xp.einsum("kij,kj->ij", weights, (weight * towards) / safe)
     return (d * d).sum() / count - weight * barrier, slope
 
 
