@@ -6,34 +6,28 @@ the run directory.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 
 from bdistil import distributed
-from bdistil.blueprint import IndescribableError, describe
 from bdistil.cost import latency_ms
 from bdistil.curve_rows import (
     Uncounted,
-    Verdict,
-    round_training_macs,
-    shape_of,
-    stage_row,
     student_cost,
     student_inputs,
     teacher_row,
 )
 from bdistil.data.attach import indexed_loaders, only
 from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
-from bdistil.errors import UserError
+from bdistil.errors import RunError, UserError
 from bdistil.functional import accepts_margin, accepts_progress
 from bdistil.ledger import RoundEvidence
 from bdistil.preflight import check_augmentation, check_outputs, check_widths, loaders_of
@@ -42,7 +36,7 @@ from bdistil.run_directory import RunDirectory
 from bdistil.scoring import Part, prefix_accuracies
 from bdistil.seeding import reseed, seed_of
 from bdistil.settings import BoostingSettings
-from bdistil.students import Rung, Student, links_of
+from bdistil.students import Rung, Student
 from bdistil.teachers import FrozenTeacher
 
 # Keys of a configuration that may differ between two starts of one run: where it runs and what it shows, not what it
@@ -134,6 +128,26 @@ class Boosting:
             if part.ledger.exists:
                 part.ledger.open(part.samples, self.fingerprint)
 
+    def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
+        """The modules of the rounds to come; while one is out, the data module's loaders carry the index.
+
+        Raises:
+            UserError: something is wrong that can be known before training.
+            RunError: a round came back without a verdict, or a committed round is torn.
+        """
+        self.check(datamodule)
+        self.recognise()
+        while (module := self.build()) is not None:
+            before = self.run.verdicts(module.number)
+            with indexed_loaders(datamodule, seed_of(self.seed, module.number, self.attempt)):
+                yield module
+            if self.run.verdicts(module.number) == before:
+                raise RunError(
+                    f"Round {module.number + 1} came back without a verdict. Was its module fitted to the end by a "
+                    "Trainer with callbacks=[controller]?"
+                )
+            gc.collect()  # a Trainer lingers in reference cycles
+
     # ---- a round
 
     def build(self) -> BoostingRound | None:
@@ -146,7 +160,7 @@ class Boosting:
         self.attempt = len(self.run.tries(number))
         rungs = self.settings.rungs(number, links=self.takes_links)
         if self.attempt >= len(rungs):  # killed after the last rejection
-            self._stop(number, self.run.tries(number)[-1])
+            self.stop(number, self.run.tries(number)[-1])
             return None
         self.rung = rungs[self.attempt]
         reseed(self.seed, number, self.attempt, "build")
@@ -164,10 +178,6 @@ class Boosting:
             val=self.val,
             teacher=self.teacher if self.recompute else None,
         )
-
-    def loaders(self, datamodule: pl.LightningDataModule) -> AbstractContextManager[None]:
-        """While this context is open, the data module's loaders carry the index, in the order of this round."""
-        return indexed_loaders(datamodule, seed_of(self.seed, len(self.students), self.attempt))
 
     def open(self, module: BoostingRound) -> None:
         """Brings the ledgers up to date on the devices of this round; asks the teacher where it has not been asked.
@@ -197,18 +207,7 @@ class Boosting:
         distributed.barrier()
         rank_zero_info(f"Teacher: accuracy {accuracy:.4f} on validation, {row['macs']:,} MACs a sample.")
 
-    # ---- the end of a round
-
-    def judge(self, module: BoostingRound, device: torch.device) -> Verdict:
-        """One pass over the training part and one over the validation part: is the student accepted?
-
-        Raises:
-            RunError: NaN or infinity among the student's logits.
-        """
-        validation, accuracy, loss = self.val.score(module.student, self.students, device, self.settings)
-        training, _, _ = self.train.score(module.student, self.students, device, self.settings)
-        accepted, reason = self.decide(module.number, training, validation)
-        return Verdict(accepted, reason, training, validation, accuracy, loss)
+    # ---- the end of a round; `bdistil.round_end` does the rest
 
     def decide(self, number: int, training: RoundEvidence, validation: RoundEvidence) -> tuple[bool, str]:
         """Accept the student? The decision and its reason; the same on all ranks, as the evidence is."""
@@ -218,70 +217,8 @@ class Boosting:
             return accepts_margin(training.margin_share, self.settings.margin_share)
         return accepts_progress(validation.rms_before, validation.rms_after, self.settings.min_progress)
 
-    def row(self, module: BoostingRound, verdict: Verdict, *, samples_seen: int, seconds: float) -> dict[str, Any]:
-        """The row of the prefix that ends with this round."""
-        rows = self.run.rows()
-        teacher_macs = rows[0]["macs"] if self.recompute else 0
-        kind = self.rung if links_of(module.student) else Rung(0, width=self.rung.width)
-        for student in self.students:
-            student.cpu()
-        spent = round_training_macs(
-            module.student, self.cost, self.students, self.example, samples_seen, teacher_macs
-        )  # fmt: skip
-        return {
-            **stage_row(module.number, rows[-1], self.cost, verdict),
-            "train_macs": spent,
-            "latency_ms": self.latency,
-            "seconds": seconds,
-            "accepted_class": kind.name,
-        }
-
-    def commit(self, module: BoostingRound, verdict: Verdict, row: Mapping[str, Any], **extra: Any) -> None:
-        """Student, S and metrics: all of it, or nothing.
-
-        Args:
-            module: the round.
-            verdict: on it.
-            row: of the curve.
-            extra: what else round.json shall say.
-
-        Raises:
-            RunError: the disk refused.
-        """
-        for part in (self.train, self.val):
-            part.keep(module.student, module.number)
-        if distributed.rank() == 0:
-            plan, tensors, why = _described(module.student)
-            record = {
-                "round": module.number,
-                "reason": verdict.reason,
-                "tries": self.run.tries(module.number),
-                "rung": asdict(self.rung),
-                "scale": self.train.ledger.scale,
-                "input_shape": shape_of(self.example),
-                "curve": dict(row),
-                "evidence": {"training": asdict(verdict.training), "validation": asdict(verdict.validation)},
-                "uncounted": self.cost.uncounted,
-                **extra,
-                "indescribable": why,
-                "blueprint": plan,
-            }
-            self.run.commit(module.number, tensors, record)
-            self.run.write_curve(self.run.rows())
-        distributed.barrier()
-
-    def reject(self, module: BoostingRound, verdict: Verdict) -> bool:
-        """Records a rejected try; stops the run when the ladder has no rung left. Says whether it goes on."""
-        number = module.number
-        last = self.attempt + 1 >= len(self.settings.rungs(number, links=self.takes_links))
-        if distributed.rank() == 0:
-            self.run.reject(number, f"{self.rung.name}: {verdict.reason}")
-            if last:
-                self._stop(number, verdict.reason)
-        distributed.barrier()
-        return not last
-
-    def _stop(self, number: int, reason: str) -> None:
+    def stop(self, number: int, reason: str) -> None:
+        """Records that no class of students was accepted."""
         if distributed.early_rank() == 0:
             self.run.stop(number, f"no class of students was accepted in round {number + 1}; last, {reason}")
 
@@ -302,12 +239,3 @@ class Boosting:
             teacher = prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device)
             self.run.keep_test(teacher + prefix_accuracies(self.ensemble.to(device), loader, device))
         self.run.write_curve(self.run.rows())
-
-
-def _described(student: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Tensor], str | None]:
-    """Structure and tensors of a student; without the structure, and why, where JSON cannot say it."""
-    try:
-        plan, tensors = describe(student)
-    except IndescribableError as error:
-        return None, {name: value.clone() for name, value in student.state_dict().items()}, str(error)
-    return plan, tensors, None

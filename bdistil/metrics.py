@@ -80,3 +80,11 @@ def area_under_curve(macs: Sequence[float], accuracy: Sequence[float]) -> float:
 def violations_of_monotony(accuracy: Sequence[float], tolerance: float = 0.0) -> int:
     """How many prefixes are less accurate than the one before, by more than `tolerance`."""
     return sum(b < a - tolerance for a, b in pairwise(accuracy))
+
+
+def curve_figures(macs: Sequence[float], accuracy: Sequence[float], tolerance: float = 0.0) -> dict[str, float]:
+    """`area_under_curve` and `violations_of_monotony` of the prefixes so far, as they are logged."""
+    return {
+        "area": area_under_curve(macs, accuracy),
+        "violations": float(violations_of_monotony(accuracy, tolerance)),
+    }

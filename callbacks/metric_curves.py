@@ -7,14 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 
 from bdistil.errors import UserError
-from bdistil.metrics import area_under_curve, violations_of_monotony
+from bdistil.metrics import curve_figures
 
 
 class MetricCurves(pl.Callback):
     """Collects one (cost, accuracy) point a fit, and logs area under the curve and violations of monotony.
 
     On anybody's LightningModule: give one instance to the Trainers of several fits of growing cost. The
-    RoundController keeps one of its own, with a point a committed round.
+    RoundController logs the same figures after each committed round by itself.
 
     Args:
         metric: key among ``trainer.callback_metrics`` that is the accuracy of a fit.
@@ -48,10 +48,7 @@ class MetricCurves(pl.Callback):
         """
         self.points.append((float(cost), float(accuracy)))
         costs, values = [p[0] for p in self.points], [p[1] for p in self.points]
-        return {
-            "area": area_under_curve(costs, values),
-            "violations": float(violations_of_monotony(values, self.tolerance)),
-        }
+        return curve_figures(costs, values, self.tolerance)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the point of this fit, from what was logged."""

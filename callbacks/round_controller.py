@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from bdistil import distributed
 from bdistil.boosting import Boosting
-from bdistil.callbacks.metric_curves import MetricCurves
 from bdistil.ensemble import ProgressiveEnsemble
-from bdistil.errors import RunError, UserError
+from bdistil.errors import UserError
 from bdistil.report import write_report
+from bdistil.round_end import close_round
 from bdistil.round_state import RoundState, Saver
 from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
@@ -85,19 +83,9 @@ class RoundController(Checkpoint):
             UserError: something is wrong that can be known before training.
             RunError: a round came back without a verdict, or a committed round is torn.
         """
-        self.boosting.check(datamodule)
-        self.boosting.recognise()
-        while (module := self.boosting.build()) is not None:
+        for module in self.boosting.rounds(datamodule):
             self._begin(module.number)
-            before = self.run.verdicts(self.number)
-            with self.boosting.loaders(datamodule):
-                yield module
-            if self.run.verdicts(self.number) == before:
-                raise RunError(
-                    f"Round {self.number + 1} came back without a verdict. Was its module fitted to the end by a "
-                    "Trainer with callbacks=[controller]?"
-                )
-            gc.collect()  # a Trainer lingers in reference cycles
+            yield module
         self.boosting.finish(datamodule, self.device)
         if distributed.early_rank() == 0 and self.run.committed():
             write_report(self.run)
@@ -143,10 +131,6 @@ class RoundController(Checkpoint):
         with disk_errors(f"the ledger of round {self.number}", self.run.root):
             self.boosting.open(pl_module)
         self.tracker.start(trainer, self.number)
-        self.curves = MetricCurves()
-        for number in range(self.number):
-            row = self.run.record(number)["curve"]
-            self.curves.add(row["macs"], row["val_accuracy"])
         self._reseed(trainer)
         trainer.should_stop |= self.state.done
 
@@ -184,19 +168,6 @@ class RoundController(Checkpoint):
 
     def _close(self, trainer: pl.Trainer, module: BoostingRound) -> None:
         self.closed = True
-        distributed.share(module.student.buffers())  # each rank has batch statistics of its own; that of 0 is committed
-        with disk_errors(f"round {self.number}", self.run.root):
-            verdict = self.boosting.judge(module, self.device)
-        name = f"Round {self.number + 1} of {self.settings.rounds}, class {self.boosting.rung.name}"
-        if not verdict.accepted:
-            then = "A wider class is tried." if self.boosting.reject(module, verdict) else "Boosting stops."
-            rank_zero_info(f"{name}: rejected, {verdict.reason}. {then}")
-            return
-        row = self.boosting.row(module, verdict, samples_seen=self.state.samples_seen, seconds=self.state.elapsed())
-        row |= self.curves.add(row["macs"], row["val_accuracy"])
-        self.boosting.commit(module, verdict, row, epochs=self.state.epochs, steps=trainer.global_step)
-        self.tracker.committed(trainer, row, self.number)
-        rank_zero_info(
-            f"{name}: accepted, {verdict.reason}. Accuracy of the prefix {verdict.accuracy:.4f} on validation, "
-            f"{row['macs']:,} MACs."
-        )
+        row = close_round(self.boosting, module, self.state, self.device, steps=trainer.global_step)
+        if row is not None:
+            self.tracker.committed(trainer, row, self.number)

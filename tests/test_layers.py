@@ -14,7 +14,7 @@ LAYERS = """
     timm_models preflight recipe_files curve_rows
     ensemble mekd mixing variance
     rounds scoring boosting
-    tracking report round_tracker round_state
+    tracking report round_tracker round_state round_end
     callbacks
     compare export distiller evaluation cli
     __init__ __main__
