@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bdistil.anytime import AnytimeFigures
 from bdistil.errors import RunError, UserError
 
 CURVE_COLUMNS = (
@@ -230,7 +231,8 @@ class RunDirectory:
             _sync(file)
             seal = {"file": file.name, "bytes": file.stat().st_size, "sha256": _digest(file)}
             write_atomically(beside / "round.json", json.dumps({**record, "weights": seal}, indent=1))
-            (self.root / "test.json").unlink(missing_ok=True)  # of other students
+            for stale in ("test.json", "anytime.json"):  # of other students
+                (self.root / stale).unlink(missing_ok=True)
             os.replace(beside, self.folder(number))
             _sync(self.folder(number).parent)
         shutil.rmtree(self.work(number), ignore_errors=True)
@@ -289,6 +291,33 @@ class RunDirectory:
         """Test accuracy of the teacher and of every prefix, once the run has ended."""
         path = self.root / "test.json"
         return list(json.loads(path.read_text())) if path.exists() else None
+
+    # ---- stopping early
+
+    def keep_anytime(self, figures: AnytimeFigures) -> None:
+        """Keeps what was fitted and measured of the ensemble of the committed rounds."""
+        with disk_errors("the figures of stopping early", self.root):
+            write_atomically(self.root / "anytime.json", json.dumps(figures.plain(), indent=1))
+
+    def anytime_figures(self) -> AnytimeFigures | None:
+        """What was fitted and measured of the ensemble of the committed rounds, if anything was.
+
+        Raises:
+            RunError: the file is torn, or of an ensemble of another number of stages.
+        """
+        path = self.root / "anytime.json"
+        if not path.exists():
+            return None
+        try:
+            figures = AnytimeFigures.from_plain(json.loads(path.read_text(encoding="utf-8")))
+            if figures.count != self.committed():
+                raise ValueError(f"it is of {figures.count} stages, {self.committed()} are committed")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"{path} cannot be used ({error}). Remove it: the ensemble works without it, and "
+                f"`bdistil calibrate --run_dir {self.root}` makes it again."
+            ) from error
+        return figures
 
     # ---- tries of the round under way, and the end
 

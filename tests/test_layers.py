@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
-    functional errors seeding distributed run_directory row_files weight_files
+    functional errors seeding distributed run_directory row_files weight_files exit_rules anytime
     settings ledger teachers students blueprint cost metrics budgets indexing data zoo
     timm_models preflight recipe_files curve_rows
     ensemble mekd mixing variance
