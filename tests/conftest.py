@@ -67,3 +67,21 @@ def _no_leaks():
     leaked = {key: after.get(key) for key in sorted(changed - TAKEN_BACK)}
     assert not leaked, f"the test left environment variables changed: {leaked}; set them with monkeypatch.setenv"
     assert not group, "the test left a torch process group; end it with destroy_process_group()"
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Pictures take as long as a whole run of toys; one test has them drawn."""
+    from bdistil.callbacks import round_controller
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_controller, "write_report", lambda run: run.report)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, no_pictures):
+    """A whole run of toys, with what was seen of it after each round."""
+    from toys import finished_run
+
+    return finished_run(tmp_path_factory.mktemp("finished"))

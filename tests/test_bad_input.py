@@ -1,10 +1,5 @@
 """What a user can get wrong, and what a disk can: one message that says what is the matter, and nothing is lost."""
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import lightning as L
 import numpy as np
 import pytest
@@ -24,8 +19,6 @@ from toys import (
     control,
     digests,
     everything,
-    fit,
-    in_child,
     make_plain,
     make_student,
     make_trainer,
@@ -34,14 +27,8 @@ from toys import (
 )
 
 from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, Student, UserError
-from bdistil.callbacks import round_controller
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_controller, "write_report", lambda run: run.report)
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture
@@ -343,205 +330,3 @@ def test_a_strangers_module(tmp_path):
         make_trainer(controller).fit(module, data)
     rounds.close()
     assert list(digests(tmp_path)) == ["000"]
-
-
-# ---- committed rounds that are no longer whole
-
-
-@pytest.fixture(scope="module")
-def two_rounds(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("two")
-    boost(run_dir, settings=settings_for(2))
-    return run_dir
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "message"),
-    [
-        ("rounds/000/student.safetensors", cut, r"is torn: \d+ bytes, \d+ were written"),
-        ("rounds/000/student.safetensors", flip, "has changed since it was written"),
-        ("rounds/001/student.safetensors", Path.unlink, "is missing"),
-        ("rounds/000/round.json", Path.unlink, r"is missing or torn \(.*No such file"),
-        ("rounds/001/round.json", cut, "is missing or torn"),
-        ("rounds/000", shutil.rmtree, "is missing, but later rounds are there"),
-        ("ledger/train/teacher.f32", cut, r"is missing or torn: \d+ bytes, 3072 expected"),
-        ("ledger/val/teacher.f32", Path.unlink, "is missing or torn: 0 bytes, 1024 expected"),
-        ("ledger/train/ledger.json", cut, "is missing or torn"),
-    ],
-)
-def test_a_torn_file_is_named_and_nothing_is_deleted(two_rounds, tmp_path, file, damage, message):
-    run_dir = tmp_path / "run"
-    shutil.copytree(two_rounds, run_dir)
-    damage(run_dir / file)
-    before = everything(run_dir)
-    with pytest.raises(RunError, match=rf"{run_dir / file}.* {message}"):
-        boost(run_dir, settings=settings_for(2))
-    assert everything(run_dir) == before
-
-
-@pytest.mark.parametrize("torn", ["rounds/001", "rounds/001 of a finished run", "ledger/train", "ledger"])
-def test_the_way_out_that_a_message_names(two_rounds, tmp_path, torn):
-    run_dir, (torn, *finished) = tmp_path / "run", torn.split(" of ")
-    shutil.copytree(two_rounds, run_dir)
-    wanted = digests(run_dir)
-    if not finished:
-        (run_dir / "test.json").unlink()
-    shutil.rmtree(run_dir / torn)
-    read = []
-    data = Toys()
-    data.test_dataloader = lambda: read.append(1) or Toys().test_dataloader()
-    boost(run_dir, data, settings=settings_for(2))
-    assert digests(run_dir) == wanted
-    assert len(read) == (1 if torn.startswith("rounds") else 0 if finished else 1), "the test part of new students"
-
-
-def test_a_round_of_a_stopped_run_can_be_trained_again(tmp_path):
-    def stop_at_round_2():
-        controller = control(tmp_path)
-        controller.boosting.decide = lambda number, *_: (number < 2, "as the test says")
-        return fit(controller)
-
-    stop_at_round_2()
-    wanted = digests(tmp_path)
-    assert list(wanted) == ["000", "001"]
-    assert (tmp_path / "stopped.json").exists()
-    shutil.rmtree(tmp_path / "rounds/001")
-    assert len(stop_at_round_2().ensemble) == 2
-    assert digests(tmp_path) == wanted
-
-
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_errors_that_were_lost_are_made_again(two_rounds, tmp_path, part):
-    run_dir = tmp_path / "run"
-    boost(run_dir, settings=settings_for(2), callbacks=lambda: [], student=make_student)
-    assert digests(run_dir) == digests(two_rounds)
-    shutil.rmtree(run_dir / "rounds/001")
-    for name in ("test.json", f"ledger/{part}/error.002.f32"):
-        (run_dir / name).unlink()
-    boost(run_dir, settings=settings_for(2))
-    assert digests(run_dir) == digests(two_rounds)
-
-
-def test_infinity_in_the_ledger(tmp_path):
-    def spoil(trainer, module):
-        if module.number == 0:  # the ledger of the next round is on the disk
-            file = tmp_path / "ledger/train/error.001.f32"
-            rows = np.fromfile(file, np.float32).reshape(TRAIN, CLASSES)
-            rows[50, 2] = np.inf
-            rows.tofile(file)
-
-    with pytest.raises(
-        RunError, match=r"NaN or infinity in the ledger \(.*train/error\.001\.f32\), first at sample 50"
-    ):
-        boost(tmp_path, callbacks=lambda: [Hook(on_fit_end=spoil)])
-    assert list(digests(tmp_path)) == ["000"]
-    shutil.rmtree(tmp_path / "ledger")  # it can be made again
-    assert len(boost(tmp_path).ensemble) == 3
-
-
-# ---- disks
-
-
-def mount(folder, options):
-    """Puts a small disk of memory at a folder; skips where that is not allowed."""
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no `mount`")
-    if done.returncode:
-        pytest.skip(f"mounting a disk is not allowed here: {done.stderr.strip()}")
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A function that mounts a disk with options, or mounts it again with others; gives its folder."""
-    folder = tmp_path / "disk"
-    mounted = []
-
-    def use(options):
-        if mounted:
-            subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
-        else:
-            mount(folder, options)
-            mounted.append(folder)
-        return folder
-
-    yield use
-    if mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_run_directory_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    for place in ("file", "file/run"):
-        with pytest.raises(UserError, match=rf"`run_dir` {tmp_path / place} cannot be written to: .*Give a folder"):
-            boost(tmp_path / place)
-    if sys.platform == "linux":
-        with pytest.raises(UserError, match="`run_dir` /proc/bdistil cannot be written to"):
-            boost("/proc/bdistil")
-
-
-def test_a_run_directory_that_is_read_only(disk):
-    folder = disk("size=4m")
-    boost(folder, settings=settings_for(1))
-    disk("ro")
-    before = everything(folder)
-    with pytest.raises(UserError, match=rf"`run_dir` {folder} cannot be written to: Read-only file system"):
-        boost(folder, settings=settings_for(1))
-    assert everything(folder) == before
-    assert len(ProgressiveEnsemble.load(folder)) == 1
-
-
-def fill(folder):
-    """Leaves no room on a disk."""
-    with open(folder / "filler", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
-
-
-def run_and_fill(folder, point):
-    """A run whose disk is full from a point on: of round 0 for the teacher's logits, else of round 1."""
-    controller = control(folder / "run")
-
-    def full(trainer, module):
-        if module.number == (point != "teacher"):
-            fill(folder)
-
-    if point == "commit":
-        commit = controller.run.commit
-        controller.run.commit = lambda number, *args: (number == 1 and fill(folder), commit(number, *args))
-    hooks = {"teacher": "on_fit_start", "save": "on_train_epoch_start", "score": "on_train_end"}
-    fit(controller, callbacks=lambda: [Hook(**{hooks[point]: full})] if point in hooks else [])
-
-
-@pytest.mark.parametrize("point", ["teacher", "save", "score", "commit"])
-def test_a_full_disk(disk, tmp_path, point):
-    folder, log = disk("size=400k"), tmp_path / "log"
-    # In a process of its own, as writing to a mapped file on a full disk kills.
-    assert in_child(log, run_and_fill, folder, point) == 1, log.read_text()
-    said = log.read_text().splitlines()[-1]
-    assert said.startswith("RunError: ")
-    assert f"{folder / 'run'}: the disk is full. Every round committed before is intact" in said
-    if point != "teacher":
-        assert list(digests(folder / "run")) == ["000"]
-        assert len(ProgressiveEnsemble.load(folder / "run")) == 1
-
-    disk("size=8m")
-    assert len(boost(folder / "run").ensemble) == 3
-    boost(tmp_path / "whole")
-    assert digests(folder / "run") == digests(tmp_path / "whole")

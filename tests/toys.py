@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from bdistil import BoostingSettings, Rung, Student, round_state
+from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, Rung, Student, round_state
 from bdistil.callbacks import RoundController
 
 TRAIN, VAL, TEST = 192, 64, 64
 FEATURES, CLASSES, WIDTH, BATCH = 8, 4, 6, 32
+ROUNDS, EPOCHS = 3, 2
 TIMES = {"latency_ms", "seconds"}  # columns of the curve that no two runs share
 
 round_state.SAVE_SHARE = math.inf  # a toy epoch takes milliseconds; have each of them saved all the same
@@ -186,3 +187,40 @@ def by_hand(ensemble, teacher, x):
         logits = [stage.logits * stage.index / ensemble.scale for stage in ensemble.stages(x)]  # running sums
     students = [now - before for now, before in zip(logits, [torch.zeros_like(g), *logits], strict=False)]
     return SimpleNamespace(g=g, students=students, error=sum(f - g for f in students))
+
+
+class Killed(Exception):  # noqa: N818
+    """Ends a run as a kill does: nothing of the library answers to it."""
+
+
+def kill(*_, **__):
+    raise Killed
+
+
+def ledger(run_dir, part="train", version=ROUNDS, count=TRAIN):
+    """g and S of all samples, as a run left them."""
+    found = ErrorLedger(run_dir / "ledger" / part)
+    found.open(count)
+    found.use(version)
+    return found.rows(torch.arange(count))
+
+
+def finished_run(run_dir):
+    """A whole run, with what was seen of it after each round."""
+    x = samples(VAL, 12)[0]
+    seen = SimpleNamespace(run_dir=run_dir, x=x, weights=[], answers=[], curves=[])
+
+    def look(trainer, module):
+        seen.weights.append((run_dir / f"rounds/{module.number:03d}/student.safetensors").read_bytes())
+        seen.answers.append(ProgressiveEnsemble.load(run_dir)(x))
+        seen.curves.append(curve(run_dir))
+
+    seen.controller = boost(run_dir, callbacks=lambda: [Hook(on_fit_end=look)])
+    assert len(seen.answers) == ROUNDS
+    return seen
+
+
+def logged(folder):
+    """Rows of the metrics that a CSVLogger wrote."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
