@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
 
+from bdistil.anytime import AnytimeFigures
 from bdistil.errors import UserError
+from bdistil.exit_rules import RULES, Rule
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,16 @@ class Budget:
         stages: at most this many students.
         macs: at most this many multiply-adds a sample.
         seconds: no student is started that would end later than this after the call, by the measured stage times.
-        confidence: a sample is decided as soon as its largest softmax probability reaches this.
+        confidence: a sample is decided as soon as its sureness reaches this; ``fitted`` takes the thresholds that were
+            fitted on the validation part, one a stage.
+        rule: how sureness is read: ``max_prob`` (the default), ``margin``, ``entropy`` or ``agreement``.
     """
 
     stages: int | None = None
     macs: int | None = None
     seconds: float | None = None
-    confidence: float | None = None
+    confidence: float | Literal["fitted"] | None = None
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         if self.stages is not None and self.stages < 1:
@@ -33,10 +39,18 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"Expected `{name}` of a budget to be > 0, got {value}.")
-        if self.confidence is not None and not 0 < self.confidence <= 1:
-            raise UserError(f"Expected `confidence` of a budget to be in (0, 1], got {self.confidence}.")
+        sure = self.confidence
+        if sure is not None and sure != "fitted" and (isinstance(sure, str) or not 0 < sure <= 1):
+            raise UserError(f"Expected `confidence` of a budget to be in (0, 1] or 'fitted', got {sure}.")
+        if self.rule is not None and self.rule not in RULES:
+            raise UserError(f"Expected `rule` of a budget to be one of {', '.join(RULES)}, got {self.rule!r}.")
+        if self.rule is not None and sure is None:
+            raise UserError(
+                f"`rule` of a budget says how `confidence` is read, got rule={self.rule!r} without confidence. "
+                "Give confidence=0.9, for example, or leave the rule out."
+            )
 
-    def stages_within(self, macs: list[int]) -> int:
+    def stages_within(self, macs: Sequence[int]) -> int:
         """How many stages the limits on stages and MACs allow, at least 1.
 
         Args:
@@ -46,6 +60,48 @@ class Budget:
         if self.macs is not None:
             allowed = min(allowed, sum(cost <= self.macs for cost in macs))
         return max(allowed, 1)
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Where samples are decided.
+
+    Attributes:
+        rule: of sureness.
+        thresholds: one a stage.
+        temperatures: one a stage, of the logits.
+        shares: of samples that are decided at each stage, where that is known from the validation part.
+    """
+
+    rule: Rule
+    thresholds: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    shares: tuple[float, ...] | None = None
+
+
+def exits_of(budget: Budget, figures: AnytimeFigures) -> Exits | None:
+    """The exits that a budget asks for; None where it knows no confidence.
+
+    Raises:
+        UserError: it asks for fitted thresholds, and none were fitted, or those of another rule.
+    """
+    if budget.confidence is None:
+        return None
+    temperatures = tuple(figures.temperature(number) for number in range(figures.count))
+    if budget.confidence != "fitted":
+        return Exits(budget.rule or "max_prob", (budget.confidence,) * figures.count, temperatures)
+    fitted = figures.exits
+    if fitted is None:
+        raise UserError(
+            "Expected thresholds fitted on the validation part for confidence='fitted', but this ensemble has none. "
+            "Fit them with `bdistil calibrate --run_dir DIR`, or give a number in (0, 1]."
+        )
+    if budget.rule not in (None, fitted.rule):
+        raise UserError(
+            f"The fitted thresholds are of the rule {fitted.rule!r}, but the budget says rule={budget.rule!r}. Leave "
+            f"the rule out, or fit again with `bdistil calibrate --run_dir DIR --rule {budget.rule}`."
+        )
+    return Exits(fitted.rule, fitted.thresholds, temperatures, fitted.decided_share)
 
 
 @dataclass(frozen=True)
@@ -61,8 +117,3 @@ class Prediction:
     logits: Tensor
     stages: Tensor
     macs: Tensor
-
-
-def decided(logits: Tensor, confidence: float) -> Tensor:
-    """Is the largest softmax probability at least `confidence`? Shape (B,) bool."""
-    return torch.softmax(logits.float(), -1).amax(-1) >= confidence

@@ -134,3 +134,8 @@ def stage_row(number: int, before: Mapping[str, Any], cost: Cost, verdict: Verdi
 def shape_of(example: Any) -> list[int] | None:
     """Shape of one sample, where x is a tensor."""
     return list(example.shape[1:]) if isinstance(example, Tensor) else None
+
+
+def dtype_of(example: Any) -> str | None:
+    """Name of the dtype of x in torch, where x is a tensor."""
+    return str(example.dtype).removeprefix("torch.") if isinstance(example, Tensor) else None

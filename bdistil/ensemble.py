@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bdistil.anytime import AnytimeFigures
 from bdistil.blueprint import rebuild
-from bdistil.budgets import Budget, Prediction, decided
+from bdistil.budgets import Budget, Prediction, exits_of
 from bdistil.errors import UserError
+from bdistil.inputs import InputSpec
+from bdistil.prediction import predict_within
 from bdistil.run_directory import RunDirectory
 from bdistil.students import Rung, Student, links_of
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The answer after a number of students.
-
-    Attributes:
-        logits: (B, L) of the prefix, in the teacher's units.
-        index: how many students have answered, from 1.
-        macs: multiply-adds per sample so far.
-    """
-
-    logits: Tensor
-    index: int
-    macs: int
+from bdistil.walk import Stage, Walk
 
 
 class ProgressiveEnsemble(nn.Module):
@@ -40,13 +29,24 @@ class ProgressiveEnsemble(nn.Module):
         students: in order.
         scale: what one unit of the students' logits is in the teacher's units.
         macs: cumulative multiply-adds per sample, one number a stage.
+        figures: what was fitted and measured for stopping early.
+        inputs: what a sample of x is like, where that is known.
     """
 
-    def __init__(self, students: Sequence[nn.Module], *, scale: float = 1.0, macs: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        students: Sequence[nn.Module],
+        *,
+        scale: float = 1.0,
+        macs: Sequence[int] = (),
+        figures: AnytimeFigures | None = None,
+        inputs: InputSpec | None = None,
+    ) -> None:
         super().__init__()
         self.students = nn.ModuleList(students)
         self.scale = scale
         self.macs = list(macs) or [0] * len(self.students)
+        self.figures, self.inputs = figures or AnytimeFigures(len(self.students)), inputs or InputSpec()
         self.requires_grad_(False).train(False)
 
     @classmethod
@@ -74,7 +74,9 @@ class ProgressiveEnsemble(nn.Module):
         for t in range(number):
             students.append(restore_student(run, t, students, student))
         records = [run.record(t) for t in range(number)]
-        return cls(students, scale=records[0]["scale"], macs=[r["curve"]["macs"] for r in records])
+        macs = [record["curve"]["macs"] for record in records]
+        figures, inputs = run.anytime_figures(), InputSpec.of(records[0])
+        return cls(students, scale=records[0]["scale"], macs=macs, figures=figures, inputs=inputs)
 
     def __len__(self) -> int:
         return len(self.students)
@@ -83,29 +85,46 @@ class ProgressiveEnsemble(nn.Module):
         """Stays in eval mode: students are finished."""
         return super().train(False)
 
-    @torch.no_grad()
-    def _step(self, x: Any, number: int, total: Tensor | None, features: list[Tensor]) -> Tensor:
-        """Adds the logits of one student to the running sum; keeps its features for those that link to it."""
-        student = self.students[number]
-        if isinstance(student, Student):
-            own = student.features(x)
-            logits = student.answer(own, features[::-1][: student.links])
-            features.append(own)
-        else:
-            logits = student(x)
-        return logits if total is None else total + logits
+    def walk(self, x: Any, *, count_votes: bool = False) -> Walk:
+        """A batch before its first stage.
+
+        Args:
+            x: a batch (B, ...), on the device of the ensemble.
+            count_votes: count the students' own answers, for the exit rule of agreement.
+
+        Raises:
+            UserError: x is not of the shape or dtype of training, or holds NaN or infinity.
+        """
+        self.inputs.check(x)
+        weights = self.figures.weights
+        sums = accumulate(weights or [1.0] * len(self))
+        factors = [self.scale / total for total in sums]
+        return Walk(list(self.students), x, factors=factors, macs=self.macs, weights=weights, count_votes=count_votes)
 
     def stages(self, x: Any) -> Iterator[Stage]:
         """The answers of the prefixes, lazily: a student runs when its stage is asked for.
 
+        Between two stages the loop may be left at any time; the stage at hand stays the best answer so far.
+
         Args:
             x: a batch (B, ...), on the device of the ensemble.
         """
-        total: Tensor | None = None
-        features: list[Tensor] = []
-        for number in range(len(self)):
-            total = self._step(x, number, total, features)
-            yield Stage(total * (self.scale / (number + 1)), number + 1, self.macs[number])
+        walk = self.walk(x)
+        for _ in range(len(self)):
+            yield walk.step()
+
+    async def astages(self, x: Any) -> AsyncIterator[Stage]:
+        """`stages` for asyncio: each student runs in a thread, and the loop is free meanwhile.
+
+        A wait that is cancelled, by a timeout for example, leaves the stage at hand as the best answer so far; the
+        student that was running ends in its thread, and no other starts.
+
+        Args:
+            x: a batch (B, ...), on the device of the ensemble.
+        """
+        walk = self.walk(x)
+        for _ in range(len(self)):
+            yield await asyncio.to_thread(walk.step)
 
     def forward(self, x: Any, stages: int | None = None) -> Tensor:
         """Logits (B, L) of the prefix of `stages` students, in the teacher's units; all of them by default.
@@ -116,45 +135,30 @@ class ProgressiveEnsemble(nn.Module):
         count = len(self) if stages is None else stages
         if not 1 <= count <= len(self):
             raise UserError(f"Expected `stages` to be in 1 … {len(self)}, got {stages}.")
-        total: Tensor | None = None
-        features: list[Tensor] = []
-        for number in range(count):
-            total = self._step(x, number, total, features)
-        assert total is not None
-        return total * (self.scale / count)
+        walk = self.walk(x)
+        for _ in range(count - 1):
+            walk.step()
+        return walk.step().logits
 
     @torch.no_grad()
     def predict(self, x: Tensor, budget: Budget | None = None) -> Prediction:
         """Answers within a budget; work beyond it is not done.
 
-        Samples that are decided leave the batch, so that the next student runs on fewer.
+        Samples that are decided leave the batch, so that the next student runs on fewer. Where that was measured to
+        cost more than it saves they stay, and later students answer them as well.
 
         Args:
             x: a batch (B, ...), on the device of the ensemble.
             budget: limits; none runs all students.
+
+        Raises:
+            UserError: x is not of the shape or dtype of training or holds NaN; or the budget asks for fitted
+                thresholds, and there are none.
         """
         budget = budget or Budget()
-        started, longest = time.perf_counter(), 0.0
-        allowed = budget.stages_within(self.macs)
-        logits, stages = torch.empty(0), torch.zeros(len(x), dtype=torch.int64)
-        active, total, features = torch.arange(len(x), device=x.device), None, list[Tensor]()
-        for number in range(allowed):
-            begun = time.perf_counter()
-            if budget.seconds is not None and number and begun - started + longest > budget.seconds:
-                break
-            total = self._step(x, number, total, features)
-            answer = total * (self.scale / (number + 1))
-            logits = answer.clone() if number == 0 else logits.index_copy_(0, active, answer)
-            stages[active.cpu()] = number + 1
-            if budget.confidence is not None and number + 1 < allowed:
-                keep = ~decided(answer, budget.confidence)
-                if not keep.any():
-                    break
-                if not keep.all():
-                    active, total, x = active[keep], total[keep], x[keep]
-                    features = [f[keep] for f in features]
-            longest = max(longest, time.perf_counter() - begun)
-        return Prediction(logits, stages, torch.tensor(self.macs)[stages - 1])
+        exits = exits_of(budget, self.figures)
+        walk = self.walk(x, count_votes=exits is not None and exits.rule == "agreement")
+        return predict_within(walk, budget, exits, self.figures)
 
 
 def restore_student(

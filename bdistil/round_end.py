@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bdistil import distributed
 from bdistil.blueprint import IndescribableError, describe
 from bdistil.boosting import Boosting
-from bdistil.curve_rows import Verdict, round_training_macs, shape_of, stage_row
+from bdistil.curve_rows import Verdict, dtype_of, round_training_macs, shape_of, stage_row
 from bdistil.metrics import curve_figures
 from bdistil.round_state import RoundState
 from bdistil.rounds import BoostingRound
@@ -103,6 +103,7 @@ def _commit(boosting: Boosting, module: BoostingRound, verdict: Verdict, row: Ma
             "rung": asdict(boosting.rung),
             "scale": boosting.train.ledger.scale,
             "input_shape": shape_of(boosting.example),
+            "input_dtype": dtype_of(boosting.example),
             "curve": dict(row),
             "evidence": {"training": asdict(verdict.training), "validation": asdict(verdict.validation)},
             "uncounted": boosting.cost.uncounted,

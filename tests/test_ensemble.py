@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bdistil import ensemble as ensemble_module
+from bdistil import prediction as prediction_module
 from bdistil.blueprint import describe
 from bdistil.budgets import Budget
 from bdistil.ensemble import ProgressiveEnsemble, build_student
@@ -175,7 +175,7 @@ def test_limits_that_are_the_same_for_all_samples(ensemble, x, budget, stages):
 def test_no_student_starts_that_would_end_too_late(ensemble, x, monkeypatch, seconds, stages):
     # A clock by which the students take 1, 1, 2 and 1 seconds: the longest so far is what the next is taken to need.
     now = [100.0]
-    monkeypatch.setattr(ensemble_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(prediction_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     for student, taken in zip(ensemble.students, (1.0, 1.0, 2.0, 1.0), strict=True):
         student.head.register_forward_hook(lambda *_, taken=taken: now.__setitem__(0, now[0] + taken))
     prediction = ensemble.predict(x, Budget(seconds=seconds))
@@ -231,8 +231,8 @@ def test_a_batch_of_none(ensemble, budget):
         ({"macs": 0}, "`macs` of a budget to be > 0, got 0"),
         ({"macs": -3}, "`macs` of a budget to be > 0, got -3"),
         ({"seconds": 0.0}, "`seconds` of a budget to be > 0, got 0.0"),
-        ({"confidence": 0.0}, r"`confidence` of a budget to be in \(0, 1\], got 0.0"),
-        ({"confidence": 1.5}, r"`confidence` of a budget to be in \(0, 1\], got 1.5"),
+        ({"confidence": 0.0}, r"`confidence` of a budget to be in \(0, 1\] or 'fitted', got 0.0"),
+        ({"confidence": 1.5}, r"`confidence` of a budget to be in \(0, 1\] or 'fitted', got 1.5"),
         ({"confidence": float("nan")}, "got nan"),
         ({"seconds": float("nan")}, "`seconds` of a budget to be > 0, got nan"),
     ],

@@ -12,7 +12,7 @@ LAYERS = """
     functional errors seeding distributed run_directory row_files weight_files exit_rules anytime
     settings ledger teachers students blueprint cost metrics budgets indexing data zoo
     timm_models preflight recipe_files curve_rows
-    ensemble mekd mixing variance
+    ensemble walk prediction stage_times inputs mekd mixing variance
     rounds scoring boosting
     tracking report round_tracker round_state round_end
     callbacks

@@ -1,0 +1,99 @@
+"""A batch on its way through the students, one stage after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdistil.exit_rules import add_votes
+from bdistil.students import Student
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The answer after a number of students.
+
+    Attributes:
+        total: (B, L), weighted sum of the students' own logits.
+        factor: by which the sum becomes the logits of the prefix.
+        index: how many students have answered, from 1.
+        macs: multiply-adds per sample so far.
+    """
+
+    total: Tensor
+    factor: float
+    index: int
+    macs: int
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, L) of the prefix, in the teacher's units; worked out when it is read."""
+        return self.total * self.factor
+
+
+class Walk:
+    """A batch and what the students so far have made of it.
+
+    Args:
+        students: in order.
+        x: a batch (B, ...).
+        factors: of each stage, see `Stage`.
+        macs: cumulative, of each stage.
+        weights: of the students in the sum; empty: all 1.
+        count_votes: count the students' own answers, for the rule of agreement.
+        bodies: features (B, D) of the first students' bodies, where they were run together before.
+    """
+
+    def __init__(
+        self,
+        students: Sequence[nn.Module],
+        x: Any,
+        *,
+        factors: Sequence[float],
+        macs: Sequence[int],
+        weights: Sequence[float] = (),
+        count_votes: bool = False,
+        bodies: Sequence[Tensor] = (),
+    ) -> None:
+        self.students, self.x = students, x
+        self.factors, self.macs, self.weights, self.count_votes = factors, macs, weights, count_votes
+        self.bodies = bodies
+        self.number = 0
+        self.features: list[Tensor] = []
+        self.total: Tensor | None = None
+        self.votes: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """B, of the samples that are still on their way."""
+        return len(self.x)
+
+    @torch.no_grad()
+    def step(self) -> Stage:
+        """Runs the next student. The features of its body are kept for those that link to it."""
+        number, student = self.number, self.students[self.number]
+        if isinstance(student, Student):
+            own = self.bodies[number] if number < len(self.bodies) else student.features(self.x)
+            logits = student.answer(own, self.features[::-1][: student.links])
+            self.features.append(own)
+        else:
+            logits = student(self.x)
+        if self.count_votes:
+            self.votes = add_votes(self.votes, logits)
+        if self.weights:
+            logits = logits * self.weights[number]
+        self.total = logits if self.total is None else self.total + logits
+        self.number += 1
+        return Stage(self.total, self.factors[number], self.number, self.macs[number])
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows of the batch only."""
+        self.x = self.x.index_select(0, rows)
+        self.total = None if self.total is None else self.total.index_select(0, rows)
+        self.votes = None if self.votes is None else self.votes.index_select(0, rows)
+        self.features = [features.index_select(0, rows) for features in self.features]
+        self.bodies = [features.index_select(0, rows) for features in self.bodies]
