@@ -1,0 +1,153 @@
+"""CIFAR-10 and CIFAR-100 from their authors' Python files (A. Krizhevsky, 2009)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bdistil.data.digits import stratified_split
+from bdistil.data.images import ArrayImages, Batches, batches, normalised, pad_crop_flip
+from bdistil.data.pickles import load_arrays
+from bdistil.data.sources import Source
+from bdistil.errors import UserError
+
+SIDE, PADDING = 32, 4
+TRAIN, TEST = 50_000, 10_000
+URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
+COMMANDS = "mkdir -p {{root}} && curl -L https://www.cs.toronto.edu/~kriz/{file} | tar xz -C {{root}}"
+
+
+def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, 3, 32, 32) and labels (N,) of one file: rows of 1024 red, 1024 green and 1024 blue values.
+
+    Args:
+        file: a pickle of Python 2; nothing in it is executed.
+        source: the data set, for messages.
+        key: of the labels.
+        classes: labels are below it.
+
+    Raises:
+        UserError: the file is damaged, or something else.
+    """
+    try:
+        with file.open("rb") as opened:
+            batch = load_arrays(opened)
+    except UserError as error:
+        raise source.damaged(file, str(error)) from error
+    if not isinstance(batch, dict) or "data" not in batch or key not in batch:
+        raise source.damaged(file, f"it holds no `data` and `{key}`")
+    data, labels = batch["data"], batch[key]
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIDE**2):
+        got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise source.damaged(file, f"`data` is {got}, expected uint8 ({len(labels)}, {3 * SIDE**2}), a row a label")
+    if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
+        raise source.damaged(file, f"`{key}` are not all integers in 0 … {classes - 1}")
+    return torch.from_numpy(data.copy()).view(-1, 3, SIDE, SIDE), torch.tensor(labels)
+
+
+class Cifar10(pl.LightningDataModule):
+    """CIFAR-10, 32x32 colour images of 10 classes; the official test part, and a validation part off the training part.
+
+    Args:
+        root: holds `cifar-10-batches-py`, or is that folder.
+        batch_size: samples a training step.
+        validation: samples of the validation part, the same share of each class.
+        augment: pad by 4, crop, flip the training images; needs `boosting.state: recompute`.
+        split_seed: of the validation part; one split for all seeds of a run, unless it is changed.
+        num_workers: processes that read and augment.
+        partial: take files that hold fewer images than the published ones.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+
+    SOURCE: ClassVar[Source] = Source(
+        "CIFAR-10", URL, COMMANDS.format(file="cifar-10-python.tar.gz"), "cifar-10-batches-py"
+    )
+    FILES: ClassVar[dict[str, list[str]]] = {
+        "train": [f"data_batch_{number}" for number in range(1, 6)],
+        "test": ["test_batch"],
+    }
+    LABELS: ClassVar[str] = "labels"
+    CLASSES: ClassVar[int] = 10
+    # Of the pixels of the 50,000 training images, in 0 … 1, as the literature has them.
+    MEAN: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
+    STD: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        validation: int = 5000,
+        augment: bool = False,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        partial: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0 or validation < self.CLASSES:
+            raise UserError(
+                f"Expected `batch_size` >= 1, `num_workers` >= 0 and `validation` >= {self.CLASSES}, one a class, got "
+                f"{batch_size}, {num_workers} and {validation}."
+            )
+        self.root, self.batch_size, self.validation, self.augment = root, batch_size, validation, augment
+        self.split_seed, self.num_workers, self.partial = split_seed, num_workers, partial
+        self.parts: dict[str, Dataset[Any]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the files and splits the training part, once.
+
+        Raises:
+            UserError: files are missing or damaged.
+        """
+        if self.parts:
+            return
+        folder = self.SOURCE.locate(self.root, [name for names in self.FILES.values() for name in names])
+        images, labels = self._read(folder, "train", TRAIN)
+        if self.validation > len(labels) // 2:
+            raise UserError(
+                f"Expected `validation` to be at most half of the {len(labels)} images, got {self.validation}."
+            )
+        train, val, _ = stratified_split(labels, (self.validation, 0), self.split_seed)
+        plain = normalised([], self.MEAN, self.STD)
+        shifted = normalised(pad_crop_flip(SIDE, PADDING), self.MEAN, self.STD)
+        self.parts = {
+            "train": ArrayImages(images[train], labels[train], shifted if self.augment else plain),
+            "val": ArrayImages(images[val], labels[val], plain),
+            "test": ArrayImages(*self._read(folder, "test", TEST), plain),
+        }
+
+    def _read(self, folder: Path, part: str, published: int) -> tuple[Tensor, Tensor]:
+        files = [folder / name for name in self.FILES[part]]
+        images, labels = zip(*(read_batch(f, self.SOURCE, self.LABELS, self.CLASSES) for f in files), strict=True)
+        self.SOURCE.check_count(f"images in {part}", sum(map(len, labels)), published, folder, self.partial)
+        return torch.cat(images), torch.cat(labels)
+
+    def train_dataloader(self) -> Batches:
+        """Batches (x (B, 3, 32, 32), y (B,)), shuffled."""
+        return batches(self.parts["train"], self.batch_size, self.num_workers, shuffle=True)
+
+    def val_dataloader(self) -> Batches:
+        """The validation part, never augmented."""
+        return batches(self.parts["val"], self.batch_size, self.num_workers)
+
+    def test_dataloader(self) -> Batches:
+        """The official test part, which a run reads once, at its end."""
+        return batches(self.parts["test"], self.batch_size, self.num_workers)
+
+
+class Cifar100(Cifar10):
+    """CIFAR-100: as CIFAR-10, with 100 fine classes. Its arguments are those of `Cifar10`."""
+
+    SOURCE = Source("CIFAR-100", URL, COMMANDS.format(file="cifar-100-python.tar.gz"), "cifar-100-python")
+    FILES: ClassVar[dict[str, list[str]]] = {"train": ["train"], "test": ["test"]}
+    LABELS = "fine_labels"
+    CLASSES = 100
+    MEAN = (0.5071, 0.4865, 0.4409)
+    STD = (0.2673, 0.2564, 0.2762)

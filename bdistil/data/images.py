@@ -1,0 +1,89 @@
+"""Images as samples (x, y): from an array in memory or from files, with or without random augmentation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from bdistil.errors import RunError
+
+Transform = Callable[[Any], Tensor]
+Batches = DataLoader[tuple[Tensor, ...]]
+
+
+def batches(part: Dataset[Any], batch_size: int, num_workers: int, *, shuffle: bool = False) -> Batches:
+    """A loader of a part; its batches go to a GPU without a detour where there is one."""
+    pinned = torch.cuda.is_available()
+    return DataLoader(part, batch_size, shuffle=shuffle, num_workers=num_workers, pin_memory=pinned)
+
+
+def normalised(first: Sequence[v2.Transform], mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """Some transforms, then float32 with mean 0 and sd 1 in each channel.
+
+    Args:
+        first: applied to the uint8 image.
+        mean: of each channel, in 0 … 1.
+        std: of each channel.
+    """
+    scaled = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([*mean], [*std])]
+    composed: Transform = v2.Compose([v2.ToImage(), *first, *scaled, v2.ToPureTensor()])
+    return composed
+
+
+def pad_crop_flip(size: int, padding: int) -> list[v2.Transform]:
+    """The augmentation of CIFAR: zeros around the image, a window of the old size anywhere, half of them mirrored."""
+    return [v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
+
+
+class ArrayImages(Dataset[tuple[Tensor, int]]):
+    """Images in memory.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: (N,) int64.
+        transform: gives x (C, H, W) float32.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), int(self.labels[index])
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Images in files, decoded to RGB as they are read.
+
+    Args:
+        paths: of the N files.
+        labels: of each.
+        transform: gives x (3, H, W) float32.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int], transform: Transform) -> None:
+        # Arrays: the workers of a loader would copy a list of a million strings, reference count by reference count.
+        self.paths, self.labels = np.array([os.fsencode(path) for path in paths]), np.asarray(labels, np.int64)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path = os.fsdecode(bytes(self.paths[index]))
+        try:
+            with Image.open(path) as image:
+                decoded = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RunError(f"{path} is no whole image ({error}). Get it again, or take it out.") from error
+        return self.transform(decoded), int(self.labels[index])

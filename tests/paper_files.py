@@ -1,0 +1,101 @@
+"""Small files in the true format of the data sets of the paper, written byte by byte where a library would differ."""
+
+import struct
+import zlib
+
+import numpy as np
+
+
+class OldPickle:
+    """Writes what cPickle of Python 2 wrote with protocol 2: strings are SHORT_BINSTRING, arrays name numpy.core."""
+
+    def __init__(self):
+        self.out = b"\x80\x02"
+
+    def value(self, value):
+        kind = type(value).__name__
+        getattr(self, {"ndarray": "array"}.get(kind, kind))(value)
+
+    def str(self, value):
+        self.bytes(value.encode("latin1"))
+
+    def bytes(self, value):
+        short = len(value) < 256
+        self.out += (b"U" + bytes([len(value)]) if short else b"T" + struct.pack("<i", len(value))) + value
+
+    def int(self, value):
+        self.out += b"K" + bytes([value]) if 0 <= value < 256 else b"J" + struct.pack("<i", value)
+
+    def list(self, values):
+        self.out += b"]("
+        for value in values:
+            self.value(value)
+        self.out += b"e"
+
+    def dict(self, values):
+        self.out += b"}("
+        for key, value in values.items():
+            self.value(key)
+            self.value(value)
+        self.out += b"u"
+
+    def array(self, array):
+        self.out += b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R("
+        self.int(1)
+        for side in array.shape:
+            self.int(side)
+        self.out += b"\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+        self.out += b"J\xff\xff\xff\xff" * 2 + b"K\x00tb\x89"
+        self.bytes(array.tobytes())
+        self.out += b"tb"
+
+
+def old_pickle(value):
+    """Bytes of a pickle of Python 2."""
+    writer = OldPickle()
+    writer.value(value)
+    return writer.out + b"."
+
+
+def pattern(number):
+    """An image (3072,) that shows a swap of planes or axes: red is 8 x, green is 8 y, blue is 7 times its number."""
+    y, x = np.mgrid[0:32, 0:32]
+    return np.stack([8 * x, 8 * y, np.full((32, 32), 7 * number % 256)]).astype(np.uint8).reshape(-1)
+
+
+def write_cifar10(root, each=4):
+    """Six files of `each` times ten images, in the order of the labels."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        labels = [i % 10 for i in range(10 * each)]
+        rows = np.stack([pattern(number * len(labels) + i) for i in range(len(labels))])
+        batch = {"batch_label": f"batch {number + 1}", "labels": labels, "data": rows,
+                 "filenames": [f"image_{i}.png" for i in range(len(labels))]}  # fmt: skip
+        (folder / name).write_bytes(old_pickle(batch))
+    return folder
+
+
+def write_cifar100(root, each=2):
+    """A training file of `each` times a hundred images and a test file of one hundred."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", 100 * each), ("test", 100)):
+        fine = [33 * i % 100 for i in range(count)]
+        batch = {"filenames": [], "batch_label": "batch", "fine_labels": fine, "coarse_labels": [f // 5 for f in fine],
+                 "data": np.stack([pattern(i) for i in range(count)])}  # fmt: skip
+        (folder / name).write_bytes(old_pickle(batch))
+    return folder
+
+
+def png(pixels):
+    """A PNG file of uint8 pixels, (H, W, 3) or grey (H, W)."""
+
+    def chunk(tag, data):
+        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+
+    high, wide = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", wide, high, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
