@@ -99,3 +99,45 @@ def png(pixels):
     header = struct.pack(">IIBBBBB", wide, high, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
+
+
+WNIDS = ("n01440764", "n01443537")
+
+
+def _picture(label, number, noise):
+    """6 wide, 8 high: red is 100 times the label, green says the number; or noise."""
+    if noise:
+        return png(np.random.default_rng([label, number]).integers(0, 256, (8, 6, 3), np.uint8))
+    return png(np.full((8, 6, 3), [100 * label, 50 * number, 200], np.uint8))
+
+
+def write_imagenet(root, noise=False):
+    """A folder a class: five training images, one of them grey and deeper down, and two of the validation part."""
+    for label, wnid in enumerate(WNIDS):
+        for part, count in (("train", 4), ("val", 2)):
+            folder = root / "imagenet" / part / wnid
+            (folder / "deeper").mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                (folder / f"{number}.png").write_bytes(_picture(label, number, noise))
+        train = root / "imagenet" / "train" / wnid
+        (train / "deeper" / "grey.PNG").write_bytes(png(np.full((8, 6), 77, np.uint8)))
+        (train / "notes.txt").write_text("not an image\n")
+    return root / "imagenet"
+
+
+def write_tiny_imagenet(root, noise=False):
+    """Training images below `images`, those of the validation part in one folder with a table."""
+    base = root / "tiny-imagenet-200"
+    rows = []
+    (base / "val" / "images").mkdir(parents=True, exist_ok=True)
+    for label, wnid in enumerate(WNIDS):
+        folder = base / "train" / wnid / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder.parent / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t5\t5\n")
+        for number in range(5):
+            (folder / f"{wnid}_{number}.JPEG").write_bytes(_picture(label, number, noise))
+        for number in (2 * label, 2 * label + 1):
+            (base / "val" / "images" / f"val_{number}.JPEG").write_bytes(_picture(label, number % 2, noise))
+            rows.append(f"val_{number}.JPEG\t{wnid}\t0\t0\t5\t5\n")
+    (base / "val" / "val_annotations.txt").write_text("".join(reversed(rows)))
+    return base

@@ -1,0 +1,253 @@
+"""ImageNet-1k and Tiny-ImageNet-200 from the folders that their archives unpack to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms import v2
+
+from bdistil.data.digits import stratified_split
+from bdistil.data.images import Batches, ImageFiles, batches, normalised, pad_crop_flip
+from bdistil.data.sources import Source, listed
+from bdistil.errors import UserError
+
+# Of ImageNet's training images, in 0 … 1, as the literature has them.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Files = tuple[list[str], list[int]]
+
+
+def read_folders(folder: Path, source: Source) -> tuple[Files, list[str]]:
+    """Paths and labels of images that lie in a folder a class, at any depth, and the classes.
+
+    Classes are numbered in the order of their names. Files of other extensions than those of images are passed over.
+
+    Args:
+        folder: holds the folders of the classes.
+        source: the data set, for messages.
+
+    Raises:
+        UserError: there is no folder, or a class has no image.
+    """
+    try:
+        classes, numbers = find_classes(str(folder))
+        samples = make_dataset(str(folder), numbers, IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise UserError(f"{source.name} is not complete: {error} {source.cure(folder.parent)}") from error
+    paths, labels = (list(values) for values in zip(*samples, strict=True))
+    return (paths, labels), classes
+
+
+class ImageFolders(pl.LightningDataModule):
+    """Images in folders: what ImageNet and Tiny-ImageNet share. The official validation part is the test part here.
+
+    Its labels are public, and the run reads it once, at its end; the validation part comes off the training part.
+
+    Args:
+        root: holds the folder of the archive, or is that folder.
+        batch_size: samples a training step.
+        validation: images of the validation part, the same share of each class.
+        augment: random crop and flip of the training images; needs `boosting.state: recompute`.
+        size: side of the images that the networks see.
+        split_seed: of the validation part; one split for all seeds of a run, unless it is changed.
+        num_workers: processes that read, decode and augment.
+        partial: take fewer images or classes than were published.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+
+    SOURCE: ClassVar[Source]
+    CLASSES: ClassVar[int]
+    IMAGES: ClassVar[tuple[int, int]]  # of the training part and of the test part
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int,
+        validation: int,
+        augment: bool,
+        size: int,
+        split_seed: int,
+        num_workers: int,
+        partial: bool,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, validation, size) < 1 or num_workers < 0:
+            raise UserError(
+                "Expected `batch_size`, `validation` and `size` >= 1 and `num_workers` >= 0, got "
+                f"{batch_size}, {validation}, {size} and {num_workers}."
+            )
+        self.root, self.batch_size, self.validation, self.augment = root, batch_size, validation, augment
+        self.size, self.split_seed, self.num_workers, self.partial = size, split_seed, num_workers, partial
+        self.parts: dict[str, Dataset[Any]] = {}
+
+    def random_transforms(self) -> list[v2.Transform]:
+        """The augmentation of the training images."""
+        raise NotImplementedError
+
+    def fixed_transforms(self) -> list[v2.Transform]:
+        """What brings an image to its size."""
+        raise NotImplementedError
+
+    def read_test(self, folder: Path, classes: list[str]) -> Files:
+        """Paths and labels of the official validation part."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds the files and splits the training part, once.
+
+        Raises:
+            UserError: files are missing.
+        """
+        if self.parts:
+            return
+        folder = self.SOURCE.locate(self.root, ["train", "val"])
+        (paths, labels), classes = read_folders(folder / "train", self.SOURCE)
+        tested = self.read_test(folder, classes)
+        counts = (("classes", len(classes), self.CLASSES), ("images in train", len(paths), self.IMAGES[0]),
+                  ("images in val", len(tested[0]), self.IMAGES[1]))  # fmt: skip
+        for what, found, published in counts:
+            self.SOURCE.check_count(what, found, published, folder, self.partial)
+        least, most = len(classes), len(labels) // 2
+        if not least <= self.validation <= most:
+            raise UserError(
+                f"Expected `validation` to be from {least}, one a class, to {most}, half of the images, got "
+                f"{self.validation}."
+            )
+        train, val, _ = stratified_split(torch.tensor(labels), (self.validation, 0), self.split_seed)
+        plain = normalised(self.fixed_transforms(), MEAN, STD)
+        random = normalised(self.random_transforms(), MEAN, STD) if self.augment else plain
+        for name, rows, transform in (("train", train.tolist(), random), ("val", val.tolist(), plain)):
+            self.parts[name] = ImageFiles([paths[i] for i in rows], [labels[i] for i in rows], transform)
+        self.parts["test"] = ImageFiles(*tested, plain)
+
+    def train_dataloader(self) -> Batches:
+        """Batches (x (B, 3, size, size), y (B,)), shuffled."""
+        return batches(self.parts["train"], self.batch_size, self.num_workers, shuffle=True)
+
+    def val_dataloader(self) -> Batches:
+        """The validation part, never augmented."""
+        return batches(self.parts["val"], self.batch_size, self.num_workers)
+
+    def test_dataloader(self) -> Batches:
+        """The official validation part, which a run reads once, at its end."""
+        return batches(self.parts["test"], self.batch_size, self.num_workers)
+
+
+class ImageNet(ImageFolders):
+    """ImageNet-1k: `train/n01440764/*.JPEG` and `val/n01440764/*.JPEG`, 1,000 folders each.
+
+    Images are scaled to a shorter side of 256 / 224 of `size` and cropped in the middle; with `augment` a random
+    part of random shape is scaled to `size` instead, and half of them are mirrored. Arguments: see `ImageFolders`.
+    """
+
+    SOURCE = Source(
+        "ImageNet-1k",
+        "https://image-net.org/download-images.php (after registration)",
+        "unpack ILSVRC2012_img_train.tar and the archive of each class in it to {root}/imagenet/train/CLASS, and the "
+        "images of ILSVRC2012_img_val.tar to {root}/imagenet/val/CLASS, as ILSVRC2012_devkit_t12 says which is which",
+        "imagenet",
+    )
+    CLASSES = 1000
+    IMAGES = (1_281_167, 50_000)
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 256,
+        validation: int = 10_000,
+        augment: bool = False,
+        size: int = 224,
+        split_seed: int = 0,
+        num_workers: int = 8,
+        partial: bool = False,
+    ) -> None:
+        super().__init__(root, batch_size, validation, augment, size, split_seed, num_workers, partial)
+
+    def random_transforms(self) -> list[v2.Transform]:
+        """A random part of random shape, mirrored in half of the cases."""
+        return [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
+
+    def fixed_transforms(self) -> list[v2.Transform]:
+        """The middle."""
+        return [v2.Resize(round(self.size * 256 / 224), antialias=True), v2.CenterCrop(self.size)]
+
+    def read_test(self, folder: Path, classes: list[str]) -> Files:
+        """A folder a class, the same as of the training part.
+
+        Raises:
+            UserError: they are others.
+        """
+        files, found = read_folders(folder / "val", self.SOURCE)
+        if found != classes:
+            odd = sorted(set(classes) ^ set(found))
+            raise UserError(
+                f"Expected the same classes in {folder / 'train'} and {folder / 'val'}, but only one of them has "
+                f"{listed(odd)}. The images of val have to be sorted into a folder a class."
+            )
+        return files
+
+
+class TinyImageNet(ImageFolders):
+    """Tiny-ImageNet-200, 64x64: `train/n01443537/images/*.JPEG`, `val/images/*.JPEG` with `val/val_annotations.txt`.
+
+    Images are scaled to `size` where it is not 64; with `augment` they are padded by an eighth, cropped and flipped.
+    Arguments: see `ImageFolders`.
+    """
+
+    SOURCE = Source(
+        "Tiny-ImageNet-200",
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "mkdir -p {root} && cd {root} && curl -LO http://cs231n.stanford.edu/tiny-imagenet-200.zip && "
+        "unzip -q tiny-imagenet-200.zip",
+        "tiny-imagenet-200",
+    )
+    CLASSES = 200
+    IMAGES = (100_000, 10_000)
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        validation: int = 10_000,
+        augment: bool = False,
+        size: int = 64,
+        split_seed: int = 0,
+        num_workers: int = 4,
+        partial: bool = False,
+    ) -> None:
+        super().__init__(root, batch_size, validation, augment, size, split_seed, num_workers, partial)
+
+    def random_transforms(self) -> list[v2.Transform]:
+        """Pad by an eighth, crop, flip."""
+        return [*self.fixed_transforms(), *pad_crop_flip(self.size, self.size // 8)]
+
+    def fixed_transforms(self) -> list[v2.Transform]:
+        """Scaled, where the images are of another size."""
+        return [v2.Resize((self.size, self.size), antialias=True)]
+
+    def read_test(self, folder: Path, classes: list[str]) -> Files:
+        """One folder of images, and a table that names the class of each.
+
+        Raises:
+            UserError: the table is missing or damaged, or names images or classes that are not there.
+        """
+        table = folder / "val" / "val_annotations.txt"
+        self.SOURCE.locate(folder, ["val/val_annotations.txt", "val/images"])
+        numbers = {name: number for number, name in enumerate(classes)}
+        rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if wrong := [row for row in rows if len(row) < 2 or row[1] not in numbers]:
+            raise self.SOURCE.damaged(table, f"{wrong[0]} is not an image and a class of train")
+        there = {path.name for path in (folder / "val" / "images").iterdir()}
+        if lacking := [row[0] for row in rows if row[0] not in there]:
+            raise UserError(
+                f"{self.SOURCE.name} is not complete: {folder / 'val' / 'images'} lacks {listed(lacking)}. "
+                f"{self.SOURCE.cure(folder.parent)}"
+            )
+        return [str(folder / "val" / "images" / row[0]) for row in rows], [numbers[row[1]] for row in rows]
