@@ -10,11 +10,20 @@ import numpy as np
 
 from bdistil.errors import UserError
 
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Text as bytes, in the one encoding that pickled arrays use."""
+    if encoding != "latin1":
+        raise UserError(f"it asks for the encoding {encoding!r}, which no file of arrays does")
+    return text.encode("latin1")
+
+
 # All that a pickled array needs. `numpy.core` is what old files name; NumPy 2 has it as `numpy._core`.
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0],  # type: ignore[dict-item]
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,  # how Python 3 writes bytes in a form that Python 2 can read
 }
 
 

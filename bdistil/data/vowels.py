@@ -1,0 +1,126 @@
+"""JapaneseVowels: nine speakers say /ae/, from files that the package `sktime` ships. Real speech, 640 utterances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from bdistil.data.digits import stratified_split
+from bdistil.data.embedded import packaged_file
+from bdistil.data.series import left_padded, moments
+from bdistil.errors import UserError
+
+FOLDER = "sktime/datasets/data/JapaneseVowels"
+SHA256 = {
+    "TRAIN": "68a430eabd919cc77f40b1f5f3bc0dcafacc1486bca9260785aeb7d262cc78cd",
+    "TEST": "b3d41d6a0ca3bcad3afb9ca7d4365382aa51341e2e58bae2a574babdda5b9462",
+}
+CLASSES = 9
+STEPS = 29  # the longest utterance
+CHANNELS = 12  # linear prediction cepstra of a frame
+TRAINING = 270  # utterances of the official training part, 30 a speaker
+
+
+def read_ts(path: Path) -> tuple[list[Tensor], Tensor]:
+    """Series and classes of a `.ts` file with class labels.
+
+    After the line `@data` each line is a case: channels between colons, values between commas, the class last.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The series, each (steps, C) float32, and the class of each by its place in the header, (N,) int64.
+
+    Raises:
+        UserError: the file is cut off, a line has another form, or names a class that the header does not.
+    """
+    header, _, body = path.read_text(encoding="utf-8").partition("@data")
+    tags = dict(line[1:].split(None, 1) for line in header.splitlines() if line.startswith("@") and " " in line)
+    labelled, *names = tags.get("classLabel", "false").split()
+    if not body.strip() or labelled != "true" or not names:
+        raise UserError(f"Expected @classLabel with the classes, then @data and cases, in {path}. Fetch it again.")
+    channels = int(tags["dimensions"]) if tags.get("dimensions", "").isdigit() else None
+    series, classes = [], []
+    for number, line in enumerate(body.strip().splitlines(), 1):
+        *fields, name = line.split(":")
+        if name not in names:
+            raise _bad_case(path, number, f"one of the classes {', '.join(names)} at the end", repr(name[:40]))
+        if channels is not None and len(fields) != channels:
+            raise _bad_case(path, number, f"{channels} channels", str(len(fields)))
+        series.append(_series(fields, path, number))
+        classes.append(names.index(name))
+    return series, torch.tensor(classes)
+
+
+def _bad_case(path: Path, number: int, allowed: str, got: str) -> UserError:
+    return UserError(f"Expected {allowed} in case {number} of {path}, got {got}. The file is damaged: fetch it again.")
+
+
+def _series(fields: Sequence[str], path: Path, number: int) -> Tensor:
+    """Values (steps, C) of the channels of one case."""
+    try:
+        return torch.from_numpy(np.array([field.split(",") for field in fields], dtype=np.float32).T.copy())
+    except ValueError as error:
+        raise _bad_case(path, number, "channels of the same number of values", f"({error})") from None
+
+
+def read_vowels(part: str) -> tuple[list[Tensor], Tensor]:
+    """Utterances (7 … 29 steps, 12) and speakers (N,) of the official part `TRAIN` or `TEST`."""
+    file = packaged_file("sktime", f"{FOLDER}/JapaneseVowels_{part}.ts", SHA256[part])
+    return read_ts(file)
+
+
+class Vowels(pl.LightningDataModule):
+    """Utterances (29, 12) of nine speakers in the official parts; a stratified piece of the training part validates.
+
+    Each channel is standardised by the frames of the training part; then zeros are padded on the left.
+
+    Args:
+        batch_size: utterances a training step.
+        validation: utterances of the validation part, a multiple of 9.
+        split_seed: of the split into training and validation part.
+    """
+
+    def __init__(self, batch_size: int = 32, validation: int = 54, split_seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1 or not CLASSES <= validation <= TRAINING // 2 or validation % CLASSES:
+            raise UserError(
+                f"Expected `batch_size` >= 1 and `validation` a multiple of 9 in 9 … {TRAINING // 2}, "
+                f"got {batch_size} and {validation}."
+            )
+        self.batch_size, self.validation, self.split_seed = batch_size, validation, split_seed
+        self.parts: dict[str, TensorDataset] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the files and splits the training part, once."""
+        if self.parts:
+            return
+        series, labels = read_vowels("TRAIN")
+        test, test_labels = read_vowels("TEST")
+        train, val, _ = stratified_split(labels, (self.validation, 0), self.split_seed)
+        mean, spread = moments([series[i] for i in train])
+        for name, chosen, y in (
+            ("train", [series[i] for i in train], labels[train]),
+            ("val", [series[i] for i in val], labels[val]),
+            ("test", test, test_labels),
+        ):
+            self.parts[name] = TensorDataset(left_padded([(s - mean) / spread for s in chosen], STEPS), y)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches (x (B, 29, 12), y (B,)), shuffled."""
+        return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The validation part."""
+        return DataLoader(self.parts["val"], batch_size=500)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The official test part, which a run reads once, at its end."""
+        return DataLoader(self.parts["test"], batch_size=500)

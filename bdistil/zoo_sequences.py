@@ -1,0 +1,222 @@
+"""Networks for sequences (B, M, C) of M steps with C channels: convolutional and recurrent, teachers and students."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bdistil.errors import UserError
+from bdistil.students import Student
+
+Cell = Literal["gru", "lstm", "rnn"]
+_CELLS: dict[str, Callable[..., nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+
+
+class ChannelsFirst(nn.Module):
+    """Sequences as convolutions want them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, M) of (B, M, C)."""
+        return x.transpose(1, 2)
+
+
+class InputNoise(nn.Module):
+    """Adds Gaussian noise in training, against overfitting of a small data set.
+
+    Args:
+        deviation: of the noise.
+    """
+
+    def __init__(self, deviation: float) -> None:
+        super().__init__()
+        self.deviation = deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x with noise, of the same shape; x itself in eval mode."""
+        return x + self.deviation * torch.randn_like(x) if self.training and self.deviation else x
+
+
+def sequence_conv_body(
+    in_channels: int, channels: Sequence[int], *, kernel: int, strides: Sequence[int], pooled: int
+) -> nn.Sequential:
+    """Convolutions over the steps with batch norm and ReLU, then average pooling to `pooled` steps, flat.
+
+    Args:
+        in_channels: C of the sequence.
+        channels: of each convolution.
+        kernel: steps that each convolution sees, odd.
+        strides: of each convolution.
+        pooled: steps that are left.
+
+    Raises:
+        UserError: no channels, another number of strides, an even kernel, or a number below 1.
+    """
+    positive = min(*channels, *strides, in_channels, pooled, kernel, 1) == 1 and len(channels) == len(strides) > 0
+    if not positive or kernel % 2 == 0:
+        raise UserError(
+            "Expected `channels` and as many `strides`, `in_channels` and `pooled` >= 1 and an odd `kernel`, "
+            f"got {list(channels)}, {list(strides)}, {in_channels}, {pooled} and {kernel}."
+        )
+    layers: list[tuple[str, nn.Module]] = [("turn", ChannelsFirst())]
+    pairs = zip([in_channels, *channels], channels, strides, strict=False)
+    for number, (inside, outside, stride) in enumerate(pairs):
+        layers += [
+            (f"conv{number}", nn.Conv1d(inside, outside, kernel, stride, padding=kernel // 2, bias=False)),
+            (f"norm{number}", nn.BatchNorm1d(outside)),
+            (f"act{number}", nn.ReLU(inplace=True)),
+        ]
+    layers += [("pool", nn.AdaptiveAvgPool1d(pooled)), ("flat", nn.Flatten())]
+    return nn.Sequential(OrderedDict(layers))
+
+
+class SequenceConvNet(nn.Module):
+    """A convolutional classifier of sequences, as a teacher.
+
+    Args:
+        in_channels: C of the sequence.
+        outputs: L.
+        channels: of each convolution.
+        strides: of each convolution.
+        kernel: steps that each convolution sees, odd.
+        pooled: steps that the head reads.
+        dropout: before the head.
+        noise: standard deviation of what is added to the input in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: int,
+        channels: Sequence[int] = (48, 48, 48),
+        strides: Sequence[int] = (1, 2, 2),
+        kernel: int = 5,
+        pooled: int = 1,
+        dropout: float = 0.2,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.noise = InputNoise(noise)
+        self.body = sequence_conv_body(in_channels, channels, kernel=kernel, strides=strides, pooled=pooled)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels[-1] * pooled, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L) of sequences (B, M, C)."""
+        logits: Tensor = self.head(self.dropout(self.body(self.noise(x))))
+        return logits
+
+
+class SequenceConvStudent(Student):
+    """A tiny convolutional student for sequences with a linear head.
+
+    Args:
+        in_channels: C of the sequence.
+        outputs: L.
+        channels: of each convolution.
+        strides: of each convolution.
+        kernel: steps that each convolution sees, odd.
+        pooled: steps that the head reads.
+        width: factor on all channels, for wider rungs of the ladder.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: int,
+        channels: Sequence[int] = (4,),
+        strides: Sequence[int] = (2,),
+        kernel: int = 5,
+        pooled: int = 1,
+        width: float = 1.0,
+    ) -> None:
+        scaled = [max(1, round(c * width)) for c in channels]
+        body = sequence_conv_body(in_channels, scaled, kernel=kernel, strides=strides, pooled=pooled)
+        super().__init__(body, nn.Linear(scaled[-1] * pooled, outputs))
+
+
+class RecurrentBody(nn.Module):
+    """A recurrent net up to the output of its top layer after the last step.
+
+    Args:
+        in_channels: C of the sequence.
+        hidden: H, of each layer and direction.
+        cell: kind of net.
+        layers: how many.
+        bidirectional: reads the sequence from both ends; D is then 2 H.
+    """
+
+    def __init__(
+        self, in_channels: int, hidden: int, cell: Cell = "gru", layers: int = 1, bidirectional: bool = False
+    ) -> None:
+        super().__init__()
+        if cell not in get_args(Cell) or min(in_channels, hidden, layers) < 1:
+            raise UserError(
+                f"Expected `cell` to be one of {', '.join(get_args(Cell))}, and `in_channels`, `hidden` and `layers` "
+                f">= 1, got {cell!r}, {in_channels}, {hidden} and {layers}."
+            )
+        self.net = _CELLS[cell](in_channels, hidden, layers, batch_first=True, bidirectional=bidirectional)
+        self.directions = 2 if bidirectional else 1
+        self.features = self.directions * hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, D) of sequences (B, M, C)."""
+        state = self.net(x)[1]
+        last: Tensor = state[0] if isinstance(state, tuple) else state
+        return last[-self.directions :].transpose(0, 1).flatten(1)
+
+
+class RecurrentNet(nn.Module):
+    """A recurrent classifier of sequences, as a teacher.
+
+    Args:
+        in_channels: C of the sequence.
+        outputs: L.
+        hidden: H, of each layer and direction.
+        cell: kind of net.
+        layers: how many.
+        bidirectional: reads the sequence from both ends.
+        dropout: before the head.
+        noise: standard deviation of what is added to the input in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: int,
+        hidden: int = 64,
+        cell: Cell = "gru",
+        layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.2,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.noise = InputNoise(noise)
+        self.body = RecurrentBody(in_channels, hidden, cell, layers, bidirectional)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(self.body.features, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L) of sequences (B, M, C)."""
+        logits: Tensor = self.head(self.dropout(self.body(self.noise(x))))
+        return logits
+
+
+class RecurrentStudent(Student):
+    """A tiny recurrent student with a linear head.
+
+    Args:
+        in_channels: C of the sequence.
+        outputs: L.
+        hidden: H.
+        cell: kind of net.
+        width: factor on `hidden`, for wider rungs of the ladder.
+    """
+
+    def __init__(self, in_channels: int, outputs: int, hidden: int = 4, cell: Cell = "gru", width: float = 1.0) -> None:
+        body = RecurrentBody(in_channels, max(1, round(hidden * width)), cell)
+        super().__init__(body, nn.Linear(body.features, outputs))
