@@ -188,7 +188,9 @@ def _build(plan: Plan, name: str, made: dict[str, Any], tensors: Mapping[str, Te
         vars(module)[key] = _read(value, made, tensors, _home(kind))
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
-    return module.train(False) if not plan["training"] else module
+    if not plan["training"]:
+        module.train(False)  # some classes of timm give nothing back
+    return module
 
 
 def _parameter(value: Any, name: str, made: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Parameter | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
@@ -116,9 +117,8 @@ class TimmStudent(Student):
         place, head = _classifier(network, name)
         if checkpoint:
             load_weights(network, Path(checkpoint), "checkpoint", new=[f"{place}.{key}" for key in head.state_dict()])
-        network.set_submodule(place, nn.Identity())
-        features = head.in_features if isinstance(head, nn.Linear) else network.head_hidden_size
-        super().__init__(TimmBody(network), head, features=features, outputs=outputs)  # type: ignore[arg-type]
+        size = (options or {}).get("img_size", network.pretrained_cfg["input_size"][1:])  # type: ignore[index]
+        super().__init__(*_taken_apart(network, place, head, name, _one_image(in_channels, size)))
 
 
 def build_timm(
@@ -160,15 +160,50 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 def _classifier(network: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """Dotted name of the classifier, and the classifier."""
+    """Dotted name of the classifier, and the classifier: linear, or a convolution of 1x1."""
     head = network.get_classifier() if hasattr(network, "forward_head") else None  # type: ignore[operator]
     places = [place for place, module in network.named_modules() if module is head]
-    if not places or not isinstance(head, nn.Module):
-        raise UserError(
-            f"Expected a network of timm with forward_head() and one classifier, got {name!r}, whose classifier is a "
-            f"{type(head).__name__}. Take another one, or give Student(body, head) your own parts of it."
-        )
+    if not places or not isinstance(head, nn.Linear | nn.Conv2d):
+        raise UserError(_inseparable(name, f"its classifier is a {type(head).__name__}"))
     return places[0], head
+
+
+def _inseparable(name: str, why: str) -> str:
+    return (
+        f"Expected a network of timm whose answers are one linear classifier on what forward_head() gives, got "
+        f"{name!r}: {why}. Take another one, or give Student(body, head) your own parts of it."
+    )
+
+
+@torch.no_grad()
+def _taken_apart(network: nn.Module, place: str, head: nn.Module, name: str, x: Tensor) -> tuple[nn.Module, nn.Linear]:
+    """Body and head, after a look at one image x whether the two together answer as the network does."""
+    linear = head if isinstance(head, nn.Linear) else _as_linear(head)
+    whole = network.eval()(x)
+    network.set_submodule(place, nn.Identity())
+    body = TimmBody(network)
+    try:
+        same = torch.allclose(whole, linear(body(x)), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+    except (RuntimeError, TypeError) as error:
+        raise UserError(_inseparable(name, str(error))) from error
+    if not same:
+        raise UserError(_inseparable(name, "the two together answer otherwise than the network"))
+    return body.train(), linear.train()
+
+
+def _as_linear(convolution: nn.Module) -> nn.Linear:
+    """A classifier that is a convolution of 1x1, as the linear layer that it is."""
+    weight: Any = convolution.weight
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=convolution.bias is not None)
+    linear.load_state_dict({key: value.flatten(1) if value.ndim > 1 else value for key, value in
+                            convolution.state_dict().items()})  # fmt: skip
+    return linear
+
+
+def _one_image(channels: int, size: int | Sequence[int]) -> Tensor:
+    """Noise of the same values at every call (1, C, H, W); the random state stays as it is."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def widened(network: nn.Module, name: str, width: float) -> dict[str, Any]:

@@ -52,6 +52,16 @@ def test_a_student_answers_as_timm_does(name):
         assert student.features(x).shape == (2, student.width)
 
 
+def test_a_classifier_that_is_a_convolution_becomes_linear():
+    torch.manual_seed(3)
+    network = timm.create_model("resnetv2_18", num_classes=CLASSES).eval()
+    torch.manual_seed(3)
+    student = TimmStudent("resnetv2_18", CLASSES).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert isinstance(network.get_classifier(), nn.Conv2d)
+    torch.testing.assert_close(student(x), network(x))
+
+
 def test_there_are_conv_nets_and_transformers_among_them():
     assert len(NAMES) > 12
     assert {"test_vit", "test_resnet", "test_convnext", "test_efficientnet"} <= set(NAMES)
@@ -85,11 +95,11 @@ def test_a_committed_student_of_timm_is_loaded_without_recipe_and_answers_the_sa
     assert bool(moved) == (norm is nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize("name", ["test_vit3", "test_mambaout", "test_byobnet"])
+@pytest.mark.parametrize("name", ["test_vit3", "test_mambaout", "test_byobnet", "tiny_vit_5m_224"])
 def test_blueprints_describe_other_families(name):
     student = TimmStudent(name, CLASSES).eval()
     plan, tensors = describe(student)
-    x = torch.randn(1, 3, 160, 160)
+    x = torch.randn(1, 3, 224 if "224" in name else 160, 224 if "224" in name else 160)
     with torch.no_grad():
         assert torch.equal(rebuild(json.loads(json.dumps(plan)), tensors)(x), student(x))
 
@@ -122,7 +132,8 @@ def test_a_family_that_cannot_be_widened_says_so():
         ({"name": "test_resnet", "options": {"colour": 1}}, r"'test_resnet' with the options .*colour"),
         ({"name": "test_resnet", "checkpoint": "no.safetensors"}, r"`checkpoint` to be a file, got 'no\.safetensors'"),
         ({"name": "test_resnet", "checkpoint": "x.pt", "pretrained": True}, r"`checkpoint` or `pretrained`, got both"),
-        ({"name": "deit_tiny_distilled_patch16_224"}, r"one classifier, got 'deit_tiny_distilled_patch16_224'.*tuple"),
+        ({"name": "deit_tiny_distilled_patch16_224"}, r"'deit_tiny_distilled_patch16_224': its classifier is a tuple"),
+        ({"name": "volo_d1_224"}, r"'volo_d1_224': the two together answer otherwise"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
