@@ -12,7 +12,7 @@ setup: $(STAMP)  ## make .venv and install bdistil into it (editable); skipped w
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,data]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,data,onnx]'
 	@touch $@
 
 demo: setup  ## distil the recipe `digits` (CPU, minutes) and print accuracy against cost

@@ -9,22 +9,27 @@ g teacher logits, f_t student t, S running error.
 from bdistil.budgets import Budget, Prediction
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
+from bdistil.foreign_teachers import OnnxTeacher, TorchScriptTeacher
 from bdistil.ledger import ErrorLedger
 from bdistil.rounds import BoostingRound
 from bdistil.settings import BoostingSettings
 from bdistil.students import Rung, Student
-from bdistil.teachers import FrozenTeacher
+from bdistil.teachers import AdaptedTeacher, AveragedTeacher, FrozenTeacher
 
 __all__ = [
+    "AdaptedTeacher",
+    "AveragedTeacher",
     "BoostingRound",
     "BoostingSettings",
     "Budget",
     "ErrorLedger",
     "FrozenTeacher",
+    "OnnxTeacher",
     "Prediction",
     "ProgressiveEnsemble",
     "RunError",
     "Rung",
     "Student",
+    "TorchScriptTeacher",
     "UserError",
 ]

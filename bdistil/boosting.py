@@ -30,7 +30,15 @@ from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
 from bdistil.errors import RunError, UserError
 from bdistil.functional import accepts_margin, accepts_progress
 from bdistil.ledger import RoundEvidence
-from bdistil.preflight import check_augmentation, check_outputs, check_widths, loaders_of
+from bdistil.preflight import (
+    check_augmentation,
+    check_outputs,
+    check_widths,
+    loaders_of,
+    some_inputs,
+    warn_of_chance,
+    warn_of_inputs,
+)
 from bdistil.rounds import BoostingRound
 from bdistil.run_directory import RunDirectory
 from bdistil.scoring import Part, prefix_accuracies
@@ -103,6 +111,7 @@ class Boosting:
         check_widths(self.make, self.settings.ladder)
         self.example = train.collate_fn([train.dataset[0], train.dataset[self.train.samples - 1]])[0]
         self._check_models()
+        warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         if distributed.early_rank() == 0:
             self.run.freeze(self.config, FREE_KEYS)
 
@@ -202,6 +211,7 @@ class Boosting:
         scale = self.train.ledger.scale
         accuracy, loss = self.val.ask(self.teacher, device, self.outputs, self.fingerprint, scale)
         self.teacher.cpu()
+        warn_of_chance(accuracy, self.outputs, self.val.samples)
         if distributed.rank() == 0:
             self.run.keep_teacher({**row, "val_accuracy": accuracy, "val_loss": loss})
         distributed.barrier()

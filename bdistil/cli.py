@@ -32,6 +32,7 @@ from bdistil.recipe_files import find_recipe, recipes, summary
 from bdistil.report import curve_table, write_report
 from bdistil.run_directory import RunDirectory
 from bdistil.seeding import reseed
+from bdistil.teachers import comes_trained
 from bdistil.tracking import Tracking, make_logger
 from bdistil.weight_files import load_weights, save_weights
 
@@ -135,6 +136,8 @@ class BoostCLI(LightningCLI):
     def _teach(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory, seed: int) -> None:
         """Loads the teacher's weights; trains and keeps them where the run has none."""
         spec = model.teacher
+        if comes_trained(spec.network) and not spec.checkpoint:
+            return
         path = Path(spec.checkpoint) if spec.checkpoint else run.teacher
         if not path.is_file():
             rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")

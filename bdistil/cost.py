@@ -11,7 +11,8 @@ import statistics
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from bdistil.errors import UserError
 
@@ -43,6 +44,11 @@ FREE_OPERATORS = r"""
     diag(onal|_embed)?|meshgrid|new_ones|randn?|numel|dim|item|(ones|empty|rand|randn)_like|scalar_tensor|lift_fresh|
     local_scalar_dense|pack_padded_sequence|\w+implicit|real|imag|conj|view_as_(real|complex)"""
 
+# What torch's own operators come down to when they run.
+FREE_WHEN_RUN = r"""
+    (native_|cudnn_|miopen_)\w*norm\w*|view|unsafe_view|to_copy|constant_pad_nd|cat|stack|slice|select|expand|permute|reshape|
+    empty\w*|full|arange|zeros|as_strided|unbind|split(_with_sizes)?|roll|assert\w*|index|constant"""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -56,16 +62,27 @@ class Cost:
     by_module: dict[str, int]  # macs of each submodule by dotted name, "" for the whole
 
 
+@dataclass(frozen=True)
+class OutsideCost:
+    """Cost of a pass outside of torch, as the method `outside_cost` of a module tells it of its last one."""
+
+    macs: int
+    params: int
+    weight_bytes: int
+    uncounted: dict[str, int]
+
+
 def measure_cost(
     module: nn.Module, inputs: tuple[Any, ...], *, uncounted: Literal["error", "record"] = "error"
 ) -> Cost:
     """Cost of ONE forward pass on these inputs: give a batch of one for figures per sample.
 
     Limits: a `torch.autograd.Function` is one uncounted operator, causal attention counts in full, and of branches only
-    those that these inputs take. The module runs twice in eval mode and is left, like the random states, as found.
+    those that these inputs take. The module runs twice in eval mode and is left, like the random states, as found. With
+    a scripted part, or one that runs outside of torch, only the whole is counted, not each submodule.
 
     Args:
-        module: any module on any device, not scripted.
+        module: any module on any device.
         inputs: its positional arguments: tensors, None, lists of them. They are not modified.
         uncounted: "error" refuses operators that cannot be counted, "record" names them in `Cost.uncounted`.
 
@@ -73,10 +90,15 @@ def measure_cost(
         UserError: for such an operator, or inputs that are not a tuple.
     """
     with _as_found(module, inputs), torch.inference_mode(False):
-        by_module, missed = _count(module, _cloned(inputs))
+        outside: list[Any] = [m for m in module.modules() if hasattr(m, "outside_cost")]
+        scripted = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
+        by_module, missed = (_count_running if outside or scripted else _count)(module, _cloned(inputs))
         copies = _cloned(inputs)
         with torch.no_grad(), BaseTorchFunctionMode(), _LiveBytes(_tensors(module, copies)) as live:
             module(*copies)
+        told: list[OutsideCost] = [m.outside_cost() for m in outside]
+    by_module[""] += sum(part.macs for part in told)
+    missed = dict(sum((Counter(part.uncounted) for part in told), Counter(missed)))
     if missed and uncounted != "record":
         names = ", ".join(f"{name} x{times}" for name, times in sorted(missed.items()))
         raise UserError(
@@ -84,6 +106,7 @@ def measure_cost(
             'Its cost would look smaller than it is; pass uncounted="record" to count the rest and keep these names.'
         )
     params, weight_bytes = sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters())
+    params, weight_bytes = params + sum(p.params for p in told), weight_bytes + sum(p.weight_bytes for p in told)
     return Cost(by_module[""], params, weight_bytes, live.peak, missed, by_module)
 
 
@@ -179,10 +202,35 @@ def _count(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], 
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with torch.enable_grad():
         by_module = analysis.by_module()
-    free = re.compile(rf"aten::_*({FREE_OPERATORS})_*", re.VERBOSE | re.IGNORECASE)
-    missed = {name: times for name, times in analysis.unsupported_ops().items() if not free.fullmatch(name)}
     # "module.conv" of the wrapper is "conv" of the module
-    return {k.removeprefix("module").removeprefix("."): int(v) for k, v in by_module.items()}, missed
+    macs = {k.removeprefix("module").removeprefix("."): int(v) for k, v in by_module.items()}
+    return macs, _not_free(analysis.unsupported_ops(), FREE_OPERATORS)
+
+
+def _not_free(names: Mapping[str, int], patterns: str) -> dict[str, int]:
+    free = re.compile(rf"aten::_*({patterns})_*", re.VERBOSE | re.IGNORECASE)
+    return {name: times for name, times in names.items() if not free.fullmatch(name)}
+
+
+class _Ran(TorchDispatchMode):
+    """Counts operators that torch's flop counter does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket not in flop_registry:
+            self.names[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _count_running(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    """The same for a module that cannot be traced: what its operators come down to, seen as they run."""
+    with FlopCounterMode(display=False) as counter, _Ran() as ran:  # the former counts 2 a multiply-add
+        module(*inputs)
+    return {"": int(counter.get_total_flops()) // 2}, _not_free(ran.names, f"{FREE_OPERATORS}|{FREE_WHEN_RUN}")
 
 
 def _sizes(value: Any) -> list[int]:

@@ -60,6 +60,8 @@ def teacher_row(
 ) -> dict[str, Any]:
     """Cost of the teacher, and of asking it about all samples once; left on the device."""
     cost = measure_cost(teacher.cpu(), (first_of(example),), uncounted=uncounted)
+    if cost.uncounted:
+        rank_zero_warn(f"The MACs of the teacher lack operators that could not be counted: {cost.uncounted}.")
     latency = latency_ms(teacher.to(device), (to_device(first_of(example), device),))
     return {
         "stage": "teacher",
@@ -70,6 +72,7 @@ def teacher_row(
         "latency_ms": latency,
         "activation_bytes": cost.activation_bytes,
         "weight_bytes": cost.weight_bytes,
+        "uncounted": cost.uncounted,
     }
 
 

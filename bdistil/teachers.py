@@ -1,12 +1,19 @@
-"""Teachers: frozen, asked once for every sample, in no checkpoint."""
+"""Teachers: frozen, asked once for every sample, in no checkpoint; and what stands between the data and a teacher."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bdistil.errors import UserError
+
+Values = float | Sequence[float]
 
 
 class FrozenTeacher(nn.Module):
@@ -20,7 +27,9 @@ class FrozenTeacher(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module.requires_grad_(False)
+        self.module = module
+        for parameter in module.parameters():  # a scripted module has no requires_grad_()
+            parameter.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
@@ -35,9 +44,156 @@ class FrozenTeacher(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over names and values of all weights and buffers: says whether two teachers are the same."""
+        """Sha256 over all weights and buffers, and over what else decides the answers: says whether two are the same.
+
+        That is the code and the constants of a scripted module, and the attribute `identity` of those that have one.
+        """
         digest = hashlib.sha256()
         for name, value in self.module.state_dict().items():
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for part in _outermost(self.module):
+            said: Any = part
+            scripted = isinstance(part, torch.jit.ScriptModule)
+            digest.update(said.save_to_buffer() if scripted else str(getattr(part, "identity", "")).encode())
         return digest.hexdigest()
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, but nothing that is inside a scripted one."""
+    yield module
+    if not isinstance(module, torch.jit.ScriptModule):
+        for child in module.children():
+            yield from _outermost(child)
+
+
+def comes_trained(network: nn.Module) -> bool:
+    """Does a network say, by its attribute `trained`, that a recipe has nothing to train in it?"""
+    return bool(getattr(network, "trained", False))
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The images that a network was trained on: their mean and sd a channel, of pixels in 0 … 1, and (H, W)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+
+
+def expectation_of(network: nn.Module) -> Expectation | None:
+    """What a network says, by its attribute `expects`, of the images that it was trained on."""
+    found = getattr(network, "expects", None)
+    return found if isinstance(found, Expectation) else None
+
+
+class AdaptedTeacher(nn.Module):
+    """A teacher of other inputs or answers than the students': it reads the same x, normalised and sized its own way.
+
+    Args:
+        network: maps what it was trained on to logits (B, L).
+        mean: of each channel, as the network was trained; what timm says of its networks by default.
+        std: likewise.
+        data_mean: of each channel, as the data were normalised; 0 where they were not.
+        data_std: likewise; 1 where they were not.
+        size: (H, W), or the side, that images (B, C, H, W) are scaled to; as they are by default.
+        axis: of the channels in a batch.
+        probabilities: the network answers with probabilities, of which the logarithm is taken.
+
+    Raises:
+        UserError: a standard deviation or a size that is not positive.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
+        data_mean: float | list[float] = 0.0,
+        data_std: float | list[float] = 1.0,
+        size: int | tuple[int, int] | None = None,
+        axis: int = 1,
+        probabilities: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network, self.axis, self.probabilities = network, axis, probabilities
+        known = expectation_of(network)
+        own_mean = _vector(mean if mean is not None else known.mean if known else 0.0)
+        own_std = _vector(std if std is not None else known.std if known else 1.0)
+        self.data_mean, self.data_std = _vector(data_mean), _vector(data_std)
+        self.size = (size, size) if isinstance(size, int) else size
+        if min(own_std.min(), self.data_std.min()) <= 0 or (self.size and min(self.size) < 1):
+            raise UserError(f"Expected `std`, `data_std` and `size` > 0, got {std}, {data_std} and {size}.")
+        self.register_buffer("scale", self.data_std / own_std)
+        self.register_buffer("shift", (self.data_mean - own_mean) / own_std)
+
+    @property
+    def trained(self) -> bool:
+        """As the network says."""
+        return comes_trained(self.network)
+
+    @property
+    def identity(self) -> str:
+        """What decides its answers beside weights."""
+        return f"{self.size} {self.axis} {self.probabilities}"
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """X (B, C, ...) as the network wants its values, in the size of the data."""
+        after = [1] * (x.ndim - 1 - self.axis % x.ndim)
+        return x * self.scale.reshape(-1, *after) + self.shift.reshape(-1, *after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L) of x (B, C, ...), as the data give it."""
+        x = self.normalised(x)
+        if self.size is not None and tuple(x.shape[-2:]) != tuple(self.size):
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        answers: Tensor = self.network(x)
+        return answers.clamp_min(torch.finfo(answers.dtype).tiny).log() if self.probabilities else answers
+
+
+def _vector(values: Values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).reshape(-1)
+
+
+class AveragedTeacher(nn.Module):
+    """Several teachers as one.
+
+    Args:
+        networks: each maps x to logits (B, L).
+        of: `probabilities` answers with the logarithm of the mean of the softmax probabilities; `logits` with the mean
+            of the logits, which is also what outputs of a regression need.
+
+    Raises:
+        UserError: no network, or another `of`.
+    """
+
+    def __init__(
+        self, networks: list[nn.Module], of: Literal["probabilities", "logits"] = "probabilities"
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not networks or of not in ("probabilities", "logits"):
+            raise UserError(
+                "Expected one network or more and `of` to be 'probabilities' or 'logits', "
+                f"got {len(networks)} and {of!r}."
+            )
+        self.networks, self.of = nn.ModuleList(networks), of
+
+    @property
+    def trained(self) -> bool:
+        """As all its networks say."""
+        return all(map(comes_trained, self.networks))
+
+    @property
+    def identity(self) -> str:
+        """What decides its answers beside weights."""
+        return self.of
+
+    def forward(self, x: Any) -> Tensor:
+        """Logits (B, L); with `probabilities` they are log-probabilities, whose mean the ledger takes off."""
+        answers = torch.stack([network(x) for network in self.networks])  # (K, B, L)
+        if self.of == "logits":
+            return answers.mean(0)
+        return torch.log_softmax(answers, -1).logsumexp(0) - float(torch.tensor(len(answers)).log())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bdistil.errors import UserError
 from bdistil.students import Student
+from bdistil.teachers import Expectation
 from bdistil.weight_files import load_weights
 
 
@@ -44,6 +45,13 @@ class TimmTeacher(nn.Module):
         self.network = build_timm(name, outputs, in_channels, pretrained, options)
         if checkpoint:
             load_weights(self.network, Path(checkpoint), "checkpoint")
+        own: Any = self.network.pretrained_cfg
+        self.trained = bool(checkpoint) or (pretrained and outputs in (None, own["num_classes"]))
+        self.expects = (
+            Expectation(tuple(own["mean"]), tuple(own["std"]), tuple(own["input_size"][1:]))
+            if checkpoint or pretrained
+            else None
+        )
         # A file that timm wrote is also taken as `model.teacher.checkpoint`, whose names begin with `network.`.
         self.register_load_state_dict_pre_hook(_named_as_here)  # type: ignore[no-untyped-call]
 

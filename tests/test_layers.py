@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
     functional errors seeding distributed run_directory row_files weight_files exit_rules anytime
     settings ledger teachers students blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
-    timm_models preflight recipe_files curve_rows
+    timm_models onnx_graphs foreign_teachers preflight recipe_files curve_rows
     ensemble walk prediction stage_times inputs mekd mixing variance
     rounds scoring boosting
     tracking report round_tracker round_state round_end

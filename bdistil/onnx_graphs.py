@@ -1,0 +1,84 @@
+"""What an ONNX graph costs, and what makes it the one that it is; read off the file, without running it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from bdistil.cost import OutsideCost
+
+# Standard operators with matmul-like work that are not counted; the others of the standard domain are free.
+UNCOUNTED = frozenset((
+    "Attention", "ConvInteger", "DeformConv", "DFT", "Einsum", "If", "Loop", "MatMulInteger", "QLinearConv",
+    "QLinearMatMul", "RNN", "GRU", "LSTM", "Scan",
+))  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """Sha256 of an ONNX file and of the files beside it that hold its weights."""
+    import onnx
+
+    found = hashlib.sha256(path.read_bytes())
+    graph = onnx.load(path, load_external_data=False).graph
+    outside = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
+    for name in sorted(outside):
+        found.update((path.parent / name).read_bytes())
+    return found.hexdigest()
+
+
+def graph_cost(path: Path, shapes: Mapping[str, Sequence[int]]) -> OutsideCost:
+    """Multiply-adds of a graph for inputs of given shapes, and its weights.
+
+    Args:
+        path: of the ONNX file.
+        shapes: of its inputs, by name.
+    """
+    import onnx
+    from onnx import shape_inference
+
+    model = onnx.load(path)
+    weights = {t.name: list(t.dims) for t in model.graph.initializer}
+    width = {t.name: onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in model.graph.initializer}
+    for value in model.graph.input:
+        if value.name in shapes:
+            for dim, number in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+                dim.dim_value = number
+    del model.graph.value_info[:]  # shapes of another batch
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    graph = shape_inference.infer_shapes(model, data_prop=True).graph
+    known = {v.name: _dims(v) for v in (*graph.input, *graph.value_info, *graph.output)} | weights
+    macs, missed = 0, Counter[str]()
+    for node in graph.node:
+        counted = _macs(node, known)
+        macs += counted or 0
+        if counted is None:
+            missed[f"{node.domain or 'onnx'}::{node.op_type}"] += 1
+    size = sum(prod(dims) * width[name] for name, dims in weights.items())
+    return OutsideCost(macs, sum(map(prod, weights.values())), size, dict(missed))
+
+
+def _dims(value: Any) -> list[int] | None:
+    dims = value.type.tensor_type.shape.dim
+    return [d.dim_value for d in dims] if all(d.dim_value > 0 for d in dims) else None
+
+
+def _macs(node: Any, known: Mapping[str, list[int] | None]) -> int | None:
+    """Multiply-adds of one node; None where they are not known."""
+    if node.domain not in ("", "ai.onnx") or node.op_type in UNCOUNTED:
+        return None
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return 0
+    first, second, out = (known.get(name) for name in (node.input[0], node.input[1], node.output[0]))
+    if not first or not second or not out:
+        return None
+    if node.op_type == "Conv":
+        return prod(out) * prod(second[1:])
+    if node.op_type == "ConvTranspose":
+        return prod(first) * prod(second[1:])
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return prod(out) * (first[0] if transposed else first[-1])

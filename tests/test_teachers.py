@@ -1,0 +1,346 @@
+"""Teachers of any make: their answers against NumPy, their fingerprints, their cost, and what is warned of."""
+
+import copy
+import json
+import shutil
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+from torch import nn
+from toys import CLASSES, FEATURES, boost, curve, make_teacher, settings_for
+
+from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
+from bdistil.cli import main
+from bdistil.cost import measure_cost
+from bdistil.preflight import warn_of_chance, warn_of_inputs, warn_of_probabilities
+from bdistil.run_directory import RunDirectory
+from bdistil.teachers import comes_trained
+from bdistil.timm_models import TimmTeacher
+
+SHAPE = (1, 8, 8)
+
+
+def conv_net():
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
+    ).eval()  # fmt: skip
+
+
+def scripted(module, path, *, example=None, frozen=False):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.jit.trace(module, torch.randn(2, *SHAPE) if example is None else example)
+        torch.jit.save(torch.jit.freeze(made.eval()) if frozen else made, path)
+    return str(path)
+
+
+def graph(path, nodes, weights, *, inputs=FEATURES, outputs=CLASSES, batch="n", domains=("",), external=False):
+    """An ONNX file x (batch, inputs) -> answers (batch, outputs), made without torch."""
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *np.atleast_1d(inputs).tolist()])
+    y = helper.make_tensor_value_info("answers", TensorProto.FLOAT, [batch, outputs])
+    imports = [helper.make_opsetid(domain, 1 if domain else 17) for domain in domains]
+    made = helper.make_graph(nodes, "teacher", [x], [y], tensors)
+    model = helper.make_model(made, opset_imports=imports, ir_version=9)
+    onnx.save(model, path, save_as_external_data=external, location="weights.bin", size_threshold=0)
+    return str(path)
+
+
+def linear_graph(path, seed=0, softmax=False, **options):
+    """Logits (or probabilities) of a linear model; gives also its weights."""
+    random = np.random.default_rng(seed)
+    weights = {
+        "w": random.normal(size=(FEATURES, CLASSES)).astype("f4"),
+        "b": random.normal(size=CLASSES).astype("f4"),
+    }
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["logits" if softmax else "answers"])]
+    nodes += [helper.make_node("Softmax", ["logits"], ["answers"])] if softmax else []
+    return graph(path, nodes, weights, **options), weights
+
+
+# ---- TorchScript
+
+
+def test_a_torchscript_file_answers_as_the_module_that_it_was_made_of(tmp_path):
+    net, x = conv_net(), torch.randn(5, *SHAPE)
+    teacher = FrozenTeacher(TorchScriptTeacher(scripted(net, tmp_path / "net.ts")))
+    assert comes_trained(teacher.module)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    torch.testing.assert_close(teacher(x), net(x))
+
+
+def test_a_torchscript_file_costs_what_the_module_costs(tmp_path):
+    net = conv_net()
+    cost = measure_cost(TorchScriptTeacher(scripted(net, tmp_path / "net.ts")), (torch.randn(1, *SHAPE),))
+    assert cost.macs == 3 * 3 * 4 * 9 + 36 * 3
+    assert (cost.params, cost.uncounted) == (measure_cost(net, (torch.randn(1, *SHAPE),)).params, {})
+
+
+def test_fingerprints_of_torchscript_are_of_weights_constants_and_code(tmp_path):
+    net, other = conv_net(), conv_net()
+    other[1].running_mean += 1
+    paths = [
+        scripted(net, tmp_path / "0.ts"),
+        scripted(other, tmp_path / "1.ts"),
+        scripted(net, tmp_path / "2.ts", frozen=True),  # weights are constants of the code
+        scripted(other, tmp_path / "3.ts", frozen=True),
+        scripted(nn.Sequential(*net, nn.Tanh()), tmp_path / "4.ts"),  # the same weights
+    ]
+    prints = [FrozenTeacher(TorchScriptTeacher(path)).fingerprint for path in paths]
+    assert len(set(prints)) == len(prints)
+    again = [FrozenTeacher(TorchScriptTeacher(shutil.copy(path, tmp_path / "copy.ts"))).fingerprint for path in paths]
+    assert again == prints
+
+
+def test_what_is_no_torchscript_is_refused(tmp_path):
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(UserError, match=r"a file of torch\.jit\.save, got"):
+        TorchScriptTeacher(str(tmp_path / "text"))
+    with pytest.raises(UserError, match="which is not there"):
+        TorchScriptTeacher(str(tmp_path / "no"))
+
+
+def test_a_run_with_a_torchscript_teacher_is_the_run_with_its_module(tmp_path):
+    teacher = make_teacher().eval()
+    path = scripted(teacher, tmp_path / "net.ts", example=torch.randn(2, FEATURES))
+    rows = []
+    for name, given in (("module", make_teacher()), ("script", TorchScriptTeacher(path))):
+        boost(tmp_path / name, teacher=given, settings=settings_for(2))
+        rows.append(curve(tmp_path / name))
+    for one, other in zip(*rows, strict=True):
+        for column in ("macs", "params", "val_accuracy", "val_loss", "test_accuracy", "rms_error", "train_macs"):
+            assert float(one[column] or 0) == pytest.approx(float(other[column] or 0), rel=1e-4), column
+
+
+# ---- ONNX
+
+
+def test_an_onnx_file_answers_as_numpy_does_for_any_batch(tmp_path):
+    path, weights = linear_graph(tmp_path / "t.onnx")
+    teacher = FrozenTeacher(OnnxTeacher(path))
+    for batch in (1, 7, 64):
+        x = torch.randn(batch, FEATURES)
+        expected = x.numpy() @ weights["w"] + weights["b"]
+        np.testing.assert_allclose(teacher(x).numpy(), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(copy.deepcopy(teacher)(x).numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_onnx_graph_whose_batch_is_fixed_is_refused_with_the_way_out(tmp_path):
+    path, _ = linear_graph(tmp_path / "t.onnx", batch=16)
+    with pytest.raises(UserError, match=r"exactly 16 \(input 'x': \[16, 8\]\)[\s\S]*dynamic batch"):
+        OnnxTeacher(path)
+
+
+def test_bad_onnx_files_inputs_and_outputs_are_named(tmp_path):
+    path, _ = linear_graph(tmp_path / "t.onnx")
+    (tmp_path / "text.onnx").write_text("hello")
+    with pytest.raises(UserError, match="an ONNX file, got"):
+        OnnxTeacher(str(tmp_path / "text.onnx"))
+    with pytest.raises(UserError, match=r"`output` to be one of \['answers'\] in .*got 'logits'"):
+        OnnxTeacher(path, output="logits")
+    with pytest.raises(UserError, match=r"takes 'x' of shape \['n', 8\] and type tensor.*got x of shape \(2, 5\)"):
+        OnnxTeacher(path)(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_fingerprints_of_onnx_are_of_the_file_and_its_weights(tmp_path, external):
+    def print_of(seed, folder):
+        (tmp_path / folder).mkdir()
+        path, _ = linear_graph(tmp_path / folder / "t.onnx", seed, external=external)
+        assert (tmp_path / folder / "weights.bin").exists() == external
+        return FrozenTeacher(OnnxTeacher(path)).fingerprint
+
+    assert print_of(0, "one") == print_of(0, "two") != print_of(1, "three")
+
+
+def test_the_cost_of_an_onnx_graph_is_that_of_its_products(tmp_path):
+    random = np.random.default_rng(0)
+    weights = {
+        "k": random.normal(size=(6, 2, 3, 3)).astype("f4"),  # grouped: 4 channels in 2 groups
+        "u": random.normal(size=(6, 5, 2, 2)).astype("f4"),
+        "m": random.normal(size=(5 * 12 * 12, CLASSES)).astype("f4"),
+        "shape": np.array([0, -1]),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "k"], ["c"], group=2),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("ConvTranspose", ["r", "u"], ["d"], strides=[2, 2]),
+        helper.make_node("Reshape", ["d", "shape"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "m"], ["answers"]),
+    ]
+    path = graph(tmp_path / "t.onnx", nodes, weights, inputs=[4, 8, 8])
+    cost = measure_cost(FrozenTeacher(OnnxTeacher(path)), (torch.randn(1, 4, 8, 8),))
+    assert cost.macs == 6 * 36 * 2 * 9 + 6 * 36 * 5 * 4 + 720 * CLASSES
+    assert cost.params == sum(value.size for value in weights.values())
+    assert cost.weight_bytes == sum(value.nbytes for value in weights.values())
+
+
+def test_what_cannot_be_counted_is_warned_of_and_recorded(tmp_path):
+    """A recurrent ONNX teacher: a line says what the MACs lack."""
+    random = np.random.default_rng(0)
+    hidden, steps = 3, 2
+    weights = {
+        "w": random.normal(size=(1, 4 * hidden, FEATURES // steps)).astype("f4"),
+        "r": random.normal(size=(1, 4 * hidden, hidden)).astype("f4"),
+        "m": random.normal(size=(hidden, CLASSES)).astype("f4"),
+        "steps": np.array([0, steps, FEATURES // steps]),
+        "flat": np.array([-1, hidden]),
+    }
+    nodes = [
+        helper.make_node("Reshape", ["x", "steps"], ["s"]),
+        helper.make_node("Transpose", ["s"], ["t"], perm=[1, 0, 2]),
+        helper.make_node("LSTM", ["t", "w", "r"], ["", "h"], hidden_size=hidden),
+        helper.make_node("Reshape", ["h", "flat"], ["f"]),
+        helper.make_node("MatMul", ["f", "m"], ["answers"]),
+    ]
+    teacher = OnnxTeacher(graph(tmp_path / "t.onnx", nodes, weights))
+    with pytest.warns(UserWarning, match=r"MACs of the teacher lack .*\{'onnx::LSTM': 1\}"):
+        boost(tmp_path / "run", teacher=teacher, settings=settings_for(1), trainer={"epochs": 1})
+    figures = RunDirectory(tmp_path / "run").teacher_figures()
+    assert figures["uncounted"] == {"onnx::LSTM": 1}
+    assert figures["macs"] == hidden * CLASSES
+
+
+# ---- several teachers, other inputs, other answers
+
+
+def test_several_teachers_answer_with_the_mean_of_their_probabilities_or_logits():
+    nets, x = [make_teacher(seed).eval() for seed in (1, 2, 3)], torch.randn(6, FEATURES)
+    logits = np.stack([net(x).detach().numpy() for net in nets]).astype("f8")
+    soft = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    averaged = FrozenTeacher(AveragedTeacher(nets))(x)
+    np.testing.assert_allclose(averaged.exp().numpy(), soft.mean(0), rtol=1e-5)
+    plain = FrozenTeacher(AveragedTeacher(nets, of="logits"))
+    np.testing.assert_allclose(plain(x).numpy(), logits.mean(0), rtol=1e-4, atol=1e-6)
+    assert plain.fingerprint != FrozenTeacher(AveragedTeacher(nets)).fingerprint
+    with pytest.raises(UserError, match="one network or more"):
+        AveragedTeacher([])
+
+
+def test_another_normalisation_and_size_are_handled():
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).eval()
+    mean, std, data_mean, data_std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], [0.1, 0.2, 0.3], [1.0, 2.0, 3.0]
+    x = torch.randn(4, 3, 8, 8)
+    columns = [np.array(v, "f8").reshape(1, 3, 1, 1) for v in (mean, std, data_mean, data_std)]
+    pixels = x.numpy() * columns[3] + columns[2]
+    wanted = torch.from_numpy((pixels - columns[0]) / columns[1]).float()
+    teacher = AdaptedTeacher(net, mean, std, data_mean, data_std)
+    torch.testing.assert_close(teacher(x), net(wanted), rtol=1e-4, atol=1e-5)
+    sized = AdaptedTeacher(nn.Flatten(), mean, std, data_mean, data_std, size=(4, 12))
+    expected = F.interpolate(wanted, (4, 12), mode="bilinear", antialias=True).flatten(1)
+    torch.testing.assert_close(sized(x), expected, rtol=1e-4, atol=1e-4)
+    assert len({FrozenTeacher(AdaptedTeacher(net, mean, std, size=s)).fingerprint for s in (None, 4, 8)}) == 3
+
+
+def test_channels_may_be_the_last_axis():
+    x = torch.randn(2, 5, 3)
+    teacher = AdaptedTeacher(nn.Identity(), mean=[1.0, 2.0, 3.0], std=[1.0, 2.0, 4.0], axis=-1)
+    torch.testing.assert_close(teacher(x), (x - torch.tensor([1.0, 2.0, 3.0])) / torch.tensor([1.0, 2.0, 4.0]))
+
+
+def test_probabilities_become_their_logarithms_and_are_warned_of(tmp_path):
+    path, weights = linear_graph(tmp_path / "t.onnx", softmax=True)
+    x = torch.randn(6, FEATURES)
+    logits = x.numpy() @ weights["w"] + weights["b"]
+    adapted = AdaptedTeacher(OnnxTeacher(path), probabilities=True)(x)
+    centred = adapted - adapted.mean(1, keepdim=True)
+    np.testing.assert_allclose(centred.numpy(), logits - logits.mean(1, keepdims=True), rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match=r"look like probabilities.*AdaptedTeacher\(network, probabilities=True\)"):
+        warn_of_probabilities(OnnxTeacher(path)(x))
+    warn_of_probabilities(adapted)
+
+
+def test_a_std_of_zero_is_refused():
+    with pytest.raises(UserError, match="`std`, `data_std` and `size` > 0"):
+        AdaptedTeacher(nn.Identity(), std=0.0)
+
+
+# ---- what is suspicious
+
+
+class Declared:
+    """A data module that says how its images were normalised."""
+
+    def __init__(self, mean, std):
+        self.mean, self.std = mean, std
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("timm") / "weights.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=CLASSES).state_dict(), path)
+    return TimmTeacher("test_resnet", CLASSES, checkpoint=str(path))  # timm says: mean 0.5, sd 0.5, 160 x 160
+
+
+@pytest.mark.parametrize(
+    ("adapt", "data", "x", "warned"),
+    [
+        (None, Declared(0.5, 0.5), torch.randn(8, 3, 160, 160), None),
+        (None, Declared([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), torch.randn(8, 3, 160, 160), "The data say"),
+        (None, object(), 255 * torch.rand(8, 3, 160, 160), r"reads some of mean 12\d"),
+        (None, object(), torch.rand(8, 3, 160, 160), r"reads some of mean 0\.50?\d? and sd 0\.2"),
+        (None, object(), torch.randn(8, 3, 32, 32), r"images of \(160, 160\), and reads some of \(32, 32\)"),
+        ({"size": 160}, object(), torch.rand(8, 3, 32, 32), None),
+        ({"size": 160, "data_std": 0.1}, object(), torch.rand(8, 3, 32, 32), r"reads some of mean -0\.9 and sd 0\.05"),
+        ({"size": 160}, Declared(0.5, 0.25), torch.rand(8, 3, 32, 32), "The data say"),
+    ],
+)
+def test_inputs_that_a_teacher_was_not_trained_on_are_warned_of(trained, adapt, data, x, warned):
+    teacher = trained if adapt is None else AdaptedTeacher(trained, **adapt)
+    if warned is None:
+        warn_of_inputs(teacher, data, x)
+    else:
+        with pytest.warns(UserWarning, match=warned):
+            warn_of_inputs(teacher, data, x)
+
+
+def test_nothing_is_said_of_a_teacher_that_says_nothing():
+    warn_of_inputs(make_teacher(), Declared(0.0, 1.0), 1000 * torch.rand(8, FEATURES))
+
+
+def test_a_teacher_that_guesses_is_warned_of():
+    with pytest.warns(UserWarning, match=r"right for 27\.0% of 100 .* among 4 classes"):
+        warn_of_chance(0.27, 4, 100)
+    warn_of_chance(0.60, 4, 100)
+
+
+# ---- from a recipe
+
+
+def test_foreign_teachers_come_trained_in_a_recipe(tmp_path):
+    """Two files, one of ONNX and one of TorchScript, averaged and adapted, from YAML alone."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).eval()
+    script = scripted(net, tmp_path / "net.ts", example=torch.randn(2, 1, 28, 28))
+    weights = {"w": np.random.default_rng(0).normal(size=(784, 10)).astype("f4")}
+    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["answers"])]
+    path = graph(tmp_path / "t.onnx", nodes, weights, inputs=[1, 28, 28], outputs=10)
+    networks = [
+        {"class_path": "bdistil.OnnxTeacher", "init_args": {"path": path}},
+        {"class_path": "bdistil.TorchScriptTeacher", "init_args": {"path": script}},
+    ]
+    averaged = {"class_path": "bdistil.AveragedTeacher", "init_args": {"networks": networks}}
+    adapted = {"class_path": "bdistil.AdaptedTeacher", "init_args": {"network": averaged, "mean": 0.1, "std": 0.3}}
+    config = {
+        "seed_everything": 0, "tracking": {"mode": "disabled"},
+        "model": {
+            "teacher": {"network": adapted},
+            "student": {"class_path": "bdistil.zoo.ConvStudent"},
+            "boosting": {"rounds": 1},
+        },
+        "data": {"class_path": "bdistil.data.digits.Digits", "init_args": {"batch_size": 500}},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(config))
+    run = RunDirectory(tmp_path / "run")
+    assert main(["fit", "--config", str(tmp_path / "recipe.yaml"), "--run_dir", str(run.root)]) == 0
+    assert run.committed() == 1
+    assert not run.teacher.exists()
+    assert run.teacher_figures()["macs"] == 2 * 7840
