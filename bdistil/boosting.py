@@ -27,6 +27,7 @@ from bdistil.curve_rows import (
 )
 from bdistil.data.attach import indexed_loaders, only
 from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
+from bdistil.environment import describe_start
 from bdistil.errors import RunError, UserError
 from bdistil.functional import accepts_margin, accepts_progress
 from bdistil.ledger import RoundEvidence
@@ -146,7 +147,11 @@ class Boosting:
         """
         self.check(datamodule)
         self.recognise()
+        started = False
         while (module := self.build()) is not None:
+            if not started and distributed.early_rank() == 0:
+                self.run.keep_start(describe_start())
+            started = True
             before = self.run.verdicts(module.number)
             with indexed_loaders(datamodule, seed_of(self.seed, module.number, self.attempt)):
                 yield module

@@ -32,6 +32,8 @@ from bdistil.recipe_files import find_recipe, recipes, summary
 from bdistil.report import curve_table, write_report
 from bdistil.run_directory import RunDirectory
 from bdistil.seeding import reseed
+from bdistil.stopping import Interrupted, StopCallback
+from bdistil.strategies import check_strategy
 from bdistil.teachers import comes_trained
 from bdistil.tracking import Tracking, make_logger
 from bdistil.weight_files import load_weights, save_weights
@@ -91,6 +93,12 @@ class BoostCLI(LightningCLI):
         parser.add_class_arguments(Tracking, "tracking")
         parser.set_defaults({"trainer.logger": False, "trainer.enable_model_summary": False})
 
+    def before_instantiate_classes(self) -> None:
+        """Refuses a strategy by its name, before Lightning asks for the devices that it needs."""
+        strategy = self._get(self.config, "trainer").strategy
+        if isinstance(strategy, str):
+            check_strategy(strategy)
+
     def round_trainer(self, **changed: Any) -> Trainer:
         """A Trainer of the recipe; callbacks of the recipe are copied, so that each round has its own."""
         settings = self._get(self.config_init, "trainer")
@@ -110,22 +118,33 @@ class BoostCLI(LightningCLI):
         controller = RoundController(
             run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config
         )
-        controller.boosting.check(datamodule)
         try:
-            self._teach(model, datamodule, run, seed)
-            loggers = self._loggers(run, config) if run.committed() < model.boosting.rounds and not run.stopped else []
-            for module in controller.rounds(datamodule):
-                folder = str(run.work(module.number))
-                trainer = self.round_trainer(callbacks=[controller], logger=loggers, default_root_dir=folder)
-                trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
-        except SystemExit as end:  # Lightning's answer to SIGTERM and Ctrl-C, with status 0 for the former
-            raise RunError(
-                f"The run was interrupted with {run.committed()} of {model.boosting.rounds} rounds committed. "
-                "Give the same command again: it goes on from there."
-            ) from end
+            with controller.signals:
+                self._fit_rounds(model, datamodule, controller, config, seed)
+        except BaseException as end:  # Lightning's answer to Ctrl-C is SystemExit; one that lost its peer fails anyhow
+            if controller.signals.asked or isinstance(end, SystemExit | KeyboardInterrupt):
+                raise controller.signals.interruption() from end
+            raise
         finally:
             controller.tracker.close()
         _say_end(run)
+
+    def _fit_rounds(
+        self,
+        model: Distiller,
+        datamodule: LightningDataModule,
+        controller: RoundController,
+        config: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        run = controller.run
+        controller.boosting.check(datamodule)
+        self._teach(model, datamodule, controller, seed)
+        loggers = self._loggers(run, config) if run.committed() < model.boosting.rounds and not run.stopped else []
+        for module in controller.rounds(datamodule):
+            folder = str(run.work(module.number))
+            trainer = self.round_trainer(callbacks=[controller], logger=loggers, default_root_dir=folder)
+            trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
 
     def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
         """The loggers of the recipe, and the one of `tracking`."""
@@ -133,17 +152,20 @@ class BoostCLI(LightningCLI):
         tracked = make_logger(self._get(self.config_init, "tracking"), run.root, config)
         return [*(given if isinstance(given, list) else [given] if given else []), *([tracked] if tracked else [])]
 
-    def _teach(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory, seed: int) -> None:
+    def _teach(self, model: Distiller, datamodule: LightningDataModule, controller: RoundController, seed: int) -> None:
         """Loads the teacher's weights; trains and keeps them where the run has none."""
         spec = model.teacher
         if comes_trained(spec.network) and not spec.checkpoint:
             return
-        path = Path(spec.checkpoint) if spec.checkpoint else run.teacher
+        path = Path(spec.checkpoint) if spec.checkpoint else controller.run.teacher
         if not path.is_file():
             rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")
             reseed(seed, "teacher")
             spec.network.requires_grad_(True).train()
-            trainer = self.round_trainer(max_epochs=spec.epochs, logger=False, enable_checkpointing=False)
+            trainer = self.round_trainer(
+                max_epochs=spec.epochs, logger=False, enable_checkpointing=False,
+                callbacks=[StopCallback(controller.signals)], default_root_dir=str(controller.run.root / "work"),
+            )  # fmt: skip
             trainer.fit(TeacherTraining(spec), datamodule)
             if distributed.early_rank() == 0:
                 save_weights(spec.network, path)
@@ -311,6 +333,10 @@ def main(args: Sequence[str] | None = None) -> int:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"Expected a command, one of {', '.join(['fit', *COMMANDS])}, got {command!r}.{hint}")
         _run(command, given[1:])
+    except Interrupted as end:
+        if isinstance(end.code, str):
+            print(f"bdistil: {end.code}", file=sys.stderr)
+        return 1
     except Exception as error:
         known = _known(error)
         if known is None:

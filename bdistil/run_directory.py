@@ -191,6 +191,13 @@ class RunDirectory:
                 "Choose another `run_dir`, or give the values that stand there to go on with that run."
             )
 
+    def keep_start(self, start: Mapping[str, Any]) -> None:
+        """Adds a start of the run to environment.json, a list with the oldest first."""
+        path = self.root / "environment.json"
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        with disk_errors("the record of this start", self.root):
+            write_atomically(path, json.dumps([*starts, start], indent=1))
+
     def read_config(self) -> dict[str, Any]:
         """The configuration that was kept."""
         return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))

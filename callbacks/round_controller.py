@@ -9,10 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from bdistil import distributed
 from bdistil.boosting import Boosting
+from bdistil.data.indexing import distinct_samples
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.report import write_report
@@ -23,6 +25,8 @@ from bdistil.rounds import BoostingRound
 from bdistil.run_directory import disk_errors
 from bdistil.seeding import reseed
 from bdistil.settings import BoostingSettings
+from bdistil.stopping import StopSignals
+from bdistil.strategies import check_strategy
 
 
 class RoundController(Checkpoint):
@@ -60,11 +64,12 @@ class RoundController(Checkpoint):
         self.settings = settings or BoostingSettings()
         self.boosting = Boosting(run_dir, teacher=teacher, student=student, settings=self.settings, **options)
         self.run, self.tracker = self.boosting.run, RoundTracker(self.boosting.run)
+        self.signals = StopSignals(self.how_to_go_on)
         self._begin(0)
 
     def _begin(self, number: int) -> None:
         self.state, self.saver = RoundState(number, self.boosting.attempt), Saver()
-        self.closed, self.fresh, self.device = False, True, torch.device("cpu")
+        self.closed, self.fresh, self.read, self.device = False, True, 0, torch.device("cpu")
 
     @property
     def number(self) -> int:
@@ -83,13 +88,21 @@ class RoundController(Checkpoint):
             UserError: something is wrong that can be known before training.
             RunError: a round came back without a verdict, or a committed round is torn.
         """
-        for module in self.boosting.rounds(datamodule):
-            self._begin(module.number)
-            yield module
-        self.boosting.finish(datamodule, self.device)
-        if distributed.early_rank() == 0 and self.run.committed():
-            write_report(self.run)
-            self.tracker.finish()
+        with self.signals:
+            for module in self.boosting.rounds(datamodule):
+                self._begin(module.number)
+                yield module
+            self.boosting.finish(datamodule, self.device)
+            if distributed.early_rank() == 0 and self.run.committed():
+                write_report(self.run)
+                self.tracker.finish()
+
+    def how_to_go_on(self) -> str:
+        """What to say when the run is interrupted."""
+        return (
+            f"The run in {self.run.root} was interrupted with {self.run.committed()} of {self.settings.rounds} rounds "
+            "committed. Give the same command again: it goes on from there."
+        )
 
     @property
     def ckpt_path(self) -> str | None:
@@ -114,6 +127,7 @@ class RoundController(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses what is not this round; seeds, as configure_optimizers may make the loader."""
+        check_strategy(trainer.strategy)
         if not isinstance(pl_module, BoostingRound) or pl_module.number != self.number:
             raise UserError(
                 "RoundController expected the module that `controller.rounds(datamodule)` gave for round "
@@ -134,20 +148,27 @@ class RoundController(Checkpoint):
         self._reseed(trainer)
         trainer.should_stop |= self.state.done
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Answers signals in place of the Trainer."""
+        self.signals.watch(trainer)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the epoch; the first one was, before its loader was made."""
         if not self.fresh:
             self._reseed(trainer)
-        self.fresh = False
+        self.fresh, self.read = False, 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts samples, for the cost of training."""
-        self.state.samples_seen += len(batch[-1]) * trainer.world_size
+        self.read += len(batch[-1])
+        self.signals.check()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the round under way."""
+        read = int(distributed.all_sum(torch.tensor(self.read)))
+        self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
         self.state.epochs += 1
         self.state.done = trainer.should_stop
         last = self.state.done or self.state.epochs == trainer.max_epochs
@@ -165,6 +186,11 @@ class RoundController(Checkpoint):
             assert isinstance(pl_module, BoostingRound)
             self._close(trainer, pl_module.to(self.device))
             pl_module.cpu()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Says how to go on after Ctrl-C, to which Lightning answers."""
+        if isinstance(exception, KeyboardInterrupt):
+            rank_zero_info(self.how_to_go_on())
 
     def _close(self, trainer: pl.Trainer, module: BoostingRound) -> None:
         self.closed = True

@@ -30,7 +30,7 @@ def indexed_loaders(datamodule: pl.LightningDataModule, seed: int) -> Iterator[N
     before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
     train, val = (getattr(datamodule, name) for name in names)
     vars(datamodule).update(
-        train_dataloader=partial(_train, train, datamodule, seed), val_dataloader=partial(_val, val)
+        train_dataloader=partial(_train, train, datamodule, seed), val_dataloader=partial(_val, val, datamodule)
     )
     try:
         yield
@@ -53,5 +53,7 @@ def _train(original: Callable[[], Any], datamodule: pl.LightningDataModule, seed
     )
 
 
-def _val(original: Callable[[], Any]) -> DataLoader[Any]:
-    return sequential_loader(only(original()))
+def _val(original: Callable[[], Any], datamodule: pl.LightningDataModule) -> DataLoader[Any]:
+    trainer = datamodule.trainer
+    assert trainer is not None
+    return sequential_loader(only(original()), rank=trainer.global_rank, world_size=trainer.world_size)

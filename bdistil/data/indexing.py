@@ -211,7 +211,37 @@ def _same(first: Any, second: Any) -> bool:
     return True  # of anything else equality says nothing
 
 
-def sequential_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The user's loader with the index, in the order of the dataset."""
+class _Share(DistributedSampler[Any]):
+    """The samples of one process in order, each of them in one process only.
+
+    Lightning leaves a `DistributedSampler` in place; its own would repeat samples to give every process as many.
+    """
+
+    def __init__(self, dataset: IndexedDataset, world_size: int, rank: int) -> None:
+        super().__init__(dataset, world_size, rank, shuffle=False)
+        self.num_samples = len(range(rank, len(dataset), world_size))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(cast(Sized, self.dataset)), self.num_replicas))
+
+
+def sequential_loader(loader: DataLoader[Any], *, rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
+    """The user's loader with the index, in the order of the dataset; of several processes, each reads its share."""
     indexed = IndexedDataset(loader.dataset, loader.collate_fn)
-    return DataLoader(indexed, batch_size=loader.batch_size or 1, collate_fn=indexed.collate, **_settings(loader))
+    if len(indexed) < world_size:  # a process without a batch would not take part in the sums at the end
+        raise UserError(f"Expected a validation sample for each of {world_size} processes, got {len(indexed)}.")
+    options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
+    return DataLoader(indexed, batch_size=loader.batch_size or 1, sampler=_Share(indexed, world_size, rank), **options)
+
+
+def distinct_samples(loader: Any, read: int) -> int:
+    """How many samples of an epoch were read, without those that a sampler repeats to give every process as many.
+
+    The repeated ones are the last of their processes, so that they are there only where all of an epoch was read.
+
+    Args:
+        loader: the training loader.
+        read: samples that all processes have read.
+    """
+    sampler = getattr(loader, "sampler", None)
+    return min(read, len(cast(Sized, sampler.dataset))) if isinstance(sampler, DistributedSampler) else read

@@ -11,12 +11,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import Toys, boost, by_hand, control, curve, fit, make_teacher, samples, settings_for
+from torch import nn
+from toys import (
+    BATCH,
+    CLASSES,
+    FEATURES,
+    Hook,
+    Toys,
+    boost,
+    by_hand,
+    control,
+    curve,
+    fit,
+    make_teacher,
+    samples,
+    settings_for,
+)
 
 from bdistil import ErrorLedger, ProgressiveEnsemble, Rung
 
-TRAIN, VAL = 1100, 600  # of blocks of 512 rows, two and one of the first, one and one of the second
+TRAIN, VAL = 1101, 601  # odd, so that a sampler repeats one; of blocks of 512 rows, one and two, one and one
 SETTINGS = settings_for(2, ladder=[Rung(0), Rung(1), Rung(1, width=2)])
+
+
+def steady(round):
+    """A student without batch statistics, which are those of the rank until the round ends."""
+    return nn.Linear(FEATURES, CLASSES)
+
+
+def accuracy_of(trainer):
+    return float(trainer.callback_metrics["val_accuracy"])
 
 
 def script(folder):
@@ -42,6 +66,12 @@ def script(folder):
     # Without a validation at the end, which would happen to bring the batch statistics of the ranks together.
     fit(controller, Toys(train=TRAIN, val=VAL), strategy="ddp", devices=2, check_val_every_n_epoch=3)
     answers = controller.ensemble(samples(64, 13)[0])
+    seen = fit(
+        control(folder / "validated", settings=settings_for(1), student=steady),
+        Toys(train=TRAIN, val=VAL), strategy="ddp", devices=2, epochs=1, limit_train_batches=2,
+        callbacks=lambda: [Hook(on_train_end=lambda trainer, _: say("metrics", accuracy_of(trainer)))],
+    )  # fmt: skip
+    say("starts", len(json.loads((seen.run.root / "environment.json").read_text())))
     say("end", len(controller.ensemble), hashlib.sha256(answers.numpy().tobytes()).hexdigest())
 
 
@@ -93,6 +123,24 @@ def test_a_round_is_committed_once_and_both_ranks_end(run):
     a_round = 2 * TRAIN * 3  # epochs, samples, passes
     assert [int(row["train_macs"]) for row in rows[1:]] == [a_round * 72, a_round * (144 + 24)]
     assert json.loads((run / "run/rounds/001/round.json").read_text())["tries"] == ["F1: not wanted"]
+
+
+@pytest.mark.distributed
+def test_validation_counts_each_sample_once(run):
+    """601 samples on two ranks: as many right answers as in the pass over all of them at the end of the round."""
+    first, second = ([line[1] for line in lines if line[0] == "metrics"] for lines in heard(run))
+    row = json.loads((run / "validated/rounds/000/round.json").read_text())["curve"]
+    assert first == second == [pytest.approx(row["val_accuracy"], abs=1e-6)]
+    assert 0.1 < row["val_accuracy"] < 0.99
+    assert row["train_macs"] == 2 * 2 * BATCH * 3 * FEATURES * CLASSES
+
+
+@pytest.mark.distributed
+def test_a_start_is_recorded_once(run):
+    (start,) = json.loads((run / "run/environment.json").read_text())
+    assert (start["launcher"], start["processes"]) == ("torchrun", 2)
+    assert start["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert [line for lines in heard(run) for line in lines if line[0] == "starts"] == [["starts", 1]] * 2
 
 
 @pytest.mark.distributed

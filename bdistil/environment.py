@@ -1,0 +1,60 @@
+"""Where a run was started: versions, host, launcher, processes, revision of the code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("bdistil", "torch", "lightning", "numpy", "safetensors", "timm", "torchmetrics", "wandb")
+# What the launchers tell a process, of which the first that is there tells the launcher.
+LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "SLURM_STEP_ID": "srun"}
+TOLD = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "CUDA_VISIBLE_DEVICES")
+
+
+def describe_start(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What is worth knowing of this process later, as plain values.
+
+    Args:
+        environ: variables of the environment; those of the process by default.
+    """
+    environ = os.environ if environ is None else environ
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "command": shlex.join(sys.argv),
+        "folder": os.getcwd(),
+        "launcher": next((name for key, name in LAUNCHERS.items() if key in environ), "none"),
+        "processes": int(environ.get("WORLD_SIZE") or environ.get("SLURM_NTASKS") or 1),
+        "told": {key: environ[key] for key in TOLD if key in environ},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "revision": _revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """Commit of the folder that the run was started in, with a + where files differ from it; None outside of git."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changes else "")
