@@ -6,6 +6,8 @@ Letters in shapes, the same everywhere: N samples, L outputs (classes), T rounds
 g teacher logits, f_t student t, S running error.
 """
 
+from bdistil.api_endpoint import HttpEndpoint
+from bdistil.api_teacher import ApiTeacher
 from bdistil.budgets import Budget, Prediction
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
@@ -18,12 +20,14 @@ from bdistil.teachers import AdaptedTeacher, AveragedTeacher, FrozenTeacher
 
 __all__ = [
     "AdaptedTeacher",
+    "ApiTeacher",
     "AveragedTeacher",
     "BoostingRound",
     "BoostingSettings",
     "Budget",
     "ErrorLedger",
     "FrozenTeacher",
+    "HttpEndpoint",
     "OnnxTeacher",
     "Prediction",
     "ProgressiveEnsemble",

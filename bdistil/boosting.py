@@ -21,6 +21,7 @@ from bdistil import distributed
 from bdistil.cost import latency_ms
 from bdistil.curve_rows import (
     Uncounted,
+    is_api,
     student_cost,
     student_inputs,
     teacher_row,
@@ -218,9 +219,11 @@ class Boosting:
         self.teacher.cpu()
         warn_of_chance(accuracy, self.outputs, self.val.samples)
         if distributed.rank() == 0:
-            self.run.keep_teacher({**row, "val_accuracy": accuracy, "val_loss": loss})
+            spent = {"queries": self.teacher.module.queries} if is_api(self.teacher) else {}
+            self.run.keep_teacher({**row, "val_accuracy": accuracy, "val_loss": loss, **spent})
         distributed.barrier()
-        rank_zero_info(f"Teacher: accuracy {accuracy:.4f} on validation, {row['macs']:,} MACs a sample.")
+        cost = f"{self.teacher.module.queries:,} queries" if is_api(self.teacher) else f"{row['macs']:,} MACs a sample"
+        rank_zero_info(f"Teacher: accuracy {accuracy:.4f} on validation, {cost}.")
 
     # ---- the end of a round; `bdistil.round_end` does the rest
 
@@ -251,6 +254,10 @@ class Boosting:
         if self.run.test_figures() is None and is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
             datamodule.setup("test")
             loader = only(datamodule.test_dataloader())
-            teacher = prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device)
-            self.run.keep_test(teacher + prefix_accuracies(self.ensemble.to(device), loader, device))
+            teacher: list[float | None] = [
+                None
+            ]  # an API is not asked about the test part: its queries are for training
+            if not is_api(self.teacher):
+                teacher = [*prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device)]
+            self.run.keep_test([*teacher, *prefix_accuracies(self.ensemble.to(device), loader, device)])
         self.run.write_curve(self.run.rows())

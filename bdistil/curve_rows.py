@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from bdistil.api_teacher import ApiTeacher
 from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.ledger import RoundEvidence
 from bdistil.preflight import first_of, to_device
@@ -59,6 +60,10 @@ def teacher_row(
     teacher: nn.Module, example: Any, device: torch.device, samples: int, uncounted: Uncounted
 ) -> dict[str, Any]:
     """Cost of the teacher, and of asking it about all samples once; left on the device."""
+    if is_api(teacher):
+        rank_zero_info("The teacher is an API: its MACs and parameters are not known, and stand as 0.")
+        unknown = ("macs", "link_macs", "params", "train_macs", "activation_bytes", "weight_bytes")
+        return {"stage": "teacher", **dict.fromkeys(unknown, 0), "latency_ms": 0.0}
     cost = measure_cost(teacher.cpu(), (first_of(example),), uncounted=uncounted)
     if cost.uncounted:
         rank_zero_warn(f"The MACs of the teacher lack operators that could not be counted: {cost.uncounted}.")
@@ -74,6 +79,11 @@ def teacher_row(
         "weight_bytes": cost.weight_bytes,
         "uncounted": cost.uncounted,
     }
+
+
+def is_api(teacher: nn.Module) -> bool:
+    """Is a teacher, frozen or not, one that is asked through an API?"""
+    return isinstance(getattr(teacher, "module", teacher), ApiTeacher)
 
 
 def round_training_macs(

@@ -289,12 +289,12 @@ class RunDirectory:
         path = self.root / "teacher.json"
         return dict(json.loads(path.read_text())) if path.exists() else None
 
-    def keep_test(self, accuracy: Sequence[float]) -> None:
-        """Keeps the test accuracy of the teacher and of every prefix, in this order: read once, at the end."""
+    def keep_test(self, accuracy: Sequence[float | None]) -> None:
+        """Keeps the test accuracy of the teacher (None where it was not asked) and of every prefix, in this order."""
         with disk_errors("the test figures", self.root):
             write_atomically(self.root / "test.json", json.dumps(list(accuracy)))
 
-    def test_figures(self) -> list[float] | None:
+    def test_figures(self) -> list[float | None] | None:
         """Test accuracy of the teacher and of every prefix, once the run has ended."""
         path = self.root / "test.json"
         return list(json.loads(path.read_text())) if path.exists() else None

@@ -1,0 +1,107 @@
+"""What an API has answered, and how often it was asked: one SQLite file that a kill cannot tear.
+
+A request is written down before it is sent, and its answers when they are there, each in a transaction of its own. So
+the count is never too low, whenever a process ends, and an answer that came is never asked for again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from bdistil.errors import RunError, UserError
+
+TABLES = """
+    CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+    CREATE TABLE IF NOT EXISTS requests (number INTEGER PRIMARY KEY, samples INTEGER NOT NULL, outcome TEXT);
+    CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer BLOB NOT NULL) WITHOUT ROWID;
+"""
+KEYS_A_LOOKUP = 500  # under the number of variables that any build of SQLite takes in one statement
+
+
+class AnswerCache:
+    """Answers (input hash -> row of numbers) and the number of queries, on the disk.
+
+    A connection lives for one call, so the object can be copied, pickled and used after a fork.
+
+    Args:
+        path: of the file; its folder is made.
+        identity: of the API and the form of its answers; a file of another one is refused.
+
+    Raises:
+        UserError: the file is of another API, or is no such file.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.alone(), self._open() as base:
+            base.executescript(TABLES)
+            with base:
+                base.execute("INSERT OR IGNORE INTO about VALUES ('identity', ?)", (identity,))
+            (found,) = base.execute("SELECT value FROM about WHERE name = 'identity'").fetchone()
+        if found != identity:
+            raise UserError(
+                f"The answers in {path} are of another API: {found!r} there, {identity!r} now. "
+                "Give another `cache`, or the `name` and `answers` that it was started with."
+            )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time, so that two never ask the same."""
+        with FileLock(f"{self.path}.lock"):
+            yield
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as base:
+                base.execute("PRAGMA synchronous = FULL")
+                yield base
+        except sqlite3.Error as error:
+            raise RunError(
+                f"The answers of the API in {self.path} cannot be read or written: {error}. Every answer written "
+                "before is intact. Mend that (room, permission, a file that is no cache) and start again."
+            ) from error
+
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """The answers that are known, by key; each a row of float32."""
+        found: dict[bytes, np.ndarray] = {}
+        with self._open() as base:
+            for low in range(0, len(keys), KEYS_A_LOOKUP):
+                some = keys[low : low + KEYS_A_LOOKUP]
+                marks = ",".join("?" * len(some))
+                rows = base.execute(f"SELECT key, answer FROM answers WHERE key IN ({marks})", some)
+                found |= {key: np.frombuffer(answer, np.float32) for key, answer in rows}
+        return found
+
+    def sending(self, samples: int) -> int:
+        """Writes down that a request of so many samples goes out now; gives its number."""
+        with self._open() as base, base:
+            return int(base.execute("INSERT INTO requests (samples) VALUES (?)", (samples,)).lastrowid or 0)
+
+    def answered(self, number: int, answers: Mapping[bytes, np.ndarray]) -> None:
+        """Writes down what came back on a request: all of it, or nothing."""
+        rows = [(key, row.astype(np.float32).tobytes()) for key, row in answers.items()]
+        with self._open() as base, base:
+            base.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", rows)
+            base.execute("UPDATE requests SET outcome = 'answered' WHERE number = ?", (number,))
+
+    def refused(self, number: int) -> None:
+        """Writes down that the API said that it did not answer a request, which then is no query."""
+        with self._open() as base, base:
+            base.execute("UPDATE requests SET outcome = 'refused' WHERE number = ?", (number,))
+
+    @property
+    def queries(self) -> int:
+        """Samples sent, in all processes and starts: those answered, and those of which nobody knows."""
+        with self._open() as base:
+            (total,) = base.execute(
+                "SELECT COALESCE(SUM(samples), 0) FROM requests WHERE outcome IS NOT 'refused'"
+            ).fetchone()
+        return int(total)
