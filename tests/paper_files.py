@@ -141,3 +141,38 @@ def write_tiny_imagenet(root, noise=False):
             rows.append(f"val_{number}.JPEG\t{wnid}\t0\t0\t5\t5\n")
     (base / "val" / "val_annotations.txt").write_text("".join(reversed(rows)))
     return base
+
+
+def wav(samples, rate=16000, channels=1, bits=16, kind=1, extensible=None):
+    """A RIFF file of 16-bit samples; the header may lie, or be that of WAVE_FORMAT_EXTENSIBLE for a sub-format."""
+    data = np.asarray(samples, "<i2").tobytes()
+    tag = kind if extensible is None else 0xFFFE
+    form = struct.pack("<HHIIHH", tag, channels, rate, rate * channels * 2, channels * 2, bits)
+    if extensible is not None:
+        form += struct.pack("<HHIH", 22, bits, 4, extensible) + bytes.fromhex("000000001000800000aa00389b71")
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+SPEAKERS = {"aaaaaaaa": "train", "bbbbbbbb": "train", "cccccccc": "val", "dddddddd": "test"}
+
+
+def write_speech(root):
+    """Clips of all keywords and three other words by four speakers, two lists, and a recording of noise."""
+    folder = root / "speech_commands_v0.01"
+    lists = {"train": [], "val": [], "test": []}
+    keywords = ["go", "no", "on", "up", "bed", "cat", "dog", "off", "one", "six", "two", "yes"]
+    for number, word in enumerate([*keywords, "marvin", "zero", "backward"]):
+        (folder / word).mkdir(parents=True, exist_ok=True)
+        for speaker, part in SPEAKERS.items():
+            length = 11146 if part == "val" else 16000
+            random = np.random.default_rng([number, len(lists[part])])
+            clip = 4000 * np.sin(np.arange(length) * (0.02 + 0.01 * number)) + random.normal(0, 300, length)
+            name = f"{word}/{speaker}_nohash_0.wav"
+            (folder / name).write_bytes(wav(clip.astype(np.int16)))
+            lists[part].append(name)
+    (folder / "_background_noise_").mkdir(exist_ok=True)
+    (folder / "_background_noise_" / "white.wav").write_bytes(wav(np.zeros(24000)))
+    for name, part in (("validation_list.txt", "val"), ("testing_list.txt", "test")):
+        (folder / name).write_text("".join(f"{clip}\n" for clip in lists[part]))
+    return folder

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bdistil.data.digits import stratified_split
-from bdistil.data.images import ArrayImages, Batches, batches, normalised, pad_crop_flip
+from bdistil.data.images import ArrayImages, normalised, pad_crop_flip
+from bdistil.data.loaders import Batches, batches
 from bdistil.data.pickles import load_arrays
 from bdistil.data.sources import Source
 from bdistil.errors import UserError

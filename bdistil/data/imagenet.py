@@ -12,7 +12,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from torchvision.transforms import v2
 
 from bdistil.data.digits import stratified_split
-from bdistil.data.images import Batches, ImageFiles, batches, normalised, pad_crop_flip
+from bdistil.data.images import ImageFiles, normalised, pad_crop_flip
+from bdistil.data.loaders import Batches, batches
 from bdistil.data.sources import Source, listed
 from bdistil.errors import UserError
 

@@ -10,19 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from bdistil.errors import RunError
 
 Transform = Callable[[Any], Tensor]
-Batches = DataLoader[tuple[Tensor, ...]]
-
-
-def batches(part: Dataset[Any], batch_size: int, num_workers: int, *, shuffle: bool = False) -> Batches:
-    """A loader of a part; its batches go to a GPU without a detour where there is one."""
-    pinned = torch.cuda.is_available()
-    return DataLoader(part, batch_size, shuffle=shuffle, num_workers=num_workers, pin_memory=pinned)
 
 
 def normalised(first: Sequence[v2.Transform], mean: Sequence[float], std: Sequence[float]) -> Transform:
