@@ -176,3 +176,33 @@ def write_speech(root):
     for name, part in (("validation_list.txt", "val"), ("testing_list.txt", "test")):
         (folder / name).write_text("".join(f"{clip}\n" for clip in lists[part]))
     return folder
+
+
+def write_dsa(root, activities=(1, 19), segments=(1,)):
+    """Segments of all eight subjects; the first value is 10 times the activity plus the subject."""
+    for activity in activities:
+        for subject in range(1, 9):
+            for segment in segments:
+                random = np.random.default_rng([activity, subject, segment])
+                values = 10 * activity + subject + random.normal(0, 0.1, (125, 45)).cumsum(0)
+                values[0, 0] = 10 * activity + subject
+                file = root / "dsa" / "data" / f"a{activity:02}" / f"p{subject}" / f"s{segment:02}.txt"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("".join(",".join(f"{value:.5g}" for value in row) + "\n" for row in values))
+    return root / "dsa" / "data"
+
+
+def write_har(root):
+    """Two windows of each training subject, four for the test: 1000 times the signal, the window, the step."""
+    folder = root / "UCI HAR Dataset"
+    subjects = (1, 3, 5, 6, 7, 8, 11, 14, 15, 16, 17, 19, 21, 22, 23, 25, 26, 27, 28, 29, 30)
+    signals = [f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz"]
+    for part, count in (("train", 42), ("test", 4)):
+        (folder / part / "Inertial Signals").mkdir(parents=True, exist_ok=True)
+        for number, signal in enumerate(signals):
+            rows = 1000 * number + np.arange(count)[:, None] + np.arange(128) / 1000
+            text = "".join("  " + " ".join(f"{value:.7e}" for value in row) + "\n" for row in rows)
+            (folder / part / "Inertial Signals" / f"{signal}_{part}.txt").write_text(text)
+        (folder / part / f"y_{part}.txt").write_text("".join(f"{i % 6 + 1}\n" for i in range(count)))
+        (folder / part / f"subject_{part}.txt").write_text("".join(f"{subjects[i % 21]}\n" for i in range(count)))
+    return folder

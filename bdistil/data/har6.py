@@ -1,0 +1,105 @@
+"""HAR-6: six activities from a smartphone at the waist (UCI 240; D. Anguita et al., 2013), official test subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bdistil.data.dsa19 import check_subjects
+from bdistil.data.feature_cache import cached_features
+from bdistil.data.feature_module import Array, FeatureModule, Samples
+from bdistil.data.sources import Source
+from bdistil.errors import UserError
+
+STEPS, CLASSES = 128, 6  # 2.56 s at 50 Hz
+SIGNALS = [f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz"]
+TRAIN_SUBJECTS = (1, 3, 5, 6, 7, 8, 11, 14, 15, 16, 17, 19, 21, 22, 23, 25, 26, 27, 28, 29, 30)
+WINDOWS = {"train": 7352, "test": 2947}
+SPEC = {"version": 1, "kind": "UCI HAR inertial signals", "steps": STEPS, "signals": SIGNALS}
+SOURCE = Source(
+    "Human Activity Recognition Using Smartphones",
+    "https://archive.ics.uci.edu/dataset/240/human+activity+recognition+using+smartphones",
+    "mkdir -p {root} && cd {root} && curl -Lo har.zip 'https://archive.ics.uci.edu/static/public/240/"
+    "human+activity+recognition+using+smartphones.zip' && unzip -q har.zip && unzip -q 'UCI HAR Dataset.zip'",
+    "UCI HAR Dataset",
+)
+
+
+def read_numbers(path: Path, columns: int) -> Array:
+    """Lines of so many numbers with spaces between, (lines, columns) float32.
+
+    Raises:
+        UserError: it is something else; names the file.
+    """
+    try:
+        table = np.loadtxt(path, dtype=np.float32, ndmin=2)
+    except ValueError as error:
+        raise SOURCE.damaged(path, str(error)) from error
+    if table.shape[1] != columns or not np.isfinite(table).all():
+        raise SOURCE.damaged(path, f"its lines have {table.shape[1]} numbers, expected {columns}, all finite")
+    return table
+
+
+def read_signal(path: Path) -> Array:
+    """Windows (n, 128) of one signal."""
+    return read_numbers(path, STEPS)
+
+
+class Har6(FeatureModule):
+    """HAR-6: sequences (128, 9) of accelerometer and gyroscope, 6 activities, parts by subject.
+
+    Args:
+        root: holds `UCI HAR Dataset`, or is that folder.
+        batch_size: samples a training step.
+        validation: subjects of the training part that make the validation part; drawn once for the default.
+        cache: where the features are kept; `features` in `root` by default.
+        partial: take what is there, where it is less than was published.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        validation: Sequence[int] = (7, 22, 28),
+        cache: str | None = None,
+        partial: bool = False,
+    ) -> None:
+        super().__init__(batch_size)
+        rest = [subject for subject in TRAIN_SUBJECTS if subject not in validation]
+        check_subjects({"train": rest, "val": list(validation)}, TRAIN_SUBJECTS)
+        self.root, self.validation, self.partial = root, list(validation), partial
+        self.cache = Path(cache) if cache else Path(root) / "features"
+
+    def read(self) -> dict[str, Samples]:
+        """Windows (n, 128, 9) and activities 0 … 5 of the parts."""
+        tables = [f"{part}/{name}_{part}.txt" for part in WINDOWS for name in ("y", "subject")]
+        folder = SOURCE.locate(self.root, tables)
+        x, labels, subjects = self._official(folder, "train")
+        held = np.isin(subjects, self.validation)
+        tested, tested_labels, _ = self._official(folder, "test")
+        return {
+            "train": (x[~held], labels[~held].tolist()),
+            "val": (x[held], labels[held].tolist()),
+            "test": (tested, tested_labels.tolist()),
+        }
+
+    def _official(self, folder: Path, part: str) -> tuple[Array, Array, Array]:
+        """Windows (n, 128, 9), labels (n,) and subjects (n,) of an official part."""
+        signals = [f"{part}/Inertial Signals/{name}_{part}.txt" for name in SIGNALS]
+        SOURCE.locate(folder, signals)
+        windows = cached_features(self.cache, f"har6_{part}", SPEC, [folder / name for name in signals], read_signal)
+        labels = read_numbers(folder / part / f"y_{part}.txt", 1)[:, 0].astype(np.int64) - 1
+        subjects = read_numbers(folder / part / f"subject_{part}.txt", 1)[:, 0].astype(np.int64)
+        SOURCE.check_count(f"windows in {part}", windows.shape[1], WINDOWS[part], folder, self.partial)
+        if not windows.shape[1] == len(labels) == len(subjects) or not set(labels) <= set(range(CLASSES)):
+            raise UserError(
+                f"Expected a label in 1 … {CLASSES} and a subject for each of the {windows.shape[1]} windows in "
+                f"{folder / part}, got {len(labels)} labels and {len(subjects)} subjects. Get {SOURCE.name} again from "
+                f"{SOURCE.url}."
+            )
+        return np.ascontiguousarray(windows.transpose(1, 2, 0)), labels, subjects
