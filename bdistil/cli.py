@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +25,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil import distributed
 from bdistil.budgets import Budget
-from bdistil.callbacks import RoundController, RoundProgressBar
+from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
+from bdistil.data.attach import indexed_loaders
 from bdistil.distiller import Distiller, TeacherTraining
 from bdistil.errors import RunError, UserError
 from bdistil.evaluation import evaluate_run, profile_run
 from bdistil.recipe_files import find_recipe, recipes, summary
 from bdistil.report import curve_table, write_report
-from bdistil.run_directory import RunDirectory
-from bdistil.seeding import reseed
+from bdistil.run_directory import RunDirectory, disk_errors
+from bdistil.seeding import seed_of
 from bdistil.stopping import Interrupted, StopCallback
 from bdistil.strategies import check_strategy
 from bdistil.teachers import comes_trained
@@ -160,15 +162,18 @@ class BoostCLI(LightningCLI):
         path = Path(spec.checkpoint) if spec.checkpoint else controller.run.teacher
         if not path.is_file():
             rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")
-            reseed(seed, "teacher")
             spec.network.requires_grad_(True).train()
+            keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")
             trainer = self.round_trainer(
-                max_epochs=spec.epochs, logger=False, enable_checkpointing=False,
-                callbacks=[StopCallback(controller.signals)], default_root_dir=str(controller.run.root / "work"),
+                max_epochs=spec.epochs, logger=False, callbacks=[StopCallback(controller.signals), keeper],
+                default_root_dir=str(keeper.path.parent),
             )  # fmt: skip
-            trainer.fit(TeacherTraining(spec), datamodule)
+            with indexed_loaders(datamodule, seed_of(seed, "teacher")):
+                trainer.fit(TeacherTraining(spec), datamodule, ckpt_path=keeper.ckpt_path)
             if distributed.early_rank() == 0:
-                save_weights(spec.network, path)
+                with disk_errors("the teacher", controller.run.root):
+                    save_weights(spec.network, path)
+                    shutil.rmtree(keeper.path.parent)
             trainer.strategy.barrier("teacher kept")
         load_weights(spec.network.requires_grad_(False).eval(), path, "model.teacher.network")
 

@@ -83,18 +83,18 @@ class TeacherTraining(pl.LightningModule):
         self.network, self.spec = spec.network, spec
         self._right = torch.zeros(2)
 
-    def training_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy of a batch (x, y)."""
-        x, y = batch
+    def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
+        """Cross entropy of a batch (x, y, index)."""
+        x, y, _ = batch
         return F.cross_entropy(self.network(x), y)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums."""
         self._right = torch.zeros(2, device=self.device)
 
-    def validation_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> None:
         """Counts right answers."""
-        x, y = batch
+        x, y, _ = batch
         self._right += torch.stack(((self.network(x).argmax(-1) == y).sum(), torch.tensor(len(y), device=self.device)))
 
     def on_validation_epoch_end(self) -> None:

@@ -141,6 +141,11 @@ class RunDirectory:
         """Lightning's checkpoint of the round under way."""
         return self.work(number) / "last.ckpt"
 
+    @property
+    def teacher_checkpoint(self) -> Path:
+        """Lightning's checkpoint of a teacher under training."""
+        return self.root / "work" / "teacher" / "last.ckpt"
+
     # ---- starting
 
     def prepare(self) -> None:
