@@ -5,6 +5,7 @@ The figures are of one ensemble: a further round makes them stale, so the commit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,12 +19,15 @@ class ExitFigures:
 
     Attributes:
         rule: exit rule that the thresholds are of.
-        thresholds: one a stage; a sample is decided where its sureness reaches it. That of the last stage is 0.
+        thresholds: one a stage; a sample is decided where its sureness reaches it. That of the last stage is 0, and a
+            stage of `exit_rules.NEVER` decides nobody.
         target: what was asked for, in words: "lose at most 0.2 points".
         decided_share: of the validation samples, one a stage; sums to 1.
         accuracy: with these exits, in 0 … 1.
         full_accuracy: of all stages.
         average_macs: multiply-adds a sample with these exits.
+        held_out_loss: points of accuracy lost against all stages, where thresholds are fitted on one half of the
+            samples and used on the other.
     """
 
     rule: Rule
@@ -33,6 +37,7 @@ class ExitFigures:
     accuracy: float
     full_accuracy: float
     average_macs: float
+    held_out_loss: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,12 @@ class BatchTimes:
 
     Attributes:
         batch: samples.
-        stages: median of each stage, one after the other.
+        stages: of each stage, one after the other; like all but `late` the lower quartile of the repeats.
         late: 95th percentile of each stage, by which deadlines are kept.
         check: of asking an exit rule once.
         compact: of taking the decided samples out of the batch once.
-        schedules: median of all stages by schedule; a schedule that the students cannot run is not there.
+        schedules: of all stages by schedule; a schedule that the students cannot run is not there.
+        schedule: the one to take where all stages are to run.
     """
 
     batch: int
@@ -54,6 +60,7 @@ class BatchTimes:
     check: float
     compact: float
     schedules: Mapping[str, float] = field(default_factory=dict)
+    schedule: str = "one"
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,12 @@ class AnytimeFigures:
     def temperature(self, number: int) -> float:
         """Temperature of a stage, from 0; 1 where none was fitted."""
         return self.temperatures[number] if self.temperatures else 1.0
+
+    def schedule(self, batch: int, device: str) -> str:
+        """The schedule for a whole run: that of the size measured nearest to a batch, by their ratio."""
+        if not self.times or device != self.device:
+            return "one"
+        return min(self.times, key=lambda t: abs(math.log(t.batch / max(batch, 1)))).schedule
 
     def plain(self) -> dict[str, Any]:
         """As plain values for JSON."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import json
 import logging
 import os
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -24,14 +23,15 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil import distributed
-from bdistil.budgets import Budget
+from bdistil.anytime_fit import fit_anytime
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
-from bdistil.data.attach import indexed_loaders
+from bdistil.commands import COMMANDS, say_end
+from bdistil.data.attach import indexed_loaders, only
 from bdistil.distiller import Distiller, TeacherTraining
+from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
-from bdistil.evaluation import evaluate_run, profile_run
-from bdistil.recipe_files import find_recipe, recipes, summary
-from bdistil.report import curve_table, write_report
+from bdistil.recipe_files import find_recipe
+from bdistil.report import write_report
 from bdistil.run_directory import RunDirectory, disk_errors
 from bdistil.seeding import seed_of
 from bdistil.stopping import Interrupted, StopCallback
@@ -39,8 +39,6 @@ from bdistil.strategies import check_strategy
 from bdistil.teachers import comes_trained
 from bdistil.tracking import Tracking, make_logger
 from bdistil.weight_files import load_weights, save_weights
-
-NO_LIMITS = Budget()
 
 
 class Parser(LightningArgumentParser):
@@ -129,7 +127,9 @@ class BoostCLI(LightningCLI):
             raise
         finally:
             controller.tracker.close()
-        _say_end(run)
+        _fit_anytime(run, datamodule)
+        if distributed.early_rank() == 0:
+            say_end(run)
 
     def _fit_rounds(
         self,
@@ -178,82 +178,17 @@ class BoostCLI(LightningCLI):
         load_weights(spec.network.requires_grad_(False).eval(), path, "model.teacher.network")
 
 
-def _say_end(run: RunDirectory) -> None:
-    if distributed.early_rank() == 0:
-        print(curve_table(run.read_curve()))
-        print(f"\n{run.picture}  {run.report}")
-
-
-# ---- commands on a finished run: signature and docstring are the command line
-
-
-def evaluate(
-    run_dir: str,
-    budget: Budget = NO_LIMITS,
-    part: Literal["test", "val"] = "test",
-    as_json: bool = False,
-) -> None:
-    """Accuracy and cost of a run's ensemble within a budget.
-
-    Args:
-        run_dir: the run directory; its config.yaml names the data.
-        budget: limits; none runs all students.
-        part: which part of the data.
-        as_json: print one JSON object.
-    """
-    figures = evaluate_run(RunDirectory(run_dir), budget, part)
-    if as_json:
-        print(json.dumps(figures))
+def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
+    """Fits and measures what stopping early needs, once a run; a run whose data allow none goes without."""
+    if distributed.early_rank() != 0 or run.anytime_figures() is not None:
         return
-    for key, value in figures.items():
-        print(f"{key:<18} {value:,}" if isinstance(value, int) else f"{key:<18} {value}")
-
-
-def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:
-    """Costs of each stage of a run's ensemble: MACs, parameters, bytes, latency.
-
-    Args:
-        run_dir: the run directory.
-        batch_size: samples a call, for the latency and the activation bytes.
-        as_json: print one JSON list.
-    """
-    rows = profile_run(RunDirectory(run_dir), batch_size)
-    if as_json:
-        print(json.dumps(rows))
+    try:
+        figures = fit_anytime(ProgressiveEnsemble.load(run.root), only(datamodule.val_dataloader()))
+    except UserError as error:
+        rank_zero_info(f"No thresholds were fitted: {error}")
         return
-    widths = {
-        key: max(len(key), *(len(f"{row[key]:,}" if isinstance(row[key], int) else str(row[key])) for row in rows))
-        for key in rows[0]
-    }
-    print("  ".join(f"{key:>{widths[key]}}" for key in rows[0]))
-    for row in rows:
-        cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in row.values())
-        print("  ".join(f"{cell:>{widths[key]}}" for cell, key in zip(cells, row, strict=True)))
-
-
-def report(run_dir: str) -> None:
-    """Write curve.png and report.html of a run again, and print its curve.
-
-    Args:
-        run_dir: the run directory.
-    """
-    run = RunDirectory(run_dir)
+    run.keep_anytime(figures)
     write_report(run)
-    _say_end(run)
-
-
-def list_recipes() -> None:
-    """List the shipped recipes."""
-    for name, path in recipes().items():
-        print(f"{name:<24} {summary(path)}")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "evaluate": evaluate,
-    "profile": profile,
-    "report": report,
-    "recipes": list_recipes,
-}
 
 
 def _overview() -> str:

@@ -18,6 +18,7 @@ from bdistil.errors import UserError
 from bdistil.inputs import InputSpec
 from bdistil.prediction import predict_within
 from bdistil.run_directory import RunDirectory
+from bdistil.schedules import ONE, StackedBodies, run_bodies, stack
 from bdistil.students import Rung, Student, links_of
 from bdistil.walk import Stage, Walk
 
@@ -47,11 +48,16 @@ class ProgressiveEnsemble(nn.Module):
         self.scale = scale
         self.macs = list(macs) or [0] * len(self.students)
         self.figures, self.inputs = figures or AnytimeFigures(len(self.students)), inputs or InputSpec()
+        self._groups: dict[str, list[StackedBodies]] = {}
         self.requires_grad_(False).train(False)
 
     @classmethod
     def load(
-        cls, run_dir: str | os.PathLike[str], *, student: Callable[[int], nn.Module] | None = None
+        cls,
+        run_dir: str | os.PathLike[str],
+        *,
+        student: Callable[[int], nn.Module] | None = None,
+        figures: bool = True,
     ) -> ProgressiveEnsemble:
         """The ensemble of a run: needs no recipe, no teacher, no data.
 
@@ -61,6 +67,7 @@ class ProgressiveEnsemble(nn.Module):
         Args:
             run_dir: the run directory.
             student: the run's `make_student`, needed only where a student's classes cannot be imported by name.
+            figures: load what was fitted and measured for stopping early, where there is any.
 
         Raises:
             UserError: no round is committed there, or a student's class cannot be imported.
@@ -75,8 +82,8 @@ class ProgressiveEnsemble(nn.Module):
             students.append(restore_student(run, t, students, student))
         records = [run.record(t) for t in range(number)]
         macs = [record["curve"]["macs"] for record in records]
-        figures, inputs = run.anytime_figures(), InputSpec.of(records[0])
-        return cls(students, scale=records[0]["scale"], macs=macs, figures=figures, inputs=inputs)
+        known, inputs = run.anytime_figures() if figures else None, InputSpec.of(records[0])
+        return cls(students, scale=records[0]["scale"], macs=macs, figures=known, inputs=inputs)
 
     def __len__(self) -> int:
         return len(self.students)
@@ -126,19 +133,42 @@ class ProgressiveEnsemble(nn.Module):
         for _ in range(len(self)):
             yield await asyncio.to_thread(walk.step)
 
-    def forward(self, x: Any, stages: int | None = None) -> Tensor:
+    def forward(self, x: Any, stages: int | None = None, schedule: str | None = None) -> Tensor:
         """Logits (B, L) of the prefix of `stages` students, in the teacher's units; all of them by default.
 
+        Args:
+            x: a batch (B, ...), on the device of the ensemble.
+            stages: how many students answer.
+            schedule: ``one`` after the other, bodies in ``pairs`` or ``all`` bodies together; by default the one that
+                was measured to be fastest.
+
         Raises:
-            UserError: `stages` is not in 1 … T.
+            UserError: `stages` is not in 1 … T, or the students cannot run by `schedule`.
         """
         count = len(self) if stages is None else stages
         if not 1 <= count <= len(self):
             raise UserError(f"Expected `stages` to be in 1 … {len(self)}, got {stages}.")
         walk = self.walk(x)
+        walk.bodies = self._bodies(x, count, schedule)
         for _ in range(count - 1):
             walk.step()
         return walk.step().logits
+
+    def _bodies(self, x: Any, count: int, schedule: str | None) -> Sequence[Tensor]:
+        """Features of the first students' bodies, where they are to run together; else none."""
+        if schedule is None:
+            schedule = self.figures.schedule(len(x), x.device.type) if self.figures.times else ONE
+        if schedule == ONE:
+            return ()
+        if schedule not in self._groups:
+            self._groups[schedule] = stack(list(self.students), schedule)
+        return run_bodies(self._groups[schedule], x, count)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ProgressiveEnsemble:
+        """Of nn.Module: moves or converts all parameters; stacked copies of them are made anew."""
+        self._groups.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def predict(self, x: Tensor, budget: Budget | None = None) -> Prediction:

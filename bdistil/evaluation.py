@@ -6,34 +6,14 @@ import time
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule
 
 from bdistil.budgets import Budget
 from bdistil.cost import latency_ms, measure_cost
-from bdistil.data.attach import only
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.run_data import loader_of
 from bdistil.run_directory import RunDirectory
 from bdistil.students import linked_features, links_of
-
-
-def datamodule_of(run: RunDirectory) -> LightningDataModule:
-    """The data module that config.yaml of a run names. Such a file names classes that are imported: it is code.
-
-    Raises:
-        UserError: the run was not started by a recipe.
-    """
-    data = run.read_config().get("data") if run.config.exists() else None
-    if not data:
-        raise UserError(
-            f"{run.config} names no data, as it was not written by `bdistil fit`. "
-            "Load the ensemble with ProgressiveEnsemble.load(run_dir) and evaluate it on your own data."
-        )
-    parser = ArgumentParser()
-    parser.add_argument("--data", type=LightningDataModule)
-    module: LightningDataModule = parser.instantiate(parser.parse_object({"data": data})).data
-    return module
 
 
 def evaluate_run(run: RunDirectory, budget: Budget, part: Literal["test", "val"] = "test") -> dict[str, Any]:
@@ -45,10 +25,7 @@ def evaluate_run(run: RunDirectory, budget: Budget, part: Literal["test", "val"]
         part: of the data.
     """
     ensemble = ProgressiveEnsemble.load(run.root)
-    datamodule = datamodule_of(run)
-    datamodule.prepare_data()
-    datamodule.setup("test" if part == "test" else "fit")
-    loader = only(datamodule.test_dataloader() if part == "test" else datamodule.val_dataloader())
+    loader = loader_of(run, part)
     right, macs, samples, decided = 0, 0, 0, torch.zeros(len(ensemble) + 1, dtype=torch.int64)
     started = time.perf_counter()
     for x, y in loader:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdistil.errors import UserError
+from bdistil.report_anytime import anytime_section
 from bdistil.run_directory import RunDirectory, write_atomically
 
 if TYPE_CHECKING:
@@ -336,6 +337,7 @@ def write_report(run: RunDirectory) -> Path:
 <h2>Prefix by prefix</h2>{_table([teacher, *stages])}
 <p>MACs and parameters are those of the whole prefix; links, activations, latency, margins, training and time those of
 its last student. Errors are those of the prefix to the teacher's logits. The exact value of a cell is its tooltip.</p>
+{anytime_section(run.anytime_figures())}
 <h2>Decisions</h2>{_decisions(run, stages)}
 <h2>Behind the figures</h2><details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>
 <details><summary>curve.csv</summary><pre>{escape(run.curve.read_text(encoding="utf-8"))}</pre></details>

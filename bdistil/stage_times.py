@@ -44,7 +44,7 @@ class StageClock:
     times: tuple[BatchTimes, ...]
 
     def stage(self, number: int, batch: float) -> float:
-        """Median seconds of a stage, from 0."""
+        """Seconds of a stage, from 0."""
         return at_batch(self.times, batch, lambda t: t.stages[number])
 
     def late(self, number: int, batch: float) -> float:

@@ -82,6 +82,32 @@ def test_evaluate_within_budgets(run, capsys):
     assert re.search(rf"average_macs +{ensemble.macs[0]:,}", out)
 
 
+def test_fit_leaves_what_stopping_early_needs(run, capsys):
+    figures = run.anytime_figures()
+    assert (figures.count, figures.exits.rule, figures.exits.target) == (2, "max_prob", "lose at most 0.2 points")
+    assert (
+        main(["evaluate", "--run_dir", str(run.root), "--budget.confidence", "fitted", "--part", "val", "--json"]) == 0
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["accuracy"] >= figures.exits.full_accuracy - 0.002
+
+
+def test_calibrate_fits_again(run, capsys):
+    args = ["calibrate", "--run_dir", str(run.root), "--rule", "margin"]
+    assert main([*args, "--average_macs", "20000", "--json"]) == 0
+    figures = run.anytime_figures()
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(figures.plain()))
+    assert (figures.exits.rule, figures.exits.target) == ("margin", "average at most 20,000 MACs")
+    assert "average at most 20,000 MACs" in run.report.read_text()
+    assert main(args) == 0
+    assert re.search(r"^margin, to lose at most 0.2 points: accuracy 0\.\d+ of 0\.\d+", capsys.readouterr().out, re.M)
+    before = (run.root / "anytime.json").read_bytes()
+    status, message = failed(capsys, *args, "--average_macs", "1")
+    assert status == 2
+    assert "`average_macs` >= " in message
+    assert (run.root / "anytime.json").read_bytes() == before  # a mistake costs nothing
+
+
 def test_profile_lists_teacher_and_stages(run, capsys):
     assert main(["profile", "--run_dir", str(run.root), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -148,6 +174,11 @@ MISTAKES = [
     (["evaluate", "--run_dir", "none", "--budget.stage", "1"], "budget.stage", "Did you mean 'budget.stages'"),
     (["evaluate", "--run_dir", "none", "--budget.stages", "0"], "`stages`", "got 0"),
     (["evaluate", "--run_dir", "none", "--budget.confidence", "2"], "`confidence`", "(0, 1]"),
+    (["evaluate", "--run_dir", "none", "--budget.rule", "margin"], "`rule`", "without confidence"),
+    (["evaluate", "--run_dir", "none", "--budget.confidence", "sure"], "budget.confidence", "sure"),
+    (["calibrate", "--run_dir", "none"], "none", "bdistil fit"),
+    (["calibrate", "--run_dir", "none", "--rule", "luck"], "rule", "luck"),
+    (["calibrate", "--run_dir", "none", "--max_loss", "1", "--average_macs", "2"], "`average_macs`", "Give one"),
 ]
 
 

@@ -14,11 +14,13 @@ LAYERS = """
     api_cache api_endpoint api_teacher
     settings ledger teachers students blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
     timm_models onnx_graphs foreign_teachers preflight recipe_files curve_rows
+    schedules
     ensemble walk prediction stage_times inputs mekd mixing variance
+    exit_fitting calibration timing
     rounds scoring boosting
-    tracking report round_tracker round_state round_end
+    tracking report report_anytime round_tracker round_state round_end
     callbacks
-    compare export distiller evaluation cli
+    compare export distiller evaluation run_data anytime_fit commands cli
     __init__ __main__
 """.strip().splitlines()
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}

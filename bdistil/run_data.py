@@ -1,0 +1,42 @@
+"""The data that the configuration of a run names."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from bdistil.data.attach import only
+from bdistil.errors import UserError
+from bdistil.run_directory import RunDirectory
+
+
+def datamodule_of(run: RunDirectory) -> LightningDataModule:
+    """The data module that config.yaml of a run names. Such a file names classes that are imported: it is code.
+
+    Raises:
+        UserError: the run was not started by a recipe.
+    """
+    data = run.read_config().get("data") if run.config.exists() else None
+    if not data:
+        raise UserError(
+            f"{run.config} names no data, as it was not written by `bdistil fit`. "
+            "Load the ensemble with ProgressiveEnsemble.load(run_dir) and evaluate it on your own data."
+        )
+    parser = ArgumentParser()
+    parser.add_argument("--data", type=LightningDataModule)
+    module: LightningDataModule = parser.instantiate(parser.parse_object({"data": data})).data
+    return module
+
+
+def loader_of(run: RunDirectory, part: Literal["test", "val"]) -> Any:
+    """The loader of a part of the data of a run, in the order of its samples.
+
+    Raises:
+        UserError: the run was not started by a recipe.
+    """
+    datamodule = datamodule_of(run)
+    datamodule.prepare_data()
+    datamodule.setup("test" if part == "test" else "fit")
+    return only(datamodule.test_dataloader() if part == "test" else datamodule.val_dataloader())
