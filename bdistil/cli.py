@@ -249,6 +249,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", "The .* does not have many workers")
+    warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*, sync_dist=True")  # of sums of all ranks
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
 
 

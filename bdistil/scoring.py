@@ -184,11 +184,9 @@ class Part:
 
 
 def _summed(scores: PrefixScores) -> tuple[float, float]:
-    """Accuracy and loss over all processes."""
-    for name in ("right", "entropy", "samples"):
-        setattr(scores, name, distributed.all_sum(getattr(scores, name)))
-    accuracy, entropy = scores.compute()
-    return float(accuracy.mean()), float(entropy.mean())  # of one predictor; torchmetrics squeezes it
+    """Accuracy and loss of one predictor over all processes, of which some may have had no rows."""
+    right, entropy, samples = (distributed.all_sum(x) for x in (scores.right, scores.entropy, scores.samples))
+    return float(right.sum() / samples), float(entropy.sum() / samples)
 
 
 @torch.no_grad()

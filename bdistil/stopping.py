@@ -49,6 +49,9 @@ class StopSignals:
 
     def watch(self, trainer: pl.Trainer) -> None:
         """Replaces the handlers of a Trainer, which puts them back itself, and passes signals on to its processes."""
+        environment: Any = getattr(trainer.strategy, "cluster_environment", None)
+        if hasattr(environment, "auto_requeue"):  # of SLURM: who launched the run requeues it
+            environment.auto_requeue = False
         self._launcher = trainer.strategy.launcher
         self._install(dict.fromkeys(SIGNALS, self._answer))
 
@@ -85,6 +88,10 @@ class StopCallback(pl.Callback):
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lightning's own answer to SLURM is not even set up."""
+        self.signals.watch(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replaces Lightning's handlers."""

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from bdistil.run_directory import write_atomically
+from bdistil.run_logger import RunLogger
 
 CONNECT_SECONDS, INIT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 60.0
 
@@ -62,10 +63,8 @@ def make_logger(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> 
     if "disabled" in (tracking.mode, os.environ.get("WANDB_MODE")):
         return None
     try:
-        from lightning.pytorch.loggers import WandbLogger
-
         run = rank_zero_only(_start)(tracking, folder, config)
-        return WandbLogger(project=tracking.project, save_dir=folder, experiment=run)
+        return RunLogger(folder, project=tracking.project, experiment=run)
     except Exception as error:
         rank_zero_warn(f"W&B did not start, this run is not tracked there. {type(error).__name__}: {error}")
         return None
@@ -128,7 +127,8 @@ def _knock(server: str, seconds: float) -> None:
 
 def _runs(loggers: Sequence[Logger]) -> list[Any]:
     """The W&B runs behind loggers, on rank zero: what can `define_metric`."""
-    found = [getattr(logger, "experiment", None) for logger in loggers if getattr(rank_zero_only, "rank", 0) == 0]
+    working = [logger for logger in loggers if not getattr(logger, "lost", False)]
+    found = [getattr(logger, "experiment", None) for logger in working if getattr(rank_zero_only, "rank", 0) == 0]
     return [run for run in found if hasattr(run, "define_metric")]
 
 
@@ -144,7 +144,10 @@ class CurveTracker:
         try:
             yield
         except Exception as error:
-            if not self.warned:
+            gone = [logger for logger in self.loggers if isinstance(logger, RunLogger) and isinstance(error, OSError)]
+            for logger in gone:  # the process of W&B, which takes what is logged
+                logger.lose(error)
+            if not gone and not self.warned:
                 self.warned = True
                 rank_zero_warn(f"Tracking failed, the run goes on without. {type(error).__name__}: {error}")
 

@@ -128,6 +128,7 @@ class RoundController(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses what is not this round; seeds, as configure_optimizers may make the loader."""
         check_strategy(trainer.strategy)
+        self.signals.watch(trainer)
         if not isinstance(pl_module, BoostingRound) or pl_module.number != self.number:
             raise UserError(
                 "RoundController expected the module that `controller.rounds(datamodule)` gave for round "

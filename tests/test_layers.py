@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
     functional errors seeding distributed run_directory row_files weight_files exit_rules anytime
-    environment stopping strategies
+    environment stopping strategies run_logger
     api_cache api_endpoint api_teacher
     settings ledger teachers students blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
     timm_models onnx_graphs foreign_teachers preflight recipe_files curve_rows

@@ -4,7 +4,9 @@ import csv
 import json
 import os
 import re
+import signal
 import socket
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -139,7 +141,9 @@ def test_steps_of_fits_and_rounds_are_one_axis(runs):
     fits = [[row["trainer/global_step"] for row in run.history if "train/loss" in row] for run in runs]
     assert fits == [list(range(6)), list(range(6, 12))]
     rounds = [[row["trainer/global_step"] for row in run.history if "round" in row] for run in runs]
-    assert rounds == [[3, 6], [3, 6, 9, 12]]
+    assert rounds == [[3, 6], [6, 6, 9, 12]]
+    rows = [row["_step"] for run in runs for row in run.history]
+    assert rows == sorted(set(rows)), "both starts are one run of W&B, in which a row has a place of its own"
     assert not any("round/why" in row for run in runs for row in run.history)
 
 
@@ -299,6 +303,56 @@ def test_disabled_is_no_logger(fresh, tmp_path, mode, variable):
     assert not list(tmp_path.iterdir())
 
 
+def processes():
+    """Number, name and parent of all processes."""
+    lines = subprocess.run(["ps", "-eo", "pid=,comm=,ppid="], capture_output=True, text=True, check=True).stdout
+    return [line.split() for line in lines.splitlines() if len(line.split()) == 3]
+
+
+@pytest.fixture
+def killed(fresh, tmp_path):
+    """A logger whose process of W&B has been killed after its first row."""
+    logger = make_logger(Tracking(mode="offline"), tmp_path, {})
+    logger.log_metrics({"train/loss": 1.0}, 4)
+    services = [int(pid) for pid, name, parent in processes() if "wandb-core" in name and int(parent) == os.getpid()]
+    assert len(services) == 1
+    os.kill(services[0], signal.SIGKILL)
+    os.waitpid(services[0], 0)
+    return logger
+
+
+def test_a_killed_process_of_wandb_is_one_warning_and_the_fit_goes_on(killed, tmp_path):
+    with pytest.warns(UserWarning, match=r"W&B is gone \(.*after step 4, and some 15 seconds before") as caught:
+        a_fit([killed], 5)
+    track_everything(CurveTracker([killed]), a_round(tmp_path, 0), torn=False)
+    assert len([w for w in caught if "W&B" in str(w.message)]) == 1
+
+
+def test_a_kill_between_two_rounds_is_the_same_warning(killed, tmp_path):
+    after = Recorder()
+    tracker = CurveTracker([killed, after])
+    with pytest.warns(UserWarning, match="W&B is gone"):
+        tracker.define(killed)
+    track_everything(tracker, a_round(tmp_path, 0), torn=False)
+    assert after.rows == [(1, 3), (2, 3)]
+
+
+def test_a_start_after_a_kill_shows_no_step_twice_and_never_goes_back(fresh, tmp_path):
+    """What the start before has logged of the epoch that is trained again, stays as it is."""
+    for first in (0, 2):  # the second start goes on two steps before the end of the first
+        logger = make_logger(Tracking(mode="offline"), tmp_path, {})
+        tracker = CurveTracker([logger])
+        tracker.define(logger)
+        tracker.restore([a_record(0)] if first else [])
+        a_fit([logger], first)
+        a_fit([logger], first + STEPS)
+        tracker.finish(0)
+    first, second = finished_runs(tmp_path)
+    assert [row["trainer/global_step"] for row in first.history] == [0, 1, 2, 3, 4, 5]
+    assert [(row["trainer/global_step"], row.get("round")) for row in second.history] == [(5, 1), (6, None), (7, None)]
+    assert first.run["run_id"] == second.run["run_id"]
+
+
 def broken(*_, **__):
     raise RuntimeError("W&B is broken")
 
@@ -321,14 +375,14 @@ def test_only_rank_zero_makes_a_run(fresh, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def track_everything(tracker, folder):
+def track_everything(tracker, folder, *, torn=True):
     for logger in tracker.loggers:
         tracker.define(logger)
     tracker.restore([a_record(0)])
-    tracker.restore([{}])
+    tracker.restore([{}] if torn else [])
     tracker.round({"macs": 3}, 2, 3)
     tracker.curve(CURVE)
-    tracker.curve([])
+    tracker.curve([] if torn else CURVE)
     tracker.student(folder, 1, {})
     tracker.finish()
 

@@ -1,0 +1,103 @@
+"""W&B for a run that is started again and again: its step never goes back, and its failures end nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+# Rows of W&B that a start leaves free behind those of the start before, for what was logged on the run itself.
+ROOM = 1000
+
+
+class RunLogger(WandbLogger):
+    """Logs to a W&B run that all starts of a run directory share.
+
+    A start that goes on trains the epoch again that was under way. What the start before has shown of it is not shown
+    again, and what is shown once more of committed rounds stands where that start ended: an offline start is a folder
+    of its own, and all of them together are one run.
+
+    Args:
+        folder: the run directory; ``wandb_step.json`` in it keeps how far W&B is.
+        options: of `WandbLogger`.
+    """
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(save_dir=folder, **options)
+        self._file = folder / "wandb_step.json"
+        self.lost = False
+        self._fitted, self._reached, self._rows = -1, -1, 0  # last step of a fit, last step of all, rows
+        if self._file.exists():
+            self._fitted, self._reached, self._rows = json.loads(self._file.read_text())
+        self._before = self._fitted, self._reached
+        self._guarded(self._go_on)
+
+    @rank_zero_only
+    def _go_on(self) -> None:
+        if self._rows > 0:
+            self._rows += ROOM
+            self.experiment.log({}, step=self._rows)
+
+    def _guarded(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self.lost:
+            return
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            self.lose(error)
+
+    def lose(self, error: Exception) -> None:
+        """W&B is gone for the rest of this start: says so, once."""
+        if not self.lost:
+            self.lost = True
+            rank_zero_warn(
+                f"W&B is gone ({type(error).__name__}: {error}), the run goes on without it. What this start logs "
+                f"after step {max(self._reached, 0)}, and some 15 seconds before it, is not there. curve.csv and "
+                "report.html lack nothing, and the next start of this run shows the committed rounds again."
+            )
+            with suppress(Exception):  # or it fails when Python ends, with a traceback
+                self._end()
+
+    @rank_zero_only
+    def _end(self) -> None:
+        import wandb
+
+        wandb.teardown()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs a row, unless the start before has shown that step of a fit."""
+        fitted, reached = self._before
+        of_round = "round" in metrics
+        if step is not None and not of_round and step <= fitted:
+            return
+        if step is not None:
+            step = max(step, reached)
+        self._guarded(super().log_metrics, metrics, step)
+        self._guarded(self._note, step or 0, of_round)
+
+    @rank_zero_only
+    def _note(self, step: int, of_round: bool) -> None:
+        self._fitted = self._fitted if of_round else max(self._fitted, step)
+        self._reached, self._rows = max(self._reached, step), self._rows + 1
+        beside = self._file.with_name(".wandb_step.tmp")
+        beside.write_text(json.dumps([self._fitted, self._reached, self._rows]))
+        os.replace(beside, self._file)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """As `WandbLogger`."""
+        self._guarded(super().log_hyperparams, *args, **kwargs)
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """As `WandbLogger`."""
+        self._guarded(super().after_save_checkpoint, checkpoint_callback)
+
+    def finalize(self, status: str) -> None:
+        """As `WandbLogger`."""
+        self._guarded(super().finalize, status)
