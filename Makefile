@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.up-to-date
 
-.PHONY: help setup demo test test-slow bench lint format clean
+.PHONY: help setup demo test test-slow test-slurm bench lint format clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,10 @@ test: setup  ## fast tests
 	$(BIN)/pytest -n 2
 
 test-slow: setup  ## slow tests
-	$(BIN)/pytest -m slow --ignore=tests/bench
+	$(BIN)/pytest -m "slow and not slurm" --ignore=tests/bench
+
+test-slurm: setup  ## the shipped jobs on a SLURM that is started on this machine (root; Debian)
+	$(BIN)/pytest -m slurm tests/cluster
 
 bench: setup  ## timings
 	$(BIN)/python -m pytest -q -s tests/bench -m slow -p no:xdist
