@@ -35,6 +35,7 @@ from bdistil.ledger import RoundEvidence
 from bdistil.preflight import (
     check_augmentation,
     check_outputs,
+    check_rounds,
     check_widths,
     loaders_of,
     some_inputs,
@@ -120,6 +121,7 @@ class Boosting:
     def _check_models(self) -> None:
         with torch.random.fork_rng():
             student = build_student(self.make, 0, [], Rung(0))
+        check_rounds(student, self.settings.rounds)
         self.outputs, self._last = check_outputs(self.teacher, student, self.example), student
         self.takes_links = isinstance(student, Student)
         if not self.takes_links and not self._said:

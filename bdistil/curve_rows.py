@@ -14,7 +14,7 @@ from bdistil.api_teacher import ApiTeacher
 from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.ledger import RoundEvidence
 from bdistil.preflight import first_of, to_device
-from bdistil.students import linkable, linked_features, links_of
+from bdistil.students import linked_features, links_of
 
 Uncounted = Literal["error", "record"]
 
@@ -107,10 +107,21 @@ def round_training_macs(
     links = 0
     if teacher_macs:
         links = sum(_macs(s, earlier[:number], example) for number, s in enumerate(earlier))
-        links += sum(_macs(s.body, (), example) for s in linkable(earlier)[: links_of(student)])
+        links += _macs(_Links(student, earlier), (), example) if links_of(student) else 0
     return training_macs(
         student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen
     )
+
+
+class _Links(nn.Module):
+    """Makes all that a student reads of earlier ones, to be measured."""
+
+    def __init__(self, student: nn.Module, earlier: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.student, self.earlier = student, nn.ModuleList(earlier)
+
+    def forward(self, x: Any) -> list[Tensor]:
+        return linked_features(self.student, list(self.earlier), x)
 
 
 def _macs(module: nn.Module, earlier: Sequence[nn.Module], example: Any) -> int:

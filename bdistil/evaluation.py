@@ -9,6 +9,7 @@ import torch
 
 from bdistil.budgets import Budget
 from bdistil.cost import latency_ms, measure_cost
+from bdistil.early import early_figures
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.run_data import loader_of
@@ -18,6 +19,8 @@ from bdistil.students import linked_features, links_of
 
 def evaluate_run(run: RunDirectory, budget: Budget, part: Literal["test", "val"] = "test") -> dict[str, Any]:
     """Accuracy, average cost and the share of samples decided at each stage, within a budget.
+
+    Students that read segments of a sequence also get the figures of early classification (`bdistil.early`).
 
     Args:
         run: a run of a recipe.
@@ -42,6 +45,7 @@ def evaluate_run(run: RunDirectory, budget: Budget, part: Literal["test", "val"]
         "all_stages_macs": ensemble.macs[-1],
         "decided_share": [round(float(d) / samples, 4) for d in decided[1:]],
         "seconds": round(time.perf_counter() - started, 3),
+        **early_figures(ensemble, loader, budget.confidence),
     }
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from bdistil.data.attach import only
 from bdistil.data.indexing import is_random
 from bdistil.errors import UserError
-from bdistil.students import Rung
+from bdistil.students import Rung, Student
 from bdistil.teachers import AdaptedTeacher, expectation_of
 
 
@@ -93,6 +93,20 @@ def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None
         raise UserError(
             f"The ladder asks for students of width x{wider[0]:g}, but `student` takes no `width`. "
             "Write make_student(round, width=1.0), or leave such rungs out."
+        )
+
+
+def check_rounds(student: nn.Module, rounds: int) -> None:
+    """Students that read segments of a sequence are as many as there are segments, at most.
+
+    Raises:
+        UserError: more rounds than that.
+    """
+    most = student.most_rounds if isinstance(student, Student) else None
+    if most is not None and rounds > most:
+        raise UserError(
+            f"Expected `rounds` of the boosting settings to be at most {most}, as many as {type(student).__name__} has "
+            f"segments to read, got {rounds}. Give it more `segments`, or fewer rounds."
         )
 
 

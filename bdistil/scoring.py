@@ -20,7 +20,7 @@ from bdistil.metrics import PrefixScores
 from bdistil.row_files import FeatureCache
 from bdistil.seeding import seed_of
 from bdistil.settings import BoostingSettings
-from bdistil.students import Student, linked_features, linked_numbers, links_of, run_student
+from bdistil.students import Student, features_of, linked_features, linked_numbers, links_of, run_student
 
 
 class Part:
@@ -106,8 +106,10 @@ class Part:
             widths[number] = student.width
             if not self.features.has(number, student.width):
                 self.features.begin(student.width)
+                for earlier in students[: number + 1]:
+                    earlier.to(device)
                 for x, _, index in self._rows(number):
-                    self.features.write(int(index[0]), student.to(device).features(move_data_to_device(x, device)))
+                    self.features.write(int(index[0]), features_of(students, number, move_data_to_device(x, device)))
                 self.features.keep(number)
         self.features.use(widths)
 
@@ -162,10 +164,10 @@ class Part:
         for x, y, index in self._rows(len(earlier)):
             moved = move_data_to_device(x, device)
             if write and isinstance(student, Student):
-                own = student.features(moved)
-                self.features.write(int(index[0]), own)
                 cached = self.reach > 0
                 linked = self.linked(reads, index, device) if cached else linked_features(student, earlier, moved)
+                own = student.features(moved, linked)
+                self.features.write(int(index[0]), own)
                 logits = student.answer(own, linked)
             else:
                 logits = run_student(student, earlier, moved)

@@ -91,9 +91,16 @@ class Student(nn.Module):
         features: D; read off a linear head where it is not given.
         outputs: L; read off a linear head where it is not given.
 
+    Attributes:
+        handed: how many of the linked features its body itself starts from, see `bdistil.sequences`.
+        most_rounds: how many such students a run can have; None: any number.
+
     Raises:
         UserError: D or L can not be read off the head and was not given.
     """
+
+    handed = 0
+    most_rounds: int | None = None
 
     def __init__(
         self, body: nn.Module, head: nn.Module, *, features: int | None = None, outputs: int | None = None
@@ -128,9 +135,11 @@ class Student(nn.Module):
             self.links = len(linked)
         return self
 
-    def features(self, x: Any) -> Tensor:
-        """Features (B, D) of the body, before links join: what later students read."""
-        features: Tensor = self.body(x)
+    def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
+        """Features (B, D) of the body, before links join: what later students read; `handed` of `linked` go into it."""
+        return self._checked(self.body(x))
+
+    def _checked(self, features: Tensor) -> Tensor:
         if features.ndim != 2 or features.shape[1] != self.width:
             raise UserError(
                 f"Expected the student's body to give features (B, {self.width}), got {tuple(features.shape)}. "
@@ -150,7 +159,7 @@ class Student(nn.Module):
 
     def forward(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
         """Logits (B, L); `linked` holds features (B, D) of the linked students, the most recent first."""
-        return self.answer(self.features(x), linked)
+        return self.answer(self.features(x, linked), linked)
 
 
 def links_of(student: nn.Module) -> int:
@@ -171,7 +180,16 @@ def linked_numbers(earlier: Sequence[nn.Module], links: int) -> list[int]:
 @torch.no_grad()
 def linked_features(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> list[Tensor]:
     """Detached features that a student reads of the earlier ones, the most recent first; each costs one body."""
-    return [s.features(x) for s in linkable(earlier)[: links_of(student)]]
+    return [features_of(earlier, number, x) for number in linked_numbers(earlier, links_of(student))]
+
+
+@torch.no_grad()
+def features_of(students: Sequence[nn.Module], number: int, x: Any) -> Tensor:
+    """Detached features (B, D) of one of some students; where its body starts from others', those are made first."""
+    student = students[number]
+    assert isinstance(student, Student)
+    earlier = students[:number]
+    return student.features(x, [features_of(earlier, n, x) for n in linked_numbers(earlier, student.handed)])
 
 
 def run_student(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> Tensor:

@@ -77,8 +77,9 @@ class Walk:
         """Runs the next student. The features of its body are kept for those that link to it."""
         number, student = self.number, self.students[self.number]
         if isinstance(student, Student):
-            own = self.bodies[number] if number < len(self.bodies) else student.features(self.x)
-            logits = student.answer(own, self.features[::-1][: student.links])
+            linked = self.features[::-1][: student.links]
+            own = self.bodies[number] if number < len(self.bodies) else student.features(self.x, linked)
+            logits = student.answer(own, linked)
             self.features.append(own)
         else:
             logits = student(self.x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
+from bdistil.sequences import SegmentStudent
 from bdistil.students import Student
 
 Cell = Literal["gru", "lstm", "rnn"]
@@ -138,6 +139,14 @@ class SequenceConvStudent(Student):
         super().__init__(body, nn.Linear(scaled[-1] * pooled, outputs))
 
 
+def _check_recurrent(cell: str, in_channels: int, hidden: int, layers: int) -> None:
+    if cell not in get_args(Cell) or min(in_channels, hidden, layers) < 1:
+        raise UserError(
+            f"Expected `cell` to be one of {', '.join(get_args(Cell))}, and `in_channels`, `hidden` and `layers` "
+            f">= 1, got {cell!r}, {in_channels}, {hidden} and {layers}."
+        )
+
+
 class RecurrentBody(nn.Module):
     """A recurrent net up to the output of its top layer after the last step.
 
@@ -153,11 +162,7 @@ class RecurrentBody(nn.Module):
         self, in_channels: int, hidden: int, cell: Cell = "gru", layers: int = 1, bidirectional: bool = False
     ) -> None:
         super().__init__()
-        if cell not in get_args(Cell) or min(in_channels, hidden, layers) < 1:
-            raise UserError(
-                f"Expected `cell` to be one of {', '.join(get_args(Cell))}, and `in_channels`, `hidden` and `layers` "
-                f">= 1, got {cell!r}, {in_channels}, {hidden} and {layers}."
-            )
+        _check_recurrent(cell, in_channels, hidden, layers)
         self.net = _CELLS[cell](in_channels, hidden, layers, batch_first=True, bidirectional=bidirectional)
         self.directions = 2 if bidirectional else 1
         self.features = self.directions * hidden
@@ -220,3 +225,52 @@ class RecurrentStudent(Student):
     def __init__(self, in_channels: int, outputs: int, hidden: int = 4, cell: Cell = "gru", width: float = 1.0) -> None:
         body = RecurrentBody(in_channels, max(1, round(hidden * width)), cell)
         super().__init__(body, nn.Linear(body.features, outputs))
+
+
+class StateBody(nn.Module):
+    """One recurrent layer from a state to the state after some steps: H numbers, of an LSTM 2 H.
+
+    Args:
+        in_channels: C of the sequence.
+        hidden: H.
+        cell: kind of net.
+    """
+
+    def __init__(self, in_channels: int, hidden: int, cell: Cell = "gru") -> None:
+        super().__init__()
+        _check_recurrent(cell, in_channels, hidden, 1)
+        self.net = _CELLS[cell](in_channels, hidden, batch_first=True)
+        self.features = hidden * (2 if cell == "lstm" else 1)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        """State (B, D) after the steps of x (B, m, C)."""
+        if isinstance(self.net, nn.LSTM):
+            start = None if state is None else tuple(half.contiguous()[None] for half in state.chunk(2, 1))
+            return torch.cat(self.net(x, start)[1], -1)[0]
+        final: Tensor = self.net(x, None if state is None else state[None])[1]
+        return final[0]
+
+
+class RecurrentSegmentStudent(SegmentStudent):
+    """A tiny recurrent student for early answers: reads one segment of the sequence, from the state handed over.
+
+    Args:
+        in_channels: C of the sequence.
+        outputs: L.
+        segments: into how many the sequence is cut; a run has as many rounds at most.
+        hidden: H.
+        cell: kind of net.
+        width: factor on `hidden`, for wider rungs of the ladder.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: int,
+        segments: int,
+        hidden: int = 8,
+        cell: Cell = "gru",
+        width: float = 1.0,
+    ) -> None:
+        body = StateBody(in_channels, max(1, round(hidden * width)), cell)
+        super().__init__(body, nn.Linear(body.features, outputs), segments)

@@ -12,7 +12,7 @@ LAYERS = """
     functional errors seeding distributed run_directory row_files weight_files exit_rules anytime
     environment stopping strategies run_logger
     api_cache api_endpoint api_teacher
-    settings ledger teachers students blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
+    settings ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
     timm_models onnx_graphs foreign_teachers preflight recipe_files curve_rows
     schedules
     ensemble walk prediction stage_times inputs mekd mixing variance
@@ -20,7 +20,7 @@ LAYERS = """
     rounds scoring boosting
     tracking report report_anytime round_tracker round_state round_end
     callbacks
-    compare export distiller evaluation run_data anytime_fit commands cli
+    compare export distiller early evaluation run_data anytime_fit commands cli
     __init__ __main__
 """.strip().splitlines()
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}

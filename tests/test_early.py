@@ -1,0 +1,81 @@
+"""The figures of early classification, by hand and against loops, and in `bdistil evaluate`."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from bdistil import ProgressiveEnsemble, Rung
+from bdistil.early import early_figures, early_row, first_sure, share_decided_by, steps_saved
+from bdistil.ensemble import build_student
+from bdistil.zoo import ConvStudent
+from bdistil.zoo_sequences import RecurrentSegmentStudent
+
+SURE = torch.tensor([[0.95, 0.2, 0.3, 0.1], [0.5, 0.9, 0.2, 0.1], [0.99, 0.1, 0.9, 0.1], [0.9, 0.9, 0.9, 0.89]])
+RIGHT = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
+ENDS, M = [3, 6, 8, 12], 12
+
+
+def test_the_first_sure_stage():
+    stages, decided = first_sure(SURE, 0.9)
+    assert stages.tolist() == [0, 1, 2, 3]
+    assert decided.tolist() == [True, True, True, False]
+
+
+def test_figures_by_hand():
+    """Read 3, 6, 8 and 12 of 12 steps; the last sample is never decided and is answered at its last step."""
+    row = early_row(SURE, RIGHT, ENDS, M, 0.9)
+    assert row == {"decided_by_55": 0.5, "decided_by_75": 0.75, "accuracy": 0.75, "steps_saved": round(1 - 29 / 48, 4)}
+
+
+def test_a_part_that_ends_on_a_step_takes_it_in():
+    read, decided = torch.tensor([55, 56, 75, 100]), torch.tensor([True, True, False, True])
+    assert share_decided_by(read, decided, 100, 0.55) == 0.25
+    assert share_decided_by(read, decided, 100, 0.75) == 0.5
+    assert share_decided_by(read, decided, 100, 1.0) == 0.75
+
+
+def test_steps_saved_are_those_of_the_formula():
+    last = torch.randint(0, 99, (50,))
+    assert steps_saved(last + 1, 99) == pytest.approx(1 - sum(int(step) + 1 for step in last) / (50 * 99))
+    assert steps_saved(torch.tensor([99, 99]), 99) == 0.0
+
+
+@pytest.fixture(scope="module")
+def ensemble():
+    students = []
+    for number in range(4):
+        students.append(build_student(lambda _: RecurrentSegmentStudent(3, 5, 4, 6), number, students, Rung(1)))
+        torch.nn.init.normal_(students[-1].head.weight, std=4.0)
+    return ProgressiveEnsemble(students)
+
+
+def test_figures_of_an_ensemble_against_a_loop_over_samples(ensemble):
+    x, y = torch.randn(40, 12, 3), torch.randint(0, 5, (40,))
+    found = early_figures(ensemble, DataLoader(TensorDataset(x, y), 7), 0.6)
+    assert list(found) == [f"early@{p:g}" for p in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)]
+    for p in (0.7, 0.8, 0.9):
+        by_55, by_75, right, read = 0, 0, 0, 0
+        for sample, label in zip(x, y, strict=True):
+            for stage in ensemble.stages(sample[None]):
+                sure = float(stage.logits.softmax(-1).max()) >= p
+                if sure or stage.index == 4:
+                    break
+            steps = 3 * stage.index
+            by_55, by_75 = by_55 + (sure and steps <= 6.6), by_75 + (sure and steps <= 9)
+            right, read = right + int(stage.logits.argmax() == label), read + steps
+        expected = {"decided_by_55": by_55 / 40, "decided_by_75": by_75 / 40, "accuracy": right / 40}
+        assert found[f"early@{p:g}"] == pytest.approx({**expected, "steps_saved": 1 - read / 480}, abs=1e-4)
+        assert 0 < by_55 < by_75 < 40
+
+
+def test_other_ensembles_have_no_such_figures():
+    loader = DataLoader(TensorDataset(torch.randn(4, 1, 9, 9), torch.zeros(4).long()))
+    assert early_figures(ProgressiveEnsemble([ConvStudent()]), loader) == {}
+
+
+def test_no_fitted_threshold_is_taken_for_a_number(ensemble):
+    loader = DataLoader(TensorDataset(torch.randn(4, 12, 3), torch.zeros(4).long()))
+    assert len(early_figures(ensemble, loader, "fitted")) == 6
+    json.dumps(early_figures(ensemble, loader))
