@@ -22,8 +22,8 @@ from bdistil.errors import UserError
 
 Plan = dict[str, Any]
 
-# Made anew by every nn.Module, or by recurrent nets from their parameters.
-_MACHINERY = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
+# Made anew by every nn.Module, by recurrent nets from their parameters, by torch.compile.
+_MACHINERY = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -71,7 +71,8 @@ def _join(name: str, key: str) -> str:
 def _tensor(value: Tensor | None, name: str, seen: dict[int, str], tensors: dict[str, Tensor]) -> Any:
     if value is None:
         return None
-    tensors[name] = value.detach().clone()  # a copy: safetensors refuses two names of one memory
+    # A copy in plain order: safetensors refuses two names of one memory, and channels_last.
+    tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
     first = seen.setdefault(id(value), name)
     return {"tensor": name, "grad": value.requires_grad} if first == name else {"same": first}
 

@@ -141,9 +141,11 @@ class BoostCLI(LightningCLI):
     ) -> None:
         run = controller.run
         controller.boosting.check(datamodule)
+        model.speed_up(model.teacher.network)
         self._teach(model, datamodule, controller, seed)
         loggers = self._loggers(run, config) if run.committed() < model.boosting.rounds and not run.stopped else []
         for module in controller.rounds(datamodule):
+            model.speed_up(module.student)
             folder = str(run.work(module.number))
             trainer = self.round_trainer(callbacks=[controller], logger=loggers, default_root_dir=folder)
             trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)

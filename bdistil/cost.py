@@ -145,6 +145,18 @@ def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextmanager
+def as_written(*modules: nn.Module) -> Iterator[None]:
+    """While open, what ``module.compile()`` made is out of use: it cannot be traced, and is not worth a single pass."""
+    inside = [m for module in modules for m in module.modules()]
+    compiled = [(m, made) for m in inside if (made := vars(m).pop("_compiled_call_impl", None)) is not None]
+    try:
+        yield
+    finally:
+        for m, made in compiled:
+            vars(m)["_compiled_call_impl"] = made
+
+
+@contextmanager
 def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.device]]:
     """Eval mode inside; afterwards attributes, modes, hooks, buffers and random states are as before. Yields GPUs."""
     if not isinstance(inputs, tuple):
@@ -154,7 +166,7 @@ def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.
     devices = {t.device for t in _tensors(module, inputs)} - {torch.device("cpu"), torch.device("meta")}
     mps = torch.mps.get_rng_state() if any(d.type == "mps" for d in devices) else None
     try:
-        with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]):
+        with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]), as_written(module):
             for m in module.modules():
                 m.training = False  # not eval(): where a module overrides it, its effects would stay
             yield devices

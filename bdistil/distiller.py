@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 
 from bdistil.errors import UserError
 from bdistil.settings import BoostingSettings
@@ -25,7 +26,10 @@ class TeacherSpec:
         checkpoint: a safetensors file, or one of `torch.save`, with its weights. Without it the recipe trains it.
         epochs: of that training, on the training part.
         lr: largest learning rate of that training, on a cosine over the epochs.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: `adamw`, or `sgd` with Nesterov's momentum of 0.9.
+        warmup: of the epochs, how many the learning rate climbs to `lr` in.
+        label_smoothing: share of the target that all classes have alike.
     """
 
     network: nn.Module
@@ -33,8 +37,16 @@ class TeacherSpec:
     epochs: int = 15
     lr: float = 3e-3
     weight_decay: float = 1e-2
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    warmup: int = 0
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.epochs or not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                "Expected `warmup` in 0 … epochs - 1 and `label_smoothing` in [0, 1) of model.teacher, "
+                f"got {self.warmup} of {self.epochs} and {self.label_smoothing}."
+            )
         if self.epochs < 1 or self.lr <= 0 or self.weight_decay < 0:
             raise UserError(
                 "Expected `epochs` >= 1, `lr` > 0 and `weight_decay` >= 0 of model.teacher, "
@@ -54,6 +66,11 @@ class Distiller(pl.LightningModule):
         teacher: the network, and how to come by its weights.
         student: makes one student; a class path with its arguments.
         boosting: settings of the run.
+        channels_last: convolutions work on images in the order that most hardware is faster with.
+        compile: backend of `torch.compile` for the teacher and each round's student, `inductor` on most machines.
+
+    Raises:
+        UserError: there is no such backend.
     """
 
     def __init__(
@@ -61,18 +78,32 @@ class Distiller(pl.LightningModule):
         teacher: TeacherSpec,
         student: Callable[[], nn.Module],
         boosting: BoostingSettings = BoostingSettings(),  # noqa: B008 (frozen)
+        channels_last: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
+        if compile is not None and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise UserError(f"Expected `model.compile` to be one of {', '.join(known)}, got {compile!r}.")
         self.teacher, self.make, self.boosting = teacher, student, boosting
+        self.layout = torch.channels_last if channels_last else torch.preserve_format
+        self.backend = compile
+        teacher.network.to(memory_format=self.layout)
 
     def make_student(self, number: int, width: float = 1.0) -> nn.Module:
         """The student of a round, from 0; `width` is given to the class only where a rung asks for it."""
         make: Callable[..., nn.Module] = self.make
-        return make() if width == 1 else make(width=width)
+        student = make() if width == 1 else make(width=width)
+        return student.to(memory_format=self.layout)
+
+    def speed_up(self, module: nn.Module) -> None:
+        """Compiles a module in place, at its first call, where the recipe asks for it: no name of a weight changes."""
+        if self.backend is not None:
+            torch.compiler.reset()  # compiled forms are counted by class, and few are allowed: each round begins anew
+            module.compile(backend=self.backend)
 
 
 class TeacherTraining(pl.LightningModule):
-    """Trains a teacher on the labels: cross entropy, AdamW, cosine.
+    """Trains a teacher on the labels: cross entropy, a warm-up, a cosine.
 
     Args:
         spec: network and schedule.
@@ -86,7 +117,7 @@ class TeacherTraining(pl.LightningModule):
     def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
         """Cross entropy of a batch (x, y, index)."""
         x, y, _ = batch
-        return F.cross_entropy(self.network(x), y)
+        return F.cross_entropy(self.network(x), y, label_smoothing=self.spec.label_smoothing)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums."""
@@ -103,9 +134,14 @@ class TeacherTraining(pl.LightningModule):
         self.log("teacher accuracy", right / samples, prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on a cosine over the epochs."""
-        fused = str(self.trainer.precision) != "16-mixed"
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), self.spec.lr, weight_decay=self.spec.weight_decay, fused=fused
-        )
-        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.spec.epochs)]
+        """The optimizer, fused where the precision allows it; its rate climbs for some epochs, then takes a cosine."""
+        spec = self.spec
+        options: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if spec.optimizer == "sgd" else {}
+        kind = torch.optim.SGD if spec.optimizer == "sgd" else torch.optim.AdamW
+        options |= {"weight_decay": spec.weight_decay, "fused": str(self.trainer.precision) != "16-mixed"}
+        optimizer = kind(self.network.parameters(), spec.lr, **options)
+        cosine = lr_scheduler.CosineAnnealingLR(optimizer, spec.epochs - spec.warmup)
+        if not spec.warmup:
+            return [optimizer], [cosine]
+        climb = lr_scheduler.LinearLR(optimizer, 1 / (spec.warmup + 1), total_iters=spec.warmup)
+        return [optimizer], [lr_scheduler.SequentialLR(optimizer, [climb, cosine], [spec.warmup])]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from bdistil.cost import as_written
 from bdistil.data.attach import only
 from bdistil.data.indexing import is_random
 from bdistil.errors import UserError
@@ -125,7 +126,8 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any) -> int:
     Raises:
         UserError: another shape, or two different L.
     """
-    goal, answer = teacher(to_device(example, device_of(teacher))), student.eval()(example)
+    with as_written(teacher, student):
+        goal, answer = teacher(to_device(example, device_of(teacher))), student.eval()(example)
     for name, logits in (("teacher", goal), ("student", answer)):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -139,6 +141,22 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any) -> int:
         )
     warn_of_probabilities(goal)
     return int(goal.shape[1])
+
+
+def check_precision(precision: str) -> None:
+    """Weights stay float32: a student is judged, committed and linked to outside the Trainer's precision.
+
+    Args:
+        precision: of a Trainer.
+
+    Raises:
+        UserError: a Trainer that turns the weights into another type.
+    """
+    if precision not in ("32-true", "16-mixed", "bf16-mixed"):
+        raise UserError(
+            f"Expected `precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got {precision!r}. "
+            "With the mixed ones the network's products are in half precision; weights, loss and ledger are float32."
+        )
 
 
 def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:

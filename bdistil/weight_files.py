@@ -65,5 +65,7 @@ def load_weights(network: nn.Module, path: Path, argument: str, *, new: Collecti
 def save_weights(network: nn.Module, path: Path) -> None:
     """Writes weights as safetensors; the file is there whole or not at all."""
     beside = path.with_name(f".{path.name}.tmp")
-    save_file({name: value.detach().cpu().clone() for name, value in network.state_dict().items()}, beside)
+    state = network.state_dict()
+    plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    save_file(plain, beside)
     os.replace(beside, path)

@@ -17,6 +17,7 @@ from bdistil.boosting import Boosting
 from bdistil.data.indexing import distinct_samples
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.preflight import check_precision
 from bdistil.report import write_report
 from bdistil.round_end import close_round
 from bdistil.round_state import RoundState, Saver
@@ -128,6 +129,7 @@ class RoundController(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses what is not this round; seeds, as configure_optimizers may make the loader."""
         check_strategy(trainer.strategy)
+        check_precision(str(trainer.precision))
         self.signals.watch(trainer)
         if not isinstance(pl_module, BoostingRound) or pl_module.number != self.number:
             raise UserError(
