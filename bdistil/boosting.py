@@ -32,6 +32,7 @@ from bdistil.environment import describe_start
 from bdistil.errors import RunError, UserError
 from bdistil.functional import accepts_margin, accepts_progress
 from bdistil.ledger import RoundEvidence
+from bdistil.node_disks import claim
 from bdistil.preflight import (
     check_augmentation,
     check_outputs,
@@ -138,7 +139,7 @@ class Boosting:
         """
         self.fingerprint = self.teacher.fingerprint
         for part in (self.train, self.val):
-            if part.ledger.exists:
+            if part.ledger.exists and self.run.scratch is None:
                 part.ledger.open(part.samples, self.fingerprint)
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
@@ -202,10 +203,13 @@ class Boosting:
         Raises:
             RunError: NaN or infinity among the teacher's logits.
         """
-        if not (self.train.ledger.exists and self.val.ledger.exists and self.run.teacher_figures()):
+        parts = self.train, self.val
+        if self.run.scratch is not None:
+            claim(self.run, parts)
+        if not distributed.agreed(all(part.ledger.exists for part in parts) and self.run.teacher_figures() is not None):
             self._ask_teacher(module.device)
         reach = 0 if self.recompute else max(rung.links for rung in self.settings.ladder)
-        for part in (self.train, self.val):
+        for part in parts:
             part.catch_up(self.students, module.device, self.fingerprint, reach)
         module.prepare()
         inputs = student_inputs(module.student, self.students, self.example, module.device)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -14,9 +19,57 @@ def _active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+@dataclass(frozen=True)
+class Sharers:
+    """The processes that see the same disk.
+
+    Attributes:
+        rank: number of this process among them.
+        size: how many they are.
+        first: is process 0 of all one of them?
+    """
+
+    rank: int
+    size: int
+    first: bool
+
+
+_sharers: Sharers | None = None
+
+
+@contextmanager
+def within(sharers: Sharers | None) -> Iterator[None]:
+    """Work of which every disk gets a copy: `rank` and `my_blocks` are those among its sharers, sums count it once."""
+    global _sharers
+    before, _sharers = _sharers, sharers
+    try:
+        yield
+    finally:
+        _sharers = before
+
+
+def sharers_of(folder: Path) -> Sharers | None:
+    """Finds the processes that see the same folder, whatever launched them; None where there is one process only."""
+    if not _active():
+        return None
+    place = folder / f".processes.{from_first(uuid4().hex)}"
+    place.mkdir(parents=True, exist_ok=True)
+    mine = place / str(dist.get_rank())
+    mine.touch()
+    barrier()
+    found = sorted(int(file.name) for file in place.iterdir())
+    barrier()
+    mine.unlink()
+    with suppress(OSError):  # the last one empties it
+        place.rmdir()
+    return Sharers(found.index(dist.get_rank()), len(found), found[0] == 0)
+
+
 def rank() -> int:
     """Number of this process, 0 without a process group."""
-    return dist.get_rank() if _active() else 0
+    if not _active():
+        return 0
+    return dist.get_rank() if _sharers is None else _sharers.rank
 
 
 def early_rank() -> int:
@@ -26,7 +79,9 @@ def early_rank() -> int:
 
 def world_size() -> int:
     """How many processes take part, 1 without a process group."""
-    return dist.get_world_size() if _active() else 1
+    if not _active():
+        return 1
+    return dist.get_world_size() if _sharers is None else _sharers.size
 
 
 def barrier() -> None:
@@ -42,7 +97,15 @@ def _collective_device() -> torch.device:
 
 def all_sum(values: Tensor) -> Tensor:
     """Sum over all processes, on the device of `values`."""
-    return _reduced(values, dist.ReduceOp.SUM) if _active() else values
+    if not _active():
+        return values
+    counted = values if _sharers is None or _sharers.first else torch.zeros_like(values)
+    return _reduced(counted, dist.ReduceOp.SUM)
+
+
+def all_mean(values: Tensor) -> Tensor:
+    """Mean over all processes, on the device of `values`."""
+    return all_sum(values) / world_size()
 
 
 def all_max(values: Tensor) -> Tensor:
@@ -54,6 +117,20 @@ def _reduced(values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
     moved = values.to(_collective_device(), copy=True)
     dist.all_reduce(moved, how)
     return moved.to(values.device)
+
+
+def agreed(flag: bool) -> bool:
+    """Does it hold on all processes?"""
+    return not bool(all_max(torch.tensor(float(not flag))))
+
+
+def from_first(value: Any) -> Any:
+    """What process 0 has, on all processes: any plain value."""
+    if not _active():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, device=_collective_device())
+    return values[0]
 
 
 def share(tensors: Iterable[Tensor]) -> None:

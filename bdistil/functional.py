@@ -6,6 +6,7 @@ All functions are differentiable and keep the dtype and device of what they are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,24 +123,24 @@ class _RoundLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, deviation: Tensor, error: Tensor, log_z: Tensor, eta: float, share: float, gamma: float
+        ctx: Any, deviation: Tensor, error: Tensor, log_z: Tensor, eta: float, share: float, gamma: float, across: Any
     ) -> Tensor:
         if deviation.device.type == "cpu" and deviation.numel() <= SMALL:
             with np.errstate(all="ignore"):
                 arrays = deviation.numpy(), error.numpy(), log_z.numpy(), SIGNS
-                value, slope = _closed_form(np, np.maximum, *arrays, eta, share, gamma)
+                value, slope = _closed_form(np, np.maximum, *arrays, eta, share, gamma, across)
             found, gradient = deviation.new_tensor(value), torch.from_numpy(slope)
         else:
             signs = torch.arange(-1.0, 2.0, 2.0, device=deviation.device, dtype=deviation.dtype).view(2, 1, 1)
             tensors = deviation, error, log_z, signs
-            found, gradient = _closed_form(torch, torch.clamp_min, *tensors, eta, share, gamma)
+            found, gradient = _closed_form(torch, torch.clamp_min, *tensors, eta, share, gamma, across)
         ctx.save_for_backward(gradient)
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient * ctx.saved_tensors[0], None, None, None, None, None
+        return gradient * ctx.saved_tensors[0], None, None, None, None, None, None
 
 
 # Numbers of a batch up to which NumPy, over the same memory, is several times faster than torch's dispatch.
@@ -149,7 +150,7 @@ SIGNS = np.array([-1, 1], np.float32).reshape(2, 1, 1)
 
 
 def _closed_form(
-    xp: Any, at_least: Any, d: Any, s: Any, log_z: Any, signs: Any, eta: float, share: float, gamma: float
+    xp: Any, at_least: Any, d: Any, s: Any, log_z: Any, signs: Any, eta: float, share: float, gamma: float, across: Any
 ) -> tuple[Any, Any]:
     """Value () and gradient (B, L) of `round_loss`, for arrays of torch or of NumPy (`xp`) alike.
 
@@ -160,7 +161,11 @@ def _closed_form(
     weights -= log_z
     xp.exp(weights, out=weights)
     towards = -share * signs[:, 0]
-    argument = 1.0 + towards * xp.einsum("kij,ij->kj", weights, d)
+    pull = xp.einsum("kij,ij->kj", weights, d)
+    if across is not None:
+        pull = across(torch.as_tensor(pull))
+        pull = pull.numpy() if xp is np else pull
+    argument = 1.0 + towards * pull
     safe = at_least(argument, BARRIER_FLOOR)
     count, weight = d.shape[0] * d.shape[1], 1.0 / (gamma * d.shape[1])
     barrier = xp.log(safe).sum() + (argument - safe).sum() / BARRIER_FLOOR
@@ -170,9 +175,20 @@ def _closed_form(
 
 
 def round_loss(
-    deviation: Tensor, error: Tensor, log_z: Tensor, *, eta: float, population: int, bound: float, gamma: float
+    deviation: Tensor,
+    error: Tensor,
+    log_z: Tensor,
+    *,
+    eta: float,
+    population: int,
+    bound: float,
+    gamma: float,
+    across: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`log_barrier_loss` of `game_rows`, as training calls it: in one step, differentiable by the deviation alone.
+
+    The barrier is a logarithm of a sum over the batch. Where several processes share a batch, each has to see the sum
+    over all of it, or it would train for another game with another number of processes.
 
     Args:
         deviation: d = f - g on the batch, shape (B, L).
@@ -182,12 +198,13 @@ def round_loss(
         population: N.
         bound: b = 2 max|g|.
         gamma: weight of the squared error against the barrier.
+        across: mean over the processes that share a batch, each with as many of its rows; None for one process.
 
     Returns:
-        The loss, shape ().
+        The loss, shape (). With `across`, the mean over the processes of its gradient is that of the whole batch.
     """
     share = population / (len(deviation) * 2.0 * bound)
-    loss: Tensor = _RoundLoss.apply(deviation, error, log_z, eta, share, gamma)
+    loss: Tensor = _RoundLoss.apply(deviation, error, log_z, eta, share, gamma, across)
     return loss
 
 

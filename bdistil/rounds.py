@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdistil import distributed
 from bdistil.errors import RunError, UserError
 from bdistil.functional import centre, round_loss
 from bdistil.scoring import Part
@@ -115,6 +116,7 @@ class BoostingRound(pl.LightningModule):
         bound, eta = self.ledger.bound, self.settings.eta
         self.game: dict[str, Any] = {
             "eta": eta, "population": self.ledger.samples, "bound": bound, "gamma": self.settings.gamma_for(bound),
+            "across": distributed.all_mean if distributed.world_size() > 1 else None,
         }  # fmt: skip
         self._reads = linked_numbers(self.earlier, links_of(self.student))
         self._recent = [torch.zeros((), device=self.device)] * WATCH_EVERY

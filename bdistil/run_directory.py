@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from safetensors import SafetensorError
@@ -110,9 +111,18 @@ class RunDirectory:
         return self.root / "teacher.safetensors"
 
     @property
+    def scratch(self) -> Path | None:
+        """A disk of the node, where BDISTIL_SCRATCH names one: its ledgers are there."""
+        named = os.environ.get("BDISTIL_SCRATCH")
+        return Path(named) if named else None
+
+    @property
     def ledger(self) -> Path:
         """Folder of the ledger's files."""
-        return self.root / "ledger"
+        if self.scratch is None:
+            return self.root / "ledger"
+        place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:8]
+        return self.scratch / f"bdistil-{self.root.name}-{place}" / "ledger"
 
     @property
     def curve(self) -> Path:
@@ -195,6 +205,13 @@ class RunDirectory:
                 f"`run_dir` {self.root} holds a run of another configuration:\n{lines}\n"
                 "Choose another `run_dir`, or give the values that stand there to go on with that run."
             )
+
+    def identity(self) -> str:
+        """What no other run has, not even a later one in the same place; made when it is first asked for."""
+        path = self.root / "identity.txt"
+        if not path.exists():
+            write_atomically(path, uuid4().hex)
+        return path.read_text()
 
     def keep_start(self, start: Mapping[str, Any]) -> None:
         """Adds a start of the run to environment.json, a list with the oldest first."""

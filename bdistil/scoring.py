@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ from bdistil.settings import BoostingSettings
 from bdistil.students import Student, features_of, linked_features, linked_numbers, links_of, run_student
 
 
+def _on_each_disk(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a pass fill each of the disks that hold a ledger; its sums count one of them."""
+
+    @wraps(method)
+    def wrapped(self: Part, *args: Any, **kwargs: Any) -> Any:
+        with distributed.within(self.sharers):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
 class Part:
     """The training or the validation part: its samples, the ledger of their g and S, the features that are linked to.
 
@@ -41,12 +53,14 @@ class Part:
         self.name, self.loader, self.seed = name, loader, seed
         self.ledger = ErrorLedger(folder / name)
         self.features = FeatureCache(folder / name, self.samples)
+        self.sharers: distributed.Sharers | None = None  # of the ledger's disk, where each node has one
 
     def _rows(self, number: int) -> DataLoader[Any]:
         """The rows of this process as (x, y, index), whole blocks in order."""
         blocks = distributed.my_blocks(self.samples, BLOCK)
         return block_loader(self.loader, blocks, seed=seed_of(self.seed, number, "score"))
 
+    @_on_each_disk
     def ask(
         self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, scale: float | None = None
     ) -> tuple[float, float]:
@@ -70,6 +84,7 @@ class Part:
         self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, scale=scale)
         return _summed(scores)
 
+    @_on_each_disk
     def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str, reach: int) -> None:
         """Opens S after the committed students, and the features of the last of them: as on the disk, else made again.
 
@@ -84,7 +99,7 @@ class Part:
             RunError: a file is torn.
         """
         self.ledger.open(self.samples, fingerprint)
-        if not self.ledger.has(len(students)):
+        if not distributed.agreed(self.ledger.has(len(students))):
             self.ledger.use(0)
             for number, student in enumerate(students):
                 answers = self._answers(
@@ -104,7 +119,7 @@ class Part:
             student = students[number]
             assert isinstance(student, Student)
             widths[number] = student.width
-            if not self.features.has(number, student.width):
+            if not distributed.agreed(self.features.has(number, student.width)):
                 self.features.begin(student.width)
                 for earlier in students[: number + 1]:
                     earlier.to(device)
@@ -113,6 +128,7 @@ class Part:
                 self.features.keep(number)
         self.features.use(widths)
 
+    @_on_each_disk
     def score(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device, settings: BoostingSettings
     ) -> tuple[RoundEvidence, float, float]:
@@ -134,6 +150,7 @@ class Part:
             module.training = mode
         return evidence, *_summed(scores)
 
+    @_on_each_disk
     def keep(self, student: nn.Module, number: int) -> None:
         """Keeps what `score` made of a student that was accepted: S of the next version, and its features."""
         self.ledger.keep()

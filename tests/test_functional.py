@@ -1,6 +1,8 @@
 """The arithmetic against independent references: NumPy step by step, autograd, and what the theory promises."""
 
 import math
+import threading
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -333,3 +335,30 @@ def test_round_loss_is_the_barrier_loss_of_the_game(small, scale, monkeypatch):
     (mine,) = torch.autograd.grad(3 * found, d)
     (theirs,) = torch.autograd.grad(3 * wanted, d)
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("small", [1 << 16, 0], ids=["numpy", "torch"])
+def test_halves_of_a_batch_that_see_each_other_have_the_gradient_of_the_whole(small, monkeypatch):
+    """Two threads in place of two processes; DDP takes the mean of their gradients."""
+    monkeypatch.setattr(bf, "SMALL", small)
+    S, d, log_z = torch.randn(16, 3), torch.randn(16, 3), torch.rand(3)
+    options = {"eta": 0.5, "population": 16, "bound": 0.3, "gamma": 0.4}
+
+    def slope(rows, **more):
+        deviation = d[rows].clone().requires_grad_()
+        loss = bf.round_loss(deviation, S[rows], log_z, **options, **more)
+        return torch.autograd.grad(loss, deviation)[0]
+
+    sums, together = [], threading.Barrier(2)
+
+    def across(values):
+        sums.append(values.clone())
+        together.wait(10)
+        return torch.stack(sums).mean(0)
+
+    whole = slope(slice(16))
+    with ThreadPool(2) as pool:
+        halves = pool.map(lambda rows: slope(rows, across=across), [slice(8), slice(8, 16)], 1)
+    torch.testing.assert_close(torch.cat(halves) / 2, whole)
+    alone = torch.cat([slope(slice(8)), slope(slice(8, 16))]) / 2
+    assert (alone - whole).abs().max() > 1e-2

@@ -17,7 +17,7 @@ LAYERS = """
     schedules
     ensemble walk prediction stage_times inputs mekd mixing variance
     exit_fitting calibration timing
-    rounds scoring boosting
+    rounds scoring node_disks boosting
     tracking report report_anytime round_tracker round_state round_end
     callbacks
     compare export distiller early evaluation run_data anytime_fit commands cli

@@ -18,6 +18,10 @@ fail() { echo "$1" >&2; stop; exit 1; }
 
 stop() {
   local name pid
+  if [[ -s $dir/slurmctld.pid ]]; then  # or the processes of jobs would stay behind
+    timeout 5 scancel --user="$(id -un)" || true
+    for _ in {1..100}; do [[ -z $(timeout 5 squeue -h 2>/dev/null) ]] && break; sleep 0.2; done
+  fi
   for name in slurmd slurmctld munged; do
     [[ -s $dir/$name.pid ]] || continue
     pid=$(<"$dir/$name.pid")

@@ -1,0 +1,100 @@
+"""A run of toys for several processes, and what starts and ends them. As a script, it is what each process runs.
+
+Students have neither dropout nor batch statistics, which are drawn and taken by rank: with one global batch, any number
+of processes trains the same student but for rounding.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import CLASSES, FEATURES, WIDTH, Hook, Toys, control, fit, settings_for
+
+from bdistil import Rung, Student
+
+TRAIN, VAL, GLOBAL_BATCH, ROUNDS, EPOCHS = 1088, 600, 32, 2, 3  # three blocks of rows to score, and two
+SETTINGS = settings_for(ROUNDS, ladder=[Rung(0), Rung(1)])
+BOUND = 240  # seconds in which a job with a dead process has ended, on a busy machine
+
+
+class Batches(Toys):
+    """Its global batch does not depend on the number of processes."""
+
+    def __init__(self, processes):
+        super().__init__(train=TRAIN, val=VAL)
+        self.size = GLOBAL_BATCH // processes
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*self.parts["train"]), batch_size=self.size, shuffle=True)
+
+
+def make_student(round):
+    return Student(nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.Tanh()), nn.Linear(WIDTH, CLASSES))
+
+
+def run(run_dir, processes=1, nodes=1, at=None, doing=None, pause=0.0, strategy="auto", timeout=None):
+    """A whole run; at (rank, round, epoch), a process does something to itself."""
+    if timeout:
+        strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
+
+    def look(trainer, module):
+        if module.number == ROUNDS - 1:
+            time.sleep(pause)
+        if at and (trainer.global_rank, module.number, trainer.current_epoch) == tuple(at) and trainer.global_step % 5:
+            doing()
+
+    return fit(
+        control(run_dir, settings=SETTINGS, student=make_student), Batches(processes), epochs=EPOCHS, devices=processes
+        // nodes, num_nodes=nodes, strategy=strategy, callbacks=lambda: [Hook(on_train_batch_start=look)],
+    )  # fmt: skip
+
+
+def start(run_dir, processes, *, launcher="torchrun", prefix=(), words=(), env=None, nodes=1, **options):
+    """Starts the processes of one node; what they say is in a file beside the run."""
+    here = Path(__file__)
+    paths = [str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    by = {"torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", str(processes // nodes), *words]}
+    if launcher == "torchrun" and not words:
+        by["torchrun"].append("--standalone")
+    given = json.dumps({"processes": processes, "nodes": nodes, "strategy": "ddp", **options})
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(env or {})}
+    path = run_dir.with_name(f"{run_dir.name}.{len(list(run_dir.parent.glob('*.log')))}.log")
+    with open(path, "w") as log:
+        process = subprocess.Popen(
+            [*prefix, sys.executable, *by.get(launcher, []), str(here), str(run_dir), given],
+            env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    process.path = path
+    return process
+
+
+def finish(process, seconds=BOUND):
+    """Status and words of a job that ends by itself; one that hangs is killed and fails the test."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise AssertionError(f"the job hangs:\n{said(process)[-5000:]}") from None
+    return process.returncode, said(process)
+
+
+def said(process):
+    return process.path.read_text()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    options = json.loads(sys.argv[2])
+    if options.pop("die", False):
+        options["doing"] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    run(Path(sys.argv[1]), **options)
