@@ -35,8 +35,10 @@ from bdistil.ledger import RoundEvidence
 from bdistil.node_disks import claim
 from bdistil.preflight import (
     check_augmentation,
+    check_labels,
     check_outputs,
     check_rounds,
+    check_task,
     check_widths,
     loaders_of,
     some_inputs,
@@ -50,6 +52,7 @@ from bdistil.seeding import reseed, seed_of
 from bdistil.settings import BoostingSettings
 from bdistil.students import Rung, Student
 from bdistil.teachers import FrozenTeacher
+from bdistil.units import score_name
 
 # Keys of a configuration that may differ between two starts of one run: where it runs and what it shows, not what it
 # computes.
@@ -109,12 +112,14 @@ class Boosting:
         for number in range(self.run.committed()):
             self.run.weights(number)
         train, val = loaders_of(datamodule)
-        self.train = Part("train", train, self.run.ledger, self.seed)
-        self.val = Part("val", val, self.run.ledger, self.seed)
+        self.train = Part("train", train, self.run.ledger, self.seed, self.settings.task)
+        self.val = Part("val", val, self.run.ledger, self.seed, self.settings.task)
         check_augmentation(train, self.settings.state)
+        check_task(self.settings.task, self.teacher.module)
         check_widths(self.make, self.settings.ladder)
-        self.example = train.collate_fn([train.dataset[0], train.dataset[self.train.samples - 1]])[0]
+        self.example, labels = train.collate_fn([train.dataset[0], train.dataset[self.train.samples - 1]])
         self._check_models()
+        check_labels(labels, self.settings.task, self.outputs)
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         if distributed.early_rank() == 0:
             self.run.freeze(self.config, FREE_KEYS)
@@ -123,7 +128,7 @@ class Boosting:
         with torch.random.fork_rng():
             student = build_student(self.make, 0, [], Rung(0))
         check_rounds(student, self.settings.rounds)
-        self.outputs, self._last = check_outputs(self.teacher, student, self.example), student
+        self.outputs, self._last = check_outputs(self.teacher, student, self.example, self.settings.task), student
         self.takes_links = isinstance(student, Student)
         if not self.takes_links and not self._said:
             self._said = True
@@ -220,16 +225,18 @@ class Boosting:
         rank_zero_info(f"Asking the teacher about {total:,} samples …")
         row = teacher_row(self.teacher, self.example, device, total, self.uncounted)
         self.train.ask(self.teacher, device, self.outputs, self.fingerprint)
-        scale = self.train.ledger.scale
-        accuracy, loss = self.val.ask(self.teacher, device, self.outputs, self.fingerprint, scale)
+        units = self.train.ledger.units
+        accuracy, loss = self.val.ask(self.teacher, device, self.outputs, self.fingerprint, units)
         self.teacher.cpu()
-        warn_of_chance(accuracy, self.outputs, self.val.samples)
+        if self.settings.task == "classification":
+            warn_of_chance(accuracy, self.outputs, self.val.samples)
         if distributed.rank() == 0:
             spent = {"queries": self.teacher.module.queries} if is_api(self.teacher) else {}
             self.run.keep_teacher({**row, "val_accuracy": accuracy, "val_loss": loss, **spent})
         distributed.barrier()
         cost = f"{self.teacher.module.queries:,} queries" if is_api(self.teacher) else f"{row['macs']:,} MACs a sample"
-        rank_zero_info(f"Teacher: accuracy {accuracy:.4f} on validation, {cost}.")
+        what = score_name(self.settings.task)
+        rank_zero_info(f"Teacher: {what} {accuracy:.4f} on validation, {cost}.")
 
     # ---- the end of a round; `bdistil.round_end` does the rest
 
@@ -259,11 +266,11 @@ class Boosting:
             return
         if self.run.test_figures() is None and is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
             datamodule.setup("test")
-            loader = only(datamodule.test_dataloader())
+            loader, task = only(datamodule.test_dataloader()), self.settings.task
             teacher: list[float | None] = [
                 None
             ]  # an API is not asked about the test part: its queries are for training
             if not is_api(self.teacher):
-                teacher = [*prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device)]
-            self.run.keep_test([*teacher, *prefix_accuracies(self.ensemble.to(device), loader, device)])
+                teacher = [*prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device, task)]
+            self.run.keep_test([*teacher, *prefix_accuracies(self.ensemble.to(device), loader, device, task)])
         self.run.write_curve(self.run.rows())

@@ -171,7 +171,7 @@ class BoostCLI(LightningCLI):
                 default_root_dir=str(keeper.path.parent),
             )  # fmt: skip
             with indexed_loaders(datamodule, seed_of(seed, "teacher")):
-                trainer.fit(TeacherTraining(spec), datamodule, ckpt_path=keeper.ckpt_path)
+                trainer.fit(TeacherTraining(spec, model.boosting.task), datamodule, ckpt_path=keeper.ckpt_path)
             if distributed.early_rank() == 0:
                 with disk_errors("the teacher", controller.run.root):
                     save_weights(spec.network, path)
@@ -182,7 +182,7 @@ class BoostCLI(LightningCLI):
 
 def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
     """Fits and measures what stopping early needs, once a run; a run whose data allow none goes without."""
-    if distributed.early_rank() != 0 or run.anytime_figures() is not None:
+    if distributed.early_rank() != 0 or run.anytime_figures() is not None or run.task == "regression":
         return
     try:
         figures = fit_anytime(ProgressiveEnsemble.load(run.root), only(datamodule.val_dataloader()))

@@ -102,7 +102,7 @@ def report(run_dir: str) -> None:
 
 def say_end(run: RunDirectory) -> None:
     """Prints the curve of a run as a table, and where its picture and its report are."""
-    print(curve_table(run.read_curve()))
+    print(curve_table(run.read_curve(), run.task))
     print(f"\n{run.picture}  {run.report}")
 
 

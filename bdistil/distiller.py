@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from bdistil.errors import UserError
+from bdistil.regression import as_columns
 from bdistil.settings import BoostingSettings
+from bdistil.units import Task
 
 
 @dataclass(frozen=True)
@@ -103,35 +105,46 @@ class Distiller(pl.LightningModule):
 
 
 class TeacherTraining(pl.LightningModule):
-    """Trains a teacher on the labels: cross entropy, a warm-up, a cosine.
+    """Trains a teacher on the labels: cross entropy, or squared error of real outputs; a warm-up, a cosine.
 
     Args:
         spec: network and schedule.
+        task: classes, or real outputs.
     """
 
-    def __init__(self, spec: TeacherSpec) -> None:
+    def __init__(self, spec: TeacherSpec, task: Task = "classification") -> None:
         super().__init__()
-        self.network, self.spec = spec.network, spec
-        self._right = torch.zeros(2)
+        self.network, self.spec, self.task = spec.network, spec, task
+        self._sums = torch.zeros(2)
 
     def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
-        """Cross entropy of a batch (x, y, index)."""
+        """Loss of a batch (x, y, index)."""
         x, y, _ = batch
-        return F.cross_entropy(self.network(x), y, label_smoothing=self.spec.label_smoothing)
+        answers = self.network(x)
+        if self.task == "regression":
+            return F.mse_loss(answers, as_columns(y, answers.shape[-1]).to(answers.dtype))
+        return F.cross_entropy(answers, y, label_smoothing=self.spec.label_smoothing)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums."""
-        self._right = torch.zeros(2, device=self.device)
+        self._sums = torch.zeros(2, device=self.device)
 
     def validation_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> None:
-        """Counts right answers."""
+        """Counts right answers, or adds up squared errors."""
         x, y, _ = batch
-        self._right += torch.stack(((self.network(x).argmax(-1) == y).sum(), torch.tensor(len(y), device=self.device)))
+        answers = self.network(x)
+        if self.task == "regression":
+            score = (answers - as_columns(y, answers.shape[-1])).square().mean(-1).sum()
+        else:
+            score = (answers.argmax(-1) == y).sum()
+        self._sums += torch.stack((score, torch.tensor(len(y), device=self.device)))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the teacher's accuracy."""
-        right, samples = self.trainer.strategy.reduce(self._right, reduce_op="sum")
-        self.log("teacher accuracy", right / samples, prog_bar=True, logger=False)
+        """Logs the teacher's accuracy, or its rms error."""
+        score, samples = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        regression = self.task == "regression"
+        name, value = "rms error" if regression else "accuracy", score / samples
+        self.log(f"teacher {name}", value.sqrt() if regression else value, prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, fused where the precision allows it; its rate climbs for some epochs, then takes a cosine."""

@@ -20,32 +20,42 @@ from bdistil.prediction import predict_within
 from bdistil.run_directory import RunDirectory
 from bdistil.schedules import ONE, StackedBodies, run_bodies, stack
 from bdistil.students import Rung, Student, links_of
+from bdistil.units import Task
 from bdistil.walk import Stage, Walk
 
 
 class ProgressiveEnsemble(nn.Module):
-    """Students in the order of their rounds; the prefix of k answers with scale * (f_1 + … + f_k) / k.
+    """Students in the order of their rounds; the prefix of k answers with scale * (f_1 + … + f_k) / k (+ offset).
 
     Args:
         students: in order.
-        scale: what one unit of the students' logits is in the teacher's units.
+        scale: what one unit of the students' logits is in the teacher's units; of real outputs one an output.
         macs: cumulative multiply-adds per sample, one number a stage.
         figures: what was fitted and measured for stopping early.
         inputs: what a sample of x is like, where that is known.
+        offset: of real outputs, one an output.
     """
+
+    scale: float | Tensor
+    offset: Tensor | None
 
     def __init__(
         self,
         students: Sequence[nn.Module],
         *,
-        scale: float = 1.0,
+        scale: float | Sequence[float] = 1.0,
         macs: Sequence[int] = (),
         figures: AnytimeFigures | None = None,
         inputs: InputSpec | None = None,
+        offset: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.students = nn.ModuleList(students)
-        self.scale = scale
+        if offset is None:
+            self.scale, self.offset = scale, None  # type: ignore[assignment]
+        else:
+            self.register_buffer("scale", torch.tensor(scale), persistent=False)
+            self.register_buffer("offset", torch.tensor(offset), persistent=False)
         self.macs = list(macs) or [0] * len(self.students)
         self.figures, self.inputs = figures or AnytimeFigures(len(self.students)), inputs or InputSpec()
         self._groups: dict[str, list[StackedBodies]] = {}
@@ -83,10 +93,16 @@ class ProgressiveEnsemble(nn.Module):
         records = [run.record(t) for t in range(number)]
         macs = [record["curve"]["macs"] for record in records]
         known, inputs = run.anytime_figures() if figures else None, InputSpec.of(records[0])
-        return cls(students, scale=records[0]["scale"], macs=macs, figures=known, inputs=inputs)
+        units = {"scale": records[0]["scale"], "offset": records[0].get("offset")}
+        return cls(students, macs=macs, figures=known, inputs=inputs, **units)
 
     def __len__(self) -> int:
         return len(self.students)
+
+    @property
+    def task(self) -> Task:
+        """What it answers: `classification` with logits, or `regression` with real outputs."""
+        return "classification" if self.offset is None else "regression"
 
     def train(self, mode: bool = True) -> ProgressiveEnsemble:
         """Stays in eval mode: students are finished."""
@@ -106,7 +122,15 @@ class ProgressiveEnsemble(nn.Module):
         weights = self.figures.weights
         sums = accumulate(weights or [1.0] * len(self))
         factors = [self.scale / total for total in sums]
-        return Walk(list(self.students), x, factors=factors, macs=self.macs, weights=weights, count_votes=count_votes)
+        return Walk(
+            list(self.students),
+            x,
+            factors=factors,
+            macs=self.macs,
+            weights=weights,
+            count_votes=count_votes,
+            offset=self.offset,
+        )
 
     def stages(self, x: Any) -> Iterator[Stage]:
         """The answers of the prefixes, lazily: a student runs when its stage is asked for.
@@ -183,9 +207,14 @@ class ProgressiveEnsemble(nn.Module):
 
         Raises:
             UserError: x is not of the shape or dtype of training or holds NaN; or the budget asks for fitted
-                thresholds, and there are none.
+                thresholds, and there are none, or for the confidence of real outputs, which have none.
         """
         budget = budget or Budget()
+        if self.task == "regression" and budget.confidence is not None:
+            raise UserError(
+                f"Expected a budget without `confidence` for real outputs, which have no classes to be sure of, got "
+                f"{budget.confidence!r}. Limit `stages`, `macs` or `seconds`."
+            )
         exits = exits_of(budget, self.figures)
         walk = self.walk(x, count_votes=exits is not None and exits.rule == "agreement")
         return predict_within(walk, budget, exits, self.figures)

@@ -12,6 +12,7 @@ from bdistil.cost import latency_ms, measure_cost
 from bdistil.early import early_figures
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.regression import PrefixErrors
 from bdistil.run_data import loader_of
 from bdistil.run_directory import RunDirectory
 from bdistil.students import linked_features, links_of
@@ -29,6 +30,8 @@ def evaluate_run(run: RunDirectory, budget: Budget, part: Literal["test", "val"]
     """
     ensemble = ProgressiveEnsemble.load(run.root)
     loader = loader_of(run, part)
+    if ensemble.task == "regression":
+        return {"part": part, **evaluate_outputs(ensemble, loader, budget)}
     right, macs, samples, decided = 0, 0, 0, torch.zeros(len(ensemble) + 1, dtype=torch.int64)
     started = time.perf_counter()
     for x, y in loader:
@@ -46,6 +49,33 @@ def evaluate_run(run: RunDirectory, budget: Budget, part: Literal["test", "val"]
         "decided_share": [round(float(d) / samples, 4) for d in decided[1:]],
         "seconds": round(time.perf_counter() - started, 3),
         **early_figures(ensemble, loader, budget.confidence),
+    }
+
+
+def evaluate_outputs(ensemble: ProgressiveEnsemble, loader: Any, budget: Budget) -> dict[str, Any]:
+    """R², rms error on the labels and average cost of an ensemble of real outputs within a budget.
+
+    Args:
+        ensemble: of a regression.
+        loader: yields (x, y).
+        budget: limits, without confidence.
+    """
+    scores, macs, samples, started = None, 0, 0, time.perf_counter()
+    for x, y in loader:
+        prediction = ensemble.predict(x, budget)
+        scores = scores or PrefixErrors(outputs=prediction.logits.shape[-1])
+        scores.update(prediction.logits[None], y)
+        macs, samples = macs + int(prediction.macs.sum()), samples + len(y)
+    if scores is None:
+        raise UserError("Expected the part to hold samples, got none.")
+    r2, rms = (round(float(figure), 6) for figure in scores.compute())
+    return {
+        "samples": samples,
+        "r2": r2,
+        "rms": rms,
+        "average_macs": round(macs / samples),
+        "all_stages_macs": ensemble.macs[-1],
+        "seconds": round(time.perf_counter() - started, 3),
     }
 
 

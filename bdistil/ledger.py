@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from bdistil import distributed, row_files
 from bdistil.errors import RunError, UserError
 from bdistil.functional import centre, game_rows, log_normaliser
+from bdistil.units import Task, Units
 
 # Rows that are scored at once; whole blocks go to one process, whatever the number of processes.
 BLOCK = 512
@@ -28,11 +29,12 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class LedgerHead:
-    """What is known of all rows: N samples, L outputs, the unit rms of the centred logits, their largest value."""
+    """What is known of all rows: N samples, L outputs, their units, and the largest value in these."""
 
     samples: int
     outputs: int
-    scale: float
+    scale: float | tuple[float, ...]
+    offset: tuple[float, ...] | None
     largest: float
     teacher: str
 
@@ -60,7 +62,8 @@ class ErrorLedger:
     """g and S by sample index, both (N, L) float32, in one folder.
 
     Logits of the teacher are centred per sample and divided by their rms over all samples, so that settings mean the
-    same for any teacher; `scale` is that one number.
+    same for any teacher. Outputs of a regression lose their mean over the samples and are divided by their standard
+    deviation, each output by its own. `units` are these numbers.
 
     Args:
         folder: where the files are; made by `create`.
@@ -108,7 +111,8 @@ class ErrorLedger:
         *,
         outputs: int,
         teacher: str = "",
-        scale: float | None = None,
+        task: Task = "classification",
+        units: Units | None = None,
     ) -> None:
         """Writes the teacher's logits; S is 0.
 
@@ -117,29 +121,29 @@ class ErrorLedger:
             logits: (first row, teacher logits (rows, L)) of the rows of this process (`distributed.my_blocks`).
             outputs: L.
             teacher: fingerprint of the teacher, compared at the next start.
-            scale: the unit, where it is given by another ledger (that of the training part).
+            task: of classes, or of real outputs.
+            units: where they are given by another ledger (that of the training part).
 
         Raises:
             RunError: a logit is NaN or infinite; the first sample is named.
         """
-        self.head = LedgerHead(samples, outputs, 1.0, 0.0, teacher)
+        self.head = LedgerHead(samples, outputs, 1.0, None, 0.0, teacher)
         beside = self.folder / "teacher.f32.tmp"
         target = row_files.blank(beside, self._shape)
-        squares, largest = _sums(samples, 1), torch.zeros(())
         for low, rows in logits:
-            rows = centre(rows.detach().float().cpu())
+            rows = rows.detach().float().cpu()
             _refuse_nonfinite(rows, low, "the teacher's logits")
-            target[low : low + len(rows)] = rows.numpy()
-            squares[low // BLOCK] = rows.double().square().sum()
-            largest = torch.maximum(largest, rows.abs().max())
-        rms = float(distributed.all_sum(squares).sum() / (samples * outputs)) ** 0.5
-        if rms == 0:
-            raise RunError("The teacher gives every class the same logit for every sample: there is nothing to distil.")
-        scale = scale or rms
+            target[low : low + len(rows)] = (centre(rows) if task == "classification" else rows).numpy()
+        units = units or _measured(target, task)
+        largest = torch.zeros(())
+        scale, offset = np.asarray(units.scale, np.float32), np.asarray(units.offset or 0.0, np.float32)
         for low, high in distributed.my_blocks(samples, BLOCK):
-            target[low:high] /= np.float32(scale)
+            target[low:high] -= offset
+            target[low:high] /= scale
+            largest = torch.maximum(largest, torch.tensor(np.abs(target[low:high]).max()))
         row_files.name(beside, self._teacher_file)
-        self.head = LedgerHead(samples, outputs, scale, float(distributed.all_max(largest)) / scale, teacher)
+        bound = float(distributed.all_max(largest))
+        self.head = LedgerHead(samples, outputs, units.scale, units.offset, bound, teacher)
         if distributed.rank() == 0:
             text = json.dumps(asdict(self.head), indent=1)
             (self.folder / "ledger.json.tmp").write_text(text)
@@ -154,8 +158,10 @@ class ErrorLedger:
             RunError: a file is torn.
         """
         try:
-            self.head = LedgerHead(**json.loads(self._head_file.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            head: Any = json.loads(self._head_file.read_text()).items()
+            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in head}
+            self.head = LedgerHead(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{self._head_file} is missing or torn ({error}). Nothing was deleted. "
                 f"Remove {self.folder} to have the teacher asked again."
@@ -189,9 +195,9 @@ class ErrorLedger:
         return self.head.outputs
 
     @property
-    def scale(self) -> float:
-        """Rms of the centred teacher logits: what one unit of this ledger is in the teacher's units."""
-        return self.head.scale
+    def units(self) -> Units:
+        """What the numbers of this ledger are in the teacher's units."""
+        return Units(self.head.scale, self.head.offset)
 
     @property
     def bound(self) -> float:
@@ -310,6 +316,35 @@ class ErrorLedger:
                 total = torch.logaddexp(total, log_normaliser(part, eta))
             self._log_z[eta] = total
         return self._log_z[eta]
+
+
+def _measured(target: np.ndarray[Any, Any], task: Task) -> Units:
+    """Units of the rows (N, L) that the processes have written, so that a number of the ledger has rms 1.
+
+    Raises:
+        RunError: all rows are the same.
+    """
+    samples, outputs = target.shape
+    mean = torch.zeros(outputs, dtype=torch.float64)
+    if task == "regression":
+        mean = _over_blocks(target, lambda rows: rows) / samples
+    squares = _over_blocks(target, lambda rows: (rows - mean).square()) / samples
+    if task == "regression":
+        sd = squares.sqrt().where(squares.sqrt() > 1e-6 * mean.abs(), 0.0)  # what rounding leaves of a constant output
+        same, units = bool((sd == 0).all()), Units(tuple(sd.where(sd > 0, 1.0).tolist()), tuple(mean.tolist()))
+    else:
+        same, units = bool((squares == 0).all()), Units(float(squares.mean()) ** 0.5)
+    if same:
+        raise RunError("The teacher gives the same answer for every sample: there is nothing to distil.")
+    return units
+
+
+def _over_blocks(target: np.ndarray[Any, Any], of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over all samples of a function of rows (rows, L), shape (L,) float64, the same bits in every process."""
+    sums = _sums(*target.shape)
+    for low, high in distributed.my_blocks(len(target), BLOCK):
+        sums[low // BLOCK] = of(torch.from_numpy(target[low:high].astype(np.float64))).sum(0)
+    return distributed.all_sum(sums).sum(0)
 
 
 def _sums(samples: int, columns: int) -> Tensor:

@@ -18,7 +18,8 @@ from bdistil.data.attach import only
 from bdistil.data.indexing import is_random
 from bdistil.errors import UserError
 from bdistil.students import Rung, Student
-from bdistil.teachers import AdaptedTeacher, expectation_of
+from bdistil.teachers import AdaptedTeacher, AveragedTeacher, expectation_of
+from bdistil.units import Task
 
 
 def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
@@ -112,13 +113,14 @@ def check_rounds(student: nn.Module, rounds: int) -> None:
 
 
 @torch.no_grad()
-def check_outputs(teacher: nn.Module, student: nn.Module, example: Any) -> int:
+def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Task = "classification") -> int:
     """Teacher and student must give logits (B, L) of the same L.
 
     Args:
         teacher: the teacher, wherever it is.
         student: an unlinked student, on the CPU; left in eval mode.
         example: x of two samples.
+        task: classes need two outputs or more.
 
     Returns:
         L.
@@ -132,14 +134,18 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any) -> int:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(f"Expected logits of shape (2, L) of the {name} for a batch of 2 samples, got {got}.")
-    if goal.shape[1] < 2:
-        raise UserError("Expected a teacher of L >= 2 outputs (classes), got L=1. Regression is not supported yet.")
+    if goal.shape[1] < 2 and task == "classification":
+        raise UserError(
+            "Expected a teacher of L >= 2 outputs (classes), got L=1. Give BoostingSettings(task='regression') "
+            "(model.boosting.task: regression) for real outputs, or a teacher with an output for each of two classes."
+        )
     if goal.shape[1] != answer.shape[1]:
         raise UserError(
             f"The teacher gives L={goal.shape[1]} outputs, the student L={answer.shape[1]}. "
             f"Give the student a head of {goal.shape[1]} outputs."
         )
-    warn_of_probabilities(goal)
+    if task == "classification":
+        warn_of_probabilities(goal)
     return int(goal.shape[1])
 
 
@@ -219,6 +225,46 @@ def warn_of_probabilities(answers: Tensor) -> None:
         rank_zero_warn(
             "The teacher's answers sum to 1: they look like probabilities, but logits are expected. "
             "Wrap it in AdaptedTeacher(network, probabilities=True)."
+        )
+
+
+def check_task(task: Task, teacher: nn.Module) -> None:
+    """A mean of probabilities is no answer of a regression.
+
+    Raises:
+        UserError: several teachers of real outputs are averaged so.
+    """
+    inner = teacher.network if isinstance(teacher, AdaptedTeacher) else teacher
+    if task == "regression" and isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
+        raise UserError(
+            "Expected several teachers of real outputs to be averaged as they are, got AveragedTeacher(..., "
+            "of='probabilities') with task='regression'. Give of='logits'."
+        )
+
+
+def check_labels(labels: Any, task: Task, outputs: int) -> None:
+    """Classes are numbers 0 … L-1, real labels one number an output.
+
+    Args:
+        labels: y of two samples.
+        task: of the run.
+        outputs: L.
+
+    Raises:
+        UserError: other labels.
+    """
+    if not isinstance(labels, Tensor):
+        return
+    real = labels.is_floating_point() or labels.ndim > 1
+    if task == "classification" and real:
+        raise UserError(
+            f"Expected class numbers as labels y, got {labels.dtype} of shape {tuple(labels.shape)} for 2 samples. "
+            "Give BoostingSettings(task='regression') (model.boosting.task: regression) for real outputs."
+        )
+    if task == "regression" and labels.numel() != 2 * outputs:
+        raise UserError(
+            f"Expected {outputs} numbers as the label y of a sample, one an output of the teacher, got labels of shape "
+            f"{tuple(labels.shape)} for 2 samples."
         )
 
 

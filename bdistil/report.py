@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bdistil.errors import UserError
 from bdistil.report_anytime import anytime_section
 from bdistil.run_directory import RunDirectory, write_atomically
+from bdistil.units import loss_name, score_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +68,22 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def _shown(row: Row, column: str, empty: str = "–") -> str:
     value = _number(row, column)
-    return (row.get(column) or empty) if value is None else COLUMNS[column][1](value)
+    if value is None:
+        return row.get(column) or empty
+    real = row.get("task") == "regression" and column.endswith("accuracy")  # R² is no share
+    return f"{value:.3f}" if real else COLUMNS[column][1](value)
+
+
+def _of_task(rows: Sequence[Row], task: str) -> list[Row]:
+    """The rows of curve.csv, each of which also says what its run answers: classes, or real outputs."""
+    return [{**row, "task": task} for row in rows]
+
+
+def _label(column: str, rows: Sequence[Row]) -> str:
+    """What stands over a column; those named accuracy hold R² of real outputs."""
+    task = rows[0].get("task", "") if rows else ""
+    label = COLUMNS[column][0].replace("accuracy", score_name(task))
+    return label.replace("loss", loss_name(task))
 
 
 def _split(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
@@ -78,17 +94,19 @@ def _split(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
     return teacher, [{**row, "share": str((_number(row, "macs") or 0.0) / whole or "")} for row in stages]
 
 
-def curve_table(rows: Sequence[Row]) -> str:
+def curve_table(rows: Sequence[Row], task: str = "classification") -> str:
     """The curve for the terminal: aligned, at most 100 columns wide.
 
     Args:
         rows: the rows of curve.csv, the teacher first; any cell may be empty.
+        task: of the run.
     """
+    rows = _of_task(rows, task)
     names = (
         "stage", "macs", "share", "params", "val_accuracy", "test_accuracy", "rms_error", "seconds", "accepted_class",
     )  # fmt: skip
     teacher, stages = _split(rows)
-    lines = [[COLUMNS[name][0].replace("accuracy", "acc.") for name in names]]
+    lines = [[_label(name, rows).replace("accuracy", "acc.") for name in names]]
     lines += [[_shown(row, name, "-") for name in names] for row in (teacher, *stages) if row]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[-1] = min(widths[-1], 100 - sum(widths[:-1]) - 2 * (len(names) - 1))
@@ -175,7 +193,10 @@ def _curve_figure(rows: Sequence[Row], size: tuple[float, float], title: str = "
     heights = [y for _, y in points] + ([goal] if goal else [])
     span = max(max(heights) - min(heights), 0.02)
     axes.set_ylim(min(heights) - 0.12 * span, max(heights) + 0.14 * span)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    real = bool(rows) and rows[0].get("task") == "regression"
+    show: Callable[[float], str] = "{:.3f}".format if real else "{:.1%}".format
+    if not real:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     _cost_axis(axes, [x for x, _ in points + star], max(points)[0])
     curves = [c for c in ((validation, "o-", BLUE, "validation"), (test, "s--", ORANGE, "test")) if c[0]]
     beaten = bool(goal and curves) and max(points[-1][1] for points, *_ in curves) > (goal or 0.0)
@@ -184,12 +205,12 @@ def _curve_figure(rows: Sequence[Row], size: tuple[float, float], title: str = "
         macs, accuracy = points[-1]
         below = min(accuracy, below - 0.075 * span)  # the names stand under one another and under the teacher's line
         _draw(axes, points, style, colour)
-        _say(axes, f"{name} {accuracy:.1%}", (macs, below), (9, 0), colour, va="center")
+        _say(axes, f"{name} {show(accuracy)}", (macs, below), (9, 0), colour, va="center")
     _number_stages(axes, stages)
     if goal:
         axes.axhline(goal, color=INK, linewidth=1, linestyle=":")
         _draw(axes, star, "*", INK, 13)
-        text = f"teacher {goal:.1%}" + (f", {_shown(teacher, 'macs')} MACs" if star else "")
+        text = f"teacher {show(goal)}" + (f", {_shown(teacher, 'macs')} MACs" if star else "")
         place = {"ha": "left" if beaten else "right", "xycoords": axes.get_yaxis_transform()}
         _say(axes, text, (0.01 if beaten else 0.99, goal), (0, 7), INK, **place)
     return figure
@@ -217,14 +238,16 @@ def _error_figure(rows: Sequence[Row], size: tuple[float, float]) -> Figure:
     return figure
 
 
-def plot_curve(rows: Sequence[Row], path: Path, *, title: str = "") -> None:
+def plot_curve(rows: Sequence[Row], path: Path, *, title: str = "", task: str = "classification") -> None:
     """Draws accuracy against the cumulative MACs of every prefix, with the teacher: a PNG of 1080 x 630 pixels.
 
     Args:
         rows: the rows of curve.csv, the teacher first; any cell may be empty.
         path: the PNG; written beside and renamed, so that a reader never sees half of it.
         title: over the picture.
+        task: of the run.
     """
+    rows = _of_task(rows, task)
     beside = path.with_name(f".{path.name}.tmp")
     _curve_figure(rows, (7.2, 4.2), title).savefig(beside, format="png", dpi=150)
     os.replace(beside, path)
@@ -277,19 +300,20 @@ def _cell(row: Row, column: str) -> str:
 
 def _cards(teacher: Row, stages: Sequence[Row]) -> str:
     first, last = (stages[0], stages[-1]) if stages else ({}, {})
+    score = score_name(teacher.get("task", ""))
     cards = [
-        ("area under the curve", _cell(last, "area"), "mean accuracy over log MACs, first prefix to last"),
+        ("area under the curve", _cell(last, "area"), f"mean {score} over log MACs, first prefix to last"),
         ("falls", _cell(last, "violations"), "prefixes less accurate than the one before"),
     ]
     for name, row in (("first student", first), (f"ensemble of {len(stages)}", last), ("teacher", teacher)):
         kinds = {"macs": "{} MACs", "share": "{} of the teacher's", "test_accuracy": "test {}"}
         notes = [text.format(_cell(row, column)) for column, text in kinds.items() if row.get(column)]
-        cards.insert(0, (name, _cell(row, "val_accuracy"), "validation accuracy<br>" + " · ".join(notes)))
+        cards.insert(0, (name, _cell(row, "val_accuracy"), f"validation {score}<br>" + " · ".join(notes)))
     return "".join(f"<div>{name}<b>{figure}</b><small>{note}</small></div>" for name, figure, note in cards)
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines = ["".join(f'<th scope="col">{name}</th>' for name, _ in COLUMNS.values())]
+    lines = ["".join(f'<th scope="col">{_label(column, rows)}</th>' for column in COLUMNS)]
     lines += ["".join(f"<td>{_cell(row, column)}</td>" for column in COLUMNS) for row in rows if row]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll" tabindex="0" role="region" aria-label="the curve"><table>{body}</table></div>'
@@ -322,10 +346,10 @@ def write_report(run: RunDirectory) -> Path:
     """
     if not run.curve.is_file():
         raise UserError(f"No round is committed yet in {run.root}: it has no curve.csv. Run `bdistil fit` on it first.")
-    rows, title = run.read_curve(), escape(run.root.resolve().name)
+    rows, title, score = _of_task(run.read_curve(), run.task), escape(run.root.resolve().name), score_name(run.task)
     teacher, stages = _split(rows)
-    plot_curve(rows, run.picture, title=run.root.resolve().name)
-    curve = _svg(_curve_figure(rows, (5.4, 3.8), "accuracy"), "curve", "accuracy of each prefix by its MACs")
+    plot_curve(rows, run.picture, title=run.root.resolve().name, task=run.task)
+    curve = _svg(_curve_figure(rows, (5.4, 3.8), score), "curve", f"{score} of each prefix by its MACs")
     error = _svg(_error_figure(rows, (5.4, 3.8)), "error", "error to the teacher and margins met, stage by stage")
     config = run.config.read_text(encoding="utf-8") if run.config.is_file() else "no config.yaml"
     found = ((name, [d.version for d in distributions(name=name)]) for name in ("bdistil", "torch", "lightning"))

@@ -19,6 +19,7 @@ from bdistil.round_state import RoundState
 from bdistil.rounds import BoostingRound
 from bdistil.run_directory import disk_errors
 from bdistil.students import Rung, links_of
+from bdistil.units import score_name
 
 
 def close_round(
@@ -47,10 +48,10 @@ def close_round(
         then = "A wider class is tried." if _reject(boosting, module.number, verdict) else "Boosting stops."
         rank_zero_info(f"{name}: rejected, {verdict.reason}. {then}")
         return None
-    row = _row(boosting, module, verdict, state)
+    row, what = _row(boosting, module, verdict, state), score_name(boosting.settings.task).capitalize()
     _commit(boosting, module, verdict, row, epochs=state.epochs, steps=steps)
     rank_zero_info(
-        f"{name}: accepted, {verdict.reason}. Accuracy of the prefix {verdict.accuracy:.4f} on validation, "
+        f"{name}: accepted, {verdict.reason}. {what} of the prefix {verdict.accuracy:.4f} on validation, "
         f"{row['macs']:,} MACs."
     )
     return row
@@ -101,7 +102,8 @@ def _commit(boosting: Boosting, module: BoostingRound, verdict: Verdict, row: Ma
             "reason": verdict.reason,
             "tries": boosting.run.tries(module.number),
             "rung": asdict(boosting.rung),
-            "scale": boosting.train.ledger.scale,
+            "scale": boosting.train.ledger.head.scale,
+            "offset": boosting.train.ledger.head.offset,
             "input_shape": shape_of(boosting.example),
             "input_dtype": dtype_of(boosting.example),
             "curve": dict(row),

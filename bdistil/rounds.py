@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bdistil import distributed
 from bdistil.errors import RunError, UserError
-from bdistil.functional import centre, round_loss
+from bdistil.functional import round_loss
+from bdistil.regression import as_columns, output_figures, output_sums
 from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
 from bdistil.students import linked_numbers, links_of, run_student
@@ -57,7 +58,7 @@ class BoostingRound(pl.LightningModule):
         object.__setattr__(self, "earlier", list(earlier))
         object.__setattr__(self, "teacher", teacher)
         self.recompute = settings.state == "recompute"
-        self._scores = torch.zeros(5)
+        self._regression = settings.task == "regression"
 
     earlier: list[nn.Module]
     teacher: nn.Module | None
@@ -103,7 +104,7 @@ class BoostingRound(pl.LightningModule):
     @torch.no_grad()
     def _recomputed(self, x: Any) -> tuple[Tensor, Tensor]:
         assert self.teacher is not None
-        target = centre(self.teacher(x).float()) / self.ledger.scale
+        target = self.ledger.units.inward(self.teacher(x).float())
         error = torch.zeros_like(target)
         for number, student in enumerate(self.earlier):
             error = error + (run_student(student, self.earlier[:number], x).float() - target)
@@ -156,25 +157,40 @@ class BoostingRound(pl.LightningModule):
     # ---- validation: sums on the device, logged once an epoch
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums: correct answers, cross entropy, squared error, outputs, samples."""
-        self._scores = torch.zeros(5, device=self.device)
+        """Starts the sums: of the labels, then squared error to the teacher, and outputs."""
+        outputs = self.val_part.ledger.outputs
+        self._label_sums = torch.zeros((3, outputs + 1) if self._regression else (3,), device=self.device)
+        self._teacher_sums = torch.zeros(2, device=self.device)
 
     def validation_step(self, batch: tuple[Any, Tensor, Index], batch_idx: int) -> None:
         """Scores the prefix that ends with this student."""
         x, y, index = batch
         target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
         miss = (error + self.answer(x, index, self.val_part) - target) / (self.number + 1)
-        logits = (target + miss) * self.ledger.scale
+        self._label_sums += self._against_labels(target + miss, y)
+        count = torch.tensor(float(miss.numel()), device=self.device)
+        self._teacher_sums += torch.stack((miss.square().sum(), count))
+
+    def _against_labels(self, answers: Tensor, y: Tensor) -> Tensor:
+        """Sums of answers (B, L) in units of the ledger; real labels are put into the same, where they are small."""
+        units = self.ledger.units
+        if self._regression:
+            return output_sums(answers, units.inward(as_columns(y, self.ledger.outputs).float()))
+        logits = units.outward(answers)
         right, entropy = (logits.argmax(-1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
-        counts = torch.tensor([miss.numel(), len(miss)], device=self.device)
-        self._scores = self._scores + torch.cat((torch.stack((right, entropy, miss.square().sum())), counts))
+        return torch.stack((right, entropy, right.new_tensor(len(y))))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs accuracy, loss and rms error of the prefix."""
-        scores = self.trainer.strategy.reduce(self._scores, reduce_op="sum")
-        right, entropy, squares, outputs, samples = scores
+        """Logs accuracy and loss (R² and rms error of real outputs), and the rms error to the teacher."""
+        sums, (squares, outputs) = (
+            self.trainer.strategy.reduce(part, reduce_op="sum") for part in (self._label_sums, self._teacher_sums)
+        )
+        if self._regression:
+            accuracy, loss = output_figures(sums, sums.new_tensor(self.ledger.units.scale))
+        else:
+            accuracy, loss = sums[:2] / sums[2]
         self.log_dict(
-            {"val_accuracy": right / samples, "val_loss": entropy / samples, "val_rms": (squares / outputs).sqrt()},
+            {"val_accuracy": accuracy, "val_loss": loss, "val_rms": (squares / outputs).sqrt()},
             prog_bar=True,
             rank_zero_only=False,
         )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bdistil.anytime import AnytimeFigures
 from bdistil.errors import RunError, UserError
+from bdistil.units import Task
 
 CURVE_COLUMNS = (
     "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",
@@ -300,6 +301,12 @@ class RunDirectory:
         return load_file(path)
 
     # ---- the teacher
+
+    @property
+    def task(self) -> Task:
+        """What the run answers, as its first committed round says it."""
+        real = self.committed() > 0 and self.record(0).get("offset") is not None
+        return "regression" if real else "classification"
 
     def keep_teacher(self, figures: Mapping[str, Any]) -> None:
         """Keeps the teacher's row of the curve: its cost and its accuracy."""

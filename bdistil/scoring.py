@@ -18,10 +18,12 @@ from bdistil.data.indexing import block_loader, check_dataset
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.ledger import BLOCK, ErrorLedger, RoundEvidence
 from bdistil.metrics import PrefixScores
+from bdistil.regression import PrefixErrors, output_figures
 from bdistil.row_files import FeatureCache
 from bdistil.seeding import seed_of
 from bdistil.settings import BoostingSettings
 from bdistil.students import Student, features_of, linked_features, linked_numbers, links_of, run_student
+from bdistil.units import Task, Units
 
 
 def _on_each_disk(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,14 +45,17 @@ class Part:
         loader: the user's loader, yields (x, y).
         folder: where the ledgers of a run are.
         seed: of the run.
+        task: classes, or real outputs.
 
     Raises:
         UserError: the dataset is iterable or empty, or its items are not (x, y).
     """
 
-    def __init__(self, name: str, loader: DataLoader[Any], folder: Path, seed: int) -> None:
+    def __init__(
+        self, name: str, loader: DataLoader[Any], folder: Path, seed: int, task: Task = "classification"
+    ) -> None:
         self.samples = check_dataset(loader, f"{name}_dataloader")
-        self.name, self.loader, self.seed = name, loader, seed
+        self.name, self.loader, self.seed, self.task = name, loader, seed, task
         self.ledger = ErrorLedger(folder / name)
         self.features = FeatureCache(folder / name, self.samples)
         self.sharers: distributed.Sharers | None = None  # of the ledger's disk, where each node has one
@@ -62,7 +67,7 @@ class Part:
 
     @_on_each_disk
     def ask(
-        self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, scale: float | None = None
+        self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, units: Units | None = None
     ) -> tuple[float, float]:
         """Writes the teacher's logits of all samples to the ledger.
 
@@ -71,17 +76,19 @@ class Part:
             device: where the teacher is.
             outputs: L.
             fingerprint: of the teacher.
-            scale: the ledger's unit, where another part gives it.
+            units: of the ledger, where another part gives them.
 
         Returns:
-            The teacher's accuracy and cross entropy.
+            The teacher's accuracy and cross entropy; of real outputs R² and rms error.
 
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        scores = PrefixScores(sync_on_compute=False)
+        scores = _scores(self.task, outputs)
         answers = self._teacher_answers(teacher, device, scores)
-        self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, scale=scale)
+        self.ledger.create(
+            self.samples, answers, outputs=outputs, teacher=fingerprint, task=self.task, units=units
+        )  # fmt: skip
         return _summed(scores)
 
     @_on_each_disk
@@ -103,7 +110,7 @@ class Part:
             self.ledger.use(0)
             for number, student in enumerate(students):
                 answers = self._answers(
-                    student.to(device), students[:number], device, PrefixScores(sync_on_compute=False)
+                    student.to(device), students[:number], device, _scores(self.task, self.ledger.outputs)
                 )
                 self.ledger.advance(answers, eta=1.0, tolerance=0.0)
                 self.ledger.keep()
@@ -135,12 +142,13 @@ class Part:
         """One pass of a new student, in eval mode; its mode is put back. What it makes waits for `keep`.
 
         Returns:
-            The evidence, and accuracy and cross entropy of the prefix that ends with the student.
+            The evidence, and accuracy and cross entropy (or R² and rms error) of the prefix that ends with
+            the student.
 
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        scores = PrefixScores(sync_on_compute=False)
+        scores = _scores(self.task, self.ledger.outputs)
         modes = {module: module.training for module in student.modules()}
         if isinstance(student, Student):
             self.features.begin(student.width)
@@ -159,7 +167,7 @@ class Part:
 
     @torch.no_grad()
     def _teacher_answers(
-        self, teacher: nn.Module, device: torch.device, scores: PrefixScores
+        self, teacher: nn.Module, device: torch.device, scores: Scores
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, teacher logits (rows, L)) block by block."""
         for x, y, index in self._rows(0):
@@ -173,7 +181,7 @@ class Part:
         student: nn.Module,
         earlier: Sequence[nn.Module],
         device: torch.device,
-        scores: PrefixScores,
+        scores: Scores,
         write: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, student logits (rows, L)) block by block; `scores` sees the prefix that ends with the student."""
@@ -199,19 +207,36 @@ class Part:
     def _prefix(self, answer: Tensor, index: np.ndarray[Any, Any]) -> Tensor:
         """Logits of the prefix that ends with a student, in the teacher's units."""
         g, s = self.ledger.rows(index)
-        return (g + (s + answer - g) / (self.ledger.version + 1)) * self.ledger.scale
+        return self.ledger.units.outward(g + (s + answer - g) / (self.ledger.version + 1))
 
 
-def _summed(scores: PrefixScores) -> tuple[float, float]:
+Scores = PrefixScores | PrefixErrors
+
+
+def _scores(task: Task, outputs: int, predictors: int = 1) -> Scores:
+    """What the answers of K predictors are measured by."""
+    if task == "regression":
+        return PrefixErrors(predictors, outputs, sync_on_compute=False)
+    return PrefixScores(predictors, sync_on_compute=False)
+
+
+def _summed(scores: Scores) -> tuple[float, float]:
     """Accuracy and loss of one predictor over all processes, of which some may have had no rows."""
+    if isinstance(scores, PrefixErrors):
+        r2, rms = output_figures(distributed.all_sum(scores.sums))
+        return float(r2.sum()), float(rms.sum())
     right, entropy, samples = (distributed.all_sum(x) for x in (scores.right, scores.entropy, scores.samples))
     return float(right.sum() / samples), float(entropy.sum() / samples)
 
 
 @torch.no_grad()
-def prefix_accuracies(ensemble: ProgressiveEnsemble, loader: DataLoader[Any], device: torch.device) -> list[float]:
-    """Accuracy of every prefix, in 0 … 1, in one pass over a loader that yields (x, y)."""
-    scores = PrefixScores(len(ensemble), sync_on_compute=False)
+def prefix_accuracies(
+    ensemble: ProgressiveEnsemble, loader: DataLoader[Any], device: torch.device, task: Task = "classification"
+) -> list[float]:
+    """Accuracy in 0 … 1, or R², of every prefix, in one pass over a loader that yields (x, y)."""
+    scores: Scores | None = None
     for x, y in loader:
-        scores.update(torch.stack([stage.logits.cpu() for stage in ensemble.stages(move_data_to_device(x, device))]), y)
-    return [float(a) for a in scores.compute()[0].flatten()]
+        answers = [stage.logits.cpu() for stage in ensemble.stages(move_data_to_device(x, device))]
+        scores = scores or _scores(task, answers[0].shape[-1], len(ensemble))
+        scores.update(torch.stack(answers), y)
+    return [] if scores is None else [float(a) for a in scores.compute()[0].flatten()]

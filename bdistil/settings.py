@@ -9,6 +9,7 @@ from typing import Any, Literal
 from bdistil.errors import UserError
 from bdistil.functional import gamma_of
 from bdistil.students import Rung
+from bdistil.units import Task
 
 
 def _default_ladder() -> list[Rung]:
@@ -22,6 +23,8 @@ class BoostingSettings:
 
     Attributes:
         rounds: T, how many students at most.
+        task: `regression` takes real outputs: R² stands in place of accuracy, rms error in place of cross entropy, and
+            each output has a unit of its own.
         eta: step size of the game: how much harder the worst samples pull.
         kappa: correction strength: a student aims at g - kappa S. 0 is plain averaging, 1 repairs the whole error.
             1 unless `gamma` is given.
@@ -41,6 +44,7 @@ class BoostingSettings:
     """
 
     rounds: int = 6
+    task: Task = "classification"
     eta: float = 0.5
     kappa: float | None = None
     gamma: float | None = None
@@ -62,6 +66,7 @@ class BoostingSettings:
                 "says the same thing. Leave one out; `kappa` is the one to tune."
             )
         _require(self, "rounds", self.rounds >= 1, ">= 1")
+        _require(self, "task", self.task in ("classification", "regression"), "'classification' or 'regression'")
         _require(self, "eta", self.eta > 0, "> 0 (0.5 is a good start)")
         _require(self, "kappa", self.kappa is None or self.kappa >= 0, ">= 0 (1 is a good start)")
         _require(self, "gamma", self.gamma is None or self.gamma > 0, "> 0")

@@ -19,20 +19,23 @@ class Stage:
 
     Attributes:
         total: (B, L), weighted sum of the students' own logits.
-        factor: by which the sum becomes the logits of the prefix.
+        factor: by which the sum becomes the logits of the prefix; of real outputs one an output, (L,).
         index: how many students have answered, from 1.
         macs: multiply-adds per sample so far.
+        offset: (L,) that real outputs have beside the factor.
     """
 
     total: Tensor
-    factor: float
+    factor: float | Tensor
     index: int
     macs: int
+    offset: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
         """(B, L) of the prefix, in the teacher's units; worked out when it is read."""
-        return self.total * self.factor
+        logits = self.total * self.factor
+        return logits if self.offset is None else logits + self.offset
 
 
 class Walk:
@@ -46,6 +49,7 @@ class Walk:
         weights: of the students in the sum; empty: all 1.
         count_votes: count the students' own answers, for the rule of agreement.
         bodies: features (B, D) of the first students' bodies, where they were run together before.
+        offset: see `Stage`.
     """
 
     def __init__(
@@ -53,15 +57,16 @@ class Walk:
         students: Sequence[nn.Module],
         x: Any,
         *,
-        factors: Sequence[float],
+        factors: Sequence[float | Tensor],
         macs: Sequence[int],
         weights: Sequence[float] = (),
         count_votes: bool = False,
         bodies: Sequence[Tensor] = (),
+        offset: Tensor | None = None,
     ) -> None:
         self.students, self.x = students, x
         self.factors, self.macs, self.weights, self.count_votes = factors, macs, weights, count_votes
-        self.bodies = bodies
+        self.bodies, self.offset = bodies, offset
         self.number = 0
         self.features: list[Tensor] = []
         self.total: Tensor | None = None
@@ -89,7 +94,7 @@ class Walk:
             logits = logits * self.weights[number]
         self.total = logits if self.total is None else self.total + logits
         self.number += 1
-        return Stage(self.total, self.factors[number], self.number, self.macs[number])
+        return Stage(self.total, self.factors[number], self.number, self.macs[number], self.offset)
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows of the batch only."""

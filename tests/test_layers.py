@@ -9,11 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
-    functional errors seeding distributed run_directory row_files weight_files exit_rules anytime
+    functional units regression errors seeding distributed run_directory row_files weight_files exit_rules anytime
     environment stopping strategies run_logger
     api_cache api_endpoint api_teacher
     settings ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
-    timm_models onnx_graphs foreign_teachers preflight recipe_files curve_rows
+    zoo_tables timm_models onnx_graphs foreign_teachers preflight recipe_files curve_rows
     schedules
     ensemble walk prediction stage_times inputs mekd mixing variance
     exit_fitting calibration timing

@@ -13,6 +13,7 @@ from bdistil import distributed
 from bdistil import functional as bf
 from bdistil.errors import RunError, UserError
 from bdistil.ledger import BLOCK, ErrorLedger
+from bdistil.units import Units
 
 N, L, ETA = 2 * BLOCK + 76, 3, 0.5  # the last block is short
 ROUNDS = 3
@@ -68,7 +69,7 @@ def ledger(tmp_path):
 
 def test_unit_is_the_rms_of_the_centred_logits(ledger):
     g, scale = in_numpy(teacher_logits())
-    assert ledger.scale == pytest.approx(scale, rel=1e-6)
+    assert ledger.units.scale == pytest.approx(scale, rel=1e-6)
     assert ledger.bound == pytest.approx(2 * np.abs(g).max(), rel=1e-6)
     assert (ledger.samples, ledger.outputs) == (N, L)
     ours, error = ledger.rows(torch.arange(N))
@@ -94,11 +95,11 @@ def test_rows_are_copies(ledger):
 
 def test_unit_of_another_ledger(tmp_path):
     ledger = ErrorLedger(tmp_path)
-    ledger.create(N, in_blocks(teacher_logits()), outputs=L, scale=2.0)
+    ledger.create(N, in_blocks(teacher_logits()), outputs=L, units=Units(2.0))
     ledger.use(0)
     centred = bf.centre(teacher_logits())
     torch.testing.assert_close(ledger.rows(torch.arange(N))[0], centred / 2)
-    assert (ledger.scale, ledger.bound) == (2.0, pytest.approx(centred.abs().max().item()))
+    assert (ledger.units.scale, ledger.bound) == (2.0, pytest.approx(centred.abs().max().item()))
 
 
 # ---- S
@@ -342,7 +343,7 @@ def play(folder, blocks):
     ledger = a_ledger(folder, teacher_logits(samples))
     evidence = [asdict(add(ledger, student_logits(number, samples))) for number in range(ROUNDS)]
     return {
-        "scale": ledger.scale,
+        "scale": ledger.units.scale,
         "bound": ledger.bound,
         "error": (folder / f"error.{ROUNDS:03d}.f32").read_bytes().hex(),
         "log_z": ledger.log_normaliser(ETA).tolist(),

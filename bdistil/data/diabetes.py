@@ -1,0 +1,77 @@
+"""442 patients: ten measurements at the start, and how far diabetes went on within a year; shipped by `scikit-learn`.
+
+Efron, Hastie, Johnstone and Tibshirani, Least Angle Regression, Annals of Statistics 32 (2004).
+"""
+
+from __future__ import annotations
+
+import gzip
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from bdistil.data.embedded import packaged_file
+from bdistil.errors import UserError
+
+FOLDER = "sklearn/datasets/data"
+SHA256 = {
+    "diabetes_data_raw.csv.gz": "7fc0ded571454b1982210d3bb43f0aca44eae01a0b8654a3b24022bdb6b38009",
+    "diabetes_target.csv.gz": "8e53f65eb811df43c206f3534bb3af0e5fed213bc37ed6ba36310157d6023803",
+}
+PATIENTS = 442
+
+
+def read_diabetes() -> tuple[Tensor, Tensor]:
+    """Measurements (442, 10) and progression (442,), both float32 as they were taken."""
+    tables = []
+    for name, sha256 in SHA256.items():
+        with gzip.open(packaged_file("scikit-learn", f"{FOLDER}/{name}", sha256), "rt") as file:
+            tables.append(torch.from_numpy(np.loadtxt(file, dtype=np.float32)))
+    return tables[0], tables[1]
+
+
+class Diabetes(pl.LightningDataModule):
+    """Three random parts; measurements are standardised by the training part, the progression is as it is (25 … 346).
+
+    Args:
+        batch_size: of the training part.
+        validation: patients of the validation part.
+        test: patients of the test part.
+        split_seed: of the split; one split for all seeds of a run, unless it is changed.
+    """
+
+    def __init__(self, batch_size: int = 32, validation: int = 89, test: int = 89, split_seed: int = 0) -> None:
+        super().__init__()
+        if min(batch_size, validation, test) < 1 or validation + test > PATIENTS // 2:
+            raise UserError(
+                f"Expected `batch_size`, `validation` and `test` >= 1, the latter two together at most {PATIENTS // 2} "
+                f"of {PATIENTS} patients, got {batch_size}, {validation}, {test}."
+            )
+        self.batch_size, self.sizes, self.split_seed = batch_size, (validation, test), split_seed
+        self.parts: dict[str, TensorDataset] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the files and splits them, once."""
+        if self.parts:
+            return
+        x, y = read_diabetes()
+        order = torch.randperm(PATIENTS, generator=torch.Generator().manual_seed(self.split_seed))
+        rows = order.split([PATIENTS - sum(self.sizes), *self.sizes])
+        x = (x - x[rows[0]].mean(0)) / x[rows[0]].std(0)
+        names = ("train", "val", "test")
+        self.parts = {name: TensorDataset(x[r], y[r]) for name, r in zip(names, rows, strict=True)}
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches (x (B, 10), y (B,)), shuffled."""
+        return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The validation part."""
+        return DataLoader(self.parts["val"], batch_size=PATIENTS)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The test part, which a run reads once, at its end."""
+        return DataLoader(self.parts["test"], batch_size=PATIENTS)

@@ -1,0 +1,70 @@
+"""Small networks for tables: multi-layer perceptrons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from bdistil.errors import UserError
+from bdistil.students import Student
+
+
+def mlp_body(features: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers with ReLU and dropout: (B, features) -> (B, hidden[-1]).
+
+    Raises:
+        UserError: no hidden layer, or a width below 1.
+    """
+    if not hidden or min(features, *hidden) < 1:
+        raise UserError(f"Expected `features` and each of `hidden` to be >= 1, got {features} and {list(hidden)}.")
+    layers: list[nn.Module] = []
+    for inside, outside in zip([features, *hidden], hidden, strict=False):
+        layers += [nn.Linear(inside, outside), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+class MLP(nn.Module):
+    """A multi-layer perceptron, as a teacher.
+
+    Args:
+        features: of a sample.
+        hidden: width of each layer.
+        outputs: L.
+        dropout: after each layer.
+        mean: of the labels, so that training starts in their units; 0 for classes.
+        std: likewise; 1 for classes.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int] = (64, 64),
+        outputs: int = 1,
+        dropout: float = 0.0,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.body, self.head = mlp_body(features, hidden, dropout), nn.Linear(hidden[-1], outputs)
+        self.mean, self.std = mean, std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (B, L) of x (B, features)."""
+        outputs: Tensor = self.head(self.body(x))
+        return self.mean + self.std * outputs
+
+
+class MLPStudent(Student):
+    """A tiny multi-layer perceptron as a student.
+
+    Args:
+        features: of a sample.
+        hidden: width of each layer.
+        outputs: L.
+        width: factor on the hidden widths, for wider rungs of the ladder.
+    """
+
+    def __init__(self, features: int, hidden: Sequence[int] = (4,), outputs: int = 1, width: float = 1.0) -> None:
+        scaled = [max(1, round(h * width)) for h in hidden]
+        super().__init__(mlp_body(features, scaled), nn.Linear(scaled[-1], outputs))
