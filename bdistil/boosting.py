@@ -112,8 +112,9 @@ class Boosting:
         for number in range(self.run.committed()):
             self.run.weights(number)
         train, val = loaders_of(datamodule)
-        self.train = Part("train", train, self.run.ledger, self.seed, self.settings.task)
-        self.val = Part("val", val, self.run.ledger, self.seed, self.settings.task)
+        task, storage = self.settings.task, self.settings.storage
+        self.train = Part("train", train, self.run.ledger, self.seed, task, storage)
+        self.val = Part("val", val, self.run.ledger, self.seed, task, storage)
         check_augmentation(train, self.settings.state)
         check_task(self.settings.task, self.teacher.module)
         check_widths(self.make, self.settings.ladder)

@@ -1,7 +1,8 @@
-"""Files of float32 rows, one a sample: written by all processes to disjoint rows, named by one when they are whole."""
+"""Files of rows, one a sample: written by all processes to disjoint rows, named by one when they are whole."""
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +14,98 @@ from torch import Tensor
 
 from bdistil import distributed
 
-Rows = np.ndarray[Any, np.dtype[np.float32]]
+Array = np.ndarray[Any, np.dtype[Any]]
+Storage = Literal["float32", "float16"]
+
+# Bytes up to which a file is simply mapped. Of a larger one a process holds no more than about twice this at a time.
+LARGE = 1 << 28
+# What the kernel maps around a page that is touched.
+AROUND = 1 << 16
 
 
-def mapped(path: Path, shape: tuple[int, int], mode: Literal["r", "r+"] = "r") -> Rows:
+class LargeRows:
+    """Rows of a file that does not fit into memory, read and written as those of an array.
+
+    Slices go through read and write; scattered rows through a map whose pages are let go now and then, for a process is
+    charged for every page that it has touched.
+
+    Args:
+        path: of the file.
+        shape: (N, D).
+        mode: ``r`` or ``r+``.
+        dtype: of its numbers.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int], mode: Literal["r", "r+"], dtype: Storage) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._file = open(path, "rb" if mode == "r" else "r+b", buffering=0)  # noqa: SIM115 (open as long as the rows)
+        self._map = np.memmap(path, self.dtype, "r", shape=shape)
+        self._touched = 0
+        self._advise("MADV_RANDOM")
+
+    def _advise(self, advice: str) -> None:
+        if hasattr(mmap, advice):  # not on Windows
+            self._map._mmap.madvise(getattr(mmap, advice))  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Array:
+        low, high, _ = rows.indices(len(self))
+        out = np.empty((high - low, self.shape[1]), self.dtype)
+        view, place = out.data.cast("B"), low * out.itemsize * self.shape[1]
+        while len(view):
+            count = os.preadv(self._file.fileno(), [view], place)
+            if not count:
+                raise OSError(f"{self._file.name} ends before row {high}")
+            view, place = view[count:], place + count
+        return out
+
+    def __setitem__(self, rows: slice, values: Array) -> None:
+        low, high, _ = rows.indices(len(self))
+        out = np.ascontiguousarray(np.broadcast_to(values, (high - low, self.shape[1])), self.dtype)
+        view, place = out.data.cast("B"), low * out.itemsize * self.shape[1]
+        while len(view):
+            count = os.pwrite(self._file.fileno(), view, place)
+            view, place = view[count:], place + count
+
+    def take(self, index: Array, axis: Literal[0]) -> Array:
+        """Copies of scattered rows, (B, D)."""
+        self._touched += len(index) * AROUND
+        if self._touched > LARGE:
+            self._touched = 0
+            self._advise("MADV_DONTNEED")
+        return self._map.take(index, axis)
+
+
+Rows = Array | LargeRows
+
+
+def mapped(path: Path, shape: tuple[int, int], mode: Literal["r", "r+"] = "r", dtype: Storage = "float32") -> Rows:
     """A file as an array of a shape, read from the disk as it is touched."""
+    if shape[0] * shape[1] * np.dtype(dtype).itemsize > LARGE:
+        return LargeRows(path, shape, mode, dtype)
     # As a plain array: the subclass adds microseconds to every look-up.
-    return np.asarray(np.memmap(path, np.float32, mode, shape=shape))
+    return np.asarray(np.memmap(path, np.dtype(dtype), mode, shape=shape))
 
 
-def blank(path: Path, shape: tuple[int, int]) -> Rows:
+def blank(path: Path, shape: tuple[int, int], dtype: Storage = "float32") -> Rows:
     """A file of zeros, open for writing. Its room is taken now: a full disk is an error here, not a crash later."""
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
-            size = shape[0] * shape[1] * 4
+            size = shape[0] * shape[1] * np.dtype(dtype).itemsize
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
     distributed.barrier()
-    return mapped(path, shape, "r+")
+    return mapped(path, shape, "r+", dtype)
+
+
+def read(rows: Rows, low: int, high: int) -> Tensor:
+    """A copy of a slice of rows as a float32 tensor: torch must not hold on to a read-only map."""
+    part = rows[low:high]
+    return torch.from_numpy(part if part.dtype == np.float32 and part.flags.owndata else part.astype(np.float32))
 
 
 def name(beside: Path, path: Path) -> None:
@@ -46,9 +119,9 @@ def name(beside: Path, path: Path) -> None:
     distributed.barrier()
 
 
-def whole(path: Path, shape: tuple[int, int]) -> bool:
+def whole(path: Path, shape: tuple[int, int], dtype: Storage = "float32") -> bool:
     """Is the file there, of the right size?"""
-    return path.exists() and path.stat().st_size == shape[0] * shape[1] * 4
+    return path.exists() and path.stat().st_size == shape[0] * shape[1] * np.dtype(dtype).itemsize
 
 
 class FeatureCache:

@@ -19,7 +19,7 @@ from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.ledger import BLOCK, ErrorLedger, RoundEvidence
 from bdistil.metrics import PrefixScores
 from bdistil.regression import PrefixErrors, output_figures
-from bdistil.row_files import FeatureCache
+from bdistil.row_files import FeatureCache, Storage
 from bdistil.seeding import seed_of
 from bdistil.settings import BoostingSettings
 from bdistil.students import Student, features_of, linked_features, linked_numbers, links_of, run_student
@@ -46,17 +46,24 @@ class Part:
         folder: where the ledgers of a run are.
         seed: of the run.
         task: classes, or real outputs.
+        storage: of the ledger.
 
     Raises:
         UserError: the dataset is iterable or empty, or its items are not (x, y).
     """
 
     def __init__(
-        self, name: str, loader: DataLoader[Any], folder: Path, seed: int, task: Task = "classification"
+        self,
+        name: str,
+        loader: DataLoader[Any],
+        folder: Path,
+        seed: int,
+        task: Task = "classification",
+        storage: Storage = "float32",
     ) -> None:
         self.samples = check_dataset(loader, f"{name}_dataloader")
         self.name, self.loader, self.seed, self.task = name, loader, seed, task
-        self.ledger = ErrorLedger(folder / name)
+        self.ledger = ErrorLedger(folder / name, storage)
         self.features = FeatureCache(folder / name, self.samples)
         self.sharers: distributed.Sharers | None = None  # of the ledger's disk, where each node has one
 

@@ -261,6 +261,7 @@ def test_an_index_out_of_range(tmp_path):
         ({"rounds": 0}, r"`rounds` .*>= 1.*got 0"),
         ({"accept": "always"}, r"`accept` .*'progress' or 'margin', got 'always'"),
         ({"state": "none"}, r"`state` .*'cached' or 'recompute', got 'none'"),
+        ({"storage": "int8"}, r"`storage` .*'float32' or 'float16', got 'int8'"),
         ({"ladder": []}, r"`ladder` .*one rung or more, got \[\]"),
         ({"lr": 0.0}, r"`lr` .*got 0\.0"),
     ],

@@ -159,7 +159,8 @@ def test_game_rows_equal_the_weights_of_the_whole_error(ledger, scale):
     _, error = ledger.rows(torch.arange(N))
     ours = bf.game_rows(error.double(), ledger.log_normaliser(ETA), ETA)
     expected = bf.game_weights(error.double(), ETA)
-    torch.testing.assert_close(torch.stack(ours), torch.stack(expected), rtol=1e-9, atol=0)
+    # Terms of Z are float32, as S is; only their sum is float64.
+    torch.testing.assert_close(torch.stack(ours), torch.stack(expected), rtol=1e-7 * max(scale, 2), atol=0)
     rows = torch.tensor([N - 1, 0, 17])
     part = bf.game_rows(ledger.rows(rows)[1], ledger.log_normaliser(ETA).float(), ETA)
     torch.testing.assert_close(torch.stack(part), torch.stack(expected)[:, rows].float(), rtol=1e-3, atol=0)
@@ -328,8 +329,11 @@ def test_error_without_a_number(ledger, sample):
     table[sample:, 0] = np.nan
     table.flush()
     message = rf"the ledger \(.*error\.001\.f32\), first at sample {sample}\. Nothing of this round was committed"
+    again = ErrorLedger(ledger.folder)
+    again.open(N)
+    again.use(1)
     with pytest.raises(RunError, match=message):
-        ledger.log_normaliser(ETA)
+        again.log_normaliser(ETA)
 
 
 # ---- two processes

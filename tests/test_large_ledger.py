@@ -1,0 +1,123 @@
+"""Ledgers of files that are not held in memory, and of 16-bit numbers."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bdistil import ErrorLedger, RunError, row_files
+from bdistil import ledger as ledger_module
+from bdistil.functional import game_rows
+from bdistil.ledger import BLOCK
+from bdistil.row_files import LargeRows
+
+N, L, ETA = 2 * BLOCK + 7, 5, 0.5
+
+
+def answers(seed, size=1.0):
+    table = size * torch.randn(N, L, generator=torch.Generator().manual_seed(seed))
+    return [(low, table[low : low + BLOCK]) for low in range(0, N, BLOCK)]
+
+
+def two_rounds(folder, storage="float32"):
+    """A ledger after two rounds, and what was said of the second student."""
+    ledger = ErrorLedger(folder, storage)
+    ledger.create(N, answers(0), outputs=L)
+    for number in range(2):
+        ledger.use(number)
+        evidence = ledger.advance(answers(number + 1), eta=ETA, tolerance=1e-3)
+        ledger.keep()
+    ledger.use(2)
+    return ledger, asdict(evidence)
+
+
+def again(ledger):
+    """The same ledger as a restart sees it."""
+    other = ErrorLedger(ledger.folder, ledger.storage)
+    other.open(N)
+    other.use(2)
+    return other
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_a_large_file_gives_the_same_bits(tmp_path, monkeypatch, storage):
+    small, expected = two_rounds(tmp_path / "small", storage)
+    monkeypatch.setattr(row_files, "LARGE", 0)
+    large, found = two_rounds(tmp_path / "large", storage)
+    assert isinstance(large._s, LargeRows)
+    assert not isinstance(small._s, LargeRows)
+    assert found == expected
+    assert torch.equal(large.log_normaliser(ETA), small.log_normaliser(ETA))
+    index = torch.randperm(N)
+    for ours, theirs in zip(large.rows(index), small.rows(index), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+    for name in (f"teacher.{large._kind}", f"error.002.{large._kind}"):
+        assert (large.folder / name).read_bytes() == (small.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+@pytest.mark.parametrize("piece", [1, 64, 1 << 16])
+def test_the_normaliser_made_with_the_errors_is_that_of_the_file(tmp_path, monkeypatch, storage, piece):
+    monkeypatch.setattr(ledger_module, "PIECE", piece)
+    ledger, _ = two_rounds(tmp_path, storage)
+    made, read = ledger.log_normaliser(ETA), again(ledger).log_normaliser(ETA)
+    assert torch.equal(made, read)
+    error = ledger.rows(torch.arange(N))[1].double() * ETA
+    torch.testing.assert_close(made, torch.logsumexp(torch.cat((error, -error)), 0), rtol=1e-7, atol=0)
+
+
+def test_weights_from_half_the_room(tmp_path):
+    (full, evidence), (half, rounded) = two_rounds(tmp_path / "full"), two_rounds(tmp_path / "half", "float16")
+    sizes = {p.stem: p.stat().st_size for p in full.folder.glob("*.f32")}
+    assert {p.stem: 2 * p.stat().st_size for p in half.folder.glob("*.f16")} == sizes
+    weights = [
+        torch.stack(game_rows(ledger.rows(torch.arange(N))[1], ledger.log_normaliser(ETA).float(), ETA))
+        for ledger in (full, half)
+    ]
+    relative = ((weights[1] - weights[0]) / weights[0]).abs().max()
+    assert 0 < relative < 1e-3
+    assert rounded == {name: pytest.approx(value, rel=2e-3, abs=2e-3) for name, value in evidence.items()}
+
+
+def test_a_ledger_of_the_other_storage_is_not_taken(tmp_path):
+    two_rounds(tmp_path, "float16")
+    with pytest.raises(RunError, match=r"teacher\.f32 is missing or torn"):
+        ErrorLedger(tmp_path, "float32").open(N)
+
+
+def resident():
+    """Bytes of mapped files that this process is charged for."""
+    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("RssFile"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's own count")
+def test_a_process_lets_go_of_the_rows_it_has_read(tmp_path, monkeypatch):
+    size = 64 << 20
+    np.arange(size // 4, dtype=np.float32).tofile(tmp_path / "rows")
+    rows, before, order = size >> 12, resident(), np.random.default_rng(0).permutation(size >> 12)
+
+    def read_all(limit):
+        monkeypatch.setattr(row_files, "LARGE", limit)
+        table = row_files.mapped(tmp_path / "rows", (rows, 1 << 10))
+        peak = 0
+        for batch in np.split(order, 64):
+            assert table.take(batch, 0)[:, 0].tolist() == (batch * float(1 << 10)).tolist()
+            peak = max(peak, resident() - before)
+        return peak
+
+    assert read_all(limit=size // 8) < size // 2
+    assert read_all(limit=size) > size // 2  # a plain map is charged for all of it
+
+
+def test_a_file_that_ends_early_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "LARGE", 0)
+    table = row_files.blank(tmp_path / "rows", (8, 4))
+    table[2:8] = np.ones((6, 4))
+    assert table[1:3].tolist() == [[0] * 4, [1] * 4]
+    (tmp_path / "rows").write_bytes(b"\0" * 50)
+    with pytest.raises(OSError, match="ends before row 8"):
+        table[0:8]
