@@ -67,7 +67,7 @@ class ErrorLedger:
     same for any teacher. Outputs of a regression lose their mean over the samples and are divided by their standard
     deviation, each output by its own. `units` are these numbers.
 
-    A file larger than `row_files.LARGE` is not held in memory: a process keeps some hundred MB of it, whatever N.
+    A file larger than `row_files.LARGE` is not held in memory: a process keeps a batch of its rows, whatever N.
 
     Args:
         folder: where the files are; made by `create`.
