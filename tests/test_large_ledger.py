@@ -1,11 +1,13 @@
 """Ledgers of files that are not held in memory, and of 16-bit numbers."""
 
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bdistil import ErrorLedger, row_files
+from bdistil import ErrorLedger, RunError, row_files
 from bdistil import ledger as ledger_module
 from bdistil.functional import centre, game_rows
 from bdistil.ledger import BLOCK
