@@ -12,6 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil import distributed
@@ -107,7 +109,16 @@ class BoostCLI(LightningCLI):
             callbacks.append(RoundProgressBar())
         else:
             changed["enable_progress_bar"] = False
-        return self.instantiate_trainer(callbacks=callbacks, **changed)
+        return self.instantiate_trainer(callbacks=callbacks, strategy=self._strategy(), **changed)
+
+    def _strategy(self) -> Strategy | str:
+        """The strategy of the recipe, made anew: one belongs to the Trainer that it was first given to."""
+        given = self._get(self.config, "trainer").strategy
+        if isinstance(given, str):
+            return given
+        module, _, name = given.class_path.rpartition(".")
+        made: Strategy = getattr(import_module(module), name)(**given.get("init_args", {}))
+        return made
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains the teacher if it is missing, then the rounds, then writes the report."""

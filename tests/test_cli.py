@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -229,3 +231,20 @@ def test_an_interrupted_run_exits_with_1_and_says_how_to_go_on(tmp_path, capsys,
     assert run.committed() == 1
     assert main([*SMALL, "--run_dir", str(run.root)]) == 0
     assert run.committed() == 2
+
+
+@pytest.mark.slow
+def test_a_strategy_of_its_own_class_is_made_anew_for_every_round(tmp_path):
+    """In a process of its own, as it makes a process group."""
+    strategy = [
+        "--trainer.strategy",
+        "lightning.pytorch.strategies.DDPStrategy",
+        "--trainer.strategy.timeout",
+        "0:01:00",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "bdistil.cli", *SMALL, "--run_dir", str(tmp_path / "run"), *strategy],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert RunDirectory(tmp_path / "run").committed() == 2

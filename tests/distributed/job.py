@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import CLASSES, FEATURES, WIDTH, Hook, Toys, control, fit, settings_for
+from toys import CLASSES, FEATURES, WIDTH, Hook, Toys, control, make_trainer, settings_for
 
 from bdistil import Rung, Student
 
@@ -43,8 +43,6 @@ def make_student(round):
 
 def run(run_dir, processes=1, nodes=1, at=None, doing=None, pause=0.0, strategy="auto", timeout=None):
     """A whole run; at (rank, round, epoch), a process does something to itself."""
-    if timeout:
-        strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
 
     def look(trainer, module):
         if module.number == ROUNDS - 1:
@@ -52,10 +50,16 @@ def run(run_dir, processes=1, nodes=1, at=None, doing=None, pause=0.0, strategy=
         if at and (trainer.global_rank, module.number, trainer.current_epoch) == tuple(at) and trainer.global_step % 5:
             doing()
 
-    return fit(
-        control(run_dir, settings=SETTINGS, student=make_student), Batches(processes), epochs=EPOCHS, devices=processes
-        // nodes, num_nodes=nodes, strategy=strategy, callbacks=lambda: [Hook(on_train_batch_start=look)],
-    )  # fmt: skip
+    controller, data = control(run_dir, settings=SETTINGS, student=make_student), Batches(processes)
+    for module in controller.rounds(data):
+        # A strategy belongs to its Trainer, so that each round has its own.
+        own = DDPStrategy(timeout=timedelta(seconds=timeout)) if timeout else strategy
+        trainer = make_trainer(
+            Hook(on_train_batch_start=look), controller, epochs=EPOCHS, devices=processes // nodes, num_nodes=nodes,
+            strategy=own,
+        )  # fmt: skip
+        trainer.fit(module, data, ckpt_path=controller.ckpt_path)
+    return controller
 
 
 def start(run_dir, processes, *, launcher="torchrun", prefix=(), words=(), env=None, nodes=1, **options):
