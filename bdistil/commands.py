@@ -11,7 +11,7 @@ from bdistil.budgets import Budget
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.evaluation import evaluate_run, profile_run
 from bdistil.exit_rules import Rule
-from bdistil.recipe_files import recipes, summary
+from bdistil.recipe_files import jobs, recipes, summary
 from bdistil.report import curve_table, write_report
 from bdistil.run_data import loader_of
 from bdistil.run_directory import RunDirectory
@@ -110,6 +110,9 @@ def list_recipes() -> None:
     """List the shipped recipes."""
     for name, path in recipes().items():
         print(f"{name:<24} {summary(path)}")
+    print("\nJobs for SLURM: sbatch FILE --config NAME")
+    for path in jobs():
+        print(path)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

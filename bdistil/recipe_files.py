@@ -15,6 +15,11 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
 
 
+def jobs() -> list[Path]:
+    """The shipped jobs for SLURM."""
+    return sorted(Path(str(files("bdistil") / "recipes")).rglob("*.sbatch"))
+
+
 def summary(path: Path) -> str:
     """The first comment line of a recipe: what it is."""
     return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
