@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from bdistil.anytime_fit import ExitTarget, fit_anytime, told
@@ -11,6 +12,7 @@ from bdistil.budgets import Budget
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.evaluation import evaluate_run, profile_run
 from bdistil.exit_rules import Rule
+from bdistil.export import ExportOptions, export_run, export_summary
 from bdistil.recipe_files import jobs, recipes, summary
 from bdistil.report import curve_table, write_report
 from bdistil.run_data import loader_of
@@ -89,6 +91,26 @@ def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:
         print("  ".join(f"{cell:>{widths[key]}}" for cell, key in zip(cells, row, strict=True)))
 
 
+def export(
+    run_dir: str,
+    output: str,
+    format: Literal["onnx", "torch"] = "onnx",
+    normalisation: Literal["declared", "inside"] = "declared",
+    overwrite: bool = False,
+) -> None:
+    """Write one graph a stage and a manifest; for onnx a runner that needs no torch.
+
+    Args:
+        run_dir: the run directory.
+        output: a new folder.
+        format: onnx runs with onnxruntime and numpy alone; torch writes the .pt2 files of torch.export.
+        normalisation: inside puts the normalisation of the data into the graphs, which then read raw samples.
+        overwrite: replace an older export.
+    """
+    options = ExportOptions(format, normalisation, overwrite=overwrite)
+    print(export_summary(export_run(RunDirectory(run_dir), Path(output), options), Path(output)))
+
+
 def report(run_dir: str) -> None:
     """Write curve.png and report.html of a run again, and print its curve.
 
@@ -119,6 +141,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "calibrate": calibrate,
     "profile": profile,
+    "export": export,
     "report": report,
     "recipes": list_recipes,
 }

