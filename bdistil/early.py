@@ -20,7 +20,7 @@ from bdistil.sequences import SegmentStudent
 
 # Parts of the sequence by which the share of decided samples is reported, as the literature does.
 PARTS = (0.55, 0.75)
-THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 
 def first_sure(sure: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

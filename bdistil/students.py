@@ -177,7 +177,6 @@ def linked_numbers(earlier: Sequence[nn.Module], links: int) -> list[int]:
     return [number for number in reversed(range(len(earlier))) if isinstance(earlier[number], Student)][:links]
 
 
-@torch.no_grad()
 def linked_features(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> list[Tensor]:
     """Detached features that a student reads of the earlier ones, the most recent first; each costs one body."""
     return [features_of(earlier, number, x) for number in linked_numbers(earlier, links_of(student))]

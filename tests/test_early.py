@@ -54,7 +54,7 @@ def ensemble():
 def test_figures_of_an_ensemble_against_a_loop_over_samples(ensemble):
     x, y = torch.randn(40, 12, 3), torch.randint(0, 5, (40,))
     found = early_figures(ensemble, DataLoader(TensorDataset(x, y), 7), 0.6)
-    assert list(found) == [f"early@{p:g}" for p in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)]
+    assert list(found) == [f"early@{p:g}" for p in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)]
     for p in (0.7, 0.8, 0.9):
         by_55, by_75, right, read = 0, 0, 0, 0
         for sample, label in zip(x, y, strict=True):
@@ -77,5 +77,5 @@ def test_other_ensembles_have_no_such_figures():
 
 def test_no_fitted_threshold_is_taken_for_a_number(ensemble):
     loader = DataLoader(TensorDataset(torch.randn(4, 12, 3), torch.zeros(4).long()))
-    assert len(early_figures(ensemble, loader, "fitted")) == 6
+    assert len(early_figures(ensemble, loader, "fitted")) == 7
     json.dumps(early_figures(ensemble, loader))

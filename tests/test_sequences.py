@@ -1,6 +1,8 @@
 """Early answers on sequences: segments, states handed over, what is read and what it costs, and whole runs."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,3 +326,26 @@ def test_what_cannot_be(x):
     wrong.body.forward = lambda x, state: x[:, -1]
     with pytest.raises(UserError, match=r"body to give features \(B, 6\), got \(6, 3\)"):
         wrong(x)
+
+
+# ---- the guide
+
+
+def test_the_guide_is_true():
+    """Its Python runs word for word; a stage that is sure ends the stream."""
+    guide = (Path(__file__).parents[1] / "docs" / "sequences.md").read_text(encoding="utf-8")
+    students, stream = re.findall(r"```python\n(.*?)```", guide, re.S)
+    scope = {"__name__": "mine"}
+    exec(students, scope)
+    made = []
+    for number in range(8):
+        made.append(build_student(scope["make_student"], number, made, Rung(1)))
+    asked = []
+    scope["wait_for"] = lambda low, high: (asked.append((low, high)), torch.randn(1, high - low, 6))[1]
+    scope["ensemble"] = ProgressiveEnsemble(made)
+    exec(stream, scope)
+    assert asked == [segment_of(number, 8, 50) for number in range(8)]
+    asked.clear()
+    torch.nn.init.constant_(made[0].head.bias[:1], 50.0)
+    exec(stream, scope)
+    assert asked == [(0, 6)]
