@@ -1,8 +1,10 @@
 """Google-13 from small files in the true format: features, split, cache, and what is refused."""
 
+import io
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -227,6 +229,29 @@ def test_the_cache_is_made_again_when_anything_changes(tmp_path, files, monkeypa
     computed(tmp_path, files[:-1], {"version": 2})
     assert (folder / "features.npy").read_bytes() == whole
     assert len(calls) == 8
+
+
+def test_those_who_ask_at_the_same_time_compute_once(tmp_path, files, monkeypatch):
+    calls = []
+    monkeypatch.setattr(feature_cache, "cores", lambda: 1)
+    build = feature_cache._build
+    monkeypatch.setattr(feature_cache, "_build", lambda *args: (calls.append(1), build(*args)))
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: computed(tmp_path, files), range(3)))
+    assert len(calls) == 1
+    assert all(np.array_equal(features, found[0]) for features in found)
+
+
+def test_a_bar_where_somebody_watches(tmp_path, files, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(feature_cache, "cores", lambda: 1)
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    computed(tmp_path, files)
+    assert "Features of numbers" in terminal.getvalue()
+    assert "70/70" in terminal.getvalue()
 
 
 def test_a_cache_that_was_killed_is_made_again(tmp_path, files, monkeypatch):

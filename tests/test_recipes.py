@@ -1,5 +1,6 @@
 """Every recipe that is shipped: what its header says, that it resolves, and one batch of it through a whole run."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def test_it_resolves(name, capsys):
         assert (shown["data"]["init_args"]["augment"], shown["model"]["boosting"]["state"]) == (True, "recompute")
 
 
+@pytest.mark.parametrize("name", sorted(PAPERS))
+def test_data_that_are_not_there_are_one_message(name, tmp_path, capsys):
+    options = ["--data.root", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]
+    assert main(["fit", "--config", name, "--tracking.mode", "disabled", *options]) == 2
+    message = capsys.readouterr().err
+    assert re.search(r"bdistil: error: .* is not there: looked in /.*/data/.* for .* get it from http", message)
+    assert "Traceback" not in message
+    assert not list(tmp_path.glob("data/*"))
+
+
 # Fixtures of 100 classes and large teachers: 5 to 20 s each. What they are made of is in the others as well.
 SLOW = {"cifar100-wrn40-2", "cifar100-resnet32x4", "tiny-imagenet-resnet50"}
 
@@ -100,5 +111,8 @@ def test_one_batch_of_it(name, tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "run")
     assert run.committed() == 1
     assert run.teacher.is_file()
+    data = yaml.safe_load(run.config.read_text())["data"]["init_args"]
+    if name == "dsa19-lstm":
+        assert (data["train"], data["validation"], data["test"]) == ([1, 2, 3, 4], [5, 6], [7, 8])
     assert float(run.read_curve()[1]["test_accuracy"]) >= 0
     assert len(ProgressiveEnsemble.load(run.root)) == 1
