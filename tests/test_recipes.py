@@ -1,5 +1,6 @@
 """Every recipe that is shipped: what its header says, that it resolves, and one batch of it through a whole run."""
 
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -59,9 +60,8 @@ def test_every_yaml_is_a_recipe_of_its_name():
 def test_they_are_listed_with_what_they_show(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(recipes())
     for name, path in recipes().items():
-        assert any(line.split()[0] == name and line.endswith(summary(path)) for line in lines)
+        assert sum(line.split()[:1] == [name] and line.endswith(summary(path)) for line in lines) == 1
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -114,5 +114,5 @@ def test_one_batch_of_it(name, tmp_path, monkeypatch):
     data = yaml.safe_load(run.config.read_text())["data"]["init_args"]
     if name == "dsa19-lstm":
         assert (data["train"], data["validation"], data["test"]) == ([1, 2, 3, 4], [5, 6], [7, 8])
-    assert float(run.read_curve()[1]["test_accuracy"]) >= 0
+    assert math.isfinite(float(run.read_curve()[1]["test_accuracy"]))  # R² of a regression may be below 0
     assert len(ProgressiveEnsemble.load(run.root)) == 1

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from bdistil.data.digits import stratified_split
 from bdistil.data.images import ArrayImages, normalised, pad_crop_flip
-from bdistil.data.loaders import Batches, batches
+from bdistil.data.loaders import PartsModule
 from bdistil.data.pickles import load_arrays
 from bdistil.data.sources import Source
 from bdistil.errors import UserError
@@ -52,7 +50,7 @@ def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tens
     return torch.from_numpy(data.copy()).view(-1, 3, SIDE, SIDE), torch.tensor(labels)
 
 
-class Cifar10(pl.LightningDataModule):
+class Cifar10(PartsModule):
     """CIFAR-10, 32x32 colour images of 10 classes; the official test part, and a validation part off the training part.
 
     Args:
@@ -91,15 +89,11 @@ class Cifar10(pl.LightningDataModule):
         num_workers: int = 0,
         partial: bool = False,
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or num_workers < 0 or validation < self.CLASSES:
-            raise UserError(
-                f"Expected `batch_size` >= 1, `num_workers` >= 0 and `validation` >= {self.CLASSES}, one a class, got "
-                f"{batch_size}, {num_workers} and {validation}."
-            )
-        self.root, self.batch_size, self.validation, self.augment = root, batch_size, validation, augment
-        self.split_seed, self.num_workers, self.partial = split_seed, num_workers, partial
-        self.parts: dict[str, Dataset[Any]] = {}
+        super().__init__(batch_size, num_workers)
+        if validation < self.CLASSES:
+            raise UserError(f"Expected `validation` >= {self.CLASSES}, one a class, got {validation}.")
+        self.root, self.validation, self.augment = root, validation, augment
+        self.split_seed, self.partial = split_seed, partial
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the files and splits the training part, once.
@@ -129,18 +123,6 @@ class Cifar10(pl.LightningDataModule):
         images, labels = zip(*(read_batch(f, self.SOURCE, self.LABELS, self.CLASSES) for f in files), strict=True)
         self.SOURCE.check_count(f"images in {part}", sum(map(len, labels)), published, folder, self.partial)
         return torch.cat(images), torch.cat(labels)
-
-    def train_dataloader(self) -> Batches:
-        """Batches (x (B, 3, 32, 32), y (B,)), shuffled."""
-        return batches(self.parts["train"], self.batch_size, self.num_workers, shuffle=True)
-
-    def val_dataloader(self) -> Batches:
-        """The validation part, never augmented."""
-        return batches(self.parts["val"], self.batch_size, self.num_workers)
-
-    def test_dataloader(self) -> Batches:
-        """The official test part, which a run reads once, at its end."""
-        return batches(self.parts["test"], self.batch_size, self.num_workers)
 
 
 class Cifar100(Cifar10):

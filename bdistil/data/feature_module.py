@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from bdistil.data.loaders import Batches, batches
+from bdistil.data.loaders import PartsModule
 from bdistil.data.series import moments
 from bdistil.errors import UserError
 
@@ -18,22 +17,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Samples = tuple[Array, list[int]]
 
 
-class FeatureModule(pl.LightningDataModule):
+class FeatureModule(PartsModule):
     """Sequences (N, steps, C) in three parts; each feature has mean 0 and sd 1 over the steps of the training part.
 
-    Args:
-        batch_size: samples a training step.
-
-    Raises:
-        UserError: a value that cannot be.
+    Arguments: see `PartsModule`.
     """
-
-    def __init__(self, batch_size: int) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise UserError(f"Expected `batch_size` >= 1, got {batch_size}.")
-        self.batch_size = batch_size
-        self.parts: dict[str, TensorDataset] = {}
 
     def read(self) -> dict[str, Samples]:
         """Features (n, steps, C) and labels of the parts `train`, `val` and `test`."""
@@ -59,15 +47,3 @@ class FeatureModule(pl.LightningDataModule):
         for name, (_, labels) in read.items():
             standard = (tensors[name] - mean) / spread
             self.parts[name] = TensorDataset(self.finished(standard), torch.tensor(labels))
-
-    def train_dataloader(self) -> Batches:
-        """Batches (x (B, steps, C), y (B,)), shuffled."""
-        return batches(self.parts["train"], self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> Batches:
-        """The validation part."""
-        return batches(self.parts["val"], 512)
-
-    def test_dataloader(self) -> Batches:
-        """The test part, which a run reads once, at its end."""
-        return batches(self.parts["test"], 512)

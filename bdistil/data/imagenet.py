@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
 
 from bdistil.data.digits import stratified_split
 from bdistil.data.images import ImageFiles, normalised, pad_crop_flip
-from bdistil.data.loaders import Batches, batches
+from bdistil.data.loaders import PartsModule
 from bdistil.data.sources import Source, listed
 from bdistil.errors import UserError
 
@@ -44,7 +42,7 @@ def read_folders(folder: Path, source: Source) -> tuple[Files, list[str]]:
     return (paths, labels), classes
 
 
-class ImageFolders(pl.LightningDataModule):
+class ImageFolders(PartsModule):
     """Images in folders: what ImageNet and Tiny-ImageNet share. The official validation part is the test part here.
 
     Its labels are public, and the run reads it once, at its end; the validation part comes off the training part.
@@ -78,15 +76,11 @@ class ImageFolders(pl.LightningDataModule):
         num_workers: int,
         partial: bool,
     ) -> None:
-        super().__init__()
-        if min(batch_size, validation, size) < 1 or num_workers < 0:
-            raise UserError(
-                "Expected `batch_size`, `validation` and `size` >= 1 and `num_workers` >= 0, got "
-                f"{batch_size}, {validation}, {size} and {num_workers}."
-            )
-        self.root, self.batch_size, self.validation, self.augment = root, batch_size, validation, augment
-        self.size, self.split_seed, self.num_workers, self.partial = size, split_seed, num_workers, partial
-        self.parts: dict[str, Dataset[Any]] = {}
+        super().__init__(batch_size, num_workers)
+        if min(validation, size) < 1:
+            raise UserError(f"Expected `validation` and `size` >= 1, got {validation} and {size}.")
+        self.root, self.validation, self.augment, self.size = root, validation, augment, size
+        self.split_seed, self.partial = split_seed, partial
 
     def random_transforms(self) -> list[v2.Transform]:
         """The augmentation of the training images."""
@@ -127,18 +121,6 @@ class ImageFolders(pl.LightningDataModule):
         for name, rows, transform in (("train", train.tolist(), random), ("val", val.tolist(), plain)):
             self.parts[name] = ImageFiles([paths[i] for i in rows], [labels[i] for i in rows], transform)
         self.parts["test"] = ImageFiles(*tested, plain)
-
-    def train_dataloader(self) -> Batches:
-        """Batches (x (B, 3, size, size), y (B,)), shuffled."""
-        return batches(self.parts["train"], self.batch_size, self.num_workers, shuffle=True)
-
-    def val_dataloader(self) -> Batches:
-        """The validation part, never augmented."""
-        return batches(self.parts["val"], self.batch_size, self.num_workers)
-
-    def test_dataloader(self) -> Batches:
-        """The official validation part, which a run reads once, at its end."""
-        return batches(self.parts["test"], self.batch_size, self.num_workers)
 
 
 class ImageNet(ImageFolders):
