@@ -56,33 +56,42 @@ def uninterrupted(slurm):
     return run_dir
 
 
-def submit(slurm, file, name, *options):
-    """Submits a shipped sbatch file; the job's number, its run directory and its log."""
-    told = slurm("sbatch", f"--job-name={name}", *options, RECIPES / "slurm" / file, *DIGITS)
-    number = re.search(r"\d+", told)[0]
-    return number, slurm.folder / f"runs/{name}-{number}", slurm.folder / f"{name}-{number}.out"
+class Job:
+    """A shipped sbatch file, submitted."""
+
+    def __init__(self, slurm, file, name, *options):
+        self.slurm = slurm
+        told = slurm("sbatch", f"--job-name={name}", *options, RECIPES / "slurm" / file, *DIGITS)
+        self.number = re.search(r"\d+", told)[0]
+        self.run_dir = slurm.folder / f"runs/{name}-{self.number}"
+        self.log = slurm.folder / f"{name}-{self.number}.out"
+
+    @property
+    def state(self):
+        return re.search(r"JobState=(\w+)", self.slurm("scontrol", "show", "job", self.number))[1]
+
+    def said(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait(self, until, seconds=900):
+        end = time.monotonic() + seconds
+        while not until():
+            assert self.state not in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), self.said()[-5000:]
+            assert time.monotonic() < end, self.said()[-5000:]
+            time.sleep(0.2)
+
+    def complete(self):
+        self.wait(lambda: self.state == "COMPLETED")
 
 
-def wait(until, log, seconds=900):
-    end = time.monotonic() + seconds
-    while not (found := until()):
-        assert time.monotonic() < end, log.read_text()[-5000:] if log.exists() else "the job did not start"
-        time.sleep(0.2)
-    return found
-
-
-def ended(slurm, number):
-    state = re.search(r"JobState=(\w+)", slurm("scontrol", "show", "job", number))[1]
-    return state if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else None
-
-
-def check_run(run_dir, uninterrupted, log):
+def check_run(job, uninterrupted, ledger=None):
     """Complete, equal to the uninterrupted run to the last bit, and one run of W&B. Gives its starts."""
+    run_dir, ledger = job.run_dir, ledger or job.run_dir / "ledger"
     assert digests(run_dir) == digests(uninterrupted)
     assert len(digests(run_dir)) == 2
     assert curve(run_dir, without=TIMES) == curve(uninterrupted, without=TIMES)
     for file in sorted((uninterrupted / "ledger").rglob("*.f32")):
-        assert file.read_bytes() == (run_dir / "ledger" / file.relative_to(uninterrupted / "ledger")).read_bytes()
+        assert file.read_bytes() == (ledger / file.relative_to(uninterrupted / "ledger")).read_bytes()
     assert not list(run_dir.rglob("hpc_ckpt*"))
     assert (run_dir / "report.html").exists()
     starts = json.loads((run_dir / "environment.json").read_text())
@@ -90,7 +99,7 @@ def check_run(run_dir, uninterrupted, log):
     assert {(start["processes"], start["told"]["SLURM_JOB_ID"]) for start in starts} == {
         (2, run_dir.name.split("-")[-1])
     }
-    assert log.read_text().count("was interrupted with") == len(starts) - 1
+    assert job.said().count("was interrupted with") == len(starts) - 1
     tracked = offline_runs(run_dir)
     assert len(tracked) == len(starts)
     assert {run.run["run_id"] for run in tracked if run.run} == {(run_dir / "wandb_id.txt").read_text()}
@@ -98,32 +107,42 @@ def check_run(run_dir, uninterrupted, log):
 
 
 def test_a_job_that_is_requeued_in_the_middle_goes_on(slurm, uninterrupted):
-    number, run_dir, log = submit(slurm, "one_node.sbatch", "requeued", "--time=20")
-    wait((run_dir / "work/001/last.ckpt").exists, log)
-    slurm("scontrol", "requeue", number)
-    assert wait(lambda: ended(slurm, number), log) == "COMPLETED", log.read_text()[-5000:]
-    starts = check_run(run_dir, uninterrupted, log)
+    job = Job(slurm, "one_node.sbatch", "requeued", "--time=20")
+    job.wait((job.run_dir / "work/001/last.ckpt").exists)
+    slurm("scontrol", "requeue", job.number)
+    job.complete()
+    starts = check_run(job, uninterrupted)
     assert len(starts) == 2
     assert starts[0]["launcher"] == "srun"
 
 
 def test_a_job_that_hits_its_time_limit_goes_back_into_the_queue(slurm, uninterrupted):
-    number, run_dir, log = submit(slurm, "one_node.sbatch", "limited", "--time=20", "--signal=B:SIGUSR1@30")
-    wait((run_dir / "work/000/last.ckpt").exists, log)
-    used = int(slurm("squeue", "--noheader", "--job", number, "--format=%M").split(":")[0]) + 1
-    slurm("scontrol", "update", f"JobId={number}", f"TimeLimit={used + 1}")  # the clock of SLURM counts in minutes
-    wait(lambda: "back into the queue" in log.read_text(), log)
-    slurm("scontrol", "update", f"JobId={number}", "TimeLimit=20")  # of the start to come
-    assert wait(lambda: ended(slurm, number), log) == "COMPLETED", log.read_text()[-5000:]
-    assert len(check_run(run_dir, uninterrupted, log)) == 2
-    assert f"job {number} goes back into the queue" in log.read_text()
-    assert "DUE TO TIME LIMIT" not in log.read_text()
+    job = Job(slurm, "one_node.sbatch", "limited", "--time=20", "--signal=B:SIGUSR1@30")
+    job.wait((job.run_dir / "work/000/last.ckpt").exists)
+    used = int(slurm("squeue", "--noheader", "--job", job.number, "--format=%M").split(":")[0]) + 1
+    slurm("scontrol", "update", f"JobId={job.number}", f"TimeLimit={used + 1}")  # the clock of SLURM counts in minutes
+    job.wait(lambda: "back into the queue" in job.said())
+    slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")  # of the start to come
+    job.complete()
+    assert len(check_run(job, uninterrupted)) == 2
+    assert f"job {job.number} goes back into the queue" in job.said()
+    assert "DUE TO TIME LIMIT" not in job.said()
 
 
 def test_torchrun_under_slurm_stops_and_goes_on_as_well(slurm, uninterrupted):
-    number, run_dir, log = submit(slurm, "torchrun.sbatch", "elastic", "--time=20")
-    wait((run_dir / "work/000/last.ckpt").exists, log)
-    slurm("scancel", "--batch", "--signal=USR1", number)  # what SLURM does before the time limit
-    assert wait(lambda: ended(slurm, number), log) == "COMPLETED", log.read_text()[-5000:]
-    starts = check_run(run_dir, uninterrupted, log)
+    job = Job(slurm, "torchrun.sbatch", "elastic", "--time=20")
+    job.wait((job.run_dir / "work/000/last.ckpt").exists)
+    slurm("scancel", "--batch", "--signal=USR1", job.number)  # what SLURM does before the time limit
+    job.complete()
+    starts = check_run(job, uninterrupted)
     assert [start["launcher"] for start in starts] == ["torchrun"] * 2
+
+
+def test_the_job_of_several_nodes_keeps_its_ledger_on_their_disks(slurm, uninterrupted):
+    """On the one node that there is; two hosts are in test_hosts.py."""
+    disk = slurm.folder / "disk"
+    job = Job(slurm, "several_nodes.sbatch", "disk", "--time=20", "--nodes=1", f"--export=ALL,SCRATCH={disk}")
+    job.complete()
+    (ledger,) = disk.glob("bdistil-disk-*/ledger")
+    assert not (job.run_dir / "ledger").exists()
+    assert len(check_run(job, uninterrupted, ledger)) == 1
