@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil import distributed
 
@@ -35,11 +36,13 @@ class StopSignals:
 
     def __init__(self, text: Callable[[], str]) -> None:
         self.text = text
-        self.asked = False
+        self.asked = self.told = False
         self._before: list[dict[int, Any]] = []
         self._launcher: Any = None
 
     def __enter__(self) -> StopSignals:
+        if not self._before:
+            self.asked = self.told = False
         self._before.append({number: signal.getsignal(number) for number in SIGNALS})
         self._install(dict.fromkeys(SIGNALS, self._answer))
         return self
@@ -61,8 +64,13 @@ class StopSignals:
             raise self.interruption()
 
     def interruption(self) -> Interrupted:
-        """The exception; only process 0 has something to say."""
-        return Interrupted(self.text() if distributed.early_rank() == 0 else 1)
+        """The exception; only process 0 has something to say, and that once."""
+        return Interrupted(self.text() if distributed.early_rank() == 0 and not self.told else 1)
+
+    def tell(self) -> None:
+        """Says it now: Lightning answers to Ctrl-C with an exception that says nothing."""
+        self.told = True
+        rank_zero_info(self.text())
 
     @staticmethod
     def _install(handlers: dict[int, Any]) -> None:

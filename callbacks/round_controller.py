@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from bdistil import distributed
@@ -193,7 +192,7 @@ class RoundController(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Says how to go on after Ctrl-C, to which Lightning answers."""
         if isinstance(exception, KeyboardInterrupt):
-            rank_zero_info(self.how_to_go_on())
+            self.signals.tell()
 
     def _close(self, trainer: pl.Trainer, module: BoostingRound) -> None:
         self.closed = True

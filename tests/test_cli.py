@@ -213,21 +213,22 @@ def test_a_failed_run_exits_with_1(tmp_path, capsys):
     assert RunDirectory(tmp_path / "run").committed() == 0
 
 
-def test_an_interrupted_run_exits_with_1_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    """SIGTERM to a real fit, sent by a hook in its second round."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_exits_with_1_and_says_how_to_go_on(tmp_path, capsys, caplog, monkeypatch, number):
+    """A signal to a real fit, sent by a hook in its second round."""
     hook = RoundController.on_train_epoch_start
 
     def terminate(self, trainer, pl_module):
         hook(self, trainer, pl_module)
         if self.number == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     run = RunDirectory(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(RoundController, "on_train_epoch_start", terminate)
         status, message = failed(capsys, *SMALL, "--run_dir", str(run.root))
     assert status == 1
-    assert "interrupted with 1 of 2 rounds committed" in message
+    assert (caplog.text + message).count("interrupted with 1 of 2 rounds committed") == 1
     assert run.committed() == 1
     assert main([*SMALL, "--run_dir", str(run.root)]) == 0
     assert run.committed() == 2

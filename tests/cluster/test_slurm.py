@@ -90,7 +90,9 @@ def check_run(job, uninterrupted, ledger=None):
     assert digests(run_dir) == digests(uninterrupted)
     assert len(digests(run_dir)) == 2
     assert curve(run_dir, without=TIMES) == curve(uninterrupted, without=TIMES)
-    for file in sorted((uninterrupted / "ledger").rglob("*.f32")):
+    files = list((uninterrupted / "ledger").rglob("*.f32"))
+    assert files
+    for file in files:
         assert file.read_bytes() == (ledger / file.relative_to(uninterrupted / "ledger")).read_bytes()
     assert not list(run_dir.rglob("hpc_ckpt*"))
     assert (run_dir / "report.html").exists()
@@ -103,6 +105,10 @@ def check_run(job, uninterrupted, ledger=None):
     tracked = offline_runs(run_dir)
     assert len(tracked) == len(starts)
     assert {run.run["run_id"] for run in tracked if run.run} == {(run_dir / "wandb_id.txt").read_text()}
+    for axis in ("trainer/global_step", "_step"):
+        steps = [row[axis] for run in tracked for row in run.history if axis in row]
+        assert steps == sorted(steps)
+        assert len(steps) >= 300, "each epoch logs a row"
     return starts
 
 
