@@ -293,18 +293,19 @@ def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, 
 
     Args:
         student_logits: shape (B, L).
-        teacher_logits: shape (B, L).
+        teacher_logits: shape (B, L), or (M, B, L) of M teachers.
         target: class numbers, shape (B,).
         temperature: tau > 0 of both softmaxes of the teacher's loss.
 
     Returns:
         ce (B,), kl (B,) = tau^2 KL(teacher || student), and the residuals R_g = softmax(z) - y and
-        R_k = tau (softmax(z/tau) - softmax(z_t/tau)), both (B, L).
+        R_k = tau (softmax(z/tau) - softmax(z_t/tau)), both (B, L). Of M teachers kl is (M, B) and R_k (M, B, L).
     """
     soft = F.log_softmax(student_logits / temperature, -1)
     goal = F.log_softmax(teacher_logits / temperature, -1)
-    kl = temperature**2 * F.kl_div(soft, goal, reduction="none", log_target=True).sum(-1)
-    one_hot = F.one_hot(target, student_logits.shape[-1]).to(student_logits.dtype)
+    kl = temperature**2 * F.kl_div(soft.expand_as(goal), goal, reduction="none", log_target=True).sum(-1)
+    classes = torch.arange(student_logits.shape[-1], device=target.device)
+    one_hot = (target[:, None] == classes).to(student_logits.dtype)  # as F.one_hot, which torch.func.vmap refuses
     return KDTerms(
         F.cross_entropy(student_logits, target, reduction="none"),
         kl,

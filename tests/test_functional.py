@@ -362,3 +362,13 @@ def test_halves_of_a_batch_that_see_each_other_have_the_gradient_of_the_whole(sm
     torch.testing.assert_close(torch.cat(halves) / 2, whole)
     alone = torch.cat([slope(slice(8)), slope(slice(8, 16))]) / 2
     assert (alone - whole).abs().max() > 1e-2
+
+
+def test_kd_terms_of_several_teachers_are_those_of_each():
+    student, teachers, target = normal(8, 5), normal(3, 8, 5), torch.randint(0, 5, (8,))
+    terms = bf.kd_terms(student, teachers, target, temperature=2.0)
+    for number, teacher in enumerate(teachers):
+        alone = bf.kd_terms(student, teacher, target, temperature=2.0)
+        torch.testing.assert_close(terms.kl[number], alone.kl)
+        torch.testing.assert_close(terms.teacher_residual[number], alone.teacher_residual)
+    torch.testing.assert_close(terms.ce, alone.ce)
