@@ -39,8 +39,9 @@ class MixingSettings:
         every: epochs between two updates.
         inner: steps of an update on each block of samples; 10 of `convex`, 5 of `independent` by default.
         rate: how far an inner step moves the average weight.
-        look_ahead: step of the last layer that is looked ahead; `lr` takes the student's learning rate, as the authors
-            do. Their steps are proportional to it, so the weights freeze when it decays.
+        look_ahead: step of the last layer that is looked ahead, as part of the one that would take all of a residual
+            away; `lr` takes the student's learning rate as it is, as the authors do. Without `normalise` their updates
+            are proportional to it, so the weights freeze when it decays.
         normalise: divide the gradient by its mean size over the block, so that `rate` means the same for any
             network. Without it `rate` multiplies B times the gradient.
         train_share: share of the training part in the outer loss; 0.25 of `convex`, 0 of `independent` by default.
@@ -51,7 +52,7 @@ class MixingSettings:
     every: int = 10
     inner: int | None = None
     rate: float = 0.05
-    look_ahead: float | Literal["lr"] = 0.1
+    look_ahead: float | Literal["lr"] = 1.0
     normalise: bool = True
     train_share: float | None = None
 
@@ -200,20 +201,27 @@ def move_mix(mix: Tensor, gradient: Tensor, settings: MixingSettings) -> Tensor:
     return (mix - settings.rate * gradient / scale).clamp(0.0, HIGHEST[settings.mode])
 
 
+def look_ahead_step(activations: Tensor, settings: MixingSettings, lr: float) -> float:
+    """Step of the last layer: with `look_ahead` = 1 a residual of a typical sample moves its own logits by its size.
+
+    Args:
+        activations: (B, D).
+        settings: of mixing.
+        lr: learning rate of the student.
+    """
+    ahead = settings.look_ahead
+    return lr if isinstance(ahead, str) else ahead / float(activations.square().sum(1).mean().clamp_min(1e-12))
+
+
 def learn_mix(
-    mix: Tensor, residuals: Tensor, activations: Tensor, outer: OuterLoss, settings: MixingSettings, step: float
+    mix: Tensor, residuals: Tensor, activations: Tensor, outer: OuterLoss, settings: MixingSettings, lr: float
 ) -> Tensor:
-    """All inner steps of an update on a block of samples, (B, C); arguments as of `meta_gradient`."""
+    """All inner steps of an update on a block of samples, (B, C); arguments as of `meta_gradient` and above."""
+    step = look_ahead_step(activations, settings, lr)
     for _ in range(settings.steps):
         gradient = meta_gradient(mix, residuals, activations, outer, mode=settings.mode, step=step)
         mix = move_mix(mix, gradient, settings)
     return mix
-
-
-def teacher_share(weights: Tensor) -> Tensor:
-    """Share (B,) of the teachers in the weights (B, K) of each sample: what tells flipped from clean labels."""
-    teachers = weights[:, 1:].mean(1)
-    return teachers / (teachers + weights[:, 0]).clamp_min(1e-12)
 
 
 def label_target(target: Tensor, outputs: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +20,9 @@ from bdistil.settings import BoostingSettings
 from bdistil.students import linked_numbers, links_of, run_student
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
+
+# Makes of g, S, the labels and the index of a batch the target and the error of a round that mixes labels in.
+Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
 
 # Training steps between two looks at the loss for NaN: each look waits for the device.
 WATCH_EVERY = 50
@@ -59,6 +62,7 @@ class BoostingRound(pl.LightningModule):
         object.__setattr__(self, "teacher", teacher)
         self.recompute = settings.state == "recompute"
         self._regression = settings.task == "regression"
+        self.mix: Mix | None = None  # set by LossMixing
 
     earlier: list[nn.Module]
     teacher: nn.Module | None
@@ -85,8 +89,10 @@ class BoostingRound(pl.LightningModule):
 
     def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
         """The log-barrier loss of a batch (x, y, index)."""
-        x, _, index = batch
+        x, y, index = batch
         target, error = self.state(x, index)
+        if self.mix is not None:
+            target, error = self.mix(target, error, y, index)
         deviation = self.answer(x, index, self.train_part) - target
         loss = round_loss(deviation, error, self.log_z, **self.game)
         self._watch(loss, batch_idx)

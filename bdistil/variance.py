@@ -249,8 +249,9 @@ def sample_gradients(
     weights = {name: p.detach() for name, p in student.named_parameters()}
 
     def loss(weights: dict[str, Tensor], which: int, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        terms = kd_terms(functional_call(student, weights, (x[None],)), z[None], y[None], temperature=temperature)
-        return terms[which].sum()
+        # Where a module has two names, `tie_weights` would swap it twice and put back what it had swapped in.
+        logits = functional_call(student, weights, (x[None],), tie_weights=False)
+        return kd_terms(logits, z[None], y[None], temperature=temperature)[which].sum()
 
     found = []
     for which in (0, 1):

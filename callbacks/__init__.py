@@ -8,8 +8,18 @@ if __name__ == "callbacks":
 
 from bdistil.callbacks.compute_cost import ComputeCost
 from bdistil.callbacks.epoch_keeper import EpochKeeper
+from bdistil.callbacks.gradient_noise import GradientNoise
+from bdistil.callbacks.loss_mixing import LossMixing
 from bdistil.callbacks.metric_curves import MetricCurves
 from bdistil.callbacks.round_controller import RoundController
 from bdistil.callbacks.round_progress import RoundProgressBar
 
-__all__ = ["ComputeCost", "EpochKeeper", "MetricCurves", "RoundController", "RoundProgressBar"]
+__all__ = [
+    "ComputeCost",
+    "EpochKeeper",
+    "GradientNoise",
+    "LossMixing",
+    "MetricCurves",
+    "RoundController",
+    "RoundProgressBar",
+]

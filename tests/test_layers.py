@@ -15,9 +15,9 @@ LAYERS = """
     settings ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
     zoo_tables timm_models onnx_graphs foreign_teachers preflight recipe_files curve_rows
     schedules
-    ensemble walk prediction stage_times inputs mekd mixing variance
+    ensemble walk prediction stage_times inputs mekd mixing variance mixing_store mixing_report noise_report
     exit_fitting calibration timing
-    rounds scoring node_disks boosting
+    rounds scoring node_disks boosting probing views round_mixing distillation
     tracking report report_anytime round_tracker round_state round_end
     callbacks
     compare distiller early evaluation run_data anytime_fit

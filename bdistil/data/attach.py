@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from bdistil.data.indexing import sequential_loader, training_loader
 
+LOADERS = ("train_dataloader", "val_dataloader")
+
 
 def only(loader: Any) -> Any:
     """The loader of a list of one, as some data modules return."""
@@ -19,19 +21,19 @@ def only(loader: Any) -> Any:
 
 
 @contextmanager
-def indexed_loaders(datamodule: pl.LightningDataModule, seed: int) -> Iterator[None]:
-    """While this context is open, training and validation loaders yield (x, y, index).
+def indexed_loaders(datamodule: pl.LightningDataModule, seed: int, names: Sequence[str] = LOADERS) -> Iterator[None]:
+    """While this context is open, the loaders of a data module yield (x, y, index).
 
     Args:
         datamodule: of the user; its methods are put back at the end.
         seed: of the round's order of samples.
+        names: of the loaders.
     """
-    names = ("train_dataloader", "val_dataloader")
     before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
-    train, val = (getattr(datamodule, name) for name in names)
-    vars(datamodule).update(
-        train_dataloader=partial(_train, train, datamodule, seed), val_dataloader=partial(_val, val, datamodule)
-    )
+    originals = {name: getattr(datamodule, name) for name in names}
+    for name, original in originals.items():
+        indexed = partial(_train, seed=seed) if name == LOADERS[0] else _val
+        vars(datamodule)[name] = partial(indexed, original, datamodule)
     try:
         yield
     finally:

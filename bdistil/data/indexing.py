@@ -6,7 +6,7 @@ workers and collate function, in an order that is a pure function of (seed, roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -131,27 +131,43 @@ def _reads_all(loader: DataLoader[Any]) -> bool:
     return type(sampler) is SequentialSampler
 
 
-class _Blocks:
-    """Batches that are given blocks of rows in order."""
+class _Groups:
+    """Batches of given rows."""
 
-    def __init__(self, blocks: list[tuple[int, int]]) -> None:
-        self.blocks = blocks
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self.batches = batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(range(low, high)) for low, high in self.blocks)
+        return map(list, self.batches)
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.batches)
 
 
 def block_loader(loader: DataLoader[Any], blocks: list[tuple[int, int]], *, seed: int = 0) -> DataLoader[Any]:
     """Reads given blocks of the loader's dataset in order, each as one batch (x, y, index)."""
+    return rows_loader(loader, [range(low, high) for low, high in blocks], seed=seed)
+
+
+def rows_loader(loader: DataLoader[Any], batches: Sequence[Sequence[int]], *, seed: int = 0) -> DataLoader[Any]:
+    """Reads given rows of the loader's dataset, each group as one batch (x, y, index)."""
     indexed = IndexedDataset(loader.dataset, loader.collate_fn)
     settings = {k: v for k, v in _settings(loader).items() if k != "persistent_workers"}
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        indexed, batch_sampler=_Blocks(blocks), collate_fn=indexed.collate, generator=generator, **settings
+        indexed, batch_sampler=_Groups(batches), collate_fn=indexed.collate, generator=generator, **settings
     )
+
+
+def with_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[Any]:
+    """The user's loader over another dataset of as many samples, in the order that it had."""
+    options: dict[str, Any] = {"collate_fn": loader.collate_fn, "generator": loader.generator, **_settings(loader)}
+    if type(loader.batch_sampler) is not BatchSampler:
+        return DataLoader(dataset, batch_sampler=loader.batch_sampler, **options)
+    options |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    if _reads_all(loader):
+        return DataLoader(dataset, shuffle=isinstance(loader.sampler, RandomSampler), **options)
+    return DataLoader(dataset, sampler=loader.sampler, **options)
 
 
 def check_dataset(loader: Any, name: str) -> int:

@@ -1,0 +1,145 @@
+"""Looking at a module in training from its last linear layer, as `LossMixing` and `GradientNoise` do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bdistil.data.attach import LOADERS, only
+from bdistil.errors import UserError
+from bdistil.rounds import Index
+from bdistil.students import Student
+
+
+class Distilling(Protocol):
+    """What a LightningModule of anyone's has to offer, beside ``forward(x)``, which gives logits (B, L).
+
+    Attributes:
+        temperature: tau of the teacher's loss.
+        last_layer: the linear layer whose output is the logits.
+    """
+
+    temperature: float
+    last_layer: nn.Linear
+
+    def __call__(self, x: Any) -> Tensor:
+        """Logits (B, L)."""
+
+    def teacher_logits(self, x: Any, index: Index) -> Tensor:
+        """Logits of the teacher (B, L), or of M teachers (M, B, L), for samples with these numbers."""
+
+
+def check_distilling(module: pl.LightningModule, asked_by: str) -> None:
+    """Refuses a module that does not offer what `Distilling` says.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    layer = getattr(module, "last_layer", None)
+    if not isinstance(layer, nn.Linear):
+        raise UserError(
+            f"{asked_by} expected `{type(module).__name__}.last_layer` to be the nn.Linear that gives the logits, got "
+            f"{type(layer).__name__}. Set it in `__init__`, or give a property."
+        )
+    if not callable(getattr(module, "teacher_logits", None)):
+        raise UserError(
+            f"{asked_by} expected `{type(module).__name__}` to define `teacher_logits(x, index)`, which gives the "
+            "teacher's logits (B, L), or (M, B, L) of M teachers."
+        )
+    temperature = getattr(module, "temperature", None)
+    if not isinstance(temperature, int | float) or temperature <= 0:
+        raise UserError(f"{asked_by} expected `{type(module).__name__}.temperature` to be > 0, got {temperature!r}.")
+
+
+def prepared_loaders(trainer: pl.Trainer, asked_by: str) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Training and validation loader of the data module that is being fitted.
+
+    Raises:
+        UserError: there is no data module, or it lacks one of the two.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        raise UserError(
+            f"{asked_by} reads the training part in an order of its own, so it expects a data module, got loaders. "
+            "Fit with trainer.fit(module, datamodule=...)."
+        )
+    for name in LOADERS:
+        if not is_overridden(name, datamodule, pl.LightningDataModule):
+            raise UserError(f"{asked_by} expected `{type(datamodule).__name__}` to define `{name}()`.")
+    return only(datamodule.train_dataloader()), only(datamodule.val_dataloader())
+
+
+def last_layers(student: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a student whose outputs add up to its logits.
+
+    Raises:
+        UserError: there is none.
+    """
+    if isinstance(student, Student):
+        joined = student.join.project if student.join is not None and student.join.kind != "residual" else None
+        ends = [student.head, joined[-1] if isinstance(joined, nn.Sequential) else joined]
+        layers: Sequence[nn.Module | None] = [layer for layer in ends if layer is not None]
+    else:
+        layers = [layer for layer in student.modules() if isinstance(layer, nn.Linear)][-1:]
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if not linear or len(linear) != len(layers):
+        raise UserError(
+            f"Expected the student to end with a linear layer, whose inputs are looked at; {type(student).__name__} "
+            "does not. Give it a head that is nn.Linear."
+        )
+    return linear
+
+
+def observe(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Runs a student and keeps what went into its last layers.
+
+    Args:
+        layers: whose outputs add up to what `run` gives.
+        run: gives logits (B, L).
+
+    Returns:
+        Activations (B, D), with a column of ones for each bias, and the logits (B, L), both float32.
+
+    Raises:
+        UserError: the outputs of the layers do not add up to the logits.
+    """
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def keep(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        ones = [given[0].new_ones(len(given[0]), 1)] if getattr(layer, "bias", None) is not None else []
+        inputs.append(torch.cat([given[0], *ones], 1))
+        outputs.append(output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        logits = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(outputs) != len(layers) or not torch.allclose(sum(outputs, torch.zeros(())), logits, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            "Expected the output of the last linear layer to be the student's logits, got something else. "
+            "Nothing may come after it, and it must run once."
+        )
+    return torch.cat(inputs, 1).float(), logits.float()
+
+
+@contextmanager
+def looking(module: nn.Module) -> Iterator[None]:
+    """In eval mode and without a graph; every submodule gets its own mode back."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

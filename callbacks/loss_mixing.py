@@ -1,0 +1,175 @@
+"""The callback that learns, sample by sample, how far labels and teachers are to be trusted."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from bdistil import distributed
+from bdistil.data.attach import LOADERS, indexed_loaders
+from bdistil.data.label_noise import flipped_labels, labels_of
+from bdistil.errors import UserError
+from bdistil.ledger import BLOCK
+from bdistil.mixing import MixingSettings, learn_mix, loss_weights, outer_loss, start_mix
+from bdistil.mixing_report import draw_weights, log_histogram, weight_figures
+from bdistil.mixing_store import MixingStore
+from bdistil.probing import check_distilling, looking, prepared_loaders
+from bdistil.round_mixing import RoundMix
+from bdistil.rounds import BoostingRound, Index
+from bdistil.seeding import seed_of
+from bdistil.views import view_of
+
+
+class LossMixing(pl.Callback):
+    """Learns the weights of label loss and teacher losses of every sample on the clean validation part.
+
+    In anyone's LightningModule that offers what `bdistil.probing.Distilling` says: batches of its training loader carry
+    the index, (x, y, index), and the module gets ``sample_weights(index)``: weights (B, K) for `mixing.mixed_loss`.
+    In a boosting run, beside the RoundController: the target of a round becomes a mix of label and teacher.
+
+    Weights are kept by sample index in files: in the ledger of a boosting run, else in `folder`.
+
+    Args:
+        settings: how they are learned.
+        folder: of the files; ``mixing`` in the Trainer's default_root_dir by default. A boosting run has its own.
+        seed: of the start of `convex`, and of the order of samples in a module of anyone's.
+
+    Example::
+
+        def training_step(self, batch, batch_idx):
+            x, y, index = batch
+            terms = kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
+            return mixed_loss(terms, self.sample_weights(index))
+    """
+
+    def __init__(
+        self,
+        settings: MixingSettings = MixingSettings(),  # noqa: B008 (frozen)
+        folder: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.settings, self.folder, self.seed = settings, folder, seed
+        self.history: list[dict[str, float]] = []
+        self._resumed: int | None = None
+        self._saved, self._open = 0, ExitStack()
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The version of the weights, and the figures so far."""
+        self._saved = self.store.version
+        return {"version": self.store.version, "history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the weights that the checkpoint was written with."""
+        self._resumed, self.history = int(state_dict["version"]), list(state_dict["history"])
+
+    # ---- hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Proves that module and data offer what is needed; adds the index to the training batches of anyone's."""
+        if stage != "fit":
+            return
+        if isinstance(pl_module, BoostingRound):
+            if self.settings.mode != "convex":
+                raise UserError(
+                    "Expected `mode` of the mixing settings to be 'convex' in a boosting run, whose target is a mix of "
+                    f"label and teacher, got {self.settings.mode!r}."
+                )
+            if pl_module.settings.task == "regression":
+                raise UserError("Expected a boosting run of classes beside LossMixing, got task='regression'.")
+            self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
+            return
+        check_distilling(pl_module, "LossMixing")
+        self._loaders = prepared_loaders(trainer, "LossMixing")
+        datamodule: pl.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self._open.enter_context(indexed_loaders(datamodule, seed_of(self.seed, "mixing"), LOADERS[:1]))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gives the data module its loaders back."""
+        self._open.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Gives the data module its loaders back."""
+        self._open.close()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens the weights: those of the checkpoint, of the round before, or the authors' start."""
+        with looking(pl_module):
+            self.view = view_of(pl_module, self._loaders)
+            first = next(self.view.batches([[0]]))
+            teachers = len(self.view.mixing(first).residuals) - 1
+        folder, number = Path(self.folder or Path(trainer.default_root_dir) / "mixing"), 0
+        if isinstance(pl_module, BoostingRound):
+            folder, number = pl_module.ledger.folder, pl_module.number
+        self.store = MixingStore(folder, self.view.samples, self.settings.columns(teachers))
+        if self._resumed is not None:
+            self.store.resume(number, self._resumed)
+        else:
+            self.store.start(number, start_mix(self.view.samples, teachers, self.settings.mode, self.seed))
+        self.flipped = flipped_labels(self._loaders[0].dataset)
+        self._hand_over(pl_module)
+
+    def _hand_over(self, module: Any) -> None:
+        if isinstance(module, BoostingRound):
+            self._mix = RoundMix(module, self.store, labels_of(self._loaders[0].dataset))
+            self._mix.install()
+        else:
+            module.sample_weights = lambda index: self.weights(index).to(module.device)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Learns, where an update is due; logs what was learned."""
+        if not self.settings.due(trainer.current_epoch):
+            return
+        self.update(pl_module, trainer.optimizers[0].param_groups[0]["lr"])
+        weights = self.weights()
+        self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, self.flipped)})
+        for logger in trainer.loggers:
+            figures = {f"mixing/{key}": value for key, value in self.history[-1].items()}
+            logger.log_metrics(figures, step=trainer.global_step)
+            log_histogram(logger, weights, trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draws the histogram of the weights, beside their files."""
+        if trainer.is_global_zero and self.history:
+            draw_weights(self.store.folder / "mixing.png", self.weights(), self.flipped)
+
+    # ---- what it does
+
+    def weights(self, index: Index | None = None) -> Tensor:
+        """Weights (B, K) of samples, the labels' first; of all N by default."""
+        rows = self.store.rows(index if index is not None else torch.arange(self.view.samples))
+        return loss_weights(rows, self.settings.mode)
+
+    def _groups(self) -> list[list[int]]:
+        """The samples of this process in groups of mixed classes, whatever the order of the dataset."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.store.round, self.store.version))
+        order = torch.randperm(self.view.samples, generator=generator).tolist()
+        return [order[low:high] for low, high in distributed.my_blocks(self.view.samples, BLOCK)]
+
+    def update(self, module: pl.LightningModule, lr: float) -> None:
+        """One update of the weights of all samples, block by block.
+
+        Args:
+            module: in training.
+            lr: its learning rate.
+        """
+        with looking(module):
+            validation = self.view.validation()
+            self.store.begin()
+            for batch in self.view.batches(self._groups()):
+                seen, index = self.view.mixing(batch), batch[2]
+                outer = outer_loss(validation, self.view.outer(batch, seen), self.settings.share)
+                mix = self.store.rows(index).to(seen.logits.device)
+                mix = learn_mix(mix, seen.residuals, seen.activations, outer, self.settings, lr)
+                self.store.write(index, mix)
+        self.store.keep()
+        self.store.forget(self._saved)
+        if isinstance(module, BoostingRound):
+            self._mix.install()

@@ -1,0 +1,216 @@
+"""GradientNoise in real fits: what it reports, that it leaves no trace, and that a run follows it."""
+
+import hashlib
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from gaussians import Gaussians, mlp, trained_teacher
+from lightning.pytorch.callbacks import ModelPruning
+from torch import nn
+from toys import Hook, Toys, boost, digests, make_student, make_trainer, settings_for
+
+from bdistil import UserError
+from bdistil.callbacks import GradientNoise
+from bdistil.distillation import Distillation, generations
+from bdistil.functional import kd_terms, round_loss
+from bdistil.variance import gradient_moments, noise_to_signal, variance_at
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    data = Gaussians(rate=0.4, train=600)
+    return data, trained_teacher(data, epochs=5)
+
+
+def fit(module, data, *callbacks, epochs=2, **options):
+    options = {"limit_val_batches": 0, "enable_checkpointing": False, **options}
+    trainer = make_trainer(*callbacks, epochs=epochs, **options)
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
+def state_hash(module):
+    """Of all that a look must not change: weights, buffers, modes, and the state of every generator."""
+    weights = [(name, value.numpy().tobytes()) for name, value in module.state_dict().items()]
+    modes = [part.training for part in module.modules()]
+    randomness = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+    return hashlib.sha256(pickle.dumps((weights, modes, randomness))).hexdigest()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_look_changes_nothing(noisy, full, tmp_path):
+    hashes = []
+
+    class Watched(GradientNoise):
+        def look(self, module):
+            before = state_hash(module)
+            found = super().look(module)
+            hashes.append((before, state_hash(module)))
+            return found
+
+    student = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 20))
+    fit(Distillation(student, noisy[1]), noisy[0], Watched(every=1, full=full, samples=64, folder=tmp_path))
+    assert len(hashes) == 3
+    assert all(before == after for before, after in hashes)
+    assert hashes[0][0] != hashes[1][0]  # training does change it
+
+
+def test_a_fit_with_looks_is_the_one_without(noisy, tmp_path):
+    def run(*callbacks):
+        torch.manual_seed(0)
+        module = Distillation(nn.Sequential(nn.Dropout(0.2), *mlp(8)), noisy[1])
+        fit(module, noisy[0], *callbacks)
+        return module
+
+    with_looks, without = run(GradientNoise(every=1, folder=tmp_path)), run()
+    for mine, theirs in zip(with_looks.parameters(), without.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_figures_equal_one_backward_a_sample(noisy, tmp_path):
+    data, teacher = noisy
+    module, callback = Distillation(nn.Linear(10, 20), teacher, temperature=2.0), GradientNoise(folder=tmp_path)
+    full = GradientNoise(folder=tmp_path / "full", full=True, samples=600)
+    callback.samples = 600
+    fit(module, data, callback, full)
+    x, y = data.train.dataset.tensors[0], data.train.labels
+    g, k = [], []
+    for row in range(600):
+        terms = kd_terms(module(x[row : row + 1]), teacher(x[row : row + 1]), y[row : row + 1], temperature=2.0)
+        for loss, found in ((terms.ce, g), (terms.kl, k)):
+            gradients = torch.autograd.grad(loss.sum(), list(module.student.parameters()), retain_graph=True)
+            found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    truth = gradient_moments(torch.stack(g), torch.stack(k), 600)
+    for last in (callback.history[-1], full.history[-1]):
+        assert last["v_gg"] == pytest.approx(truth.variance[0], rel=1e-5)
+        assert last["v_gk"] == pytest.approx(truth.variance[2], rel=1e-5)
+        assert last["nsr_teacher"] == pytest.approx(noise_to_signal(truth, 1.0), rel=1e-4)
+    assert json.loads((tmp_path / "noise.json").read_text()) == callback.history
+    assert (tmp_path / "noise.png").stat().st_size > 1000
+
+
+def test_auto_follows_the_suggestion(noisy, tmp_path, capsys, caplog):
+    data, teacher = noisy
+    module = Distillation(mlp(16), teacher, distillation_weight="auto")
+    callback, used = GradientNoise(every=1, lowest=0.2, highest=0.6, folder=tmp_path), []
+    fit(module, data, callback, Hook(on_train_batch_end=lambda trainer, module: used.append(module.weight)))
+    followed = [row["suggested_weight"] for row in callback.history]
+    assert used == [weight for weight in followed[:2] for _ in range(5)]
+    assert all(0.2 <= weight <= 0.6 for weight in followed)
+    assert "the teacher explains" in callback.history[0]["reason"]
+    assert "GradientNoise follows distillation weight" in caplog.text + capsys.readouterr().err
+    with pytest.raises(UserError, match="follows the GradientNoise callback, which this Trainer lacks"):
+        fit(Distillation(mlp(16), teacher, distillation_weight="auto"), data)
+
+
+def test_weight_grows_by_a_factor_an_epoch(noisy):
+    used = []
+    module = Distillation(mlp(8), noisy[1], distillation_weight=0.2, weight_factor=2.0)
+    fit(module, noisy[0], Hook(on_train_epoch_end=lambda trainer, module: used.append(module.weight)), epochs=3)
+    assert used == pytest.approx([0.2, 0.4, 0.8])
+
+
+def test_unbiased_distillation_has_the_labels_gradient_on_average(noisy):
+    """SVRG: over the whole training part the teacher's pull and its correction cancel, whatever the weight."""
+    data, teacher = noisy
+    x, y = data.train.dataset.tensors[0], data.train.labels
+    found = {}
+
+    def look(trainer, module):
+        loss = module.training_step((x, y), 0)
+        gradients = torch.autograd.grad(loss, list(module.student.parameters()))
+        terms = kd_terms(module(x), teacher(x), y, temperature=module.temperature)
+        labels = torch.autograd.grad(terms.ce.mean(), list(module.student.parameters()))
+        found[module.unbiased] = [float((a - b).abs().max()) for a, b in zip(gradients, labels, strict=True)]
+
+    for unbiased in (True, False):
+        module = Distillation(mlp(8), teacher, distillation_weight=0.9, unbiased=unbiased)
+        fit(module, data, Hook(on_train_epoch_start=look, on_train_batch_start=look), epochs=1, limit_train_batches=1)
+    assert max(found[True]) < 1e-5
+    assert max(found[False]) > 1e-2
+
+
+def test_repeated_self_distillation_learns_from_the_student_before(noisy):
+    data, first = noisy
+    teachers = []
+    for module in generations(lambda: mlp(8), first, 3, distillation_weight=0.5):
+        teachers.append(module.teachers[0].module)
+        fit(module, data, epochs=1)
+    assert teachers[0] is first
+    assert [len(teacher[0].weight) for teacher in teachers] == [128, 8, 8]
+    assert not any(p.requires_grad for p in teachers[2].parameters())
+
+
+def test_a_sparse_student_is_one_of_lightnings_pruning(noisy, tmp_path):
+    module, callback = Distillation(mlp(32), noisy[1]), GradientNoise(every=1, folder=tmp_path)
+    pruning = ModelPruning(
+        "l1_unstructured", [(module.student[0], "weight")], amount=0.9, use_lottery_ticket_hypothesis=False
+    )
+    fit(module, noisy[0], pruning, callback, epochs=1)
+    assert float((module.student[0].weight == 0).float().mean()) == pytest.approx(0.9, abs=0.01)
+    assert callback.history[-1]["v_gg"] > 0
+
+
+def test_cosine_of_a_teacher_of_the_same_architecture(noisy, tmp_path):
+    module = Distillation(nn.Linear(10, 20), nn.Linear(10, 20), temperature=1.0)
+    callback = GradientNoise(cosine=True, folder=tmp_path)
+    fit(module, noisy[0], callback, epochs=1)
+    assert callback.history[-1]["cosine"] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"samples": 1}, {"lowest": 0.5, "highest": 0.4}])
+def test_arguments_are_checked(options):
+    with pytest.raises(UserError, match="`every` >= 1, `samples` >= 2 and 0 <= `lowest` <= `highest` <= 1"):
+        GradientNoise(**options)
+
+
+# ---- a boosting run
+
+
+def test_a_round_reports_its_noise_without_and_with_the_game(tmp_path):
+    seen = []
+
+    def look(trainer, module):
+        """By hand, of the head and the link: per-sample gradients of the squared error, and of the game's share."""
+        index = np.arange(192)
+        x, _ = module.train_part.loader.dataset.tensors
+        g, error = module.ledger.rows(index)
+        with torch.no_grad():
+            module.student.eval()
+            inputs = [module.student.features(x), torch.ones(192, 1)]
+            inputs += module.train_part.linked(module._reads, index, module.device) if module.number else []
+            deviation = module.answer(x, index, module.train_part) - g
+            module.student.train()
+        deviation.requires_grad_()
+        (game,) = torch.autograd.grad(round_loss(deviation, error, module.log_z, **module.game), deviation)
+        a, plain = torch.cat(inputs, 1), 2 * deviation.detach() / 4
+        outer = [(r[:, :, None] * a[:, None, :]).flatten(1) for r in (plain, 192 * game)]
+        seen.append(gradient_moments(*outer, 192))
+
+    callbacks = []
+
+    def both():
+        callbacks.append(GradientNoise(every=5, samples=192))
+        return [Hook(on_train_end=look), callbacks[-1]]
+
+    boost(tmp_path / "run", callbacks=both, settings=settings_for(2))
+    for moments, callback in zip(seen, callbacks, strict=True):
+        last = callback.history[-1]
+        for name, weight in (("plain", 0.0), ("game", 1.0)):
+            assert last[f"variance_{name}"] == pytest.approx(variance_at(moments, weight), rel=1e-4)
+            assert last[f"nsr_{name}"] == pytest.approx(noise_to_signal(moments, weight), rel=1e-3)
+    assert callbacks[1].history[-1]["variance_plain"] != callbacks[1].history[-1]["variance_game"]
+    assert {path.name for path in (tmp_path / "run/noise").iterdir()} == {
+        "noise.000.json", "noise.000.png", "noise.001.json", "noise.001.png"
+    }  # fmt: skip
+    boost(tmp_path / "plain", settings=settings_for(2))
+    assert digests(tmp_path / "run") == digests(tmp_path / "plain")
+
+
+def test_a_boosting_run_has_the_last_layer_only(tmp_path):
+    with pytest.raises(UserError, match="`full` and `cosine` of GradientNoise to be off in a boosting run"):
+        boost(tmp_path, Toys(), callbacks=lambda: [GradientNoise(full=True)], student=make_student)

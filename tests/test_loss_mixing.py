@@ -1,0 +1,254 @@
+"""LossMixing in real fits: weights that tell flipped labels and survive a kill, in any module and in a boosting run."""
+
+import json
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from gaussians import Gaussians, mlp, trained_teacher
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import Hook, Toys, boost, digests, make_student, make_teacher, make_trainer, settings_for
+
+from bdistil import RunError, UserError
+from bdistil.callbacks import LossMixing, RoundController
+from bdistil.data.label_noise import LabelNoise, NoisyLabels, flip_labels
+from bdistil.distillation import Distillation
+from bdistil.functional import kd_terms
+from bdistil.mixing import MixingSettings, mixed_loss
+from bdistil.mixing_store import MixingStore
+
+SOON = MixingSettings(mode="convex", warmup=1, every=1, inner=2)
+
+
+def fit(module, callback, data, *others, epochs=3, **options):
+    trainer = make_trainer(callback, *others, epochs=epochs, limit_val_batches=0, enable_checkpointing=False, **options)
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
+# ---- label noise
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_noise_makes_exactly_its_share_wrong(kind):
+    labels = torch.arange(1000) % 5
+    noisy, flipped = flip_labels(labels, 0.4, classes=5, seed=3, kind=kind)
+    assert int(flipped.sum()) == 400
+    assert torch.equal(noisy != labels, flipped)
+    if kind == "asymmetric":
+        assert torch.equal(noisy[flipped], (labels[flipped] + 1) % 5)
+    else:  # each of the other classes, about as often
+        shift = (noisy - labels)[flipped] % 5
+        assert shift.bincount(minlength=5)[1:].min() > 70
+    again, other = (flip_labels(labels, 0.4, classes=5, seed=seed, kind=kind)[0] for seed in (3, 4))
+    assert torch.equal(noisy, again)
+    assert not torch.equal(noisy, other)
+
+
+def test_asymmetric_noise_takes_the_classes_that_are_given():
+    labels = torch.arange(90) % 3
+    noisy, flipped = flip_labels(labels, 1.0, classes=3, seed=0, kind="asymmetric", to={0: 2})
+    assert torch.equal(flipped, labels == 0)
+    assert torch.equal(noisy, torch.where(labels == 0, 2, labels))
+
+
+def test_only_the_training_part_gets_noise():
+    clean, data = Toys(), LabelNoise(Toys(), rate=0.5, seed=1)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    assert isinstance(loader.dataset, NoisyLabels)
+    assert (loader.dataset.seed, loader.dataset.rate) == (1, 0.5)
+    assert int(loader.dataset.flipped.sum()) == 96
+    x, y = loader.dataset[5]
+    assert torch.equal(x, clean.parts["train"][0][5])
+    assert bool(y != clean.parts["train"][1][5]) is bool(loader.dataset.flipped[5])
+    assert torch.equal(data.train_dataloader().dataset.labels, loader.dataset.labels)
+    for part in ("val", "test"):
+        kept = torch.cat([y for _, y in getattr(data, f"{part}_dataloader")()])
+        assert torch.equal(kept, clean.parts[part][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rate": 1.2}, "`rate` of wrong labels"), ({"rate": 0.1, "kind": "odd"}, "'symmetric' or 'asymmetric'")],
+)
+def test_noise_names_what_is_wrong(options, message):
+    with pytest.raises(UserError, match=message):
+        LabelNoise(Toys(), **options)
+
+
+# ---- the store
+
+
+def test_a_checkpoint_finds_the_weights_it_was_written_with(tmp_path):
+    store = MixingStore(tmp_path, 5, 1)
+    store.start(0, torch.zeros(5, 1))
+    for value in (1.0, 2.0, 3.0):
+        store.begin()
+        store.write(np.arange(5), torch.full((5, 1), value))
+        store.keep()
+        store.forget(saved=1)
+    later = MixingStore(tmp_path, 5, 1)
+    later.resume(0, 1)
+    assert later.rows(torch.tensor([4, 0])).tolist() == [[1.0], [1.0]]
+    with pytest.raises(RunError, match=r"mixing\.000\.0000\.f32 is missing"):
+        later.resume(0, 0)
+    later.start(1, torch.zeros(5, 1))  # the next round goes on with the last version
+    assert later.rows(torch.arange(1)).item() == 3.0
+    later.forget(saved=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"mixing.000.0003.f32", "mixing.001.0000.f32"}
+
+
+# ---- anyone's module
+
+
+class Own(L.LightningModule):
+    """Somebody's module: nothing of bdistil but the loss."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.body, self.last_layer = nn.Sequential(nn.Linear(10, 32), nn.ReLU()), nn.Linear(32, 20)
+        self.temperature = 4.0
+        self.teachers, self.indices = [teacher], []
+
+    def forward(self, x):
+        return self.last_layer(self.body(x))
+
+    @torch.no_grad()
+    def teacher_logits(self, x, index):
+        return self.teachers[0](x)
+
+    def training_step(self, batch, batch_idx):
+        x, y, index = batch
+        self.indices += index.tolist()
+        terms = kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
+        return mixed_loss(terms, self.sample_weights(index))
+
+    def validation_step(self, batch, batch_idx):
+        """Lightning asks for one where there is validation data."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    data = Gaussians(rate=0.4)
+    return data, trained_teacher(data)
+
+
+@pytest.mark.parametrize("mode", ["convex", "independent"])
+def test_weights_find_the_flipped_labels_in_a_module_of_anyones(noisy, mode, tmp_path):
+    data, teacher = noisy
+    module, callback = Own(teacher), LossMixing(MixingSettings(mode=mode, warmup=4, every=4), folder=tmp_path)
+    fit(module, callback, data, epochs=13)
+    assert sorted(module.indices[:2000]) == list(range(2000))
+    assert [row["epoch"] for row in callback.history] == [4, 8, 12]
+    last = callback.history[-1]
+    assert last["auc"] >= 0.8
+    assert last["clean"] > last["flipped"] + 0.2
+    assert (tmp_path / "mixing.png").stat().st_size > 1000
+    assert next(iter(data.train_dataloader()))[0].shape == (128, 10)  # the loader is the user's again
+    assert len(next(iter(data.train_dataloader()))) == 2
+
+
+def test_several_teachers_have_a_weight_each(noisy, tmp_path):
+    data, teacher = noisy
+    module = Distillation(mlp(16), [teacher, mlp(8), teacher])
+    callback = LossMixing(MixingSettings(mode="independent", warmup=1, every=1), folder=tmp_path)
+    fit(module, callback, data, epochs=4)
+    weights = callback.weights().mean(0)
+    assert weights.shape == (4,)
+    assert min(weights[1], weights[3]) > weights[2] + 0.05  # the one that knows nothing
+
+
+def test_a_fit_that_goes_on_is_the_one_that_was_not_stopped(noisy, tmp_path):
+    data, teacher = noisy
+
+    def run(folder, epochs, **options):
+        torch.manual_seed(0)
+        module, callback = Distillation(mlp(16), teacher), LossMixing(SOON, folder=tmp_path / folder)
+        module.configure_optimizers = lambda: torch.optim.SGD(module.student.parameters(), 0.1)
+        trainer = make_trainer(callback, epochs=epochs, limit_val_batches=0, enable_checkpointing=False)
+        trainer.fit(module, datamodule=data, **options)
+        return trainer, module, callback
+
+    _, whole, all_along = run("whole", 4)
+    trainer, _, _ = run("parts", 2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    run("parts", 3, ckpt_path=tmp_path / "last.ckpt", weights_only=True)  # one more update, and then a kill
+    _, resumed, callback = run("parts", 4, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    torch.testing.assert_close(callback.weights(), all_along.weights(), rtol=0, atol=0)
+    assert [row["epoch"] for row in callback.history] == [1, 2, 3]
+    for mine, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ({"last_layer": None}, "`Own.last_layer` to be the nn.Linear that gives the logits, got NoneType"),
+        ({"teacher_logits": None}, r"to define `teacher_logits\(x, index\)`"),
+        ({"temperature": 0}, "`Own.temperature` to be > 0, got 0"),
+        ({"forward": lambda x: torch.zeros(len(x), 20)}, "to be the student's logits"),
+    ],
+)
+def test_a_module_that_lacks_something_is_told_before_training(noisy, tmp_path, lacks, message):
+    module = Own(noisy[1])
+    for name, value in lacks.items():
+        object.__setattr__(module, name, value) if name != "last_layer" else setattr(module, name, value)
+    with pytest.raises(UserError, match=message):
+        fit(module, LossMixing(SOON, folder=tmp_path), noisy[0])
+    assert len(next(iter(noisy[0].train_dataloader()))) == 2
+    assert not module.indices
+
+
+def test_loaders_without_a_data_module_are_refused(noisy, tmp_path):
+    loader = DataLoader(TensorDataset(torch.zeros(4, 10), torch.zeros(4, dtype=torch.long)))
+    with pytest.raises(UserError, match="expects a data module, got loaders"):
+        make_trainer(LossMixing(SOON, folder=tmp_path)).fit(Own(noisy[1]), loader, loader)
+
+
+# ---- a boosting run
+
+
+def test_a_boosting_run_mixes_labels_into_its_targets(tmp_path):
+    seen = []
+
+    def look(trainer, module):
+        mixing = next(c for c in trainer.callbacks if isinstance(c, LossMixing))
+        index = np.arange(6)
+        g, s = module.ledger.rows(index)
+        y = mixing._mix.labels[:6]
+        target, error = module.mix(g, s, y, index)
+        share = mixing.store.rows(index)
+        labels = torch.nn.functional.one_hot(y, 4) * (4 / 3**0.5) - 1 / 3**0.5
+        torch.testing.assert_close(target, share * g + (1 - share) * labels)
+        torch.testing.assert_close(error, s + module.number * (g - target))
+        total = torch.cat([module.mix(*module.ledger.rows(i), mixing._mix.labels[i], i)[1] for i in [np.arange(192)]])
+        scaled = module.settings.eta * total.double()
+        torch.testing.assert_close(module.log_z, (scaled.exp() + (-scaled).exp()).sum(0).log().float())
+        seen.append((module.number, mixing.history[-1]["label_weight"], share[:, 0].tolist()))
+
+    def callbacks():
+        return [LossMixing(SOON), Hook(on_train_end=look)]
+
+    data = LabelNoise(Toys(), rate=0.3)
+    controller = boost(tmp_path / "run", data, callbacks=callbacks, settings=settings_for(2), trainer={"epochs": 3})
+    assert [number for number, _, _ in seen] == [0, 1]
+    assert seen[0][2] != seen[1][2]
+    assert len(controller.ensemble) == 2
+    assert list((tmp_path / "run/ledger/train").glob("mixing.001.*"))
+    plain = boost(tmp_path / "plain", LabelNoise(Toys(), rate=0.3), settings=settings_for(2), trainer={"epochs": 3})
+    assert digests(plain.run.root)["000"] != digests(controller.run.root)["000"]
+    record = json.loads((tmp_path / "run/rounds/001/round.json").read_text())
+    assert record["curve"]["val_accuracy"] > 0.3
+
+
+def test_a_boosting_run_takes_weights_that_sum_to_one(tmp_path):
+    controller = RoundController(tmp_path, teacher=make_teacher(), student=make_student, settings=settings_for(1))
+    module = next(iter(controller.rounds(data := Toys())))
+    with pytest.raises(UserError, match="'convex' in a boosting run"):
+        make_trainer(LossMixing(MixingSettings()), controller).fit(module, data)
