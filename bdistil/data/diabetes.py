@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import gzip
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from bdistil.data.embedded import packaged_file
+from bdistil.data.parts import TensorParts
 from bdistil.errors import UserError
 
 FOLDER = "sklearn/datasets/data"
@@ -33,7 +33,7 @@ def read_diabetes() -> tuple[Tensor, Tensor]:
     return tables[0], tables[1]
 
 
-class Diabetes(pl.LightningDataModule):
+class Diabetes(TensorParts):
     """Three random parts; measurements are standardised by the training part, the progression is as it is (25 … 346).
 
     Args:
@@ -44,14 +44,13 @@ class Diabetes(pl.LightningDataModule):
     """
 
     def __init__(self, batch_size: int = 32, validation: int = 89, test: int = 89, split_seed: int = 0) -> None:
-        super().__init__()
         if min(batch_size, validation, test) < 1 or validation + test > PATIENTS // 2:
             raise UserError(
                 f"Expected `batch_size`, `validation` and `test` >= 1, the latter two together at most {PATIENTS // 2} "
                 f"of {PATIENTS} patients, got {batch_size}, {validation}, {test}."
             )
-        self.batch_size, self.sizes, self.split_seed = batch_size, (validation, test), split_seed
-        self.parts: dict[str, TensorDataset] = {}
+        super().__init__(batch_size)
+        self.sizes, self.split_seed = (validation, test), split_seed
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the files and splits them, once."""
@@ -63,15 +62,3 @@ class Diabetes(pl.LightningDataModule):
         x = (x - x[rows[0]].mean(0)) / x[rows[0]].std(0)
         names = ("train", "val", "test")
         self.parts = {name: TensorDataset(x[r], y[r]) for name, r in zip(names, rows, strict=True)}
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches (x (B, 10), y (B,)), shuffled."""
-        return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation part."""
-        return DataLoader(self.parts["val"], batch_size=PATIENTS)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The test part, which a run reads once, at its end."""
-        return DataLoader(self.parts["test"], batch_size=PATIENTS)

