@@ -77,8 +77,8 @@ class Har6(FeatureModule):
 
     def read(self) -> dict[str, Samples]:
         """Windows (n, 128, 9) and activities 0 … 5 of the parts."""
-        tables = [f"{part}/{name}_{part}.txt" for part in WINDOWS for name in ("y", "subject")]
-        folder = SOURCE.locate(self.root, tables)
+        names = ["y", "subject", *(f"Inertial Signals/{signal}" for signal in SIGNALS)]
+        folder = SOURCE.locate(self.root, [f"{part}/{name}_{part}.txt" for part in WINDOWS for name in names])
         x, labels, subjects = self._official(folder, "train")
         held = np.isin(subjects, self.validation)
         tested, tested_labels, _ = self._official(folder, "test")
@@ -90,9 +90,8 @@ class Har6(FeatureModule):
 
     def _official(self, folder: Path, part: str) -> tuple[Array, Array, Array]:
         """Windows (n, 128, 9), labels (n,) and subjects (n,) of an official part."""
-        signals = [f"{part}/Inertial Signals/{name}_{part}.txt" for name in SIGNALS]
-        SOURCE.locate(folder, signals)
-        windows = cached_features(self.cache, f"har6_{part}", SPEC, [folder / name for name in signals], read_signal)
+        signals = [folder / part / "Inertial Signals" / f"{name}_{part}.txt" for name in SIGNALS]
+        windows = cached_features(self.cache, f"har6_{part}", SPEC, signals, read_signal)
         labels = read_numbers(folder / part / f"y_{part}.txt", 1)[:, 0].astype(np.int64) - 1
         subjects = read_numbers(folder / part / f"subject_{part}.txt", 1)[:, 0].astype(np.int64)
         SOURCE.check_count(f"windows in {part}", windows.shape[1], WINDOWS[part], folder, self.partial)

@@ -37,7 +37,7 @@ def read_folders(folder: Path, source: Source) -> tuple[Files, list[str]]:
         classes, numbers = find_classes(str(folder))
         samples = make_dataset(str(folder), numbers, IMG_EXTENSIONS)
     except FileNotFoundError as error:
-        raise UserError(f"{source.name} is not complete: {error} {source.cure(folder.parent)}") from error
+        raise UserError(f"{source.name} is not complete: {error} {source.cure(folder.parent.parent)}") from error
     paths, labels = (list(values) for values in zip(*samples, strict=True))
     return (paths, labels), classes
 
@@ -64,6 +64,7 @@ class ImageFolders(PartsModule):
     SOURCE: ClassVar[Source]
     CLASSES: ClassVar[int]
     IMAGES: ClassVar[tuple[int, int]]  # of the training part and of the test part
+    NEEDED: ClassVar[list[str]] = ["train", "val"]
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class ImageFolders(PartsModule):
         """
         if self.parts:
             return
-        folder = self.SOURCE.locate(self.root, ["train", "val"])
+        folder = self.SOURCE.locate(self.root, self.NEEDED)
         (paths, labels), classes = read_folders(folder / "train", self.SOURCE)
         tested = self.read_test(folder, classes)
         counts = (("classes", len(classes), self.CLASSES), ("images in train", len(paths), self.IMAGES[0]),
@@ -193,6 +194,7 @@ class TinyImageNet(ImageFolders):
     )
     CLASSES = 200
     IMAGES = (100_000, 10_000)
+    NEEDED: ClassVar[list[str]] = ["train", "val/images", "val/val_annotations.txt"]
 
     def __init__(
         self,
@@ -219,10 +221,9 @@ class TinyImageNet(ImageFolders):
         """One folder of images, and a table that names the class of each.
 
         Raises:
-            UserError: the table is missing or damaged, or names images or classes that are not there.
+            UserError: the table is damaged, or names images or classes that are not there.
         """
         table = folder / "val" / "val_annotations.txt"
-        self.SOURCE.locate(folder, ["val/val_annotations.txt", "val/images"])
         numbers = {name: number for number, name in enumerate(classes)}
         rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
         if wrong := [row for row in rows if len(row) < 2 or row[1] not in numbers]:
