@@ -71,8 +71,7 @@ def _join(name: str, key: str) -> str:
 def _tensor(value: Tensor | None, name: str, seen: dict[int, str], tensors: dict[str, Tensor]) -> Any:
     if value is None:
         return None
-    # A copy in plain order: safetensors refuses two names of one memory, and channels_last.
-    tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+    tensors[name] = value.detach().clone()  # a copy: safetensors refuses two names of one memory
     first = seen.setdefault(id(value), name)
     return {"tensor": name, "grad": value.requires_grad} if first == name else {"same": first}
 

@@ -134,6 +134,5 @@ def _described(student: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Ten
     try:
         plan, tensors = describe(student)
     except IndescribableError as error:
-        state = student.state_dict().items()
-        return None, {name: value.clone(memory_format=torch.contiguous_format) for name, value in state}, str(error)
+        return None, {name: value.clone() for name, value in student.state_dict().items()}, str(error)
     return plan, tensors, None
