@@ -17,6 +17,7 @@ from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.exit_fitting import Array, exit_stages, fit_thresholds, outcome
 from bdistil.exit_rules import NEVER, Rule, add_votes, sureness
+from bdistil.run_data import first_samples
 from bdistil.timing import measure_times
 
 TIMED_SAMPLES = 256
@@ -174,19 +175,10 @@ def fit_anytime(
     own, labels = own_answers(ensemble, loader, device)
     figures = fit_figures(own, labels, ensemble.macs, target, weights=weights)
     ensemble.figures = replace(figures, temperatures=(), exits=None)  # only the weights: what a stage has to do
-    x = torch.cat([x for x, _ in _first(loader, TIMED_SAMPLES)])[:TIMED_SAMPLES].to(device)
+    x = first_samples(loader, TIMED_SAMPLES).to(device)
     times = measure_times(ensemble, x, rule=target.rule)
     ensemble.figures = replace(figures, times=times, device=device.type)
     return ensemble.figures
-
-
-def _first(loader: Iterable[Any], samples: int) -> Iterable[Any]:
-    seen = 0
-    for x, y in loader:
-        yield x, y
-        seen += len(x)
-        if seen >= samples:
-            return
 
 
 def told(figures: AnytimeFigures, macs: Sequence[int]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bdistil.anytime_fit import ExitTarget, fit_anytime, told
 from bdistil.budgets import Budget
 from bdistil.ensemble import ProgressiveEnsemble
-from bdistil.evaluation import evaluate_run, profile_run
+from bdistil.evaluation import Part, Sweep, evaluate_budgets, sweep_budgets
+from bdistil.evaluation_files import table, teacher_row, write_csv, write_picture
 from bdistil.exit_rules import Rule
 from bdistil.export import ExportOptions, export_run, export_summary
+from bdistil.profiling import profile_run
 from bdistil.recipe_files import jobs, recipes, summary
 from bdistil.report import curve_table, write_report
 from bdistil.run_data import loader_of
@@ -24,21 +26,46 @@ NO_LIMITS = Budget()
 def evaluate(
     run_dir: str,
     budget: Budget = NO_LIMITS,
-    part: Literal["test", "val"] = "test",
+    part: Part = "test",
+    sweep: Sweep | None = None,
+    batch_size: int = 256,
+    csv: str | None = None,
+    picture: str | None = None,
     as_json: bool = False,
 ) -> None:
-    """Accuracy and cost of a run's ensemble within a budget.
+    """Accuracy, cost and latency of a run's ensemble within a budget, or within each of a sweep.
 
     Args:
         run_dir: the run directory; its config.yaml names the data.
         budget: limits; none runs all students.
         part: which part of the data.
-        as_json: print one JSON object.
+        sweep: vary this limit over its range; the others are those of `budget`.
+        batch_size: of the second latency; the first is of single samples.
+        csv: write the figures to this file.
+        picture: draw accuracy against average MACs to this PNG.
+        as_json: print one JSON object, for a sweep a list of them.
     """
-    figures = evaluate_run(RunDirectory(run_dir), budget, part)
+    run = RunDirectory(run_dir)
+    budgets = [budget]
+    if sweep is not None:
+        macs = ProgressiveEnsemble.load(run_dir).macs
+        budgets = sweep_budgets(sweep, budget, macs, run.anytime_figures(), batch_size)
+    rows = evaluate_budgets(run, budgets, part, batch_size)
+    teacher = teacher_row(run, part)
+    beside = [*([teacher] if teacher else []), *rows]
+    if csv is not None:
+        write_csv(beside, Path(csv))
+    if picture is not None:
+        write_picture(beside, Path(picture), run.root.resolve().name)
     if as_json:
-        print(json.dumps(figures))
-        return
+        print(json.dumps(beside if sweep else rows[0]))
+    elif sweep:
+        print(table(beside))
+    else:
+        _print_one(rows[0])
+
+
+def _print_one(figures: Mapping[str, Any]) -> None:
     for key, value in figures.items():
         print(f"{key:<18} {value:,}" if isinstance(value, int) else f"{key:<18} {value}")
 
@@ -78,17 +105,7 @@ def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:
         as_json: print one JSON list.
     """
     rows = profile_run(RunDirectory(run_dir), batch_size)
-    if as_json:
-        print(json.dumps(rows))
-        return
-    widths = {
-        key: max(len(key), *(len(f"{row[key]:,}" if isinstance(row[key], int) else str(row[key])) for row in rows))
-        for key in rows[0]
-    }
-    print("  ".join(f"{key:>{widths[key]}}" for key in rows[0]))
-    for row in rows:
-        cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in row.values())
-        print("  ".join(f"{cell:>{widths[key]}}" for cell, key in zip(cells, row, strict=True)))
+    print(json.dumps(rows) if as_json else table(rows))
 
 
 def export(

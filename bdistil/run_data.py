@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 from bdistil.data.attach import only
 from bdistil.errors import UserError
@@ -40,3 +43,13 @@ def loader_of(run: RunDirectory, part: Literal["test", "val"]) -> Any:
     datamodule.prepare_data()
     datamodule.setup("test" if part == "test" else "fit")
     return only(datamodule.test_dataloader() if part == "test" else datamodule.val_dataloader())
+
+
+def first_samples(loader: Iterable[Any], samples: int) -> Tensor:
+    """x (samples, ...) of the first samples of a loader that yields (x, y), or of as many as there are."""
+    found: list[Tensor] = []
+    for x, _ in loader:
+        found.append(x)
+        if sum(map(len, found)) >= samples:
+            break
+    return torch.cat(found)[:samples]

@@ -1,5 +1,6 @@
 """The command line as a user meets it: the commands on a small real run, and one message for each mistake."""
 
+import csv
 import json
 import os
 import re
@@ -110,6 +111,57 @@ def test_calibrate_fits_again(run, capsys):
     assert (run.root / "anytime.json").read_bytes() == before  # a mistake costs nothing
 
 
+@pytest.mark.parametrize(("sweep", "budgets"), [("stages", 2), ("macs", 2), ("seconds", 6), ("confidence", 7)])
+def test_a_sweep_has_a_row_for_each_budget_beside_the_teacher(run, capsys, tmp_path, sweep, budgets):
+    table, picture = tmp_path / "sweep.csv", tmp_path / "sweep.png"
+    args = ["evaluate", "--run_dir", str(run.root), "--sweep", sweep, "--batch_size", "32", "--part", "val"]
+    assert main([*args, "--csv", str(table), "--picture", str(picture), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 1 + budgets
+    assert rows[0]["budget"] == "teacher"
+    assert rows[0]["accuracy"] == run.teacher_figures()["val_accuracy"]
+    assert all(row["budget"].startswith(f"{sweep}=") for row in rows[1:])
+    assert all(0 < row[f"{call}_ms_p50"] <= row[f"{call}_ms_p95"] for row in rows[1:] for call in ("single", "batch"))
+    if sweep in ("stages", "macs"):
+        curve = run.read_curve()
+        assert [row["accuracy"] for row in rows] == pytest.approx([float(row["val_accuracy"]) for row in curve])
+        assert [row["average_macs"] for row in rows] == [int(row["macs"]) for row in curve]
+    with open(table, newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["budget"] for row in written] == [row["budget"] for row in rows]
+    assert written[1]["decided_share"].split() == [str(share) for share in rows[1]["decided_share"]]
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_sweep_for_the_terminal(run, capsys):
+    assert main(["evaluate", "--run_dir", str(run.root), "--sweep", "stages", "--batch_size", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["budget", "teacher", "stages=1", "stages=2"]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--sweep", "stages", "--budget.stages", "1"], "`budget.stages` is what `sweep` is to vary, got stages=1"),
+        (["--sweep", "watts"], "watts"),
+        (["--batch_size", "0"], "`batch_size` to be >= 1, got 0"),
+        (["--budget.confidence", "fitted", "--budget.rule", "agreement"], "budget says rule='agreement'"),
+    ],
+)
+def test_evaluations_that_contradict_themselves(run, capsys, args, names):
+    status, message = failed(capsys, "evaluate", "--run_dir", str(run.root), *args)
+    assert status == 2
+    assert names in message
+
+
+def test_a_file_that_cannot_be_written_is_named(run, capsys, tmp_path):
+    target = str(tmp_path / "none" / "sweep.csv")
+    status, message = failed(capsys, "evaluate", "--run_dir", str(run.root), "--batch_size", "1", "--csv", target)
+    assert status == 1
+    assert "the table of the evaluation" in message
+
+
 def test_profile_lists_teacher_and_stages(run, capsys):
     assert main(["profile", "--run_dir", str(run.root), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -117,6 +169,8 @@ def test_profile_lists_teacher_and_stages(run, capsys):
     assert [row["cumulative_macs"] for row in rows[1:]] == ProgressiveEnsemble.load(run.root).macs
     assert rows[2]["link_macs"] > 0
     assert all(row["latency_ms"] > 0 for row in rows)
+    assert set(rows[0]) == set(rows[1])
+    assert rows[0]["latency_ms"] == pytest.approx(run.teacher_figures()["latency_ms"], abs=1e-3)
     assert main(["profile", "--run_dir", str(run.root), "--batch_size", "4"]) == 0
     assert "cumulative_macs" in capsys.readouterr().out
 

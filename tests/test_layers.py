@@ -21,7 +21,8 @@ LAYERS = """
     tracking report report_anytime round_tracker round_state round_end
     callbacks
     compare distiller early evaluation run_data anytime_fit
-    runner export_graphs export_folder export_parity export_data export commands cli
+    runner export_graphs export_folder export_parity export_data export
+    evaluation_files profiling commands cli
     __init__ __main__
 """.strip().splitlines()
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
