@@ -19,6 +19,7 @@ from bdistil.inputs import InputSpec
 from bdistil.prediction import predict_within
 from bdistil.run_directory import RunDirectory
 from bdistil.schedules import ONE, StackedBodies, run_bodies, stack
+from bdistil.stage_times import StageClock
 from bdistil.students import Rung, Student, links_of
 from bdistil.units import Task
 from bdistil.walk import Stage, Walk
@@ -59,6 +60,7 @@ class ProgressiveEnsemble(nn.Module):
         self.macs = list(macs) or [0] * len(self.students)
         self.figures, self.inputs = figures or AnytimeFigures(len(self.students)), inputs or InputSpec()
         self._groups: dict[str, list[StackedBodies]] = {}
+        self._known: tuple[AnytimeFigures | None, StageClock | None] = (None, None)
         self.requires_grad_(False).train(False)
 
     @classmethod
@@ -194,7 +196,6 @@ class ProgressiveEnsemble(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    @torch.no_grad()
     def predict(self, x: Tensor, budget: Budget | None = None) -> Prediction:
         """Answers within a budget; work beyond it is not done.
 
@@ -217,7 +218,16 @@ class ProgressiveEnsemble(nn.Module):
             )
         exits = exits_of(budget, self.figures)
         walk = self.walk(x, count_votes=exits is not None and exits.rule == "agreement")
-        return predict_within(walk, budget, exits, self.figures)
+        return predict_within(walk, budget, exits, self._clock(x.device))
+
+    def _clock(self, device: torch.device) -> StageClock | None:
+        """The measured times, where they are of this device; kept, as is what was decided by them."""
+        figures = self.figures
+        if not figures.times or figures.device != device.type:
+            return None
+        if self._known[0] is not figures:
+            self._known = figures, StageClock(figures.times)
+        return self._known[1]
 
 
 def restore_student(

@@ -7,7 +7,6 @@ import time
 import torch
 from torch import Tensor
 
-from bdistil.anytime import AnytimeFigures
 from bdistil.budgets import Budget, Exits, Prediction
 from bdistil.exit_rules import sureness
 from bdistil.stage_times import Deadline, StageClock
@@ -44,17 +43,16 @@ class _Answers:
         self.stages[rows.cpu()] = index
 
 
-def predict_within(walk: Walk, budget: Budget, exits: Exits | None, figures: AnytimeFigures) -> Prediction:
+def predict_within(walk: Walk, budget: Budget, exits: Exits | None, clock: StageClock | None) -> Prediction:
     """Answers within a budget; work beyond it is not done.
 
     Args:
         walk: the batch, before its first stage.
         budget: limits.
         exits: where samples are decided; None: nowhere.
-        figures: measured times; without them every decided sample leaves at once.
+        clock: measured times; without them every decided sample leaves at once.
     """
     device = walk.x.device
-    clock = StageClock(figures.times) if figures.times and figures.device == device.type else None
     deadline = Deadline(budget.seconds, clock, lambda: _now(device))
     allowed = budget.stages_within(walk.macs)
     asked = _stages_to_ask(walk.samples, allowed, exits, clock)
@@ -67,7 +65,10 @@ def predict_within(walk: Walk, budget: Budget, exits: Exits | None, figures: Any
         if exits is not None and number < asked and _all_leave(walk, stage, exits, answers, clock, allowed):
             break
     assert stage is not None
+    together = answers.rows is None
     logits = answers.finish(stage)
+    if together:
+        return Prediction(logits, answers.stages, torch.full_like(answers.stages, stage.macs))
     return Prediction(logits, answers.stages, torch.tensor(walk.macs)[answers.stages - 1])
 
 

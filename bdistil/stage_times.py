@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from bdistil.anytime import BatchTimes
 
@@ -33,15 +33,16 @@ def at_batch(times: Sequence[BatchTimes], batch: float, read: Callable[[BatchTim
     return read(low) * (1 - part) + read(high) * part
 
 
-@dataclass(frozen=True)
 class StageClock:
     """Measured times of an ensemble on the device at hand.
 
-    Attributes:
+    Args:
         times: by batch size, smallest first, at least one.
     """
 
-    times: tuple[BatchTimes, ...]
+    def __init__(self, times: Sequence[BatchTimes]) -> None:
+        self.times = times
+        self._asked: dict[Any, int] = {}  # what was decided once: deciding takes as long as a tiny student
 
     def stage(self, number: int, batch: float) -> float:
         """Seconds of a stage, from 0."""
@@ -51,7 +52,7 @@ class StageClock:
         """Seconds that a stage, from 0, keeps to in 95 of 100 runs."""
         return at_batch(self.times, batch, lambda t: t.late[number])
 
-    def stages_to_ask(self, batch: int, allowed: int, shares: Sequence[float] | None) -> int:
+    def stages_to_ask(self, batch: int, allowed: int, shares: tuple[float, ...] | None) -> int:
         """After how many of the first stages to ask the exit rule: none where that costs more than it saves.
 
         Args:
@@ -59,6 +60,12 @@ class StageClock:
             allowed: stages that may run.
             shares: of samples decided at each stage; where it is not known, asking may cost `ALLOWANCE` of all stages.
         """
+        key = (batch, allowed, shares)
+        if key not in self._asked:
+            self._asked[key] = self._stages_to_ask(*key)
+        return self._asked[key]
+
+    def _stages_to_ask(self, batch: int, allowed: int, shares: tuple[float, ...] | None) -> int:
         check = at_batch(self.times, batch, lambda t: t.check)
         whole = sum(self.stage(number, batch) for number in range(allowed))
         if shares is None:

@@ -96,6 +96,7 @@ class Walk:
         self.number += 1
         return Stage(self.total, self.factors[number], self.number, self.macs[number], self.offset)
 
+    @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows of the batch only."""
         self.x = self.x.index_select(0, rows)
