@@ -75,15 +75,17 @@ def test_more_stages_come_near_the_best_there_is(stages):
     assert min(hits) >= 0
 
 
+@pytest.mark.parametrize("levels", [None, 6])
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("target", [{"max_loss": 1.0}, {"average_macs": 30}])
-def test_no_other_threshold_of_one_stage_is_better(target):
-    sure, right = drawn(3, 4, 200)
+def test_no_other_threshold_of_one_stage_is_better(target, seed, levels):
+    sure, right = drawn(seed, 4, 200, levels)
     macs = np.array(MACS)
     fitted = np.array(fit_thresholds(sure, right, MACS, **target))
     best = outcome(exit_stages(sure, fitted), right, macs)
     least = right[-1].sum() - 2
     for number in range(3):
-        for cut in [*sure[number], NEVER]:
+        for cut in [*np.unique(sure[number]), NEVER]:
             moved = fitted.copy()
             moved[number] = cut
             other = outcome(exit_stages(sure, moved), right, macs)
