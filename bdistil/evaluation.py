@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from bdistil.run_directory import RunDirectory
 
 Part = Literal["test", "val"]
 Sweep = Literal["stages", "macs", "seconds", "confidence"]
-SWEEPS: tuple[Sweep, ...] = get_args(Sweep)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 DEADLINES = 6
 SINGLES, BATCHES = 100, 30  # calls that are timed

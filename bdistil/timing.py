@@ -74,13 +74,13 @@ def _walk_through(ensemble: ProgressiveEnsemble, x: Tensor, rule: Rule) -> list[
     walk = ensemble.walk(x, count_votes=rule == "agreement")
     stage = walk.step  # the check of x belongs to no stage
     seconds = [_timed(stage, x.device) for _ in range(len(ensemble))]
-    seconds.append(_timed(lambda: _ask(walk, ensemble, rule), x.device))
+    seconds.append(_timed(lambda: _ask(walk, rule), x.device))
     half = torch.arange(0, len(x), 2, device=x.device)
     seconds.append(_timed(lambda: _leave(walk, half), x.device))
     return seconds
 
 
-def _ask(walk: Walk, ensemble: ProgressiveEnsemble, rule: Rule) -> int:
+def _ask(walk: Walk, rule: Rule) -> int:
     assert walk.total is not None
     logits = walk.total * walk.factors[-1]
     return len((~(sureness(logits, rule, 1.5, walk.votes) >= 0.5)).nonzero().flatten())
