@@ -1,0 +1,301 @@
+"""Stopping early: exit rules in a real prediction, what the guard decides, input that is no input, asyncio."""
+
+import asyncio
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from bdistil.anytime import AnytimeFigures, BatchTimes, ExitFigures
+from bdistil.budgets import Budget
+from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.errors import UserError
+from bdistil.exit_rules import RULES, add_votes, sureness
+from bdistil.inputs import InputSpec
+from bdistil.stage_times import Deadline, StageClock
+from bdistil.students import Rung, Student
+
+IN, L, T, B = 5, 4, 4, 40
+MACS = [10, 25, 45, 70]
+TEMPERATURES = (2.0, 1.5, 0.8, 0.5)
+
+
+class Body(nn.Sequential):
+    """Features of x, and how many rows came in each call."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(IN, 6), nn.Tanh())
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return super().forward(x)
+
+
+def times(stage=1e-3, check=1e-6, compact=1e-6, fixed=0.0, batches=(1, 64)):
+    """A stage costs `stage` seconds a sample, and `fixed` beside."""
+    per = tuple((fixed + stage * batch,) * T for batch in batches)
+    return tuple(BatchTimes(batch, row, row, check, compact) for batch, row in zip(batches, per, strict=True))
+
+
+@pytest.fixture
+def ensemble():
+    students = []
+    for number in range(T):
+        student = Student(Body(), nn.Linear(6, L)).link(students, Rung(1 if number else 0))
+        student.head.weight.data.mul_(1 + 2 * number)
+        students.append(student)
+    return ProgressiveEnsemble(students, scale=2.5, macs=MACS, inputs=InputSpec((IN,), "float32"))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, IN)
+
+
+def rows_seen(ensemble):
+    return [sum(student.body.seen) for student in ensemble.students]
+
+
+# ---- rules
+
+
+def stages_by_hand(ensemble, x, rule, thresholds, temperatures):
+    """The first stage, sample by sample, at which its sureness reaches the threshold."""
+    found, votes, before = [T] * len(x), None, 0.0
+    for number, stage in enumerate(ensemble.stages(x)):
+        own, before = stage.total - before, stage.total
+        votes = add_votes(votes, own)
+        sure = sureness(stage.logits, rule, temperatures[number], votes)
+        found = [min(f, number + 1) if s >= thresholds[number] else f for f, s in zip(found, sure, strict=True)]
+    return found
+
+
+LEVELS = {"max_prob": 0.55, "margin": 0.3, "entropy": 0.25, "agreement": 0.6}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("fitted", [False, True])
+def test_each_rule_decides_where_it_says(ensemble, x, rule, fitted):
+    level = LEVELS[rule]
+    thresholds = (0.9 * level, 0.8 * level, 1.1 * level, 0.0) if fitted else (level,) * T
+    exits = ExitFigures(rule, thresholds, "", (0.25,) * T, 0.0, 0.0, 0.0)
+    ensemble.figures = AnytimeFigures(T, exits=exits, temperatures=TEMPERATURES)
+    expected = stages_by_hand(ensemble, x, rule, thresholds, TEMPERATURES)
+    assert len(set(expected)) >= 2 + (rule != "agreement")
+    for student in ensemble.students:
+        student.body.seen.clear()
+    budget = Budget(confidence="fitted") if fitted else Budget(confidence=level, rule=rule)
+    prediction = ensemble.predict(x, budget)
+    assert prediction.stages.tolist() == expected
+    assert rows_seen(ensemble) == [sum(e > number for e in expected) for number in range(T)]
+    answers = torch.stack([stage.logits for stage in ensemble.stages(x)])
+    torch.testing.assert_close(prediction.logits, answers[prediction.stages - 1, torch.arange(B)])
+
+
+@pytest.mark.parametrize(
+    ("budget", "figures", "message"),
+    [
+        ({"confidence": "fitted"}, AnytimeFigures(T), "bdistil calibrate"),
+        (
+            {"confidence": "fitted", "rule": "entropy"},
+            AnytimeFigures(T, exits=ExitFigures("margin", (0.5,) * T, "", (0.25,) * T, 0, 0, 0)),
+            "rule 'margin', but the budget says rule='entropy'",
+        ),
+        ({"rule": "margin"}, AnytimeFigures(T), "without confidence"),
+        ({"confidence": 0.5, "rule": "luck"}, AnytimeFigures(T), "max_prob, margin, entropy, agreement, got 'luck'"),
+        ({"confidence": "sure"}, AnytimeFigures(T), "or 'fitted', got sure"),
+    ],
+)
+def test_budgets_that_contradict_themselves_or_the_ensemble(ensemble, x, budget, figures, message):
+    ensemble.figures = figures
+    with pytest.raises(UserError, match=message):
+        ensemble.predict(x, Budget(**budget))
+    assert rows_seen(ensemble) == [0] * T
+
+
+def test_weights_are_those_of_the_students_in_each_prefix(ensemble, x):
+    totals = [stage.total for stage in ensemble.stages(x)]
+    own = [now - before for now, before in zip(totals, [0.0, *totals], strict=False)]
+    weights = (1.0, 0.5, 2.0, 1.5)
+    ensemble.figures = AnytimeFigures(T, weights=weights)
+    for k, stage in enumerate(ensemble.stages(x), 1):
+        expected = 2.5 * sum(w * f for w, f in zip(weights[:k], own, strict=False)) / sum(weights[:k])
+        torch.testing.assert_close(stage.logits, expected)
+        torch.testing.assert_close(ensemble.predict(x, Budget(stages=k)).logits, expected)
+
+
+# ---- the guard
+
+
+def test_a_batch_shrinks_where_that_saves_and_stays_whole_where_it_costs(ensemble, x):
+    budget = Budget(confidence=0.6)
+    free = ensemble.predict(x, budget)
+    assert len(free.stages.unique()) > 1
+    ensemble.figures = AnytimeFigures(T, times=times())
+    assert torch.equal(ensemble.predict(x, budget).stages, free.stages)
+    ensemble.figures = AnytimeFigures(T, times=times(compact=1.0))
+    whole = ensemble.predict(x, budget)
+    assert whole.stages.tolist() == [T] * B
+    assert whole.macs.tolist() == [MACS[-1]] * B
+    torch.testing.assert_close(whole.logits, ensemble(x))
+
+
+def test_times_of_another_device_decide_nothing(ensemble, x):
+    free = ensemble.predict(x, Budget(confidence=0.6)).stages
+    ensemble.figures = AnytimeFigures(T, times=times(compact=1.0), device="cuda")
+    assert torch.equal(ensemble.predict(x, Budget(confidence=0.6)).stages, free)
+
+
+def test_all_decided_is_the_end_whatever_compaction_costs(ensemble, x):
+    ensemble.figures = AnytimeFigures(T, times=times(compact=1.0))
+    assert ensemble.predict(x, Budget(confidence=1e-6)).stages.tolist() == [1] * B
+
+
+@pytest.mark.parametrize(
+    ("check", "shares", "asked"),
+    [
+        (1e-9, None, 3),
+        (1.0e-3, None, 1),  # 2 % of 4 x 16 ms pay for one question
+        (1.0, None, 0),
+        (1e-3, (0.9, 0.1, 0.0, 0.0), 3),  # known to be worth it
+        (1e-3, (0.0, 0.0, 0.0, 1.0), 0),
+        (25e-3, (0.9, 0.1, 0.0, 0.0), 0),
+    ],
+)
+def test_how_often_the_rule_is_asked(check, shares, asked):
+    clock = StageClock(times(check=check))
+    assert clock.stages_to_ask(16, T, shares) == asked
+
+
+@pytest.mark.parametrize("left", range(1, 16))
+def test_leaving_pays_from_the_crossover_on(left):
+    # Each sample less saves 1 ms in each of the two stages to come; taking others out costs 15 ms.
+    assert StageClock(times(compact=15e-3)).leaving_pays(1, 16, left, T) == (2 * (16 - left) > 15)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seconds"), [(1, 3.0), (2, 5.0), (4, 9.0), (0.5, 1.5), (8, 18.0)], ids=str
+)  # 1 and 4 measured; on from the last in proportion
+def test_times_between_the_batches_measured(batch, seconds):
+    clock = StageClock((BatchTimes(1, (3.0,), (3.5,), 0, 0), BatchTimes(4, (9.0,), (9.5,), 0, 0)))
+    assert clock.stage(0, batch) == seconds
+
+
+# ---- deadlines
+
+
+@pytest.mark.parametrize(("slower", "seconds", "stages"), [(1, 3.0, 2), (1, 3.6, 3), (2, 6.9, 2), (2, 7.2, 3)])
+def test_a_stage_is_taken_to_need_what_it_kept_to_and_more_on_a_slower_machine(slower, seconds, stages):
+    """Stages of 1 s that keep to 1.2 s when measured; here each takes its 1.2 s times a factor."""
+    now = [0.0]
+    row = BatchTimes(1, (1.0,) * T, (1.2,) * T, 0, 0)
+    deadline = Deadline(seconds, StageClock((row,)), lambda: now[0])
+    done = 0
+    while done < T and deadline.allows(done, 1):
+        now[0] += 1.2 * slower
+        deadline.done(done, 1)
+        done += 1
+    assert done == stages
+
+
+# ---- asyncio and interruption
+
+
+def slow(ensemble, seconds):
+    for student in ensemble.students:
+        student.body.register_forward_hook(lambda *_: time.sleep(seconds))
+
+
+def test_a_timeout_leaves_the_best_answer_so_far(ensemble, x):
+    expected = [stage.logits for stage in ensemble.stages(x)]
+    slow(ensemble, 0.1)
+    ticks, best = 0, None
+
+    async def answer():
+        nonlocal best
+        async for stage in ensemble.astages(x):
+            best = stage
+
+    async def beside():
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    async def both():
+        clock = asyncio.create_task(beside())
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(answer(), 0.25)
+        clock.cancel()
+
+    asyncio.run(both())
+    assert best.index == 2
+    torch.testing.assert_close(best.logits, expected[1])
+    assert ticks >= 10  # the event loop ran while students did
+    assert len(ensemble.students[3].body.seen) == 1  # never started again
+
+
+def test_asynchronous_stages_are_the_stages(ensemble, x):
+    async def answers():
+        return [stage async for stage in ensemble.astages(x)]
+
+    for stage, expected in zip(asyncio.run(answers()), ensemble.stages(x), strict=True):
+        assert (stage.index, stage.macs) == (expected.index, expected.macs)
+        assert torch.equal(stage.logits, expected.logits)
+        assert not stage.logits.requires_grad
+
+
+def test_an_interrupt_leaves_the_best_answer(ensemble, x):
+    ensemble.students[2].body.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    best = None
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        for stage in ensemble.stages(x):
+            best = stage
+    assert best.index == 2
+    assert [len(student.body.seen) for student in ensemble.students] == [1, 1, 1, 0]
+    stages = ensemble.stages(x)
+    next(stages)
+    stages.close()
+    assert next(stages, None) is None
+
+
+# ---- input that is none
+
+
+def broken(x, value):
+    x = x.clone()
+    x[3, 1] = x[7, 0] = value
+    return x
+
+
+@pytest.mark.parametrize("ask", ["forward", "predict", "stages"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x[:, 1:], r"`x` of shape \(B, 5\), as in training, got \(40, 4\)"),
+        (lambda x: x[0], r"got \(5,\)\. One sample is x\[None\]"),
+        (lambda x: x.double(), r"`x` of dtype float32, as in training, got torch.float64"),
+        (lambda x: x.long(), r"dtype float32, as in training, got torch.int64"),
+        (lambda x: broken(x, float("nan")), r"NaN or infinity, got 2 such samples of 40, the first at index 3"),
+        (lambda x: broken(x, float("inf")), r"NaN or infinity, got 2 such samples of 40, the first at index 3"),
+    ],
+    ids=["shape", "one sample", "double", "integers", "nan", "inf"],
+)
+def test_an_input_that_is_none_is_named(ensemble, x, spoil, message, ask):
+    with pytest.raises(UserError, match=message):
+        next(iter(getattr(ensemble, ask)(spoil(x))))
+    assert rows_seen(ensemble) == [0] * T
+
+
+def test_finite_numbers_whose_sum_is_not_are_an_input(ensemble):
+    assert ensemble(torch.full((2, IN), 3e38)).shape == (2, L)
+
+
+def test_figures_of_another_rule_leave_the_others_alone(ensemble, x):
+    ensemble.figures = replace(AnytimeFigures(T), temperatures=TEMPERATURES)
+    expected = stages_by_hand(ensemble, x, "max_prob", (0.6,) * T, TEMPERATURES)
+    assert ensemble.predict(x, Budget(confidence=0.6)).stages.tolist() == expected
