@@ -135,9 +135,7 @@ class RoundView:
         self.module, self.layers = module, last_layers(module.student)
         self.samples = module.ledger.samples
         scale = module.ledger.units.scale
-        self.classes = not isinstance(
-            scale, tuple
-        )  # mixing and cross entropy are of classes; noise is of real outputs too
+        self.classes = not isinstance(scale, tuple)  # only classes have a cross entropy and are mixed
         self.gain = scale / (module.number + 1) if not isinstance(scale, tuple) else 1.0
         gamma = module.game["gamma"]
         self.kappa = module.settings.eta / (4.0 * module.ledger.bound * gamma)

@@ -14,9 +14,10 @@ from torch import nn
 from toys import Hook, Toys, boost, digests, make_student, make_trainer, settings_for
 
 from bdistil import UserError
-from bdistil.callbacks import GradientNoise
+from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.distillation import Distillation, generations
 from bdistil.functional import kd_terms, round_loss
+from bdistil.mixing import MixingSettings
 from bdistil.variance import gradient_moments, noise_to_signal, variance_at
 
 
@@ -91,6 +92,14 @@ def test_figures_equal_one_backward_a_sample(noisy, tmp_path):
         assert last["nsr_teacher"] == pytest.approx(noise_to_signal(truth, 1.0), rel=1e-4)
     assert json.loads((tmp_path / "noise.json").read_text()) == callback.history
     assert (tmp_path / "noise.png").stat().st_size > 1000
+
+
+def test_it_stands_beside_loss_mixing(noisy, tmp_path):
+    data, teacher = noisy
+    mixing = LossMixing(MixingSettings(warmup=1, every=1), folder=tmp_path / "mixing")
+    noise = GradientNoise(every=1, folder=tmp_path)
+    fit(Distillation(mlp(8), teacher), data, mixing, noise)
+    assert [row["epoch"] for row in noise.history] == [0, 1, 2]
 
 
 def test_auto_follows_the_suggestion(noisy, tmp_path, capsys, caplog):

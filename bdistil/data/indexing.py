@@ -150,8 +150,9 @@ def block_loader(loader: DataLoader[Any], blocks: list[tuple[int, int]], *, seed
 
 
 def rows_loader(loader: DataLoader[Any], batches: Sequence[Sequence[int]], *, seed: int = 0) -> DataLoader[Any]:
-    """Reads given rows of the loader's dataset, each group as one batch (x, y, index)."""
-    indexed = IndexedDataset(loader.dataset, loader.collate_fn)
+    """Reads given rows of the loader's dataset, each group as one batch (x, y, index), also where it has the index."""
+    dataset = loader.dataset
+    indexed = dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset, loader.collate_fn)
     settings = {k: v for k, v in _settings(loader).items() if k != "persistent_workers"}
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
