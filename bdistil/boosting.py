@@ -41,9 +41,6 @@ from bdistil.preflight import (
     check_task,
     check_widths,
     loaders_of,
-    some_inputs,
-    warn_of_chance,
-    warn_of_inputs,
 )
 from bdistil.rounds import BoostingRound
 from bdistil.run_directory import RunDirectory
@@ -51,6 +48,7 @@ from bdistil.scoring import Part, prefix_accuracies
 from bdistil.seeding import reseed, seed_of
 from bdistil.settings import BoostingSettings
 from bdistil.students import Rung, Student
+from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs
 from bdistil.teachers import FrozenTeacher
 from bdistil.units import score_name
 

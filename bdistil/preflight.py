@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -18,7 +18,8 @@ from bdistil.data.attach import only
 from bdistil.data.indexing import is_random
 from bdistil.errors import UserError
 from bdistil.students import Rung, Student
-from bdistil.teachers import AdaptedTeacher, AveragedTeacher, expectation_of
+from bdistil.suspicions import warn_of_probabilities
+from bdistil.teachers import AdaptedTeacher, AveragedTeacher
 from bdistil.units import Task
 
 
@@ -75,12 +76,6 @@ class _Collated(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.loader.collate_fn([self.loader.dataset[index]])
-
-
-def some_inputs(loader: Any, count: int = 64) -> Any:
-    """X of samples that are spread over the dataset of a loader."""
-    data = loader.dataset
-    return loader.collate_fn([data[number] for number in range(0, len(data), -(-len(data) // count))])[0]
 
 
 def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:
@@ -162,69 +157,6 @@ def check_precision(precision: str) -> None:
         raise UserError(
             f"Expected `precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got {precision!r}. "
             "With the mixed ones the network's products are in half precision; weights, loss and ledger are float32."
-        )
-
-
-def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
-    """Warns of a teacher that knows no more of the labels than a guess does, by three standard errors."""
-    chance = 1 / outputs
-    if accuracy < chance + 3 * (chance * (1 - chance) / samples) ** 0.5:
-        rank_zero_warn(
-            f"The teacher is right for {accuracy:.1%} of {samples} validation samples, no better than guessing among "
-            f"{outputs} classes. Is it trained, in the order of these classes, and are its inputs normalised and "
-            "sized as in its training (AdaptedTeacher)?"
-        )
-
-
-def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
-    """Warns where the inputs do not look like those that a teacher was trained on.
-
-    Args:
-        teacher: without the frozen wrapper.
-        datamodule: may declare by `mean` and `std` how its images were normalised.
-        x: some samples (B, ...), as the data give them.
-    """
-    adapted = teacher if isinstance(teacher, AdaptedTeacher) else None
-    expected = expectation_of(adapted.network if adapted else teacher)
-    declared = _declared(datamodule)
-    if not isinstance(x, Tensor) or not (expected or adapted):
-        return
-    taken = (adapted.data_mean, adapted.data_std) if adapted else (expected.mean, expected.std)  # type: ignore[union-attr]
-    cure = "Wrap it in AdaptedTeacher(network, mean, std, data_mean, data_std, size)."
-    if declared and not all(_alike(*pair) for pair in zip(declared, taken, strict=True)):
-        rank_zero_warn(
-            f"The data say that they are normalised by mean and sd {[v.tolist() for v in declared]}, the teacher takes "
-            f"them for normalised by {[torch.as_tensor(v).tolist() for v in taken]}. {cure}"
-        )
-    reads = (adapted.normalised(x) if adapted else x).float()
-    mean, sd = float(reads.mean()), float(reads.std())
-    if expected and not (abs(mean) < 1 and 0.5 < sd < 2):
-        rank_zero_warn(
-            f"The teacher expects normalised inputs, but reads some of mean {mean:.3g} and sd {sd:.3g}. {cure}"
-        )
-    size = adapted.size if adapted and adapted.size else tuple(x.shape[-2:])
-    if expected and tuple(size) != expected.size:
-        rank_zero_warn(f"The teacher was trained on images of {expected.size}, and reads some of {tuple(size)}. {cure}")
-
-
-def _declared(datamodule: Any) -> tuple[Tensor, Tensor] | None:
-    mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
-    if mean is None or std is None:
-        return None
-    return torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
-
-
-def _alike(first: Any, second: Any) -> bool:
-    difference = torch.as_tensor(first).reshape(-1) - torch.as_tensor(second).reshape(-1)
-    return bool(difference.abs().max() < 0.02)
-
-
-def warn_of_probabilities(answers: Tensor) -> None:
-    """Warns where a teacher's answers (B, L) are probabilities, and not their logarithms."""
-    if bool((answers >= 0).all()) and bool(((answers.sum(-1) - 1).abs() < 1e-3).all()):
-        rank_zero_warn(
-            "The teacher's answers sum to 1: they look like probabilities, but logits are expected. "
-            "Wrap it in AdaptedTeacher(network, probabilities=True)."
         )
 
 

@@ -49,7 +49,7 @@ class RoundTracker:
     def finish(self) -> None:
         """Shows table and plot of the whole curve."""
         if self._tracker is not None and self.run.curve.exists():
-            self._tracker.curve(self.run.read_curve())
+            self._tracker.curve(self.run.read_curve(), self.run.task)
 
     def close(self) -> None:
         """Ends the tracker's run."""

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from bdistil.run_directory import write_atomically
 from bdistil.run_logger import RunLogger
+from bdistil.units import score_name
 
 CONNECT_SECONDS, INIT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 60.0
 
@@ -183,15 +184,16 @@ class CurveTracker:
             for record, step in zip(records, accumulate(record["steps"] for record in records), strict=True):
                 self.round(record["curve"], record["round"] + 1, step, again=True)
 
-    def curve(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Shows the rows of curve.csv as a table, and accuracy over MACs."""
+    def curve(self, rows: Sequence[Mapping[str, str]], task: str = "classification") -> None:
+        """Shows the rows of curve.csv as a table, and accuracy (or R²) over MACs."""
         with self._harmless():
             for run in _runs(self.loggers):
                 from wandb import Table, plot
 
                 cells = {key: _numbers([row[key] for row in rows]) for key in rows[0]}
                 table = Table(columns=[*cells], data=[[*row] for row in zip(*cells.values(), strict=True)])
-                line = plot.line(table, "macs", "val_accuracy", title="Accuracy over multiply-adds per sample")
+                title = score_name(task).capitalize()
+                line = plot.line(table, "macs", "val_accuracy", title=f"{title} over multiply-adds per sample")
                 run.log({"curve": table, "accuracy_vs_macs": line})
 
     def student(self, folder: Path, number: int, metadata: Mapping[str, Any]) -> None:

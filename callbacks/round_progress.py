@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
 from bdistil.rounds import BoostingRound
+from bdistil.units import score_name
 
 
 class RoundProgressBar(RichProgressBar):
@@ -28,10 +29,10 @@ class RoundProgressBar(RichProgressBar):
         return epoch
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The accuracy of the prefix and its rms error to the teacher; of another module what it logs."""
+        """The accuracy (or R²) of the prefix and its rms error to the teacher; of another module what it logs."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if isinstance(pl_module, BoostingRound):
-            names = {"val_accuracy": "prefix accuracy", "val_rms": "rms"}
+            names = {"val_accuracy": f"prefix {score_name(pl_module.settings.task)}", "val_rms": "rms"}
             metrics = {names[key]: value for key, value in metrics.items() if key in names}
         return metrics

@@ -13,7 +13,7 @@ LAYERS = """
     environment stopping strategies run_logger
     api_cache api_endpoint api_teacher
     settings ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
-    zoo_tables timm_models onnx_graphs foreign_teachers preflight recipe_files curve_rows
+    zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files curve_rows
     schedules
     ensemble walk prediction stage_times inputs mekd mixing variance mixing_store mixing_report noise_report
     exit_fitting calibration timing

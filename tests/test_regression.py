@@ -15,6 +15,7 @@ from toys import FEATURES, Hook, boost, control, curve, fit, settings_for
 from bdistil import AveragedTeacher, BoostingSettings, Budget, ErrorLedger, ProgressiveEnsemble, RunError, UserError
 from bdistil.cli import main
 from bdistil.data.diabetes import Diabetes, read_diabetes
+from bdistil.export import export_run
 from bdistil.regression import PrefixErrors, output_figures, output_sums
 from bdistil.run_directory import RunDirectory
 from bdistil.units import Units
@@ -111,7 +112,9 @@ def test_sums_in_other_units_give_the_same_figures():
 
 def test_the_ledger_standardises_each_output(tmp_path):
     y = (UNITS[0] + UNITS[1] * torch.randn(700, 2, generator=torch.Generator().manual_seed(1))).numpy()
-    y = np.concatenate((y, np.full((700, 1), 152.13, "f4")), 1)  # the last output is constant
+    constant = np.full((700, 1), 152.13, "f4")
+    constant[::2] = np.nextafter(constant[::2], np.float32(200))  # but for the rounding of a teacher
+    y = np.concatenate((y, constant), 1)
     ledger = ErrorLedger(tmp_path)
     blocks = ((low, torch.from_numpy(y[low : low + 512])) for low in (0, 512))
     ledger.create(700, blocks, outputs=3, task="regression")
@@ -182,6 +185,11 @@ def test_a_loaded_ensemble_answers_in_the_teachers_units(run):
     assert answers.mean(0).tolist() == pytest.approx(Table().parts[0].tensors[1].mean(0).tolist(), rel=0.15)
     prediction = ensemble.predict(torch.randn(5, FEATURES), Budget(stages=2))
     assert prediction.stages.tolist() == [2] * 5
+
+
+def test_no_export_without_the_units(run, tmp_path):
+    with pytest.raises(UserError, match="a run of classes to export"):
+        export_run(RunDirectory(run[0]), tmp_path / "out")
 
 
 def test_no_confidence_of_real_outputs(run):
