@@ -27,6 +27,8 @@ from bdistil.curve_rows import (
     teacher_row,
 )
 from bdistil.data.attach import indexed_loaders, only
+from bdistil.data.indexing import is_random
+from bdistil.data.views import CANONICAL, ViewPlan
 from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
 from bdistil.environment import describe_start
 from bdistil.errors import RunError, UserError
@@ -110,10 +112,7 @@ class Boosting:
         for number in range(self.run.committed()):
             self.run.weights(number)
         train, val = loaders_of(datamodule)
-        task, storage = self.settings.task, self.settings.storage
-        self.train = Part("train", train, self.run.ledger, self.seed, task, storage)
-        self.val = Part("val", val, self.run.ledger, self.seed, task, storage)
-        check_augmentation(train, self.settings.state)
+        self._make_parts(train, val)
         check_task(self.settings.task, self.teacher.module)
         check_widths(self.make, self.settings.ladder)
         self.example, labels = train.collate_fn([train.dataset[0], train.dataset[self.train.samples - 1]])
@@ -122,6 +121,19 @@ class Boosting:
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         if distributed.early_rank() == 0:
             self.run.freeze(self.config, FREE_KEYS)
+
+    def _make_parts(self, train: Any, val: Any) -> None:
+        """Training and validation part, and further views of the former where it augments at random."""
+        options = self.run.ledger, self.seed, self.settings.task, self.settings.storage
+        self.train, self.val = Part("train", train, *options), Part("val", val, *options)
+        augments = check_augmentation(train, self.settings, self.seed)
+        views = self.settings.views if augments else None
+        if augments:
+            self.train = Part("train", train, *options, view=CANONICAL)
+        if steady := is_random(val.dataset):
+            self.val = Part("val", val, *options, view=CANONICAL)
+        self.views = [Part("train", train, *options, view=view) for view in range(1, views or 1)]
+        self.plans = ViewPlan(self.seed, views) if views else None, ViewPlan(self.seed) if steady else None
 
     def _check_models(self) -> None:
         with torch.random.fork_rng():
@@ -142,7 +154,7 @@ class Boosting:
             RunError: one of its files is torn.
         """
         self.fingerprint = self.teacher.fingerprint
-        for part in (self.train, self.val):
+        for part in (self.train, self.val, *self.views):
             if part.ledger.exists and self.run.scratch is None:
                 part.ledger.open(part.samples, self.fingerprint)
 
@@ -161,7 +173,7 @@ class Boosting:
                 self.run.keep_start(describe_start())
             started = True
             before = self.run.verdicts(module.number)
-            with indexed_loaders(datamodule, seed_of(self.seed, module.number, self.attempt)):
+            with indexed_loaders(datamodule, seed_of(self.seed, module.number, self.attempt), *self.plans):
                 yield module
             if self.run.verdicts(module.number) == before:
                 raise RunError(
@@ -198,6 +210,7 @@ class Boosting:
             earlier=self.students,
             train=self.train,
             val=self.val,
+            views=self.views,
             teacher=self.teacher if self.recompute else None,
         )
 
@@ -207,25 +220,29 @@ class Boosting:
         Raises:
             RunError: NaN or infinity among the teacher's logits.
         """
-        parts = self.train, self.val
+        parts = self.train, self.val, *self.views
         if self.run.scratch is not None:
             claim(self.run, parts)
         if not distributed.agreed(all(part.ledger.exists for part in parts) and self.run.teacher_figures() is not None):
             self._ask_teacher(module.device)
         reach = 0 if self.recompute else max(rung.links for rung in self.settings.ladder)
-        for part in parts:
+        for part in parts[:2]:
             part.catch_up(self.students, module.device, self.fingerprint, reach)
+        for view in self.views:
+            view.catch_up_view(self.students, module.device, self.fingerprint, reach)
         module.prepare()
         inputs = student_inputs(module.student, self.students, self.example, module.device)
         self.latency = latency_ms(module.student, inputs)
 
     def _ask_teacher(self, device: torch.device) -> None:
-        total = self.train.samples + self.val.samples
+        total = self.train.samples * (1 + len(self.views)) + self.val.samples
         rank_zero_info(f"Asking the teacher about {total:,} samples …")
         row = teacher_row(self.teacher, self.example, device, total, self.uncounted)
         self.train.ask(self.teacher, device, self.outputs, self.fingerprint)
         units = self.train.ledger.units
         accuracy, loss = self.val.ask(self.teacher, device, self.outputs, self.fingerprint, units)
+        for view in self.views:
+            view.ask(self.teacher, device, self.outputs, self.fingerprint, units)
         self.teacher.cpu()
         if self.settings.task == "classification":
             warn_of_chance(accuracy, self.outputs, self.val.samples)

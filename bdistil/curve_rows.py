@@ -94,7 +94,7 @@ def round_training_macs(
     samples_seen: int,
     teacher_macs: int,
 ) -> int:
-    """MACs of training one round: the student; without cached state also teacher and earlier students, every batch.
+    """MACs of training one round: the student; without cached state also the teacher and what is linked to.
 
     Args:
         student: of the round.
@@ -102,12 +102,11 @@ def round_training_macs(
         earlier: the students before it, on the CPU.
         example: x of some samples.
         samples_seen: in all epochs and processes.
-        teacher_macs: 0 with cached state; else the earlier students run for every batch as well.
+        teacher_macs: 0 with cached state; else teacher and linked bodies run for every batch.
     """
     links = 0
     if teacher_macs:
-        links = sum(_macs(s, earlier[:number], example) for number, s in enumerate(earlier))
-        links += _macs(_Links(student, earlier), (), example) if links_of(student) else 0
+        links = _macs(_Links(student, earlier), (), example) if links_of(student) else 0
     return training_macs(
         student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen
     )

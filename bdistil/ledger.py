@@ -243,6 +243,10 @@ class ErrorLedger:
                 if path != self._error_file(version):
                     path.unlink(missing_ok=True)
 
+    def look(self) -> None:
+        """Opens g alone: of a view on which S is not defined."""
+        self._g = row_files.mapped(self._teacher_file, self._shape, dtype=self.storage)
+
     def advance(self, answers: Iterable[tuple[int, Tensor]], *, eta: float, tolerance: float) -> RoundEvidence:
         """One pass of a new student over all samples: S of the next version, and what it says of the student.
 
@@ -314,17 +318,26 @@ class ErrorLedger:
             UserError: a number is not in 0 … N-1.
         """
         wanted = index.cpu().numpy() if isinstance(index, Tensor) else index
+        return self._taken(self._g, wanted), self._taken(self._s, wanted)
+
+    def targets(self, index: np.ndarray[Any, Any]) -> Tensor:
+        """g alone of a batch, (B, L); enough of a ledger that `look` has opened."""
+        return self._taken(self._g, index)
+
+    def errors(self, index: np.ndarray[Any, Any]) -> Tensor:
+        """S alone of a batch, (B, L)."""
+        return self._taken(self._s, index)
+
+    def _taken(self, table: row_files.Rows, wanted: np.ndarray[Any, Any]) -> Tensor:
         try:
             if len(wanted) and wanted.min() < 0:  # NumPy would count from the end
                 raise IndexError
-            g, s = self._g.take(wanted, 0), self._s.take(wanted, 0)
+            rows = table.take(wanted, 0)
         except IndexError:
             bad = int(wanted[(wanted < 0) | (wanted >= self.samples)][0])
             message = f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}."
             raise UserError(message) from None
-        if self.storage == "float16":
-            g, s = g.astype(np.float32), s.astype(np.float32)
-        return torch.from_numpy(g), torch.from_numpy(s)
+        return torch.from_numpy(rows if self.storage == "float32" else rows.astype(np.float32))
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, g, S) of the rows of this process, block by block."""

@@ -48,6 +48,6 @@ def _clear(folder: Path, history: Mapping[str, Any], *, going_on: bool) -> None:
         for part in ("train", "val"):
             shutil.rmtree(folder / part, ignore_errors=True)
     elif found["rounds"] != history["rounds"] and not going_on:
-        for file in [*folder.glob("*/error.*"), *folder.glob("*/features.*")]:
+        for file in [*folder.rglob("error.*"), *folder.rglob("features.*")]:
             file.unlink()
     write_atomically(owner, json.dumps(history))

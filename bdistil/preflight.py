@@ -16,7 +16,9 @@ from torch.utils.data import Dataset
 from bdistil.cost import as_written
 from bdistil.data.attach import only
 from bdistil.data.indexing import is_random
+from bdistil.data.views import Views
 from bdistil.errors import UserError
+from bdistil.settings import BoostingSettings
 from bdistil.students import Rung, Student
 from bdistil.suspicions import warn_of_probabilities
 from bdistil.teachers import AdaptedTeacher, AveragedTeacher
@@ -52,30 +54,46 @@ def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
         raise UserError(f"Expected the datasets of `{kind}` to hold samples, got an empty one ({error}).") from error
 
 
-def check_augmentation(loader: Any, state: str) -> None:
-    """Cached logits belong to an x that is the same at every reading.
+def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bool:
+    """Does the training part augment at random? Cached logits belong to an x that is the same at every reading.
+
+    Args:
+        loader: of the training part.
+        settings: of the run: cached state needs fixed views.
+        seed: of the run.
 
     Raises:
-        UserError: random augmentation with cached state.
+        UserError: random augmentation with cached state and no views, or one that the views do not fix.
     """
-    if state == "cached" and (is_random(loader.dataset) or is_random(_Collated(loader))):
+    random = is_random(loader.dataset)
+    if settings.state == "recompute":
+        return random
+    if settings.views is None and (random or is_random(_Collated(loader, loader.dataset))):
         raise UserError(
             "Reading a training sample twice gives two different x (random augmentation), so cached teacher logits "
-            "would not belong to the x of a batch. Give BoostingSettings(state='recompute'), or augment once."
+            "would not belong to the x of a batch. Give BoostingSettings(state='recompute') to ask the teacher about "
+            "every batch, or BoostingSettings(views=K) to cache its answers on K fixed views of each sample."
         )
+    if is_random(_Collated(loader, Views(loader.dataset, seed))):
+        raise UserError(
+            f"`views={settings.views}` fixes what a dataset draws from the generators of Python, NumPy and torch, but "
+            "reading a view twice gives two different x: the collate function augments, or the dataset has a generator "
+            "of its own. Augment in the dataset's __getitem__, or give BoostingSettings(state='recompute')."
+        )
+    return random
 
 
 class _Collated(Dataset[Any]):
     """Samples as batches of one."""
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, dataset: Any) -> None:
+        self.loader, self.dataset = loader, dataset
 
     def __len__(self) -> int:
-        return len(self.loader.dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self.loader.collate_fn([self.loader.dataset[index]])
+        return self.loader.collate_fn([self.dataset[index]])
 
 
 def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:

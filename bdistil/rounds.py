@@ -40,6 +40,7 @@ class BoostingRound(pl.LightningModule):
         earlier: the committed students, in order, in eval mode.
         train: g, S and linked features of the training part.
         val: the same of the validation part.
+        views: g and linked features of further views of the training part, where it augments at random.
         teacher: asked about each batch where settings.state is `recompute`.
     """
 
@@ -52,12 +53,13 @@ class BoostingRound(pl.LightningModule):
         earlier: Sequence[nn.Module],
         train: Part,
         val: Part,
+        views: Sequence[Part] = (),
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.number, self.settings, self.train_part, self.val_part = number, settings, train, val
-        self.ledger = train.ledger
+        self.ledger, self.views = train.ledger, [train, *views]
         object.__setattr__(self, "earlier", list(earlier))
         object.__setattr__(self, "teacher", teacher)
         self.recompute = settings.state == "recompute"
@@ -90,31 +92,32 @@ class BoostingRound(pl.LightningModule):
     def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
         """The log-barrier loss of a batch (x, y, index)."""
         x, y, index = batch
-        target, error = self.state(x, index)
+        part, index = self._view_of(index)
+        target, error = self.state(x, index, part)
         if self.mix is not None:
             target, error = self.mix(target, error, y, index)
-        deviation = self.answer(x, index, self.train_part) - target
+        deviation = self.answer(x, index, part) - target
         loss = round_loss(deviation, error, self.log_z, **self.game)
         self._watch(loss, batch_idx)
         return loss
 
-    def state(self, x: Any, index: Index) -> tuple[Tensor, Tensor]:
-        """g and S of a batch, both (B, L): read from the ledger, or made anew from teacher and earlier students."""
+    def _view_of(self, index: Index) -> tuple[Part, Index]:
+        """The view that a batch is of, and the numbers of its samples."""
+        if len(self.views) == 1:
+            return self.train_part, index
+        views, rows = np.divmod(index, self.ledger.samples)
+        return self.views[int(views[0])], rows
+
+    def state(self, x: Any, index: Index, part: Part) -> tuple[Tensor, Tensor]:
+        """g of the view that a batch is of, and S, which is defined on the canonical view, both (B, L)."""
+        error = self.ledger.errors(index)
         if self.recompute:
-            return self._recomputed(x)
-        target, error = self.ledger.rows(index)
+            assert self.teacher is not None
+            return self.ledger.units.inward(self.teacher(x).float()), error.to(self.device, non_blocking=True)
+        target = part.ledger.targets(index)
         if self._on_cpu:
             return target, error
         return target.to(self.device, non_blocking=True), error.to(self.device, non_blocking=True)
-
-    @torch.no_grad()
-    def _recomputed(self, x: Any) -> tuple[Tensor, Tensor]:
-        assert self.teacher is not None
-        target = self.ledger.units.inward(self.teacher(x).float())
-        error = torch.zeros_like(target)
-        for number, student in enumerate(self.earlier):
-            error = error + (run_student(student, self.earlier[:number], x).float() - target)
-        return target, error
 
     def prepare(self) -> None:
         """Reads from the ledger what holds for all batches of the round, and moves what is hidden to the device."""

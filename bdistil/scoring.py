@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from bdistil import distributed
 from bdistil.data.indexing import block_loader, check_dataset
+from bdistil.data.views import Views
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.ledger import BLOCK, ErrorLedger, RoundEvidence
 from bdistil.metrics import PrefixScores
@@ -47,6 +48,7 @@ class Part:
         seed: of the run.
         task: classes, or real outputs.
         storage: of the ledger.
+        view: which view of a dataset that augments at random; the canonical one has the ledger of S.
 
     Raises:
         UserError: the dataset is iterable or empty, or its items are not (x, y).
@@ -60,17 +62,20 @@ class Part:
         seed: int,
         task: Task = "classification",
         storage: Storage = "float32",
+        view: int | None = None,
     ) -> None:
         self.samples = check_dataset(loader, f"{name}_dataloader")
         self.name, self.loader, self.seed, self.task = name, loader, seed, task
-        self.ledger = ErrorLedger(folder / name, storage)
-        self.features = FeatureCache(folder / name, self.samples)
+        self.views = None if view is None else Views(loader.dataset, seed, view)
+        folder = folder / name / f"view{view:03d}" if view else folder / name
+        self.ledger = ErrorLedger(folder, storage)
+        self.features = FeatureCache(folder, self.samples)
         self.sharers: distributed.Sharers | None = None  # of the ledger's disk, where each node has one
 
     def _rows(self, number: int) -> DataLoader[Any]:
         """The rows of this process as (x, y, index), whole blocks in order."""
         blocks = distributed.my_blocks(self.samples, BLOCK)
-        return block_loader(self.loader, blocks, seed=seed_of(self.seed, number, "score"))
+        return block_loader(self.loader, blocks, seed=seed_of(self.seed, number, "score"), views=self.views)
 
     @_on_each_disk
     def ask(
@@ -124,6 +129,13 @@ class Part:
                 self.ledger.use(number + 1)
         self.ledger.use(len(students))
         self.reach = reach
+        self._catch_up_features(students, device, reach)
+
+    @_on_each_disk
+    def catch_up_view(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str, reach: int) -> None:
+        """The same for a view that is not the canonical one: g, and the features that are linked to."""
+        self.ledger.open(self.samples, fingerprint)
+        self.ledger.look()
         self._catch_up_features(students, device, reach)
 
     @torch.no_grad()

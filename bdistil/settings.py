@@ -37,8 +37,10 @@ class BoostingSettings:
         margin_tolerance: a margin is met from -margin_tolerance * b on.
         ladder: the classes F_0 … F_R; a rejected round is trained again one rung higher.
         start: rung of the rounds from the second on; the first round, which has nothing to link to, starts at 0.
-        state: `cached` reads g and S from the ledger; `recompute` asks teacher and students about each batch, as
+        state: `cached` reads g and S from the ledger; `recompute` asks teacher and linked students about each batch,
             random augmentation needs.
+        views: K: with random augmentation, so many fixed views of each sample are cached, and epoch e trains on view
+            e mod K. Costs K passes of the teacher, and the room of K - 1 more tables of g and linked features.
         storage: of g and S on the disk; `float16` halves the room, at a relative error of 5e-4 in each.
         lr: learning rate of a round.
         weight_decay: of AdamW.
@@ -57,6 +59,7 @@ class BoostingSettings:
     ladder: list[Rung] = field(default_factory=_default_ladder)
     start: int = 1
     state: Literal["cached", "recompute"] = "cached"
+    views: int | None = None
     storage: Storage = "float32"
     lr: float = 1e-2
     weight_decay: float = 1e-4
@@ -80,6 +83,12 @@ class BoostingSettings:
         _require(self, "ladder", len(self.ladder) > 0, "one rung or more")
         _require(self, "start", self.start >= 0, ">= 0")
         _require(self, "state", self.state in ("cached", "recompute"), "'cached' or 'recompute'")
+        _require(self, "views", self.views is None or self.views >= 1, ">= 1, or left out")
+        if self.views is not None and self.state == "recompute":
+            raise UserError(
+                f"Expected `views` or `state='recompute'`, got both (views={self.views}): fixed views are cached, and "
+                "what is recomputed is asked anew about every batch. Leave one out."
+            )
         _require(self, "storage", self.storage in ("float32", "float16"), "'float32' or 'float16'")
         _require(self, "lr", self.lr > 0, "> 0")
         _require(self, "weight_decay", self.weight_decay >= 0, ">= 0")

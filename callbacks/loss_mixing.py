@@ -89,7 +89,7 @@ class LossMixing(pl.Callback):
         check_distilling(pl_module, "LossMixing")
         self._loaders = prepared_loaders(trainer, "LossMixing")
         datamodule: pl.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        self._open.enter_context(indexed_loaders(datamodule, seed_of(self.seed, "mixing"), LOADERS[:1]))
+        self._open.enter_context(indexed_loaders(datamodule, seed_of(self.seed, "mixing"), names=LOADERS[:1]))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gives the data module its loaders back."""

@@ -224,7 +224,7 @@ def test_random_augmentation_in_the_collate_function(refused):
         return x + torch.randn_like(x), y
 
     train = DataLoader(Toys().train_dataloader().dataset, batch_size=32, collate_fn=jitter)
-    refused(UserError, "random augmentation.*recompute", datamodule(train))
+    refused(UserError, r"random augmentation.*recompute.*views=K", datamodule(train))
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -261,6 +261,8 @@ def test_an_index_out_of_range(tmp_path):
         ({"rounds": 0}, r"`rounds` .*>= 1.*got 0"),
         ({"accept": "always"}, r"`accept` .*'progress' or 'margin', got 'always'"),
         ({"state": "none"}, r"`state` .*'cached' or 'recompute', got 'none'"),
+        ({"views": 0}, r"`views` .*>= 1, or left out, got 0"),
+        ({"views": 2, "state": "recompute"}, r"`views` or `state='recompute'`, got both \(views=2\)"),
         ({"storage": "int8"}, r"`storage` .*'float32' or 'float16', got 'int8'"),
         ({"ladder": []}, r"`ladder` .*one rung or more, got \[\]"),
         ({"lr": 0.0}, r"`lr` .*got 0\.0"),

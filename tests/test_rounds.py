@@ -262,32 +262,6 @@ def test_recomputed_state_trains_the_same_students(finished, tmp_path):
             torch.testing.assert_close(recomputed[name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_random_augmentation_asks_for_recomputed_state(tmp_path):
-    with pytest.raises(UserError, match=r"random augmentation.*BoostingSettings\(state='recompute'\)"):
-        boost(tmp_path, Toys(noisy=True))
-    assert not digests(tmp_path)
-    # As the message says, in the same folder.
-    assert len(boost(tmp_path, Toys(noisy=True), settings=settings_for(state="recompute")).ensemble) == ROUNDS
-
-
-def test_recomputed_state_is_that_of_the_x_it_is_given(tmp_path):
-    seen, teacher = [], make_teacher()
-
-    def compare(trainer, module):
-        if not module.number:
-            return
-        x = torch.randn(BATCH, FEATURES)
-        g, error = module.state(x, torch.arange(BATCH).numpy())
-        truth = by_hand(controller.ensemble, teacher, x)
-        torch.testing.assert_close(g, truth.g, atol=1e-6, rtol=0)
-        torch.testing.assert_close(error, truth.error, atol=5e-6, rtol=0)
-        seen.append(len(truth.students))
-
-    controller = control(tmp_path, settings=settings_for(state="recompute"), teacher=teacher)
-    fit(controller, Toys(noisy=True), callbacks=lambda: [Hook(on_train_start=compare)])
-    assert seen == [1, 2]
-
-
 # ---- another run in the same folder
 
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from bdistil.data.indexing import sequential_loader, training_loader
+from bdistil.data.views import ViewPlan
 
 LOADERS = ("train_dataloader", "val_dataloader")
 
@@ -21,18 +22,26 @@ def only(loader: Any) -> Any:
 
 
 @contextmanager
-def indexed_loaders(datamodule: pl.LightningDataModule, seed: int, names: Sequence[str] = LOADERS) -> Iterator[None]:
+def indexed_loaders(
+    datamodule: pl.LightningDataModule,
+    seed: int,
+    train: ViewPlan | None = None,
+    val: ViewPlan | None = None,
+    names: Sequence[str] = LOADERS,
+) -> Iterator[None]:
     """While this context is open, the loaders of a data module yield (x, y, index).
 
     Args:
         datamodule: of the user; its methods are put back at the end.
         seed: of the round's order of samples.
+        train: fixed views of the training part, where it augments at random.
+        val: the same of the validation part.
         names: of the loaders.
     """
     before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
     originals = {name: getattr(datamodule, name) for name in names}
     for name, original in originals.items():
-        indexed = partial(_train, seed=seed) if name == LOADERS[0] else _val
+        indexed = partial(_train, seed=seed, plan=train) if name == LOADERS[0] else partial(_val, plan=val)
         vars(datamodule)[name] = partial(indexed, original, datamodule)
     try:
         yield
@@ -42,7 +51,9 @@ def indexed_loaders(datamodule: pl.LightningDataModule, seed: int, names: Sequen
         vars(datamodule).update(before)
 
 
-def _train(original: Callable[[], Any], datamodule: pl.LightningDataModule, seed: int) -> DataLoader[Any]:
+def _train(
+    original: Callable[[], Any], datamodule: pl.LightningDataModule, seed: int, plan: ViewPlan | None
+) -> DataLoader[Any]:
     trainer = datamodule.trainer
     assert trainer is not None
     progress: Any = trainer.fit_loop.epoch_progress
@@ -52,10 +63,11 @@ def _train(original: Callable[[], Any], datamodule: pl.LightningDataModule, seed
         epoch=progress.current.processed,  # current_epoch is one behind in a fit that goes on
         rank=trainer.global_rank,
         world_size=trainer.world_size,
+        plan=plan,
     )
 
 
-def _val(original: Callable[[], Any], datamodule: pl.LightningDataModule) -> DataLoader[Any]:
+def _val(original: Callable[[], Any], datamodule: pl.LightningDataModule, plan: ViewPlan | None) -> DataLoader[Any]:
     trainer = datamodule.trainer
     assert trainer is not None
-    return sequential_loader(only(original()), rank=trainer.global_rank, world_size=trainer.world_size)
+    return sequential_loader(only(original()), rank=trainer.global_rank, world_size=trainer.world_size, plan=plan)

@@ -24,6 +24,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from bdistil.data.views import ViewPlan, Views, ViewSampler
 from bdistil.errors import UserError
 from bdistil.seeding import seed_of
 
@@ -50,7 +51,9 @@ class IndexedDataset(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> Any:
         if self._tensors is None:
-            return [self[index] for index in indices]
+            read = getattr(self.dataset, "__getitems__", None)
+            items = read(indices) if read else [self.dataset[index] for index in indices]
+            return list(zip(items, indices, strict=True))
         rows = np.asarray(indices)
         return (*(tensor[torch.from_numpy(rows)] for tensor in self._tensors), rows)
 
@@ -88,7 +91,15 @@ class _EpochLoader(DataLoader[Any]):
         return super().__iter__()
 
 
-def training_loader(loader: DataLoader[Any], *, seed: int, epoch: int, rank: int, world_size: int) -> DataLoader[Any]:
+def training_loader(
+    loader: DataLoader[Any],
+    *,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world_size: int,
+    plan: ViewPlan | None = None,
+) -> DataLoader[Any]:
     """The user's training loader, with the index and an order of its own for (seed, epoch).
 
     A loader that shuffles, or reads in order, gets a sampler that also splits the samples over the processes; any
@@ -100,8 +111,10 @@ def training_loader(loader: DataLoader[Any], *, seed: int, epoch: int, rank: int
         epoch: the epoch that starts now. Lightning sets the following ones, but the first one too late for workers.
         rank: number of this process.
         world_size: how many processes train.
+        plan: fixed views of a dataset that augments at random, one an epoch; the index is then number + N * view.
     """
-    indexed = IndexedDataset(loader.dataset, loader.collate_fn)
+    dataset = Views(loader.dataset, plan.seed) if plan else loader.dataset
+    indexed = IndexedDataset(dataset, loader.collate_fn)
     options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
     plain = type(loader.batch_sampler) is BatchSampler
     if not plain or not _reads_all(loader):
@@ -111,7 +124,8 @@ def training_loader(loader: DataLoader[Any], *, seed: int, epoch: int, rank: int
             options |= {"batch_sampler": loader.batch_sampler}
         return DataLoader(indexed, **options)
     shuffle = isinstance(loader.sampler, RandomSampler)
-    sampler: DistributedSampler[Any] = DistributedSampler(indexed, world_size, rank, shuffle=shuffle, seed=seed)
+    order = {"num_replicas": world_size, "rank": rank, "shuffle": shuffle, "seed": seed}
+    sampler = ViewSampler(plan.count if plan else 1, indexed, **order)
     sampler.set_epoch(epoch)
     return _EpochLoader(
         indexed,
@@ -144,14 +158,21 @@ class _Groups:
         return len(self.batches)
 
 
-def block_loader(loader: DataLoader[Any], blocks: list[tuple[int, int]], *, seed: int = 0) -> DataLoader[Any]:
-    """Reads given blocks of the loader's dataset in order, each as one batch (x, y, index)."""
-    return rows_loader(loader, [range(low, high) for low, high in blocks], seed=seed)
+def block_loader(
+    loader: DataLoader[Any], blocks: list[tuple[int, int]], *, seed: int = 0, views: Views | None = None
+) -> DataLoader[Any]:
+    """Reads given blocks of the loader's dataset, or of views of it, in order, each as one batch (x, y, index)."""
+    return rows_loader(loader, [range(low, high) for low, high in blocks], seed=seed, views=views)
 
 
-def rows_loader(loader: DataLoader[Any], batches: Sequence[Sequence[int]], *, seed: int = 0) -> DataLoader[Any]:
-    """Reads given rows of the loader's dataset, each group as one batch (x, y, index), also where it has the index."""
-    dataset = loader.dataset
+def rows_loader(
+    loader: DataLoader[Any], batches: Sequence[Sequence[int]], *, seed: int = 0, views: Views | None = None
+) -> DataLoader[Any]:
+    """Reads given rows of the loader's dataset, or of views of it, each group as one batch (x, y, index).
+
+    A dataset that has the index already is read as it is.
+    """
+    dataset = views or loader.dataset
     indexed = dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset, loader.collate_fn)
     settings = {k: v for k, v in _settings(loader).items() if k != "persistent_workers"}
     generator = torch.Generator().manual_seed(seed)
@@ -242,9 +263,15 @@ class _Share(DistributedSampler[Any]):
         return iter(range(self.rank, len(cast(Sized, self.dataset)), self.num_replicas))
 
 
-def sequential_loader(loader: DataLoader[Any], *, rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
-    """The user's loader with the index, in the order of the dataset; of several processes, each reads its share."""
-    indexed = IndexedDataset(loader.dataset, loader.collate_fn)
+def sequential_loader(
+    loader: DataLoader[Any], *, rank: int = 0, world_size: int = 1, plan: ViewPlan | None = None
+) -> DataLoader[Any]:
+    """The user's loader with the index, in the order of the dataset; of several processes, each reads its share.
+
+    Of a dataset that augments at random, the canonical views are read where a plan is given.
+    """
+    dataset = Views(loader.dataset, plan.seed) if plan else loader.dataset
+    indexed = IndexedDataset(dataset, loader.collate_fn)
     if len(indexed) < world_size:  # a process without a batch would not take part in the sums at the end
         raise UserError(f"Expected a validation sample for each of {world_size} processes, got {len(indexed)}.")
     options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}

@@ -100,7 +100,7 @@ def train(student, teacher_answers, data, seed, *callbacks, epochs=EPOCHS, **opt
     if mixing:
         trainer.fit(module, datamodule=data)
     else:
-        with indexed_loaders(data, seed, LOADERS[:1]):
+        with indexed_loaders(data, seed, names=LOADERS[:1]):
             trainer.fit(module, datamodule=data)
     figures = {"last": accuracy(student, data.test), "val": best.best}
     student.load_state_dict(best.state)
