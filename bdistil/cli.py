@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
@@ -26,12 +26,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil import distributed
 from bdistil.anytime_fit import fit_anytime
+from bdistil.boosting import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.commands import COMMANDS, say_end
 from bdistil.data.attach import indexed_loaders, only
 from bdistil.distiller import Distiller, TeacherTraining
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
+from bdistil.mekd_run import Emulation, Mekd
 from bdistil.recipe_files import find_recipe
 from bdistil.report import write_report
 from bdistil.run_directory import RunDirectory, disk_errors
@@ -131,7 +133,7 @@ class BoostCLI(LightningCLI):
         )
         try:
             with controller.signals:
-                self._fit_rounds(model, datamodule, controller, config, seed)
+                datamodule = self._fit_rounds(model, datamodule, controller, config, seed)
         except BaseException as end:  # Lightning's answer to Ctrl-C is SystemExit; one that lost its peer fails anyhow
             if controller.signals.asked or isinstance(end, SystemExit | KeyboardInterrupt):
                 raise controller.signals.interruption() from end
@@ -149,17 +151,44 @@ class BoostCLI(LightningCLI):
         controller: RoundController,
         config: Mapping[str, Any],
         seed: int,
-    ) -> None:
+    ) -> LightningDataModule:
+        """All that trains; gives the data of the rounds."""
         run = controller.run
+        over = run.committed() >= model.boosting.rounds or run.stopped
+        loggers: list[Logger] | None = [] if over else None
+        if model.mekd is not None:
+            run.prepare()
+            run.freeze(config, FREE_KEYS)
+            loggers = self._loggers(run, config) if loggers is None else loggers
+            datamodule = self._emulate(model.mekd, model, datamodule, controller, seed, loggers)
         controller.boosting.check(datamodule)
         model.speed_up(model.teacher.network)
         self._teach(model, datamodule, controller, seed)
-        loggers = self._loggers(run, config) if run.committed() < model.boosting.rounds and not run.stopped else []
+        loggers = self._loggers(run, config) if loggers is None else loggers
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
             trainer = self.round_trainer(callbacks=[controller], logger=loggers, default_root_dir=folder)
             trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
+        return datamodule
+
+    def _emulate(
+        self,
+        settings: Mekd,
+        model: Distiller,
+        local: LightningDataModule,
+        controller: RoundController,
+        seed: int,
+        loggers: list[Logger],
+    ) -> LightningDataModule:
+        """Both stages of MEKD; the data of the rounds are what it generated."""
+
+        def trainer(callbacks: list[Callback], **options: Any) -> Trainer:
+            stop = StopCallback(controller.signals)
+            return self.round_trainer(callbacks=[*callbacks, stop], logger=loggers, **options)
+
+        teacher, folder = model.teacher.network, controller.run.emulation
+        return Emulation(settings, teacher, local, folder, seed=seed, make_trainer=trainer).run(model.make_student)
 
     def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
         """The loggers of the recipe, and the one of `tracking`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from bdistil.errors import UserError
+from bdistil.mekd_run import Mekd
 from bdistil.regression import as_columns
 from bdistil.settings import BoostingSettings
 from bdistil.units import Task
@@ -68,6 +69,8 @@ class Distiller(pl.LightningModule):
         teacher: the network, and how to come by its weights.
         student: makes one student; a class path with its arguments.
         boosting: settings of the run.
+        mekd: where the teacher is an API: the data are local unlabelled samples, and the rounds are trained on samples
+            that a generator makes of them.
         channels_last: convolutions work on images in the order that most hardware is faster with.
         compile: backend of `torch.compile` for the teacher and each round's student, `inductor` on most machines.
 
@@ -80,13 +83,14 @@ class Distiller(pl.LightningModule):
         teacher: TeacherSpec,
         student: Callable[[], nn.Module],
         boosting: BoostingSettings = BoostingSettings(),  # noqa: B008 (frozen)
+        mekd: Mekd | None = None,
         channels_last: bool = False,
         compile: str | None = None,
     ) -> None:
         super().__init__()
         if compile is not None and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise UserError(f"Expected `model.compile` to be one of {', '.join(known)}, got {compile!r}.")
-        self.teacher, self.make, self.boosting = teacher, student, boosting
+        self.teacher, self.make, self.boosting, self.mekd = teacher, student, boosting, mekd
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.backend = compile
         teacher.network.to(memory_format=self.layout)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bdistil.data.attach import only
 from bdistil.errors import UserError
+from bdistil.mekd_data import open_generated
 from bdistil.run_directory import RunDirectory
 
 
@@ -30,7 +31,7 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
     parser = ArgumentParser()
     parser.add_argument("--data", type=LightningDataModule)
     module: LightningDataModule = parser.instantiate(parser.parse_object({"data": data})).data
-    return module
+    return open_generated(run.emulation, module) if run.emulation.exists() else module
 
 
 def loader_of(run: RunDirectory, part: Literal["test", "val"]) -> Any:

@@ -126,6 +126,11 @@ class RunDirectory:
         return self.scratch / f"bdistil-{self.root.name}-{place}" / "ledger"
 
     @property
+    def emulation(self) -> Path:
+        """Folder of MEKD, where the training set of the rounds is generated."""
+        return self.root / "mekd"
+
+    @property
     def curve(self) -> Path:
         """One row a prefix, the teacher first."""
         return self.root / "curve.csv"

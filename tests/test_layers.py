@@ -15,12 +15,13 @@ LAYERS = """
     settings ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
     zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files curve_rows
     schedules
-    ensemble walk prediction stage_times inputs mekd mixing variance mixing_store mixing_report noise_report
+    ensemble walk prediction stage_times inputs mekd_losses mekd_networks mekd mekd_data mixing variance
+    mixing_store mixing_report noise_report
     exit_fitting calibration timing
     rounds scoring node_disks boosting probing views round_mixing distillation
-    tracking report report_anytime round_tracker round_state round_end
+    tracking report report_anytime round_tracker round_state round_end mekd_stage mekd_run
     callbacks
-    compare distiller early evaluation run_data anytime_fit
+    compare distiller api_server early evaluation run_data anytime_fit
     runner export_graphs export_folder export_parity export_data export
     evaluation_files profiling commands cli
     __init__ __main__

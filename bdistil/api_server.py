@@ -1,0 +1,130 @@
+"""A network of one's own behind HTTP on loopback, for recipes and demonstrations of what an API allows."""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from bdistil.api_endpoint import HttpEndpoint
+from bdistil.distiller import TeacherSpec, TeacherTraining
+from bdistil.seeding import reseed
+from bdistil.weight_files import load_weights, save_weights
+
+
+class ModelServer(ThreadingHTTPServer):
+    """Serves a function on 127.0.0.1, in a thread of its own, in the form that `HttpEndpoint` asks in.
+
+    Args:
+        answer: maps a batch, float32 (B, ...) in NumPy, to B answers in nested lists.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[np.ndarray], Any]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answer = answer
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.server_port}/predict"
+
+    def stop(self) -> None:
+        """Stops serving and frees the port."""
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ModelServer
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
+    def do_POST(self) -> None:
+        """Answers one batch."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        try:
+            batch = np.asarray(json.loads(body)["instances"], dtype=np.float32)
+            status, content = 200, {"predictions": self.server.answer(batch)}
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            status, content = 400, {"error": type(error).__name__}
+        reply = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+
+class LocalApi:
+    """A network, trained on data of its own when it is first asked, behind a real HTTP server on loopback.
+
+    Give it to `ApiTeacher` in the place of an `HttpEndpoint`: whoever asks sees nothing but answers.
+
+    Args:
+        network: maps x to logits (B, L).
+        checkpoint: file of its weights; trained and written there if it is missing.
+        data: what it is trained on.
+        answers: what it answers with; the same as of the ApiTeacher.
+        epochs: of the training.
+        lr: of the training.
+        seed: of the training.
+    """
+
+    name = "local"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        checkpoint: str,
+        data: pl.LightningDataModule,
+        answers: Literal["logits", "probabilities", "labels"] = "probabilities",
+        epochs: int = 15,
+        lr: float = 3e-3,
+        seed: int = 0,
+    ) -> None:
+        self.network, self.checkpoint, self.data, self.answers = network, Path(checkpoint), data, answers
+        self.epochs, self.lr, self.seed = epochs, lr, seed
+        self._ask: HttpEndpoint | None = None
+
+    def __call__(self, batch: np.ndarray) -> Any:
+        """Answers of a batch (B, ...), over HTTP."""
+        if self._ask is None:
+            self._load()
+            server = ModelServer(self._answer)
+            weakref.finalize(self, server.stop)
+            self._ask = HttpEndpoint(server.url)
+        return self._ask(batch)
+
+    def _load(self) -> None:
+        if not self.checkpoint.is_file():
+            rank_zero_info(f"Training the network behind the API for {self.epochs} epochs …")
+            reseed(self.seed, "network behind the API")
+            trainer = pl.Trainer(
+                max_epochs=self.epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            trainer.fit(TeacherTraining(TeacherSpec(self.network, epochs=self.epochs, lr=self.lr)), self.data)
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            save_weights(self.network, self.checkpoint)
+        load_weights(self.network, self.checkpoint, "checkpoint of LocalApi")
+        self.network.requires_grad_(False).cpu().eval()
+
+    @torch.no_grad()
+    def _answer(self, batch: np.ndarray) -> Any:
+        logits = self.network(torch.from_numpy(batch))
+        if self.answers == "labels":
+            return logits.argmax(-1).tolist()
+        return (logits.softmax(-1) if self.answers == "probabilities" else logits).tolist()

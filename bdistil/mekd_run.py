@@ -1,0 +1,235 @@
+"""MEKD from local samples and an API to a student, and to the training set of a boosting run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from bdistil.api_teacher import ApiTeacher
+from bdistil.data.attach import only
+from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.errors import UserError
+from bdistil.mekd import Deprivatization, MappingEmulation
+from bdistil.mekd_data import (
+    Answered,
+    AnsweredSamples,
+    GeneratedSamples,
+    answers_of,
+    generate,
+    keep_answers,
+    samples_of,
+)
+from bdistil.mekd_losses import statistics
+from bdistil.mekd_networks import Discriminator, Generator
+from bdistil.mekd_stage import MakeTrainer, run_stage
+from bdistil.preflight import check_outputs, loaders_of
+from bdistil.run_directory import write_atomically
+from bdistil.scoring import prefix_accuracies
+from bdistil.seeding import reseed
+
+
+@dataclass(frozen=True)
+class Mekd:
+    """Settings of MEKD: two stages and the queries between them.
+
+    Attributes:
+        queries: all of them: those of stage 1, the held-out local samples, and the rest about generated samples.
+        first_queries: of stage 1.
+        width: channels of the generator.
+        critic_width: channels of the discriminator's first convolution.
+        share: of the teacher's term in the generator's loss.
+        gan_epochs: of stage 1.
+        gan_batch_size: of stage 1.
+        gan_lr: of stage 1.
+        epochs: of stage 2.
+        batch_size: of stage 2, and of a boosting run on its samples.
+        lr: of stage 2.
+        tau: temperature of stage 2, for soft answers.
+        kl: weight of the answers against the images in stage 2.
+        student: whether to train one student by stage 2, before the boosting run.
+    """
+
+    queries: int = 10_000
+    first_queries: int = 500
+    width: int = 128
+    critic_width: int = 16
+    share: float = 0.5
+    gan_epochs: int = 200
+    gan_batch_size: int = 64
+    gan_lr: float = 2e-4
+    epochs: int = 60
+    batch_size: int = 128
+    lr: float = 0.1
+    tau: float = 5.0
+    kl: float = 1.0
+    student: bool = True
+
+    def __post_init__(self) -> None:
+        counts = ("queries", "first_queries", "gan_epochs", "epochs", "gan_batch_size", "batch_size")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"Expected `{name}` of MEKD to be >= 1, got {getattr(self, name)}.")
+        if self.first_queries >= self.queries:
+            raise UserError(
+                f"Expected `first_queries` < `queries` of MEKD, got {self.first_queries} and {self.queries}: the "
+                "second stage needs answers as well."
+            )
+
+
+class Emulation:
+    """One run of MEKD in a folder; every part of it is made once, and found by a restart.
+
+    Args:
+        settings: of the run.
+        teacher: the API.
+        local: data module with local samples, whose y is not read; the validation part is held out.
+        folder: of the run.
+        seed: all randomness is a function of it.
+        make_trainer: takes arguments of a Trainer, such as max_epochs and callbacks.
+
+    Raises:
+        UserError: the teacher is no API, the samples are no images or sequences, the queries do not suffice, or the
+            folder holds a run of other settings.
+    """
+
+    def __init__(
+        self,
+        settings: Mekd,
+        teacher: nn.Module,
+        local: pl.LightningDataModule,
+        folder: Path,
+        *,
+        seed: int = 0,
+        make_trainer: MakeTrainer,
+    ) -> None:
+        if not isinstance(teacher, ApiTeacher):
+            raise UserError(f"Expected the teacher of MEKD to be an ApiTeacher, got {type(teacher).__name__}.")
+        self.settings, self.teacher, self.local, self.seed = settings, teacher, local, seed
+        self.folder, self.make_trainer = folder, make_trainer
+        self.loaders = loaders_of(local)
+        self.samples, self.held_out = map(samples_of, self.loaders)
+        self.pool = settings.queries - settings.first_queries - len(self.held_out)
+        if self.pool < 2:
+            raise UserError(
+                f"Expected `queries` of MEKD to be more than those of stage 1 ({settings.first_queries}) and the "
+                f"held-out samples ({len(self.held_out)}), got {settings.queries}."
+            )
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Keeps the settings of a new run, or proves that the one found here is the same."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, now = self.folder / "settings.json", self._plain()
+        if not path.exists():
+            write_atomically(path, json.dumps(now, indent=1))
+        then = json.loads(path.read_text())
+        differing = [f"{k}: {then.get(k)!r} there, {now.get(k)!r} now" for k in now if then.get(k) != now.get(k)]
+        if differing:
+            raise UserError(
+                f"{self.folder} holds a run of MEKD with other settings ({'; '.join(differing)}). Give those, or "
+                "choose another `run_dir`."
+            )
+
+    def _plain(self) -> dict[str, Any]:
+        counts = {"local": len(self.samples), "held_out": len(self.held_out), "shape": list(self.samples.shape[1:])}
+        return {**asdict(self.settings), "seed": self.seed, "teacher": self.teacher.identity, **counts}
+
+    def check(self, student: nn.Module) -> None:
+        """Asks the teacher about two held-out samples: does a student fit it?
+
+        Raises:
+            UserError: it does not.
+        """
+        check_outputs(self.teacher, student, self.held_out[[0, -1]])
+
+    def generator(self) -> Generator:
+        """Stage 1: the generator of its best epoch."""
+        settings, shape = self.settings, self.samples.shape[1:]
+        reseed(self.seed, "networks of stage 1")
+        generator = Generator(self.teacher.outputs, shape, settings.width)
+        generator.fit_range(self.samples)
+        low, high = float(self.samples.min()), float(self.samples.max())
+        stage = Deprivatization(
+            generator, Discriminator(shape, settings.critic_width, low, high), self.teacher,
+            queries=settings.first_queries, share=settings.share, lr=settings.gan_lr, seed=self.seed,
+        )  # fmt: skip
+        blank = [torch.zeros(len(x), 1) for x in (self.samples, self.held_out)]
+        data = AnsweredSamples((self.samples, blank[0]), (self.held_out, blank[1]), settings.gan_batch_size)
+        found = run_stage(
+            stage, data, self.folder / "stage1", epochs=settings.gan_epochs, seed=self.seed,
+            score=lambda figures: figures["mekd/distance"], make_trainer=self.make_trainer,
+        )  # fmt: skip
+        rank_zero_info(f"MEKD, stage 1: distance to held-out samples {found['score']:.4g} in epoch {found['epoch']}.")
+        return generator
+
+    def answered(self, generator: Generator) -> tuple[Answered, Answered]:
+        """Generated samples and held-out local ones, with the teacher's answers."""
+        held_out = self.held_out, answers_of(self.teacher, self.held_out)
+        made = generate(generator, self.pool, self.folder, self.seed)
+        rank_zero_info(f"MEKD: asking the teacher about {self.pool:,} generated samples …")
+        answers = answers_of(self.teacher, made)
+        keep_answers(self.folder, answers, held_out)
+        rank_zero_info(f"MEKD: {self.teacher.queries:,} queries so far.")
+        return (made, answers), held_out
+
+    def student(self, student: nn.Module, generator: Generator, train: Answered, val: Answered) -> dict[str, Any]:
+        """Stage 2: trains a student in place; its best epoch, and its test accuracy where there is a test part."""
+        settings = self.settings
+        mean, sd = statistics(train[1])
+        stage = MappingEmulation(
+            student, generator, hard=self.teacher.hard, mean=mean, sd=sd, tau=settings.tau, kl=settings.kl,
+            lr=settings.lr, seed=self.seed,
+        )  # fmt: skip
+        data, folder = AnsweredSamples(train, val, settings.batch_size), self.folder / "stage2"
+        best = run_stage(
+            stage, data, folder, epochs=settings.epochs, seed=self.seed, score=agreement_score,
+            make_trainer=self.make_trainer,
+        )  # fmt: skip
+        figures = {"epoch": best["epoch"], "queries": self.teacher.queries, **self._tested(student)}
+        write_atomically(self.folder / "student.json", json.dumps(figures, indent=1))
+        rank_zero_info(f"MEKD, stage 2: {figures}.")
+        return figures
+
+    def _tested(self, student: nn.Module) -> dict[str, float]:
+        """Test accuracy of a student: read once, then found."""
+        path = self.folder / "student.json"
+        if path.exists():
+            return {k: v for k, v in json.loads(path.read_text()).items() if k == "test_accuracy"}
+        if not is_overridden("test_dataloader", self.local, pl.LightningDataModule):
+            return {}
+        self.local.setup("test")
+        loader = only(self.local.test_dataloader())
+        return {"test_accuracy": prefix_accuracies(ProgressiveEnsemble([student]), loader, torch.device("cpu"))[0]}
+
+    def run(self, make_student: Callable[[int], nn.Module]) -> AnsweredSamples:
+        """Both stages; gives the training set of a boosting run.
+
+        Args:
+            make_student: of the boosting run; its first student is the kind that stage 2 trains.
+        """
+        reseed(self.seed, "student of stage 2")
+        student = make_student(0)
+        with torch.random.fork_rng():
+            self.check(make_student(0))
+        generator = self.generator()
+        train, val = self.answered(generator)
+        if self.settings.student:
+            self.student(student, generator, train, val)
+        if is_overridden("test_dataloader", self.local, pl.LightningDataModule):
+            return GeneratedSamples(train, val, self.settings.batch_size, self.local)
+        return AnsweredSamples(train, val, self.settings.batch_size)
+
+
+def agreement_score(figures: dict[str, float]) -> float:
+    """Of stage 2: most answers alike; among equals the smaller cross entropy, squeezed under one answer's share."""
+    entropy = figures["mekd/val_loss"]
+    return -figures["mekd/agreement"] + 1e-6 * entropy / (1 + entropy)
