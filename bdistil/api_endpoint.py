@@ -31,7 +31,16 @@ class ApiUnavailableError(Exception):
 
 
 class ApiRefusedError(RunError):
-    """The API refuses to answer; asking again does not help."""
+    """The API refuses to answer; asking again does not help.
+
+    Args:
+        message: without addresses, keys or contents.
+        answered_nothing: the API itself said so, so that nothing was counted on its side.
+    """
+
+    def __init__(self, message: str, *, answered_nothing: bool) -> None:
+        super().__init__(message)
+        self.answered_nothing = answered_nothing
 
 
 class HttpEndpoint:
@@ -103,7 +112,8 @@ class HttpEndpoint:
             raise ApiUnavailableError(f"HTTP status {status}", answered_nothing=True, wait=wait)
         if status != 200:
             hint = f" Is the key in {self.key_env} right?" if status in (401, 403) and self.key_env else ""
-            raise ApiRefusedError(f"The API refused with HTTP status {status}.{hint} Every answer before it is kept.")
+            message = f"The API refused with HTTP status {status}.{hint} Every answer before it is kept."
+            raise ApiRefusedError(message, answered_nothing=True)
         return self._read(content)
 
     def _post(self, body: bytes) -> tuple[int, float, bytes, str]:
@@ -127,7 +137,8 @@ class HttpEndpoint:
             pass  # the exception holds what came
         raise ApiRefusedError(
             f"Expected the API to answer with JSON that has the field {self.response_field!r} (`response_field`), got "
-            f"{len(content)} bytes that have not. Every answer before it is kept."
+            f"{len(content)} bytes that have not. Every answer before it is kept.",
+            answered_nothing=False,
         )
 
 

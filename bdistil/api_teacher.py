@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.api_cache import AnswerCache
-from bdistil.api_endpoint import ApiUnavailableError, Pace
+from bdistil.api_endpoint import ApiRefusedError, ApiUnavailableError, Pace
 from bdistil.errors import RunError, UserError
 from bdistil.functional import centre
 
@@ -157,9 +157,11 @@ class ApiTeacher(nn.Module):
         number = self.cache.sending(len(batch))
         try:
             answers = self.ask(batch)
-        except ApiUnavailableError as error:
+        except (ApiUnavailableError, ApiRefusedError) as error:
             if error.answered_nothing:
                 self.cache.refused(number)
+            if isinstance(error, ApiRefusedError):
+                raise
             return error
         except (ConnectionError, TimeoutError) as error:
             return ApiUnavailableError(type(error).__name__, answered_nothing=False)
