@@ -113,6 +113,8 @@ def export(
     output: str,
     format: Literal["onnx", "torch"] = "onnx",
     normalisation: Literal["declared", "inside"] = "declared",
+    quantise: Literal["dynamic", "static"] | None = None,
+    fuse: Literal["pairs"] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write one graph a stage and a manifest; for onnx a runner that needs no torch.
@@ -122,9 +124,11 @@ def export(
         output: a new folder.
         format: onnx runs with onnxruntime and numpy alone; torch writes the .pt2 files of torch.export.
         normalisation: inside puts the normalisation of the data into the graphs, which then read raw samples.
+        quantise: int8 weights; static takes ranges from training samples. Accuracies are printed beside float.
+        fuse: pairs adds one graph for each two stages, used where it was measured to be faster.
         overwrite: replace an older export.
     """
-    options = ExportOptions(format, normalisation, overwrite=overwrite)
+    options = ExportOptions(format, normalisation, quantise, fuse, overwrite)
     print(export_summary(export_run(RunDirectory(run_dir), Path(output), options), Path(output)))
 
 

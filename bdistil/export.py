@@ -45,12 +45,24 @@ class ExportOptions:
         format: ``onnx``, which runs without torch, or ``torch``, the .pt2 archives of torch.export for other tools.
         normalisation: ``declared`` exports students that read x as in training; ``inside`` puts the normalisation that
             the data module declares into the graphs, which then read raw x.
+        quantise: int8 weights: ``dynamic`` takes the ranges of activations from each batch, ``static`` from training
+            samples.
+        fuse: ``pairs`` adds one graph for each two stages, used where it was measured to be faster.
         overwrite: replace an older export.
     """
 
     format: Literal["onnx", "torch"] = "onnx"
     normalisation: Literal["declared", "inside"] = "declared"
+    quantise: Literal["dynamic", "static"] | None = None
+    fuse: Literal["pairs"] | None = None
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        chosen = [f"--{name}" for name in ("quantise", "fuse") if getattr(self, name)]
+        if self.format == "torch" and chosen:
+            raise UserError(f"`{chosen[0]}` is for --format onnx, got --format torch. Leave one out.")
+        if len(chosen) == 2:
+            raise UserError("`--quantise` and `--fuse` are for one stage and for two: give one of them, not both.")
 
 
 class Export:
@@ -65,7 +77,6 @@ class Export:
     def __init__(self, ensemble: ProgressiveEnsemble, data: ExportData, options: ExportOptions) -> None:
         self.ensemble, self.data, self.options = ensemble, data, options
         self.inside: Normalisation | None = None
-        self.raw = data.x
         if options.normalisation == "inside":
             if data.normalisation is None:
                 raise UserError(
@@ -73,8 +84,12 @@ class Export:
                     f"{type(data.datamodule).__name__} without it. Use --normalisation declared and normalise x before."
                 )
             self.inside = data.normalisation
-            self.raw = data.x * self.inside[1] + self.inside[0]
+        self.raw = self.to_raw(data.x)
         self.values = {**reference(ensemble, data.x[:EXAMPLE]), "x": self.raw[:EXAMPLE]}
+
+    def to_raw(self, x: Tensor) -> Tensor:
+        """Samples as the graphs read them, of samples as in training."""
+        return x if self.inside is None else x * self.inside[1] + self.inside[0]
 
     def segment(self, numbers: Sequence[int]) -> Segment:
         """Stages as one module."""
@@ -130,7 +145,8 @@ def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = 
     export = Export(ensemble, data_of(run, ensemble), options)
     with new_folder(output) as folder:
         manifest = _manifest(export)
-        manifest |= _torch_files(export, folder) if options.format == "torch" else _onnx_files(export, folder)
+        torch_format = options.format == "torch"
+        manifest |= _torch_files(export, folder) if torch_format else _onnx_files(export, folder, manifest)
         text = json.dumps(manifest, indent=1, allow_nan=False)
         (folder / "manifest.json").write_text(text, encoding="utf-8")
     return manifest
@@ -198,8 +214,10 @@ def _torch_files(export: Export, folder: Path) -> dict[str, Any]:
     return {"exporter": "torch.export", "stages": entries, "parity": export.prove(run)}
 
 
-def _onnx_files(export: Export, folder: Path) -> dict[str, Any]:
-    """The graphs of the first exporter whose graphs are equal to PyTorch, and the runner."""
+def _onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The graphs of the first exporter whose graphs are equal to PyTorch, the runner, and what it measures here."""
+    from bdistil.runner import ExportedEnsemble
+
     quiet_exporters()
     problems = []
     for name, exporter in EXPORTERS.items():
@@ -213,13 +231,29 @@ def _onnx_files(export: Export, folder: Path) -> dict[str, Any]:
         raise RunError("No exporter of torch gave graphs that are equal to PyTorch.\n" + "\n".join(problems))
     runner = folder / "runner.py"
     shutil.copyfile(Path(__file__).with_name("runner.py"), runner)
-    return {
+    found: dict[str, Any] = {
         "exporter": name,
         "opset": opset_of(folder / entries[0]["file"]),
         "stages": entries,
         "parity": parity,
         "runner": seal(runner),
     }
+    manifest, options = {**manifest, **found}, export.options
+    if options.quantise:
+        from bdistil.export_int8 import int8_stages
+
+        found |= int8_stages(folder, manifest, options.quantise, export.data.datamodule, export.to_raw)
+    if options.fuse:
+        from bdistil.export_fuse import choose_pairs, pairs_of, prove_pairs
+
+        pairs = [
+            export.write(folder, f"pair_{first + 1:02d}_{last + 1:02d}.onnx", [first, last], EXPORTERS[name])
+            for first, last in pairs_of(len(entries))
+        ]
+        found["fused"] = choose_pairs(folder, manifest, pairs, export.raw)
+        difference = prove_pairs(folder, {**manifest, **found}, export.ensemble, export.data.x, export.raw)
+        found["fused"]["difference"] = difference
+    return {**found, "times": ExportedEnsemble(folder, {**manifest, **found}, threads=1).measure()}
 
 
 def onnx_run(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Run:
@@ -250,4 +284,14 @@ def export_summary(manifest: Mapping[str, Any], output: Path) -> str:
     for number, (stage, found) in enumerate(zip(manifest["stages"], parity["differences"], strict=True), 1):
         lines.append(f"{number:>5} {stage['macs']:>12,} {stage['bytes']:>10,} {found:>11.1e}")
     lines.append(f"\nDifferences to PyTorch on {parity['samples']} samples of {parity['source']}.")
+    if int8 := manifest["quantised"]:
+        lines.append("Accuracy of the prefixes on the validation part, and bytes of all stages:")
+        for name in ("float", "int8"):
+            figures = "  ".join(f"{accuracy:.4f}" for accuracy in int8[name]["accuracy"])
+            lines.append(f"  {name:<6} {figures}  {int8[name]['bytes']:>12,}")
+    if fused := manifest["fused"]:
+        chosen = "pairs" if fused["faster"] else "stages"
+        for batch, found in fused["latency"].items():
+            lines.append(f"Batch {batch}: {found['stages_ms']:.3f} ms by stages, {found['pairs_ms']:.3f} ms by pairs.")
+        lines.append(f"Without exits the runner takes {chosen}.")
     return "\n".join([*lines, f"{output}"])

@@ -7,8 +7,11 @@ its own features where a later stage reads them: names are `x`, `total_k` and `f
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,20 @@ class Segment(nn.Module):
         return tuple(values[name] for name in self.gives)
 
 
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Without what C++ code prints: the whole graph, where the exporter meets an operator that it does not know."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 Exporter = Callable[[Segment, Sequence[Tensor], Path], None]
 
 
@@ -88,9 +105,8 @@ def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None
     It follows one run, and so keeps what Python decides from the values or the number of the samples: what it gave has
     to be compared at other samples and batch sizes.
     """
-    torch._C._jit_set_onnx_log_enabled(False)  # else it prints the whole graph of an operator that it does not know
     dynamic = {name: {0: "batch"} for name in (*segment.reads, *segment.gives)}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _silent_stdout():
         # Its deprecation, and that a trace follows one run.
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -80,6 +80,9 @@ class Budget:
         return max(allowed, 1)
 
 
+NO_LIMITS = Budget()
+
+
 @dataclass(frozen=True)
 class Stage:
     """The answer after a number of students: logits (B, L), how many have answered, multiply-adds a sample so far."""
@@ -92,7 +95,8 @@ class Stage:
     @property
     def logits(self) -> Array:
         """(B, L), in the teacher's units; worked out when it is read."""
-        return np.asarray(self.total * np.float32(self.factor))
+        logits: Array = self.total * self.factor
+        return logits
 
 
 @dataclass(frozen=True)
@@ -283,7 +287,7 @@ class Graph:
     def run(self, values: dict[str, Array]) -> None:
         """Adds what the graph gives to the values."""
         gives = self.session.run(self.gives, {name: values[name] for name in self.reads})
-        values.update(zip(self.gives, gives, strict=True))
+        values.update(zip(self.gives, gives))  # noqa: B905
 
 
 class ExportedEnsemble:
@@ -342,7 +346,10 @@ class ExportedEnsemble:
             raise ExportError(
                 f"Expected `x` of dtype {self._dtype}, got {x.dtype}. Convert it: x.astype('{self._dtype}')."
             )
-        if x.dtype.kind == "f" and not math.isfinite(x.sum()):
+        # The dot product with itself is the cheapest pass that NaN and infinity do not survive; what finite numbers
+        # overflow is looked at again.
+        flat = x.reshape(-1)
+        if self._dtype.kind == "f" and not math.isfinite(flat.dot(flat)):
             wrong = ~np.isfinite(x).reshape(len(x), -1).all(1)
             if wrong.any():
                 raise ExportError(
@@ -372,11 +379,13 @@ class ExportedEnsemble:
             ExportError: x or the budget cannot be used.
         """
         self.check(x)
-        budget = budget or Budget()
+        budget = budget or NO_LIMITS
         allowed = budget.stages_within(self.macs)
         if budget.confidence is None and budget.seconds is None:
             logits = self._whole(x, allowed).logits
-            return Prediction(logits, np.full(len(x), allowed), np.full(len(x), self.macs[allowed - 1]))
+            stages, macs = np.empty((2, len(x)), np.int64)
+            stages[:], macs[:] = allowed, self.macs[allowed - 1]
+            return Prediction(logits, stages, macs)
         return self._within(x, budget, allowed)
 
     def _whole(self, x: Array, allowed: int) -> Stage:

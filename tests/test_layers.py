@@ -22,7 +22,7 @@ LAYERS = """
     tracking report report_anytime round_tracker round_state round_end mekd_stage mekd_run
     callbacks
     compare distiller api_server early evaluation run_data anytime_fit
-    runner export_graphs export_folder export_parity export_data export
+    runner export_graphs export_folder export_parity export_data export_fuse export_int8 export
     evaluation_files profiling commands cli
     __init__ __main__
 """.strip().splitlines()

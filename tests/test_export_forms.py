@@ -1,0 +1,149 @@
+"""Pairs of stages as one graph, int8 weights, measured times, and a machine that has never seen torch."""
+
+import json
+import os
+import subprocess
+import venv
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_export import KINDS, mlp_student, write_run
+from torch import nn
+from toys import Toys
+
+from bdistil import Budget, ProgressiveEnsemble, Student, UserError
+from bdistil.export import ExportOptions, export_run
+from bdistil.runner import Budget as RunnerBudget
+from bdistil.runner import Clock, ExportedEnsemble, Times
+
+QUICK = (("mlp", mlp_student, (6,)), ("gru", *KINDS["gru"]), ("segments", *KINDS["segments"]))
+
+
+def toy_student(number):
+    return Student(nn.Sequential(nn.Linear(8, 6 + number), nn.ReLU()), nn.Linear(6 + number, 4))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that names its data."""
+    torch.manual_seed(3)
+    run = write_run(tmp_path_factory.mktemp("toy") / "run", toy_student, (8,))
+    run.config.write_text(yaml.safe_dump({"data": {"class_path": "toys.Toys"}}))
+    return run
+
+
+@pytest.mark.parametrize(("make", "shape"), [kind[1:] for kind in QUICK], ids=[kind[0] for kind in QUICK])
+def test_pairs_give_the_same_numbers_and_the_faster_is_taken(make, shape, tmp_path):
+    run = write_run(tmp_path / "run", make, shape)
+    manifest = export_run(run, tmp_path / "out", ExportOptions(fuse="pairs"))
+    fused = manifest["fused"]
+    assert [(entry["first"], entry["last"]) for entry in fused["pairs"]] == [(1, 2), (3, 4)]
+    assert fused["difference"] <= 1e-4
+    assert fused["faster"] == (fused["latency"]["1"]["pairs_ms"] < fused["latency"]["1"]["stages_ms"])
+    assert len(ExportedEnsemble.load(tmp_path / "out").pairs) == 2 * fused["faster"]
+    runner = ExportedEnsemble(tmp_path / "out", {**manifest, "fused": {**fused, "faster": True}}, 1)
+    ensemble, x = ProgressiveEnsemble.load(run.root), torch.randn(9, *shape)
+    for graph in runner.graphs:  # pairs (1, 2) and (3, 4) do the work of all
+        graph.run = None
+    for stages in (2, 4):
+        answer = runner.predict(x.numpy(), RunnerBudget(stages=stages))
+        np.testing.assert_allclose(answer.logits, ensemble(x, stages=stages).numpy(), atol=1e-4)
+        assert set(answer.stages) == {stages}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_int8_stands_beside_float(run, kind, tmp_path):
+    plain = export_run(run, tmp_path / "float")
+    manifest = export_run(run, tmp_path / "int8", ExportOptions(quantise=kind))
+    found = manifest["quantised"]
+    assert found["kind"] == kind
+    x, y = Toys().parts["val"]
+    stages = ProgressiveEnsemble.load(run.root).stages(x)
+    wanted = [float((stage.logits.argmax(1) == y).float().mean()) for stage in stages]
+    assert found["float"]["accuracy"] == pytest.approx(wanted, abs=1e-6)
+    runner = ExportedEnsemble.load(tmp_path / "int8")
+    ours = np.zeros(4)  # in the loader's batches, of which dynamic takes its ranges
+    for rows in (slice(32), slice(32, 64)):
+        ours += [(stage.logits.argmax(1) == y[rows].numpy()).mean() / 2 for stage in runner.stages(x[rows].numpy())]
+    assert found["int8"]["accuracy"] == pytest.approx(list(ours), abs=1e-6)
+    difference = runner.predict(x.numpy()).logits - ExportedEnsemble.load(tmp_path / "float").predict(x.numpy()).logits
+    assert 0 < np.abs(difference).max() < 0.2
+    assert found["float"]["bytes"] == sum(stage["bytes"] for stage in plain["stages"])
+    assert sorted(path.name for path in (tmp_path / "int8").iterdir()) == sorted(
+        ["manifest.json", "runner.py", *(stage["file"] for stage in manifest["stages"])]
+    )
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path):
+    with pytest.raises(UserError, match="`--fuse` is for --format onnx"):
+        ExportOptions(format="torch", fuse="pairs")
+    with pytest.raises(UserError, match="give one of them"):
+        ExportOptions(quantise="static", fuse="pairs")
+    with pytest.raises(UserError, match="names none"):
+        export_run(write_run(tmp_path / "run", mlp_student, (6,)), tmp_path / "out", ExportOptions(quantise="static"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- measured times
+
+
+@pytest.fixture(scope="module")
+def timed(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("timed") / "out"
+    export_run(run, out)
+    return out
+
+
+def test_the_manifest_carries_measured_times(timed):
+    times = json.loads((timed / "manifest.json").read_text())["times"]
+    assert [entry["batch"] for entry in times] == [1, 16, 128]
+    for entry in times:
+        assert len(entry["stages"]) == len(entry["late"]) == 4
+        assert all(0 < median <= late for median, late in zip(entry["stages"], entry["late"], strict=True))
+
+
+def test_a_deadline_is_kept_by_measured_times(timed):
+    """Stages that are said to need 10 ms."""
+    runner, x = ExportedEnsemble.load(timed), np.zeros((1, 8), np.float32)
+    for entry in runner.clock.times:
+        entry.late[:] = [0.01] * 4
+    assert runner.predict(x, RunnerBudget(seconds=0.005)).stages == 1  # one always answers
+    assert runner.predict(x, RunnerBudget(seconds=1.0)).stages == 4
+    assert runner.predict(x, RunnerBudget(seconds=0.009)).stages == 1
+
+
+def test_samples_only_leave_where_that_pays(timed):
+    x = torch.randn(64, 8).numpy()
+    budget = RunnerBudget(confidence=0.45)
+    runner = ExportedEnsemble.load(timed)
+    sizes = []
+    for number, graph in enumerate(runner.graphs):
+        graph.run = lambda values, number=number, run=graph.run: (sizes.append((number, len(values["x"]))), run(values))
+    for compact, leaves in ((0.0, True), (1e9, False)):
+        sizes.clear()
+        slow = [Times(batch, [1e-2 * batch] * 4, [1e-2] * 4, 1e-6, compact) for batch in (1, 64)]
+        runner.clock = Clock(slow)
+        runner.predict(x, budget)
+        assert (sizes[-1][1] < 64) == leaves
+
+
+# ---- elsewhere
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_reaches_the_same_predictions(run, timed, tmp_path):
+    """A venv that has only numpy and onnxruntime, and the exported folder."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pip", "install", "-q", "numpy", "onnxruntime"], check=True, env=environment)
+    assert subprocess.run([python, "-c", "import torch"], env=environment, capture_output=True).returncode == 1
+    x = torch.randn(50, 8)
+    np.save(tmp_path / "x.npy", x.numpy())
+    ensemble = ProgressiveEnsemble.load(run.root)
+    for given, budget in (([], Budget()), (["--stages", "2"], Budget(stages=2))):
+        command = [python, timed / "runner.py", "--input", tmp_path / "x.npy", "--output", tmp_path / "y.npy", *given]
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+        np.testing.assert_allclose(np.load(tmp_path / "y.npy"), ensemble.predict(x, budget).logits.numpy(), atol=1e-4)
