@@ -108,7 +108,7 @@ class Export:
         for number, links in enumerate(links_by_stage(list(self.ensemble.students))):
             entry = self.write(folder, f"stage_{number + 1:02d}.{suffix}", [number], exporter)
             factor = self.ensemble.scale / sum(weights[: number + 1])
-            more = {"links": [n + 1 for n in links], "macs": self.ensemble.macs[number], "factor": factor}
+            more = {"links": [n + 1 for n in links], "macs": self.ensemble.macs[number], "factor": _plain(factor)}
             entries.append({**entry, **more, "weight": weights[number]})
         return entries
 
@@ -178,7 +178,9 @@ def _manifest(export: Export) -> dict[str, Any]:
         "outputs": outputs,
         "labels": data.labels,
         "normalisation": _declared(data.normalisation, export.inside is not None),
-        "scale": ensemble.scale,
+        "task": ensemble.task,
+        "scale": _plain(ensemble.scale),
+        "offset": _plain(ensemble.offset),
         "temperatures": plain["temperatures"],
         "exits": plain["exits"],
         "quantised": None,
@@ -193,6 +195,11 @@ def _declared(normalisation: Normalisation | None, inside: bool) -> dict[str, An
         return None
     mean, deviation = (tensor.tolist() for tensor in normalisation)
     return {"mean": mean, "deviation": deviation, "inside": inside}
+
+
+def _plain(value: float | Tensor | None) -> Any:
+    """A factor for JSON: of real outputs one an output."""
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _version(name: str) -> str | None:

@@ -53,6 +53,8 @@ def int8_stages(
     Raises:
         UserError: the run names no data.
     """
+    if manifest["task"] == "regression":
+        raise UserError(f"`--quantise {kind}` is judged by accuracy, which real outputs lack. Export without it.")
     if datamodule is None:
         raise UserError(
             f"`--quantise {kind}` is judged on the run's own data, but this run names none: it was not written by "

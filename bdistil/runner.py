@@ -88,15 +88,16 @@ class Stage:
     """The answer after a number of students: logits (B, L), how many have answered, multiply-adds a sample so far."""
 
     total: Array
-    factor: float
+    factor: float | Array
     index: int
     macs: int
+    offset: Array | None = None
 
     @property
     def logits(self) -> Array:
         """(B, L), in the teacher's units; worked out when it is read."""
         logits: Array = self.total * self.factor
-        return logits
+        return logits if self.offset is None else logits + self.offset
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,10 @@ class Graph:
         values.update(zip(self.gives, gives))  # noqa: B905
 
 
+def _factor(value: float | list[float]) -> float | Array:
+    return value if isinstance(value, float) else np.asarray(value, np.float32)
+
+
 class ExportedEnsemble:
     """An ordered ensemble in an exported folder; `load` opens one.
 
@@ -306,7 +311,8 @@ class ExportedEnsemble:
         pairs = fused["pairs"] if fused and fused["faster"] else []
         self.pairs = {entry["first"] - 1: Graph(Path(root), entry, threads) for entry in pairs}
         self.macs: list[int] = [entry["macs"] for entry in stages]
-        self.factors: list[float] = [entry["factor"] for entry in stages]
+        self.factors: list[float | Array] = [_factor(entry["factor"]) for entry in stages]
+        self.offset = None if manifest["offset"] is None else np.float32(manifest["offset"])
         self.clock = Clock([Times(**times) for times in manifest["times"]]) if manifest["times"] else None
         self._shape, self._dtype = tuple(manifest["input"]["shape"]), np.dtype(manifest["input"]["dtype"])
 
@@ -358,7 +364,7 @@ class ExportedEnsemble:
                 )
 
     def _answer(self, number: int, values: Mapping[str, Array]) -> Stage:
-        return Stage(values[f"total_{number + 1}"], self.factors[number], number + 1, self.macs[number])
+        return Stage(values[f"total_{number + 1}"], self.factors[number], number + 1, self.macs[number], self.offset)
 
     def stages(self, x: Array) -> Iterator[Stage]:
         """The answers of the prefixes, lazily: a student runs when its stage is asked for."""
@@ -399,6 +405,8 @@ class ExportedEnsemble:
 
     def _exits(self, budget: Budget) -> tuple[str, Sequence[float], Sequence[float] | None]:
         """Rule, a threshold a stage, and the expected shares of decided samples."""
+        if self.manifest["task"] == "regression" and budget.confidence is not None:
+            raise ExportError("Expected no `confidence` for real outputs, which have none. Limit stages or macs.")
         fitted = self.manifest["exits"]
         if budget.confidence != "fitted":
             return budget.rule or "max_prob", [float(budget.confidence or 2)] * len(self), None
@@ -522,10 +530,11 @@ def _print_predictions(given: argparse.Namespace) -> None:
     if given.output:
         np.save(given.output, prediction.logits, allow_pickle=False)
         return
-    labels = ensemble.manifest["labels"]
+    labels, real = ensemble.manifest["labels"], ensemble.manifest["task"] == "regression"
     for logits, stages, macs in zip(prediction.logits, prediction.stages, prediction.macs, strict=True):
         best = int(logits.argmax())
-        print(f"{labels[best] if labels else best}\tstages {stages}\tmacs {macs}")
+        answer = " ".join(f"{value:.6g}" for value in logits) if real else labels[best] if labels else best
+        print(f"{answer}\tstages {stages}\tmacs {macs}")
 
 
 if __name__ == "__main__":
