@@ -44,8 +44,8 @@ def table(name, runs):
 
 
 # Points between first and last prefix, at most below the teacher, at least above the independent students; and the last
-# prefix's part of the teacher's MACs.
-CLAIMS = {"digits": (5, 1.5, 2, 1 / 10), "vowels": (2, 1.5, 1, 1 / 4), "watch": (4, 1.5, 1, 1 / 4)}
+# prefix's part of the teacher's MACs. On `vowels` independent students are nearly as good: no margin is claimed there.
+CLAIMS = {"digits": (5, 1.5, 2, 1 / 10), "vowels": (2, 1.5, 0, 1 / 4), "watch": (4, 1.5, 1, 1 / 4)}
 
 
 @pytest.mark.parametrize("recipe", CLAIMS)
