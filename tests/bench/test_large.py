@@ -1,0 +1,106 @@
+"""A ledger of ImageNet's size: a commit and reading rows beside cp and cat of the same bytes, and the memory it takes.
+
+Synthetic logits, N = 1,281,167 by L = 1,000: needs some 21 GB of disk, and minutes.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bdistil import ErrorLedger
+from bdistil.functional import game_rows
+from bdistil.ledger import BLOCK
+
+pytestmark = pytest.mark.slow
+
+SAMPLES, OUTPUTS, ETA, BATCH = 1_281_167, 1000, 0.5, 256
+ALLOWED = 1.5
+
+
+def logits(seed: int, noise: float = 0.3):
+    """(first row, logits) block by block: a teacher (seed 0), or a student near to it. A few rows again and again."""
+    teacher, own = (torch.randn(4 * BLOCK, OUTPUTS, generator=torch.Generator().manual_seed(s)) for s in (0, seed))
+    table = teacher + noise * own if seed else teacher
+    for low in range(0, SAMPLES, BLOCK):
+        start = low // BLOCK % 3 * BLOCK
+        yield low, table[start : start + min(BLOCK, SAMPLES - low)]
+
+
+def timed(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def in_process_of_its_own(folder: Path, storage: str) -> None:
+    """What a run does with the ledger in a round; prints the seconds, and the largest resident memory."""
+    torch.set_num_threads(1)
+    ledger = ErrorLedger(folder, storage)
+    ledger.create(SAMPLES, logits(0), outputs=OUTPUTS)
+    ledger.use(0)
+    ledger.log_normaliser(ETA)
+
+    def commit():
+        ledger.advance(logits(1), eta=ETA, tolerance=1e-3)
+        ledger.keep()
+
+    seconds = [timed(commit)]
+    ledger.use(1)
+    order = np.random.default_rng(0).permutation(SAMPLES)
+    seconds.append(timed(lambda: [None for _ in ledger.blocks()]))
+    seconds.append(timed(lambda: [ledger.rows(order[i : i + BATCH]) for i in range(0, SAMPLES, BATCH)]))
+    some = np.arange(0, SAMPLES, 641)
+    weights = torch.stack(game_rows(ledger.rows(some)[1], ledger.log_normaliser(ETA).float(), ETA))
+    np.save(folder / "weights.npy", weights.numpy())
+    print(*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def by_hand(folder: Path, kind: str) -> tuple[float, float]:
+    """Seconds of the same bytes by cat and cp: what a commit reads and writes, what reading all rows reads."""
+    g, s, copy = (str(folder / f"{name}.{kind}") for name in ("teacher", "error.001", "copy"))
+
+    def read(*files: str) -> None:
+        subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+
+    def write() -> None:
+        read(g)
+        subprocess.run(["cp", s, copy], check=True)
+        subprocess.run(["sync", copy], check=True)
+
+    return timed(write), timed(lambda: read(g, s))
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_a_ledger_of_the_size_of_imagenet(tmp_path_factory, storage):
+    root = tmp_path_factory.getbasetemp() / "large"
+    folder, kind = root / storage, {"float32": "f32", "float16": "f16"}[storage]
+    folder.mkdir(parents=True)
+    program = f"import sys; sys.path[:0] = {sys.path!r}; from pathlib import Path; import test_large as t; "
+    program += f"t.in_process_of_its_own(Path({str(folder)!r}), {storage!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    commit, blocks, scattered, resident = map(float, done.stdout.split())
+    copied, read = by_hand(folder, kind)
+    print(
+        f"\n{storage}: commit {commit:.1f} s, {commit / copied:.2f} of cat and cp; rows in order {blocks:.1f} s, "
+        f"{blocks / read:.2f} of cat; in random batches {scattered:.1f} s, {scattered / read:.2f} of cat; "
+        f"resident {resident / 2**20:.2f} GiB"
+    )
+    for file in folder.glob("*.f*"):
+        file.unlink()
+    assert resident / 2**20 < 2
+    if storage == "float16":
+        full, half = (np.load(root / name / "weights.npy") for name in ("float32", "float16"))
+        off = np.abs(half / full - 1)
+        print(f"K of float16 off by {off.max():.2e} at most, {np.quantile(off, 0.999):.2e} for 999 of 1,000 weights")
+        assert np.quantile(off, 0.999) < 1e-3
+    assert commit <= ALLOWED * copied
+    assert blocks <= ALLOWED * read
