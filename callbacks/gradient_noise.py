@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.errors import UserError
 from bdistil.noise_report import draw_noise, noise_figures
+from bdistil.observing import view_of
 from bdistil.probing import check_distilling, looking, prepared_loaders
 from bdistil.rounds import BoostingRound
 from bdistil.variance import (
@@ -24,7 +25,6 @@ from bdistil.variance import (
     sample_gradients,
     suggest,
 )
-from bdistil.views import view_of
 
 
 class GradientNoise(pl.Callback):

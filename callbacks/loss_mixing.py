@@ -19,11 +19,11 @@ from bdistil.ledger import BLOCK
 from bdistil.mixing import MixingSettings, learn_mix, loss_weights, outer_loss, start_mix
 from bdistil.mixing_report import draw_weights, log_histogram, weight_figures
 from bdistil.mixing_store import MixingStore
+from bdistil.observing import view_of
 from bdistil.probing import check_distilling, looking, prepared_loaders
 from bdistil.round_mixing import RoundMix
 from bdistil.rounds import BoostingRound, Index
 from bdistil.seeding import seed_of
-from bdistil.views import view_of
 
 
 class LossMixing(pl.Callback):

@@ -18,7 +18,7 @@ LAYERS = """
     ensemble walk prediction stage_times inputs mekd_losses mekd_networks mekd mekd_data mixing variance
     mixing_store mixing_report noise_report
     exit_fitting calibration timing
-    rounds scoring node_disks boosting probing views round_mixing distillation
+    rounds scoring node_disks boosting probing observing round_mixing distillation
     tracking report report_anytime round_tracker round_state round_end mekd_stage mekd_run
     callbacks
     compare distiller api_server early evaluation run_data anytime_fit

@@ -29,7 +29,8 @@ SMALL = ["--config", "cifar10-resnet56", "--data.partial", "true", "--data.num_w
          "--data.batch_size", "16", "--model.teacher.network.depth", "8",
          "--model.teacher.network.channels", "[4,4,8,8]",
          "--model.student.channels", "[2,2,4,4]", "--model.teacher.epochs", "2", "--model.teacher.warmup", "1",
-         "--model.boosting.rounds", "2", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
+         "--model.boosting.rounds", "2", "--model.boosting.accept", "margin",
+         "--model.boosting.margin_share", "0", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
          "--tracking.mode", "disabled"]  # fmt: skip
 
 

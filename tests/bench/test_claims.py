@@ -13,7 +13,7 @@ import pytest
 
 from bdistil.budgets import Budget
 from bdistil.cli import main
-from bdistil.evaluation import evaluate_run
+from bdistil.evaluation import evaluate_budgets
 from bdistil.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,7 @@ def test_answers_come_before_the_sequence_ends(tmp_path):
     for seed in SEEDS:
         accuracy, macs = fit("watch-early", tmp_path / f"{seed}", seed)
         accuracies.append(accuracy)
-        figures = evaluate_run(RunDirectory(tmp_path / f"{seed}"), Budget())
+        (figures,) = evaluate_budgets(RunDirectory(tmp_path / f"{seed}"), [Budget()])
         pairs.append([100 * value for value in figures["early@0.99"].values()])
     print("\nwatch-early: test accuracy in %, teacher, then after 1 … 8 eighths of the steps; mean ± sd of 3 seeds")
     print(table("boosted", accuracies))

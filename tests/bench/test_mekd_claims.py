@@ -1,6 +1,6 @@
 """What MEKD is worth on digits: students from an API and 280 unlabelled images, against the number of queries.
 
-    python -m pytest -m slow -s tests/bench/test_mekd.py
+    python -m pytest -m slow -s tests/bench/test_mekd_claims.py
 
 Every result is a file in BDISTIL_BENCH_DIR (`runs/bench-mekd` by default), so that an interrupted bench goes on.
 """
