@@ -156,12 +156,12 @@ class _RoundLoss(torch.autograd.Function):
         if deviation.device.type == "cpu" and deviation.numel() <= SMALL:
             with np.errstate(all="ignore"):
                 arrays = deviation.numpy(), error.numpy(), log_z.numpy(), SIGNS
-                value, slope = _closed_form(np, np.maximum, *arrays, eta, share, gamma, across)
+                value, slope = _closed_form(np, _floored_array, *arrays, eta, share, gamma, across)
             found, gradient = deviation.new_tensor(value), torch.from_numpy(slope)
         else:
             signs = torch.arange(-1.0, 2.0, 2.0, device=deviation.device, dtype=deviation.dtype).view(2, 1, 1)
             tensors = deviation, error, log_z, signs
-            found, gradient = _closed_form(torch, torch.clamp_min, *tensors, eta, share, gamma, across)
+            found, gradient = _closed_form(torch, _floored_tensor, *tensors, eta, share, gamma, across)
         ctx.save_for_backward(gradient)
         return found
 
@@ -177,8 +177,22 @@ SMALL = 1 << 16
 SIGNS = np.array([-1, 1], np.float32).reshape(2, 1, 1)
 
 
+def _floored_array(argument: Any) -> tuple[Any, Any]:
+    """The argument of a logarithm, at least `BARRIER_FLOOR`, and what that adds up to (<= 0): mostly nothing."""
+    if argument.min() >= BARRIER_FLOOR:
+        return argument, 0.0
+    safe = np.maximum(argument, BARRIER_FLOOR)
+    return safe, (argument - safe).sum()
+
+
+def _floored_tensor(argument: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without a look at the values, for which a device would have to be waited for."""
+    safe = argument.clamp_min(BARRIER_FLOOR)
+    return safe, (argument - safe).sum()
+
+
 def _closed_form(
-    xp: Any, at_least: Any, d: Any, s: Any, log_z: Any, signs: Any, eta: float, share: float, gamma: float, across: Any
+    xp: Any, floored: Any, d: Any, s: Any, log_z: Any, signs: Any, eta: float, share: float, gamma: float, across: Any
 ) -> tuple[Any, Any]:
     """Value () and gradient (B, L) of `round_loss`, for arrays of torch or of NumPy (`xp`) alike.
 
@@ -194,9 +208,9 @@ def _closed_form(
         pull = across(torch.as_tensor(pull))
         pull = pull.numpy() if xp is np else pull
     argument = 1.0 + towards * pull
-    safe = at_least(argument, BARRIER_FLOOR)
+    safe, below = floored(argument)
     count, weight = d.shape[0] * d.shape[1], 1.0 / (gamma * d.shape[1])
-    barrier = xp.log(safe).sum() + (argument - safe).sum() / BARRIER_FLOOR
+    barrier = xp.log(safe).sum() + below / BARRIER_FLOOR
     slope = (2.0 / count) * d
     slope -= xp.einsum("kij,kj->ij", weights, (weight * towards) / safe)
     return (d * d).sum() / count - weight * barrier, slope

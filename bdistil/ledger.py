@@ -318,26 +318,27 @@ class ErrorLedger:
             UserError: a number is not in 0 … N-1.
         """
         wanted = index.cpu().numpy() if isinstance(index, Tensor) else index
-        return self._taken(self._g, wanted), self._taken(self._s, wanted)
+        g, s = self._taken(wanted, self._g, self._s)
+        return g, s
 
     def targets(self, index: np.ndarray[Any, Any]) -> Tensor:
         """g alone of a batch, (B, L); enough of a ledger that `look` has opened."""
-        return self._taken(self._g, index)
+        return self._taken(index, self._g)[0]
 
     def errors(self, index: np.ndarray[Any, Any]) -> Tensor:
         """S alone of a batch, (B, L)."""
-        return self._taken(self._s, index)
+        return self._taken(index, self._s)[0]
 
-    def _taken(self, table: row_files.Rows, wanted: np.ndarray[Any, Any]) -> Tensor:
+    def _taken(self, wanted: np.ndarray[Any, Any], *tables: row_files.Rows) -> list[Tensor]:
         try:
             if len(wanted) and wanted.min() < 0:  # NumPy would count from the end
                 raise IndexError
-            rows = table.take(wanted, 0)
+            rows = [table.take(wanted, 0) for table in tables]
         except IndexError:
             bad = int(wanted[(wanted < 0) | (wanted >= self.samples)][0])
             message = f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}."
             raise UserError(message) from None
-        return torch.from_numpy(rows if self.storage == "float32" else rows.astype(np.float32))
+        return [torch.from_numpy(part.astype(np.float32, copy=False)) for part in rows]
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, g, S) of the rows of this process, block by block."""

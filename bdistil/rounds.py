@@ -110,11 +110,13 @@ class BoostingRound(pl.LightningModule):
 
     def state(self, x: Any, index: Index, part: Part) -> tuple[Tensor, Tensor]:
         """g of the view that a batch is of, and S, which is defined on the canonical view, both (B, L)."""
-        error = self.ledger.errors(index)
         if self.recompute:
             assert self.teacher is not None
-            return self.ledger.units.inward(self.teacher(x).float()), error.to(self.device, non_blocking=True)
-        target = part.ledger.targets(index)
+            error = self.ledger.errors(index).to(self.device, non_blocking=True)
+            return self.ledger.units.inward(self.teacher(x).float()), error
+        target, error = self.ledger.rows(index)
+        if part is not self.train_part:
+            target = part.ledger.targets(index)
         if self._on_cpu:
             return target, error
         return target.to(self.device, non_blocking=True), error.to(self.device, non_blocking=True)

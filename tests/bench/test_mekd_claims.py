@@ -81,7 +81,7 @@ def student_of(seed):
     return ConvStudent((3, 6))
 
 
-def tested(student):
+def accuracy_of(student):
     data = Digits()
     data.setup("test")
     x, y = data.parts["test"].tensors
@@ -134,7 +134,7 @@ def plain(net, kind, seed, name, x, held_out, epochs):
     stage = MappingEmulation(student_of(seed), None, hard=kind == "hard", seed=seed)
     run_stage(stage, AnsweredSamples(train, val, BATCH), folder / "stage2", epochs=epochs, seed=seed,
               score=agreement_score, make_trainer=make_trainer)  # fmt: skip
-    return {"accuracy": tested(stage.student), "queries": teacher.queries}
+    return {"accuracy": accuracy_of(stage.student), "queries": teacher.queries}
 
 
 def local_images(source="mnist"):
@@ -211,7 +211,7 @@ def table_rows(net, queries):
 @pytest.mark.parametrize("queries", QUERIES[:2])
 def test_students_against_the_number_of_queries(net, queries):
     upper = over_seeds(lambda seed: white_box(net, seed))
-    print(f"\nteacher {100 * tested(net):.1f} %, white box {mean_sd(upper)}")
+    print(f"\nteacher {100 * accuracy_of(net):.1f} %, white box {mean_sd(upper)}")
     for kind, budget, ours, local, random in table_rows(net, [queries]):
         print(f"| {kind} | {budget:,} | {mean_sd(ours)} | {mean_sd(local)} | {mean_sd(random)} |")
         assert statistics.mean(ours) > statistics.mean(random)
