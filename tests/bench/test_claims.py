@@ -11,9 +11,10 @@ import statistics
 
 import pytest
 
-from bdistil.budgets import Budget
+from bdistil import ProgressiveEnsemble
 from bdistil.cli import main
-from bdistil.evaluation import evaluate_budgets
+from bdistil.early import early_figures
+from bdistil.run_data import loader_of
 from bdistil.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -78,7 +79,8 @@ def test_answers_come_before_the_sequence_ends(tmp_path):
     for seed in SEEDS:
         accuracy, macs = fit("watch-early", tmp_path / f"{seed}", seed)
         accuracies.append(accuracy)
-        (figures,) = evaluate_budgets(RunDirectory(tmp_path / f"{seed}"), [Budget()])
+        loader = loader_of(RunDirectory(tmp_path / f"{seed}"), "test")
+        figures = early_figures(ProgressiveEnsemble.load(tmp_path / f"{seed}"), loader)
         pairs.append([100 * value for value in figures["early@0.99"].values()])
     print("\nwatch-early: test accuracy in %, teacher, then after 1 … 8 eighths of the steps; mean ± sd of 3 seeds")
     print(table("boosted", accuracies))
