@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,20 @@ import torch
 from torch import Tensor
 
 from bdistil import distributed, row_files
+from bdistil.block_sums import (
+    AGAIN,
+    BLOCK,
+    block_sums,
+    joined_normalisers,
+    largest_finite,
+    measured_units,
+    refuse_nonfinite,
+    square_sum,
+)
 from bdistil.errors import RunError, UserError
 from bdistil.functional import centre, log_normaliser, margin_sums
 from bdistil.units import Task, Units
 
-# Rows that are scored at once; whole blocks go to one process, whatever the number of processes.
-BLOCK = 512
 # Numbers that are worked on at once.
 PIECE = 1 << 16
 
@@ -146,9 +154,9 @@ class ErrorLedger:
         target = row_files.blank(beside, self._shape)
         for low, rows in logits:
             rows = rows.detach().float().cpu()
-            _refuse_nonfinite(rows, low, "the teacher's logits")
+            refuse_nonfinite(rows, low, "the teacher's logits")
             target[low : low + len(rows)] = (centre(rows) if task == "classification" else rows).numpy()
-        units = units or _measured(target, task)
+        units = units or measured_units(target, task)
         largest = torch.zeros(())
         scale, offset = np.asarray(units.scale, np.float32), np.asarray(units.offset or 0.0, np.float32)
         kept = target if self.storage == "float32" else row_files.blank(rounded, self._shape, self.storage)
@@ -261,22 +269,22 @@ class ErrorLedger:
             RunError: an answer is NaN or infinite; the first sample is named.
         """
         target = row_files.blank(self._next_file, self._shape, self.storage)
-        margins, squares, largest = _sums(self.samples, self.outputs), _sums(self.samples, 2), torch.zeros(())
-        normalisers = _sums(self.samples, self.outputs) - torch.inf
+        margins, squares, largest = block_sums(self.samples, self.outputs), block_sums(self.samples, 2), torch.zeros(())
+        normalisers = block_sums(self.samples, self.outputs) - torch.inf
         log_z = self.log_normaliser(eta)
         for low, rows in self._small(answers):
             high, block = low + len(rows), low // BLOCK
             g, s = self._slice(low, high)
             deviation = rows.detach().float().cpu() - g
             new = s + deviation
-            largest = torch.maximum(largest, _largest(new, low))
+            largest = torch.maximum(largest, largest_finite(new, low))
             margins[block] += margin_sums(s, deviation, log_z, eta)
-            squares[block] += torch.stack((_square(s if self.version else g), _square(new)))
+            squares[block] += torch.stack((square_sum(s if self.version else g), square_sum(new)))
             target[low:high] = new.numpy()
             normalisers[block] = torch.logaddexp(
                 normalisers[block], log_normaliser(self._stored(new), eta, torch.float64)
             )
-        self._next_log_z = {eta: _joined(normalisers)}
+        self._next_log_z = {eta: joined_normalisers(normalisers)}
         margin, square = distributed.all_sum(margins).sum(0), distributed.all_sum(squares).sum(0)
         largest = distributed.all_max(largest)
         rms = (square / (self.samples * self.outputs)).sqrt()
@@ -355,77 +363,11 @@ class ErrorLedger:
             RunError: S holds NaN or infinity.
         """
         if eta not in self._log_z:
-            normalisers = _sums(self.samples, self.outputs) - torch.inf
+            normalisers = block_sums(self.samples, self.outputs) - torch.inf
             for low, high in distributed.my_blocks(self.samples, BLOCK):
                 for start, error in self._small([(low, row_files.read(self._s, low, high))]):
-                    _largest(error, start, f"the ledger ({self._error_file(self.version)})", AGAIN)
+                    largest_finite(error, start, f"the ledger ({self._error_file(self.version)})", AGAIN)
                     own = log_normaliser(error, eta, torch.float64)
                     normalisers[low // BLOCK] = torch.logaddexp(normalisers[low // BLOCK], own)
-            self._log_z[eta] = _joined(normalisers)
+            self._log_z[eta] = joined_normalisers(normalisers)
         return self._log_z[eta]
-
-
-def _measured(target: row_files.Rows, task: Task) -> Units:
-    """Units of the rows (N, L) that the processes have written, so that a number of the ledger has rms 1.
-
-    Raises:
-        RunError: all rows are the same.
-    """
-    samples, outputs = target.shape
-    mean = torch.zeros(outputs, dtype=torch.float64)
-    if task == "regression":
-        mean = _over_blocks(target, lambda rows: rows) / samples
-    squares = _over_blocks(target, lambda rows: (rows - mean).square()) / samples
-    if task == "regression":
-        sd = squares.sqrt().where(squares.sqrt() > 1e-6 * mean.abs(), 0.0)  # what rounding leaves of a constant output
-        same, units = bool((sd == 0).all()), Units(tuple(sd.where(sd > 0, 1.0).tolist()), tuple(mean.tolist()))
-    else:
-        same, units = bool((squares == 0).all()), Units(float(squares.mean()) ** 0.5)
-    if same:
-        raise RunError("The teacher gives the same answer for every sample: there is nothing to distil.")
-    return units
-
-
-def _over_blocks(target: row_files.Rows, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum over all samples of a function of rows (rows, L), shape (L,) float64, the same bits in every process."""
-    samples, outputs = target.shape
-    sums = _sums(samples, outputs)
-    for low, high in distributed.my_blocks(len(target), BLOCK):
-        sums[low // BLOCK] = of(torch.from_numpy(target[low:high].astype(np.float64))).sum(0)
-    return distributed.all_sum(sums).sum(0)
-
-
-def _sums(samples: int, columns: int) -> Tensor:
-    """Zeros for a sum of every block: added up in one order, whatever process made it, they give the same bits."""
-    return torch.zeros(-(-samples // BLOCK), columns, dtype=torch.float64)
-
-
-def _joined(normalisers: Tensor) -> Tensor:
-    """log Z (L,) of those of every block (blocks, L), of which each process has made its own; -inf are the others'."""
-    return torch.logsumexp(distributed.all_sum(normalisers.where(normalisers > -torch.inf, 0.0)), 0)
-
-
-def _square(rows: Tensor) -> Tensor:
-    """Sum of squares: of a row in float32, of the rows in float64."""
-    return rows.square().sum(1).sum(dtype=torch.float64)
-
-
-LOWER = "A lower learning rate or float32 precision is the usual cure."
-AGAIN = "Remove that file: it is made again."
-
-
-def _largest(rows: Tensor, low: int, what: str = "the student's logits", cure: str = LOWER) -> Tensor:
-    """Largest absolute value of finite rows."""
-    largest = rows.abs().amax()
-    if not torch.isfinite(largest):
-        _refuse_nonfinite(rows, low, what, cure)
-    return largest
-
-
-def _refuse_nonfinite(rows: Tensor, low: int, what: str, cure: str = LOWER) -> None:
-    if not torch.isfinite(rows).all():
-        bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])
-        raise RunError(
-            f"NaN or infinity in {what}, first at sample {low + bad}. Nothing of this round was committed; the rounds "
-            f"before it are intact. {cure}"
-        )

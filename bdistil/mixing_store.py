@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bdistil import distributed, row_files
+from bdistil.block_sums import BLOCK
 from bdistil.errors import RunError
-from bdistil.ledger import BLOCK
 from bdistil.row_files import Rows
 
 

@@ -11,9 +11,9 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from bdistil.block_sums import BLOCK
 from bdistil.data.indexing import check_dataset, rows_loader
 from bdistil.functional import kd_terms, round_loss
-from bdistil.ledger import BLOCK
 from bdistil.mixing import OuterLoss, label_target, residuals_of, round_residuals
 from bdistil.probing import last_layers, observe
 from bdistil.rounds import BoostingRound, Index

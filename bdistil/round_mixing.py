@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdistil.block_sums import BLOCK
 from bdistil.functional import log_normaliser
-from bdistil.ledger import BLOCK
 from bdistil.mixing import label_target, mixed_target
 from bdistil.mixing_store import MixingStore
 from bdistil.rounds import BoostingRound, Index

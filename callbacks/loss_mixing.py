@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from bdistil import distributed
+from bdistil.block_sums import BLOCK
 from bdistil.data.attach import LOADERS, indexed_loaders
 from bdistil.data.label_noise import flipped_labels, labels_of
 from bdistil.errors import UserError
-from bdistil.ledger import BLOCK
 from bdistil.mixing import MixingSettings, learn_mix, loss_weights, outer_loss, start_mix
 from bdistil.mixing_report import draw_weights, log_histogram, weight_figures
 from bdistil.mixing_store import MixingStore

@@ -9,8 +9,8 @@ import torch
 
 from bdistil import ErrorLedger, RunError, row_files
 from bdistil import ledger as ledger_module
+from bdistil.block_sums import BLOCK
 from bdistil.functional import centre, game_rows
-from bdistil.ledger import BLOCK
 from bdistil.row_files import LargeRows
 
 N, L, ETA = 2 * BLOCK + 7, 5, 0.5

@@ -12,8 +12,8 @@ LAYERS = """
     functional units regression errors seeding distributed run_directory row_files weight_files exit_rules anytime
     environment stopping strategies run_logger
     api_cache api_endpoint api_teacher
-    settings ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar zoo_sequences
-    zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files curve_rows
+    settings block_sums ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar
+    zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files curve_rows
     schedules
     ensemble walk prediction stage_times inputs mekd_losses mekd_networks mekd mekd_data mixing variance
     mixing_store mixing_report noise_report

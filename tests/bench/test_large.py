@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from bdistil import ErrorLedger
+from bdistil.block_sums import BLOCK
 from bdistil.functional import game_rows
-from bdistil.ledger import BLOCK
 
 pytestmark = pytest.mark.slow
 

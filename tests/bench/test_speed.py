@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import BoostingSettings, Student
+from bdistil.block_sums import BLOCK
 from bdistil.callbacks import RoundController
 from bdistil.data.attach import indexed_loaders
-from bdistil.ledger import BLOCK
 from bdistil.zoo import ConvStudent
 
 pytestmark = pytest.mark.slow
