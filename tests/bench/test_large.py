@@ -55,8 +55,16 @@ def in_process_of_its_own(folder: Path, storage: str) -> None:
     seconds = [timed(commit)]
     ledger.use(1)
     order = np.random.default_rng(0).permutation(SAMPLES)
-    seconds.append(timed(lambda: [None for _ in ledger.blocks()]))
-    seconds.append(timed(lambda: [ledger.rows(order[i : i + BATCH]) for i in range(0, SAMPLES, BATCH)]))
+
+    def in_order():
+        for _ in ledger.blocks():
+            pass
+
+    def scattered():
+        for low in range(0, SAMPLES, BATCH):
+            ledger.rows(order[low : low + BATCH])
+
+    seconds += [timed(in_order), timed(scattered)]
     some = np.arange(0, SAMPLES, 641)
     weights = torch.stack(game_rows(ledger.rows(some)[1], ledger.log_normaliser(ETA).float(), ETA))
     np.save(folder / "weights.npy", weights.numpy())
