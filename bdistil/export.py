@@ -130,18 +130,13 @@ def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = 
         The manifest.
 
     Raises:
-        UserError: nothing is committed there, it is a regression, `output` is taken, or a package is missing.
+        UserError: nothing is committed there, `output` is taken, or a package is missing.
         RunError: a graph could not be made or is not equal to PyTorch; nothing is left behind.
     """
     options = options or ExportOptions()
     check_output(output, options.overwrite)
     _require(["onnx", "onnxruntime"] if options.format == "onnx" else [])
     ensemble = ProgressiveEnsemble.load(run.root)
-    if ensemble.task == "regression":
-        raise UserError(
-            f"Expected a run of classes to export, got {run.root}, a regression, whose units the graphs cannot say. "
-            "Save the ensemble of ProgressiveEnsemble.load(run_dir) with torch.export instead."
-        )
     export = Export(ensemble, data_of(run, ensemble), options)
     with new_folder(output) as folder:
         manifest = _manifest(export)

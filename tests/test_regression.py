@@ -18,6 +18,7 @@ from bdistil.data.diabetes import Diabetes, read_diabetes
 from bdistil.export import export_run
 from bdistil.regression import PrefixErrors, output_figures, output_sums
 from bdistil.run_directory import RunDirectory
+from bdistil.runner import ExportedEnsemble
 from bdistil.units import Units
 from bdistil.zoo_tables import MLPStudent
 
@@ -187,9 +188,13 @@ def test_a_loaded_ensemble_answers_in_the_teachers_units(run):
     assert prediction.stages.tolist() == [2] * 5
 
 
-def test_no_export_without_the_units(run, tmp_path):
-    with pytest.raises(UserError, match="a run of classes to export"):
-        export_run(RunDirectory(run[0]), tmp_path / "out")
+def test_an_export_has_the_units(run, tmp_path):
+    manifest = export_run(RunDirectory(run[0]), tmp_path / "out")
+    ensemble = ProgressiveEnsemble.load(run[0])
+    x = torch.randn(5, *ensemble.inputs.shape)
+    answers = ExportedEnsemble.load(tmp_path / "out").predict(x.numpy()).logits
+    assert manifest["task"] == "regression"
+    np.testing.assert_allclose(answers, ensemble(x), rtol=1e-4, atol=1e-4)
 
 
 def test_no_confidence_of_real_outputs(run):
