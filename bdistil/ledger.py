@@ -280,10 +280,9 @@ class ErrorLedger:
             largest = torch.maximum(largest, largest_finite(new, low))
             margins[block] += margin_sums(s, deviation, log_z, eta)
             squares[block] += torch.stack((square_sum(s if self.version else g), square_sum(new)))
-            target[low:high] = new.numpy()
-            normalisers[block] = torch.logaddexp(
-                normalisers[block], log_normaliser(self._stored(new), eta, torch.float64)
-            )
+            stored = new.to(getattr(torch, self.storage))
+            target[low:high] = stored.numpy()
+            normalisers[block] = torch.logaddexp(normalisers[block], log_normaliser(stored.float(), eta, torch.float64))
         self._next_log_z = {eta: joined_normalisers(normalisers)}
         margin, square = distributed.all_sum(margins).sum(0), distributed.all_sum(squares).sum(0)
         largest = distributed.all_max(largest)
@@ -311,10 +310,6 @@ class ErrorLedger:
         for low, rows in blocks:
             for start in range(0, len(rows), size):
                 yield low + start, rows[start : start + size]
-
-    def _stored(self, error: Tensor) -> Tensor:
-        """Float32 rows as they are read again."""
-        return error if self.storage == "float32" else error.half().float()
 
     def rows(self, index: Tensor | np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """g and S of a batch, both (B, L) float32 on the CPU.
