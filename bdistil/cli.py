@@ -293,6 +293,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", "The .* does not have many workers")
     warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*, sync_dist=True")  # of sums of all ranks
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # said in every round; docs/cluster.md has it
 
 
 def main(args: Sequence[str] | None = None) -> int:
