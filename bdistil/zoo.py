@@ -37,8 +37,33 @@ def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequ
     return nn.Sequential(OrderedDict(layers))
 
 
-class StridedConvNet(nn.Module):
-    """A strided convolutional classifier, as a teacher.
+def scaled(channels: Sequence[int], width: float) -> list[int]:
+    """Channels times a factor, one at least."""
+    return [max(1, round(count * width)) for count in channels]
+
+
+class Classifier(nn.Module):
+    """A body, dropout and a linear head.
+
+    Args:
+        body: maps x (B, ...) to features (B, D).
+        features: D.
+        outputs: L.
+        dropout: before the head.
+    """
+
+    def __init__(self, body: nn.Module, features: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.body, self.dropout, self.head = body, nn.Dropout(dropout), nn.Linear(features, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L) of x (B, ...)."""
+        logits: Tensor = self.head(self.dropout(self.body(x)))
+        return logits
+
+
+class StridedConvNet(Classifier):
+    """A strided convolutional classifier of images (B, C, H, W), as a teacher.
 
     Args:
         channels: of each convolution.
@@ -56,15 +81,7 @@ class StridedConvNet(nn.Module):
         pooled: int = 2,
         dropout: float = 0.2,
     ) -> None:
-        super().__init__()
-        self.body = conv_body(in_channels, channels, pooled)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels[-1] * pooled**2, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, L) of images (B, C, H, W)."""
-        logits: Tensor = self.head(self.dropout(self.body(x)))
-        return logits
+        super().__init__(conv_body(in_channels, channels, pooled), channels[-1] * pooled**2, outputs, dropout)
 
 
 class ConvStudent(Student):
@@ -86,5 +103,5 @@ class ConvStudent(Student):
         pooled: int = 2,
         width: float = 1.0,
     ) -> None:
-        scaled = [max(1, round(c * width)) for c in channels]
-        super().__init__(conv_body(in_channels, scaled, pooled), nn.Linear(scaled[-1] * pooled**2, outputs))
+        wide = scaled(channels, width)
+        super().__init__(conv_body(in_channels, wide, pooled), nn.Linear(wide[-1] * pooled**2, outputs))

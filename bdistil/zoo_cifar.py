@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bdistil.errors import UserError
 from bdistil.students import Student
+from bdistil.zoo import scaled
 
 Shortcut = Literal["project", "pad"]
 
@@ -88,11 +89,6 @@ class WideBlock(nn.Module):
         first = F.relu(self.norm1(x))
         out: Tensor = self.conv2(F.relu(self.norm2(self.conv1(first))))
         return out + (x if self.project is None else self.project(first))
-
-
-def scaled(channels: Sequence[int], width: float) -> list[int]:
-    """Channels times a factor, one at least."""
-    return [max(1, round(count * width)) for count in channels]
 
 
 def blocks_a_stage(depth: int, step: int, rest: int, kind: str) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bdistil.errors import UserError
 from bdistil.sequences import SegmentStudent
 from bdistil.students import Student
+from bdistil.zoo import Classifier, scaled
 
 Cell = Literal["gru", "lstm", "rnn"]
 _CELLS: dict[str, Callable[..., nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
@@ -74,7 +75,27 @@ def sequence_conv_body(
     return nn.Sequential(OrderedDict(layers))
 
 
-class SequenceConvNet(nn.Module):
+class SequenceClassifier(Classifier):
+    """A classifier of sequences (B, M, C) that sees noise in training.
+
+    Args:
+        body: maps sequences to features (B, D).
+        features: D.
+        outputs: L.
+        dropout: before the head.
+        noise: standard deviation of what is added to the input in training.
+    """
+
+    def __init__(self, body: nn.Module, features: int, outputs: int, dropout: float, noise: float) -> None:
+        super().__init__(body, features, outputs, dropout)
+        self.noise = InputNoise(noise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L) of sequences (B, M, C)."""
+        return super().forward(self.noise(x))
+
+
+class SequenceConvNet(SequenceClassifier):
     """A convolutional classifier of sequences, as a teacher.
 
     Args:
@@ -99,16 +120,8 @@ class SequenceConvNet(nn.Module):
         dropout: float = 0.2,
         noise: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.noise = InputNoise(noise)
-        self.body = sequence_conv_body(in_channels, channels, kernel=kernel, strides=strides, pooled=pooled)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels[-1] * pooled, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, L) of sequences (B, M, C)."""
-        logits: Tensor = self.head(self.dropout(self.body(self.noise(x))))
-        return logits
+        body = sequence_conv_body(in_channels, channels, kernel=kernel, strides=strides, pooled=pooled)
+        super().__init__(body, channels[-1] * pooled, outputs, dropout, noise)
 
 
 class SequenceConvStudent(Student):
@@ -134,9 +147,9 @@ class SequenceConvStudent(Student):
         pooled: int = 1,
         width: float = 1.0,
     ) -> None:
-        scaled = [max(1, round(c * width)) for c in channels]
-        body = sequence_conv_body(in_channels, scaled, kernel=kernel, strides=strides, pooled=pooled)
-        super().__init__(body, nn.Linear(scaled[-1] * pooled, outputs))
+        wide = scaled(channels, width)
+        body = sequence_conv_body(in_channels, wide, kernel=kernel, strides=strides, pooled=pooled)
+        super().__init__(body, nn.Linear(wide[-1] * pooled, outputs))
 
 
 def _check_recurrent(cell: str, in_channels: int, hidden: int, layers: int) -> None:
@@ -174,7 +187,7 @@ class RecurrentBody(nn.Module):
         return last[-self.directions :].transpose(0, 1).flatten(1)
 
 
-class RecurrentNet(nn.Module):
+class RecurrentNet(SequenceClassifier):
     """A recurrent classifier of sequences, as a teacher.
 
     Args:
@@ -199,16 +212,8 @@ class RecurrentNet(nn.Module):
         dropout: float = 0.2,
         noise: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.noise = InputNoise(noise)
-        self.body = RecurrentBody(in_channels, hidden, cell, layers, bidirectional)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.body.features, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, L) of sequences (B, M, C)."""
-        logits: Tensor = self.head(self.dropout(self.body(self.noise(x))))
-        return logits
+        body = RecurrentBody(in_channels, hidden, cell, layers, bidirectional)
+        super().__init__(body, body.features, outputs, dropout, noise)
 
 
 class RecurrentStudent(Student):
@@ -223,7 +228,7 @@ class RecurrentStudent(Student):
     """
 
     def __init__(self, in_channels: int, outputs: int, hidden: int = 4, cell: Cell = "gru", width: float = 1.0) -> None:
-        body = RecurrentBody(in_channels, max(1, round(hidden * width)), cell)
+        body = RecurrentBody(in_channels, scaled([hidden], width)[0], cell)
         super().__init__(body, nn.Linear(body.features, outputs))
 
 
@@ -272,5 +277,5 @@ class RecurrentSegmentStudent(SegmentStudent):
         cell: Cell = "gru",
         width: float = 1.0,
     ) -> None:
-        body = StateBody(in_channels, max(1, round(hidden * width)), cell)
+        body = StateBody(in_channels, scaled([hidden], width)[0], cell)
         super().__init__(body, nn.Linear(body.features, outputs), segments)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bdistil.errors import UserError
 from bdistil.students import Student
+from bdistil.zoo import scaled
 
 
 def mlp_body(features: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
@@ -66,5 +67,5 @@ class MLPStudent(Student):
     """
 
     def __init__(self, features: int, hidden: Sequence[int] = (4,), outputs: int = 1, width: float = 1.0) -> None:
-        scaled = [max(1, round(h * width)) for h in hidden]
-        super().__init__(mlp_body(features, scaled), nn.Linear(scaled[-1], outputs))
+        wide = scaled(hidden, width)
+        super().__init__(mlp_body(features, wide), nn.Linear(wide[-1], outputs))

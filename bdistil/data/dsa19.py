@@ -85,13 +85,12 @@ class Dsa19(FeatureModule):
         cache: str | None = None,
         partial: bool = False,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(root, batch_size, cache, partial)
         self.subjects = {"train": list(train), "val": list(validation), "test": list(test)}
         check_subjects(self.subjects, range(1, SUBJECTS + 1))
         if pad_to < STEPS:
             raise UserError(f"Expected `pad_to` >= {STEPS}, the steps of a segment, got {pad_to}.")
-        self.root, self.pad_to, self.partial = root, pad_to, partial
-        self.cache = Path(cache) if cache else Path(root) / "features"
+        self.pad_to = pad_to
 
     def read(self) -> dict[str, Samples]:
         """Segments (n, 125, 45) and activities 0 … 18 of the parts."""

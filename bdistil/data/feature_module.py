@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,20 @@ Samples = tuple[Array, list[int]]
 class FeatureModule(PartsModule):
     """Sequences (N, steps, C) in three parts; each feature has mean 0 and sd 1 over the steps of the training part.
 
-    Arguments: see `PartsModule`.
+    Args:
+        root: where the data set is.
+        batch_size: samples a training step.
+        cache: where the features are kept; `features` in `root` by default.
+        partial: take what is there, where it is less than what was published.
+
+    Raises:
+        UserError: a value that cannot be.
     """
+
+    def __init__(self, root: str, batch_size: int, cache: str | None, partial: bool) -> None:
+        super().__init__(batch_size)
+        self.root, self.partial = root, partial
+        self.cache = Path(cache) if cache else Path(root) / "features"
 
     def read(self) -> dict[str, Samples]:
         """Features (n, steps, C) and labels of the parts `train`, `val` and `test`."""

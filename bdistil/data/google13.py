@@ -82,8 +82,7 @@ class Google13(FeatureModule):
     def __init__(
         self, root: str = "data", batch_size: int = 128, cache: str | None = None, partial: bool = False
     ) -> None:
-        super().__init__(batch_size)
-        self.root, self.cache, self.partial = root, Path(cache) if cache else Path(root) / "features", partial
+        super().__init__(root, batch_size, cache, partial)
 
     def read(self) -> dict[str, Samples]:
         """Log-mel energies (n, 99, 32) and labels of the parts."""

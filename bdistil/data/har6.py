@@ -69,11 +69,10 @@ class Har6(FeatureModule):
         cache: str | None = None,
         partial: bool = False,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(root, batch_size, cache, partial)
         rest = [subject for subject in TRAIN_SUBJECTS if subject not in validation]
         check_subjects({"train": rest, "val": list(validation)}, TRAIN_SUBJECTS)
-        self.root, self.validation, self.partial = root, list(validation), partial
-        self.cache = Path(cache) if cache else Path(root) / "features"
+        self.validation = list(validation)
 
     def read(self) -> dict[str, Samples]:
         """Windows (n, 128, 9) and activities 0 … 5 of the parts."""
