@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from toys import (
     CLASSES,
     FEATURES,
@@ -14,6 +14,8 @@ from toys import (
     VAL,
     WIDTH,
     Hook,
+    Items,
+    Stream,
     Toys,
     boost,
     control,
@@ -162,22 +164,6 @@ def datamodule(train, val=None):
 
 def loader(dataset):
     return DataLoader(dataset, batch_size=8)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([samples(1, 1)])
-
-
-class Items(Dataset):
-    def __init__(self, item):
-        self.item = item
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        return self.item
 
 
 X, Y = samples(16, 1)

@@ -25,9 +25,6 @@ from bdistil.tracking import Tracking, make_logger
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-# What Lightning and torch say of its defaults: a logger in files, memory that is pinned for a GPU.
-defaults = pytest.mark.filterwarnings("ignore:Starting from v1.9.0", "ignore:'pin_memory' argument is set as true")
-
 
 def test_callbacks_of_the_user_are_fresh_in_each_round(tmp_path):
     made = []

@@ -10,14 +10,16 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from toys import (
+    BODY,
     CLASSES,
     EPOCHS,
     FEATURES,
+    HEAD,
+    JOIN,
     ROUNDS,
     TEST,
     TRAIN,
     VAL,
-    WIDTH,
     Toys,
     boost,
     curve,
@@ -35,15 +37,10 @@ from bdistil.metrics import area_under_curve
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-BODY, HEAD, JOIN = FEATURES * WIDTH, WIDTH * CLASSES, WIDTH * CLASSES  # multiply-adds of the parts of a toy student
 FIXED_COLUMNS = [
     "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",
     "seconds", "accepted_class", "margin_share", "reason",
 ]  # fmt: skip
-
-
-# What Lightning and torch say of its defaults: a logger in files, memory that is pinned for a GPU.
-defaults = pytest.mark.filterwarnings("ignore:Starting from v1.9.0", "ignore:'pin_memory' argument is set as true")
 
 
 def test_the_curve(finished):

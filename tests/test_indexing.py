@@ -8,7 +8,6 @@ from torch.utils.data import (
     ChainDataset,
     DataLoader,
     Dataset,
-    IterableDataset,
     RandomSampler,
     Sampler,
     Subset,
@@ -17,6 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     default_collate,
 )
+from toys import Items, Stream
 
 from bdistil.data.attach import only
 from bdistil.data.indexing import (
@@ -263,24 +263,6 @@ def test_blocks_are_batches():
 
 
 # ---- what can be known to be wrong
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([(X[0], Y[0])])
-
-
-class Items(Dataset):
-    """One item, of any form."""
-
-    def __init__(self, item):
-        self.item = item
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        return self.item
 
 
 @pytest.mark.parametrize("wrap", [lambda loader: loader, lambda loader: [loader], lambda loader: (loader,)])

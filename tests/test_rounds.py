@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from toys import (
     BATCH,
-    CLASSES,
+    BODY,
     EPOCHS,
-    FEATURES,
+    HEAD,
     ROUNDS,
     TRAIN,
     VAL,
@@ -41,8 +41,6 @@ from bdistil.functional import margins
 from bdistil.ledger import RoundEvidence
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-BODY, HEAD, JOIN = FEATURES * WIDTH, WIDTH * CLASSES, WIDTH * CLASSES  # multiply-adds of the parts of a toy student
 
 
 # ---- a committed stage never changes

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import lightning as L
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, Rung, Student, round_state
 from bdistil.callbacks import RoundController
@@ -21,6 +21,7 @@ from bdistil.callbacks import RoundController
 TRAIN, VAL, TEST = 192, 64, 64
 FEATURES, CLASSES, WIDTH, BATCH = 8, 4, 6, 32
 ROUNDS, EPOCHS = 3, 2
+BODY, HEAD, JOIN = FEATURES * WIDTH, WIDTH * CLASSES, WIDTH * CLASSES  # multiply-adds of the parts of a toy student
 TIMES = {"latency_ms", "seconds"}  # columns of the curve that no two runs share
 
 round_state.SAVE_SHARE = math.inf  # a toy epoch takes milliseconds; have each of them saved all the same
@@ -57,6 +58,26 @@ class Noisy(Dataset):
 
     def __getitem__(self, index):
         return self.tensors[0][index] + 0.1 * torch.randn(FEATURES), self.tensors[1][index]
+
+
+class Stream(IterableDataset):
+    """Samples without a number."""
+
+    def __iter__(self):
+        return iter([samples(1, 1)])
+
+
+class Items(Dataset):
+    """One item, of any form."""
+
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.item
 
 
 class Toys(L.LightningDataModule):

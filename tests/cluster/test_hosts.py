@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-from job import BOUND, ROUNDS, finish, said, start
+from job import BOUND, ROUNDS, finish, finished, said, start
 from toys import TIMES, curve, digests
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -79,10 +79,7 @@ def ledgers(run_dir):
 
 @pytest.fixture(scope="module")
 def one_host(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one") / "run"
-    status, log = finish(start(folder, 2))
-    assert status == 0, log[-5000:]
-    return folder
+    return finished(tmp_path_factory.mktemp("one") / "run", 2)
 
 
 def check_run(run_dir, one_host):

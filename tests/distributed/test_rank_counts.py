@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from job import BOUND, EPOCHS, ROUNDS, SETTINGS, TRAIN, finish, run, start
+from job import BOUND, EPOCHS, ROUNDS, SETTINGS, TRAIN, finish, finished, run, start
 from toys import curve, digests, in_child, ledger, samples
 
 from bdistil import ProgressiveEnsemble
@@ -24,10 +24,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two") / "run"
-    status, log = finish(start(folder, 2))
-    assert status == 0, log[-5000:]
-    return folder
+    return finished(tmp_path_factory.mktemp("two") / "run", 2)
 
 
 def game(folder):
@@ -84,9 +81,7 @@ def test_two_processes_go_on_with_the_run_of_one(one, tmp_path):
     folder = tmp_path / "run"
     assert in_child(tmp_path / "log", script, str(folder)) == -signal.SIGKILL
     assert list(digests(folder)) == ["000"]
-    status, log = finish(start(folder, 2))
-    assert status == 0, log[-5000:]
-    check_same(one, folder)
+    check_same(one, finished(folder, 2))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -100,6 +95,4 @@ def test_torchrun_ends_cleanly_when_asked(one, two, tmp_path, number):
     status, log = finish(process)
     assert status != 0
     assert log.count("was interrupted with 1 of 2 rounds committed. Give the same command again") == 1, log[-5000:]
-    status, log = finish(start(folder, 2))
-    assert status == 0, log[-5000:]
-    assert digests(folder) == digests(two)
+    assert digests(finished(folder, 2)) == digests(two)
