@@ -30,13 +30,14 @@ from bdistil.boosting import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.commands import COMMANDS, say_end
 from bdistil.data.attach import indexed_loaders, only
+from bdistil.disk import disk_errors
 from bdistil.distiller import Distiller, TeacherTraining
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
 from bdistil.mekd_run import Emulation, Mekd
 from bdistil.recipe_files import find_recipe
 from bdistil.report import write_report
-from bdistil.run_directory import RunDirectory, disk_errors
+from bdistil.run_directory import RunDirectory
 from bdistil.seeding import seed_of
 from bdistil.stopping import Interrupted, StopCallback
 from bdistil.strategies import check_strategy

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bdistil.disk import disk_errors, write_atomically
 from bdistil.report import plot_curve
-from bdistil.run_directory import RunDirectory, disk_errors, write_atomically
+from bdistil.run_directory import RunDirectory
 
 
 def teacher_row(run: RunDirectory, part: str) -> dict[str, Any] | None:

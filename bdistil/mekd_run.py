@@ -16,6 +16,7 @@ from torch import nn
 
 from bdistil.api_teacher import ApiTeacher
 from bdistil.data.attach import only
+from bdistil.disk import write_atomically
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.mekd import Deprivatization, MappingEmulation
@@ -32,7 +33,6 @@ from bdistil.mekd_losses import statistics
 from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.mekd_stage import MakeTrainer, run_stage
 from bdistil.preflight import check_outputs, loaders_of
-from bdistil.run_directory import write_atomically
 from bdistil.scoring import prefix_accuracies
 from bdistil.seeding import reseed
 

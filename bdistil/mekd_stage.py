@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from bdistil.data.attach import indexed_loaders
+from bdistil.disk import disk_errors, write_atomically
 from bdistil.errors import RunError
 from bdistil.mekd import Deprivatization, MappingEmulation
 from bdistil.round_state import Saver
-from bdistil.run_directory import disk_errors, write_atomically
 from bdistil.seeding import seed_of
 from bdistil.weight_files import load_weights, save_weights
 

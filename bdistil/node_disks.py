@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bdistil import distributed
-from bdistil.run_directory import RunDirectory, write_atomically
+from bdistil.disk import write_atomically
+from bdistil.run_directory import RunDirectory
 from bdistil.scoring import Part
 
 

@@ -14,9 +14,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bdistil.disk import write_atomically
 from bdistil.errors import UserError
 from bdistil.report_anytime import anytime_section
-from bdistil.run_directory import RunDirectory, write_atomically
+from bdistil.run_directory import RunDirectory
 from bdistil.units import loss_name, score_name
 
 if TYPE_CHECKING:

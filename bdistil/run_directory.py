@@ -7,24 +7,22 @@ beside, flushed to the disk, and renamed. Nothing here is ever deleted but what 
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bdistil.anytime import AnytimeFigures
+from bdistil.disk import digest, disk_errors, sync, write_atomically
 from bdistil.errors import RunError, UserError
 from bdistil.units import Task
 
@@ -33,49 +31,6 @@ CURVE_COLUMNS = (
     "seconds", "accepted_class", "margin_share", "reason",
     "margin_min", "rms_error", "sup_error", "activation_bytes", "area", "violations",
 )  # fmt: skip
-
-
-@contextmanager
-def disk_errors(doing: str, root: Path) -> Iterator[None]:
-    """Turns a refusal of the disk into a message that says what is safe."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        cause = "the disk is full" if full else str(error)
-        raise RunError(
-            f"Could not finish {doing} in {root}: {cause}. Every round committed before is intact. "
-            "Free some space (or mend the permission) and give the same command again: it goes on from there."
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, or a restart, sees all of it or what was there before."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    _sync(beside)
-    os.replace(beside, path)
-    _sync(path.parent)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_310(file)
-
-
-def _digest_310(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -263,13 +218,13 @@ class RunDirectory:
             beside.mkdir(parents=True)
             file = beside / "student.safetensors"
             save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, file)
-            _sync(file)
-            seal = {"file": file.name, "bytes": file.stat().st_size, "sha256": _digest(file)}
+            sync(file)
+            seal = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest(file)}
             write_atomically(beside / "round.json", json.dumps({**record, "weights": seal}, indent=1))
             for stale in ("test.json", "anytime.json"):  # of other students
                 (self.root / stale).unlink(missing_ok=True)
             os.replace(beside, self.folder(number))
-            _sync(self.folder(number).parent)
+            sync(self.folder(number).parent)
         shutil.rmtree(self.work(number), ignore_errors=True)
 
     def record(self, number: int) -> dict[str, Any]:
@@ -296,7 +251,7 @@ class RunDirectory:
         seal = self.record(number)["weights"]
         path = self.folder(number) / seal["file"]
         found = path.stat().st_size if path.is_file() else None
-        if found != seal["bytes"] or _digest(path) != seal["sha256"]:
+        if found != seal["bytes"] or digest(path) != seal["sha256"]:
             state = "is missing" if found is None else f"is torn: {found} bytes, {seal['bytes']} were written"
             state = "has changed since it was written" if found == seal["bytes"] else state
             raise RunError(

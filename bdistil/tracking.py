@@ -23,7 +23,7 @@ from uuid import uuid4
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from bdistil.run_directory import write_atomically
+from bdistil.disk import write_atomically
 from bdistil.run_logger import RunLogger
 from bdistil.units import score_name
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bdistil.disk import sync
 from bdistil.errors import UserError
 
 
@@ -63,9 +64,11 @@ def load_weights(network: nn.Module, path: Path, argument: str, *, new: Collecti
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """Writes weights as safetensors; the file is there whole or not at all."""
+    """Writes weights as safetensors; the file is there whole or not at all, also after the power was cut."""
     beside = path.with_name(f".{path.name}.tmp")
     state = network.state_dict()
     plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     save_file(plain, beside)
+    sync(beside)
     os.replace(beside, path)
+    sync(path.parent)

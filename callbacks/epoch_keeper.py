@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from bdistil.disk import disk_errors
 from bdistil.round_state import Saver
-from bdistil.run_directory import disk_errors
 from bdistil.seeding import reseed
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from bdistil import distributed
 from bdistil.boosting import Boosting
 from bdistil.data.indexing import distinct_samples
+from bdistil.disk import disk_errors
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.preflight import check_precision
@@ -22,7 +23,6 @@ from bdistil.round_end import close_round
 from bdistil.round_state import RoundState, Saver
 from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
-from bdistil.run_directory import disk_errors
 from bdistil.seeding import reseed
 from bdistil.settings import BoostingSettings
 from bdistil.stopping import StopSignals

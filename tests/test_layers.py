@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
-    functional units regression errors seeding distributed run_directory row_files weight_files exit_rules anytime
+    functional units regression errors seeding distributed disk run_directory row_files weight_files exit_rules anytime
     environment stopping strategies run_logger
     api_cache api_endpoint api_teacher
     settings block_sums ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar

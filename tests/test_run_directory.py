@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 
-from bdistil import run_directory
+from bdistil import disk, run_directory
+from bdistil.disk import write_atomically
 from bdistil.errors import RunError, UserError
 from bdistil.ledger import ErrorLedger
-from bdistil.run_directory import CURVE_COLUMNS, RunDirectory, flatten, write_atomically
+from bdistil.run_directory import CURVE_COLUMNS, RunDirectory, flatten
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.tensor([1, 2]), "scalar": torch.tensor(3.0)}
 
@@ -107,8 +108,9 @@ def test_a_round_is_never_written_over(run):
 
 def test_everything_is_on_the_disk_before_it_has_a_name(run, monkeypatch):
     events = []
-    sync, replace = run_directory._sync, run_directory.os.replace
-    monkeypatch.setattr(run_directory, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, replace = disk.sync, run_directory.os.replace
+    for module in (disk, run_directory):
+        monkeypatch.setattr(module, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(
         run_directory.os, "replace", lambda old, new: (events.append(f"-> {new.name}"), replace(old, new))
     )
@@ -295,7 +297,7 @@ def test_rows_are_what_is_committed(run):
 def test_a_text_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "text"
     write_atomically(path, "before")
-    monkeypatch.setattr(run_directory, "_sync", killed)
+    monkeypatch.setattr(disk, "sync", killed)
     with pytest.raises(Killed):
         write_atomically(path, "after, and longer")
     assert path.read_text() == "before"
@@ -405,7 +407,7 @@ def test_a_quota_is_a_full_disk(run, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    monkeypatch.setattr(run_directory, "_sync", refuse)
+    monkeypatch.setattr(run_directory, "sync", refuse)
     with pytest.raises(RunError, match="the disk is full"):
         run.commit(0, WEIGHTS, {})
 

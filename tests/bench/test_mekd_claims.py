@@ -21,12 +21,13 @@ from bdistil.callbacks import RoundController
 from bdistil.data.attach import indexed_loaders
 from bdistil.data.digits import Digits
 from bdistil.data.local_digits import LocalDigits
+from bdistil.disk import write_atomically
 from bdistil.distiller import TeacherSpec, TeacherTraining
 from bdistil.mekd import MappingEmulation
 from bdistil.mekd_data import AnsweredSamples, GeneratedSamples, answers_of
 from bdistil.mekd_run import Emulation, Mekd, agreement_score
 from bdistil.mekd_stage import run_stage
-from bdistil.run_directory import RunDirectory, write_atomically
+from bdistil.run_directory import RunDirectory
 from bdistil.seeding import seed_of
 from bdistil.weight_files import load_weights, save_weights
 from bdistil.zoo import ConvStudent, StridedConvNet
