@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from bdistil.anytime_fit import ExitTarget, fit_anytime, told
 from bdistil.budgets import Budget
+from bdistil.curve_table import curve_table
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.evaluation import Part, Sweep, evaluate_budgets, sweep_budgets
 from bdistil.evaluation_files import table, teacher_row, write_csv, write_picture
@@ -16,7 +17,7 @@ from bdistil.exit_rules import Rule
 from bdistil.export import ExportOptions, export_run, export_summary
 from bdistil.profiling import profile_run
 from bdistil.recipe_files import jobs, recipes, summary
-from bdistil.report import curve_table, write_report
+from bdistil.report import write_report
 from bdistil.run_data import loader_of
 from bdistil.run_directory import RunDirectory
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bdistil.curve_picture import plot_curve
 from bdistil.disk import disk_errors, write_atomically
-from bdistil.report import plot_curve
 from bdistil.run_directory import RunDirectory
 
 

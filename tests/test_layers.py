@@ -14,6 +14,7 @@ LAYERS = """
     api_cache api_endpoint api_teacher
     settings block_sums ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar
     zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files curve_rows
+    curve_table curve_picture
     schedules
     ensemble walk prediction stage_times inputs mekd_losses mekd_networks mekd mekd_data mixing variance
     mixing_store mixing_report noise_report
