@@ -16,8 +16,9 @@ from toys import Hook, Toys, boost, digests, make_student, make_trainer, setting
 from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.distillation import Distillation, generations
-from bdistil.functional import kd_terms, round_loss
+from bdistil.functional import kd_terms
 from bdistil.mixing import MixingSettings
+from bdistil.round_loss import round_loss
 from bdistil.variance import gradient_moments, noise_to_signal, variance_at
 
 
