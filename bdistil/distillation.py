@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.functional import kd_terms
+from bdistil.functional import at_least_float32, kd_terms
 from bdistil.mixing import mixed_loss
 from bdistil.probing import last_layers
 from bdistil.rounds import Index
@@ -69,13 +69,12 @@ class Distillation(pl.LightningModule):
     sample_weights: Callable[[Index], Tensor] | None = None
 
     def forward(self, x: Any) -> Tensor:
-        """Logits (B, L) of the student."""
-        logits: Tensor = self.student(x)
-        return logits
+        """Logits (B, L) of the student, float32 also in mixed precision."""
+        return at_least_float32(self.student(x))
 
     def teacher_logits(self, x: Any, index: Index | None = None) -> Tensor:
         """Logits of the teacher (B, L), or of M teachers (M, B, L)."""
-        answers = [teacher(x) for teacher in self.teachers]
+        answers = [at_least_float32(teacher(x)) for teacher in self.teachers]
         return answers[0] if len(answers) == 1 else torch.stack(answers)
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from bdistil.errors import UserError
+from bdistil.functional import at_least_float32
 from bdistil.mekd_run import Mekd
 from bdistil.regression import as_columns
 from bdistil.settings import BoostingSettings
@@ -124,7 +125,7 @@ class TeacherTraining(pl.LightningModule):
     def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
         """Loss of a batch (x, y, index)."""
         x, y, _ = batch
-        answers = self.network(x)
+        answers = at_least_float32(self.network(x))
         if self.task == "regression":
             return F.mse_loss(answers, as_columns(y, answers.shape[-1]).to(answers.dtype))
         return F.cross_entropy(answers, y, label_smoothing=self.spec.label_smoothing)
@@ -136,12 +137,12 @@ class TeacherTraining(pl.LightningModule):
     def validation_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> None:
         """Counts right answers, or adds up squared errors."""
         x, y, _ = batch
-        answers = self.network(x)
+        answers = at_least_float32(self.network(x))
         if self.task == "regression":
             score = (answers - as_columns(y, answers.shape[-1])).square().mean(-1).sum()
         else:
             score = (answers.argmax(-1) == y).sum()
-        self._sums += torch.stack((score, torch.tensor(len(y), device=self.device)))
+        self._sums += torch.stack((score, score.new_full((), len(y))))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the teacher's accuracy, or its rms error."""

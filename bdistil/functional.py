@@ -159,6 +159,11 @@ def centre(logits: Tensor) -> Tensor:
     return logits - logits.mean(-1, keepdim=True)
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """The same values, as float32 where they are of 16 bits: mixed precision is too coarse for softmax and sums."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def accepts_progress(before: float, after: float, minimum: float) -> tuple[bool, str]:
     """Does the prefix's rms error to the teacher fall by more than `minimum` of what it was?
 

@@ -75,7 +75,9 @@ class _RoundLoss(torch.autograd.Function):
         else:
             signs = torch.arange(-1.0, 2.0, 2.0, device=deviation.device, dtype=deviation.dtype).view(2, 1, 1)
             tensors = deviation, error, log_z, signs
-            found, gradient = _closed_form(torch, _floored_tensor, *tensors, eta, share, gamma, across)
+            # Mixed precision would make products in 16 bits of weights that are as small as 1/N.
+            with torch.autocast(deviation.device.type, enabled=False):
+                found, gradient = _closed_form(torch, _floored_tensor, *tensors, eta, share, gamma, across)
         ctx.save_for_backward(gradient)
         return found
 

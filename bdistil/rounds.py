@@ -179,8 +179,7 @@ class BoostingRound(pl.LightningModule):
         target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
         miss = (error + self.answer(x, index, self.val_part) - target) / (self.number + 1)
         self._label_sums += self._against_labels(target + miss, y)
-        count = torch.tensor(float(miss.numel()), device=self.device)
-        self._teacher_sums += torch.stack((miss.square().sum(), count))
+        self._teacher_sums += torch.stack((miss.square().sum(), miss.new_full((), miss.numel())))
 
     def _against_labels(self, answers: Tensor, y: Tensor) -> Tensor:
         """Sums of answers (B, L) in units of the ledger; real labels are put into the same, where they are small."""
@@ -189,7 +188,7 @@ class BoostingRound(pl.LightningModule):
             return output_sums(answers, units.inward(as_columns(y, self.ledger.outputs).float()))
         logits = units.outward(answers)
         right, entropy = (logits.argmax(-1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
-        return torch.stack((right, entropy, right.new_tensor(len(y))))
+        return torch.stack((right, entropy, right.new_full((), len(y))))
 
     def on_validation_epoch_end(self) -> None:
         """Logs accuracy and loss (R² and rms error of real outputs), and the rms error to the teacher."""

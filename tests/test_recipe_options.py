@@ -1,5 +1,7 @@
 """Options of a recipe that make it faster, and the training of a missing teacher: same run, same files."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -192,6 +194,26 @@ def test_kinds_of_optimizer():
     assert type(sgd) is torch.optim.SGD
     assert {sgd.defaults[key] for key in ("momentum", "nesterov", "weight_decay", "lr")} == {0.9, True, 5e-4, 0.1}
     assert type(optimizer_of(TeacherSpec(nn.Linear(2, 2)))[0]) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_steps_are_fused_where_no_scaler_is_in_the_way(precision, fused, kind):
+    """A Trainer on the CPU takes no 16-mixed, hence what stands for one here."""
+    module = TeacherTraining(TeacherSpec(nn.Linear(2, 2), optimizer=kind))
+    trainer = SimpleNamespace(precision=precision, max_epochs=15)
+    module.trainer = trainer
+    assert module.configure_optimizers()[0][0].defaults["fused"] is fused
+
+
+def test_a_teachers_losses_are_float32_in_mixed_precision():
+    """Labels such as 1000.5 are none of 16 bits."""
+    network, x, y = nn.Linear(2, 1), torch.randn(8, 2), 1000.5 + torch.arange(8.0)
+    training = TeacherTraining(TeacherSpec(network), "regression")
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = network(x).float()
+        loss = training.training_step((x, y, None), 0)
+    assert torch.equal(loss, (answers[:, 0] - y).square().mean())
 
 
 def test_label_smoothing_is_in_the_loss():
