@@ -24,7 +24,7 @@ LAYERS = """
     callbacks
     compare distiller api_server early evaluation run_data anytime_fit
     runner export_graphs export_folder export_parity export_data export_fuse export_int8 export
-    evaluation_files profiling commands cli
+    evaluation_files profiling commands cli_parser fit_command cli
     __init__ __main__
 """.strip().splitlines()
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
