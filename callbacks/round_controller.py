@@ -3,45 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from bdistil import distributed
 from bdistil.boosting import Boosting
-from bdistil.data.indexing import distinct_samples
-from bdistil.disk import disk_errors
+from bdistil.curve_rows import Uncounted
 from bdistil.ensemble import ProgressiveEnsemble
-from bdistil.errors import UserError
-from bdistil.preflight import check_precision
 from bdistil.report import write_report
-from bdistil.round_end import close_round
-from bdistil.round_state import RoundState, Saver
+from bdistil.round_hooks import RoundHooks
 from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
-from bdistil.seeding import reseed
 from bdistil.settings import BoostingSettings
 from bdistil.stopping import StopSignals
-from bdistil.strategies import check_strategy
 
 
-class RoundController(Checkpoint):
+class RoundController(RoundHooks):
     """Boosts: a fresh module and a fresh Trainer a round, and this one callback in all of them.
 
     It asks the teacher once, adds the index to the batches, decides whether a student is accepted, widens the class of
     students when it is not, commits student, ledger and metrics in one piece, logs cost and curve of every prefix, and
-    goes on where a run stopped. It is a ``Checkpoint``, so its hooks run after those of all other callbacks.
+    goes on where a run stopped. Its hooks run after those of all other callbacks; they are in `bdistil.round_hooks`.
 
     Args:
         run_dir: the run directory; a run found there goes on.
         teacher: any module, x -> logits (B, L).
         student: ``make_student(round)``, rounds from 0; a `Student` also takes links.
         settings: of the run.
-        options: seed, config and uncounted of `bdistil.boosting.Boosting`.
+        seed: all randomness of the run is a function of it, the round, the epoch and the rank.
+        config: what config.yaml keeps, as nested plain values; settings and seed by default.
+        uncounted: an operator whose multiply-adds are not known is an ``error`` before training, or recorded with a
+            warning.
 
     Example::
 
@@ -59,24 +54,16 @@ class RoundController(Checkpoint):
         teacher: nn.Module,
         student: Callable[..., nn.Module],
         settings: BoostingSettings | None = None,
-        **options: Any,
+        seed: int = 0,
+        config: Mapping[str, Any] | None = None,
+        uncounted: Uncounted = "record",
     ) -> None:
         self.settings = settings or BoostingSettings()
-        self.boosting = Boosting(run_dir, teacher=teacher, student=student, settings=self.settings, **options)
-        self.run, self.tracker = self.boosting.run, RoundTracker(self.boosting.run)
-        self.signals = StopSignals(self.how_to_go_on)
-        self._begin(0)
-
-    def _begin(self, number: int) -> None:
-        self.state, self.saver = RoundState(number, self.boosting.attempt), Saver()
-        self.closed, self.fresh, self.read, self.device = False, True, 0, torch.device("cpu")
-
-    @property
-    def number(self) -> int:
-        """The round under way, from 0."""
-        return self.state.number
-
-    # ---- the loop that a user writes
+        boosting = Boosting(
+            run_dir, teacher=teacher, student=student, settings=self.settings, seed=seed, config=config,
+            uncounted=uncounted,
+        )  # fmt: skip
+        super().__init__(boosting, RoundTracker(boosting.run), StopSignals(self.how_to_go_on))
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
         """The modules of the rounds to come, one after the other; fit each with this callback.
@@ -90,7 +77,7 @@ class RoundController(Checkpoint):
         """
         with self.signals:
             for module in self.boosting.rounds(datamodule):
-                self._begin(module.number)
+                self.begin(module.number)
                 yield module
             self.boosting.finish(datamodule, self.device)
             if distributed.early_rank() == 0 and self.run.committed():
@@ -114,88 +101,3 @@ class RoundController(Checkpoint):
     def ensemble(self) -> ProgressiveEnsemble:
         """The ensemble of the committed rounds."""
         return self.boosting.ensemble
-
-    # ---- hooks
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the round under way is."""
-        return self.state.plain()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a checkpoint of this round was written."""
-        self.state.load(state_dict)
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses what is not this round; seeds, as configure_optimizers may make the loader."""
-        check_strategy(trainer.strategy)
-        check_precision(str(trainer.precision))
-        self.signals.watch(trainer)
-        if not isinstance(pl_module, BoostingRound) or pl_module.number != self.number:
-            raise UserError(
-                "RoundController expected the module that `controller.rounds(datamodule)` gave for round "
-                f"{self.number + 1}, got {type(pl_module).__name__}."
-            )
-        self._reseed(trainer)
-
-    def _reseed(self, trainer: pl.Trainer) -> None:
-        reseed(self.boosting.seed, self.number, self.state.attempt, self.state.epochs, trainer.global_rank)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Brings the ledger up to date; a round that had ended and was not committed trains no more."""
-        assert isinstance(pl_module, BoostingRound)
-        self.device = pl_module.device
-        with disk_errors(f"the ledger of round {self.number}", self.run.root):
-            self.boosting.open(pl_module)
-        self.tracker.start(trainer, self.number)
-        self._reseed(trainer)
-        trainer.should_stop |= self.state.done
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Answers signals in place of the Trainer."""
-        self.signals.watch(trainer)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds the epoch; the first one was, before its loader was made."""
-        if not self.fresh:
-            self._reseed(trainer)
-        self.fresh, self.read = False, 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts samples, for the cost of training."""
-        self.read += len(batch[-1])
-        self.signals.check()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the round under way."""
-        read = int(distributed.all_sum(torch.tensor(self.read)))
-        self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
-        self.state.epochs += 1
-        self.state.done = trainer.should_stop
-        last = self.state.done or self.state.epochs == trainer.max_epochs
-        with disk_errors(f"round {self.number}", self.run.root):
-            self.saver.save(trainer, self.run.checkpoint(self.number), always=last)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Judges the student and commits it, or sends the round to a wider class."""
-        assert isinstance(pl_module, BoostingRound)
-        self._close(trainer, pl_module)
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes a round that was resumed after its last epoch, for which `on_train_end` is not called."""
-        if not self.closed:
-            assert isinstance(pl_module, BoostingRound)
-            self._close(trainer, pl_module.to(self.device))
-            pl_module.cpu()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Says how to go on after Ctrl-C, to which Lightning answers."""
-        if isinstance(exception, KeyboardInterrupt):
-            self.signals.tell()
-
-    def _close(self, trainer: pl.Trainer, module: BoostingRound) -> None:
-        self.closed = True
-        row = close_round(self.boosting, module, self.state, self.device, steps=trainer.global_step)
-        if row is not None:
-            self.tracker.committed(trainer, row, self.number)

@@ -20,7 +20,7 @@ LAYERS = """
     mixing_store mixing_report noise_report
     exit_fitting calibration timing
     rounds scoring node_disks boosting probing observing round_mixing distillation
-    tracking report report_anytime round_tracker round_state round_end mekd_stage mekd_run
+    tracking report report_anytime round_tracker round_state round_end round_hooks mekd_stage mekd_run
     callbacks
     compare distiller api_server early evaluation run_data anytime_fit
     runner export_graphs export_folder export_parity export_data export_fuse export_int8 export
