@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
@@ -56,12 +57,13 @@ def _run(command: str, args: Sequence[str]) -> None:
             save_config_callback=None,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_kwargs={"prog": "bdistil"},
             args=["fit", *_with_recipe_paths(args)],
         )
         return
     function = COMMANDS[command]
     parser = Parser(prog=f"bdistil {command}", description=(function.__doc__ or "").splitlines()[0])
-    parser.add_function_arguments(function, as_positional=False, skip={"as_json"})
+    parser.add_function_arguments(function, as_positional=False, as_group=False, skip={"as_json"})
     if "as_json" in inspect.signature(function).parameters:
         parser.add_argument("--json", action="store_true", help="Print JSON.")
     given: Namespace = parser.instantiate(parser.parse_args(list(args)))
@@ -98,6 +100,9 @@ def main(args: Sequence[str] | None = None) -> int:
     _quieten()
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
+        return 0
+    if given[0] == "--version":
+        print(", ".join(f"{name} {version(name)}" for name in ("bdistil", "torch", "lightning")))
         return 0
     command = given[0]
     try:

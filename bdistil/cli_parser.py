@@ -8,6 +8,12 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+FIT_USAGE = "usage: bdistil fit --config RECIPE [--run_dir DIR] [--KEY VALUE ...]\n\n"
+
+
+def _as_typed(keys: str) -> str:
+    return ", ".join(f"--{key.removeprefix('fit.')}" for key in keys.split(", "))
+
 
 class Parser(LightningArgumentParser):
     """A parser that answers a mistake with one message and the nearest spelling."""
@@ -20,11 +26,17 @@ class Parser(LightningArgumentParser):
         """Nothing: it is some 3,700 characters before every error."""
 
     def format_help(self, *args: Any) -> str:
-        """The help without the lists of all subclasses that happen to be imported."""
-        return re.sub(r",\s+known\s+subclasses:[^)]{400,}\)", ", any subclass)", super().format_help(*args))
+        """The help, what is ours first; without a usage of a page, and the subclasses that happen to be imported."""
+        groups: Any = self._action_groups
+        groups.sort(key=lambda group: (group.title or "").startswith("Lightning"))
+        text = re.sub(r",\s+known\s+subclasses:[^)]{400,}\)", ", any subclass)", super().format_help(*args))
+        return re.sub(r"^usage: [^\n]*fit .{1000,}?\n\n", FIT_USAGE, text, flags=re.DOTALL)
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        """One message, with the nearest spelling where an option is unknown."""
+        """One message, with the nearest spelling where an option is unknown, and a start where all of them lack."""
+        message = re.sub(r"(?<=are required: ).*", lambda found: _as_typed(found[0]), message)
+        if "required: --model" in message:
+            message += "\n  A recipe has them: bdistil fit --config digits. `bdistil recipes` lists what is shipped."
         unknown = re.search(r"(?:does not accept option|Option) '([\w.]+)'|arguments: --([\w.]+)", message)
         if unknown:
             near = difflib.get_close_matches(unknown[1] or unknown[2], self._options(), 1, 0.75)

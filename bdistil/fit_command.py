@@ -37,10 +37,17 @@ from bdistil.teachers import comes_trained
 from bdistil.tracking import Tracking, make_logger
 from bdistil.weight_files import load_weights, save_weights
 
+# In place of what Lightning says of its keys.
+HELP = {
+    "config": "A recipe: a YAML file, or the name of one that `bdistil recipes` lists. A later one adds to it.",
+    "seed_everything": "The seed of the run.",
+}
+
 
 class RoundTrainer(Trainer):
-    """Lightning's Trainer; LightningCLI reads the help of a subcommand off its methods."""
+    """Lightning's Trainer, of which each round has a new one."""
 
+    # LightningCLI reads the help of a subcommand off the methods of the Trainer, and the above off its class.
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Distil a teacher into an ordered ensemble of students; a run found in `run_dir` goes on."""
         super().fit(*args, **kwargs)
@@ -60,6 +67,8 @@ class BoostCLI(LightningCLI):
             "--run_dir", type=str, default="runs/last", help="Folder of the run; one found there goes on."
         )
         parser.add_class_arguments(Tracking, "tracking")
+        for action in parser._actions:
+            action.help = HELP.get(action.dest, action.help)
         parser.set_defaults({"trainer.logger": False, "trainer.enable_model_summary": False})
 
     def before_instantiate_classes(self) -> None:

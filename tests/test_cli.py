@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
 
 from bdistil import ProgressiveEnsemble
 from bdistil.callbacks import RoundController
-from bdistil.cli import COMMANDS, main
+from bdistil.cli import COMMANDS, _overview, main
 from bdistil.run_directory import CURVE_COLUMNS, RunDirectory
 
 SMALL = [
@@ -195,6 +196,25 @@ def test_help_of_a_command_is_short_and_says_what_it_does(command, capsys):
     assert end.value.code == 0
     assert len(out.splitlines()) < 600
     assert "--run_dir" in out or command == "recipes"
+    assert out.startswith(f"usage: bdistil {command}")
+    usage, says, *_ = out.split("\n\n")
+    assert len(usage.splitlines()) < 10
+    assert " ".join(says.split())[:40] in _overview()
+
+
+def test_help_of_fit_has_what_is_ours_before_what_is_lightnings(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    out = capsys.readouterr().out
+    places = [out.index(f"  {name} ") for name in
+              ("-c", "--model.boosting.rounds", "--data", "--tracking.mode", "--trainer.max_epochs")]  # fmt: skip
+    assert places == sorted(places)
+    assert "`bdistil recipes` lists" in " ".join(out.split())
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"bdistil {version('bdistil')}, torch 2")
 
 
 def test_print_config_shows_the_resolved_recipe(capsys):
@@ -223,8 +243,8 @@ MISTAKES = [
     (["fit", "--config", "digits", "--model.teacher.checkpoint", "none.pt"], "checkpoint", "'none.pt'"),
     (["fit", "--config", "digits", "--data.batch_size", "0"], "`batch_size`", "got 0"),
     (["fit", "--config", "digits", "--run_dir", "/proc/nowhere"], "`run_dir`", "/proc/nowhere"),
-    (["fit"], "required", "model.student"),
-    (["evaluate"], "required", "run_dir"),
+    (["fit"], "required: --model.teacher.network, --model.student, --data", "bdistil fit --config digits"),
+    (["evaluate"], "required", "--run_dir"),
     (["evaluate", "--run_dir", "none"], "none", "bdistil fit"),
     (["profile", "--run_dir", "none"], "none", "bdistil fit"),
     (["evaluate", "--run_dir", "none", "--budget.stage", "1"], "budget.stage", "Did you mean 'budget.stages'"),
