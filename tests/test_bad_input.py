@@ -28,7 +28,7 @@ from toys import (
     settings_for,
 )
 
-from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, Student, UserError
+from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, Student, UserError, rounds
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -124,7 +124,9 @@ def make_breaking(round):
     return Breaks(8 if round else 10_000)  # six steps an epoch, so that is batch 2 of epoch 1
 
 
-def test_nan_in_the_loss(tmp_path):
+@pytest.mark.parametrize("every", [50, 2])
+def test_nan_in_the_loss(tmp_path, monkeypatch, every):
+    monkeypatch.setattr(rounds, "WATCH_EVERY", every)
     with pytest.raises(
         RunError, match=r"round [12], epoch 1, batch 2 is NaN.*\n?.*Nothing of this round was committed"
     ):

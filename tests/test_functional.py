@@ -99,6 +99,15 @@ def test_margins_equal_their_definition(eta):
     assert torch.equal(bf.margins(error, -deviation, eta), -ours)
 
 
+@pytest.mark.parametrize("size", [0.1, 3.0, 500.0])
+def test_margin_sums_of_parts_add_up_to_the_margins(size):
+    """Of errors of any size: those over 80 / eta overflow a plain exponential."""
+    error, deviation = size * torch.randn(40, 3), torch.randn(40, 3)
+    log_z = bf.log_normaliser(error.double(), 0.5)
+    parts = [bf.margin_sums(error[rows], deviation[rows], log_z, 0.5) for rows in (slice(0, 7), slice(7, 40))]
+    torch.testing.assert_close(sum(parts), bf.margins(error.double(), deviation.double(), 0.5), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_in_round_one_the_two_sides_are_exact_opposites(dtype):
     error, deviation = torch.zeros(33, 5, dtype=dtype), normal(33, 5, dtype=dtype)

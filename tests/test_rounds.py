@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserE
 from bdistil.boosting import Boosting
 from bdistil.functional import margins
 from bdistil.ledger import RoundEvidence
+from bdistil.rounds import BoostingRound
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -61,6 +63,53 @@ def test_the_ensemble_is_the_same_with_and_without_make_student(finished):
     from_files, made = ProgressiveEnsemble.load(finished.run_dir), finished.controller.ensemble
     for stages in range(1, ROUNDS + 1):
         assert torch.equal(from_files(finished.x, stages), made(finished.x, stages))
+
+
+def test_what_is_logged_of_a_prefix_is_what_the_curve_says_of_it(tmp_path):
+    """Two passes over the same samples, one batch by batch in the fit, one block by block at its end."""
+    logged = []
+
+    def look(trainer, module):
+        logged.append([float(trainer.callback_metrics[name]) for name in ("val_accuracy", "val_loss", "val_rms")])
+
+    boost(tmp_path, callbacks=lambda: [Hook(on_fit_end=look)])
+    for values, row in zip(logged, curve(tmp_path)[1:], strict=True):
+        assert values == pytest.approx([float(row[c]) for c in ("val_accuracy", "val_loss", "rms_error")], rel=1e-4)
+
+
+# ---- the optimizer of a round
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("cosine", [0.4, 0.4 * (2 + 2**0.5) / 4, 0.2, 0.4 * (2 - 2**0.5) / 4]), ("constant", [0.4] * 4)],
+)
+def test_the_rates_of_a_round(schedule, rates):
+    optimizer, schedulers = optimizer_of(settings_for(lr=0.4, weight_decay=0.03, schedule=schedule), epochs=4)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["weight_decay"] == 0.03
+    found = []
+    for _ in rates:
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert found == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
+def test_steps_are_fused_where_no_scaler_is_in_the_way(precision, fused):
+    assert optimizer_of(settings_for(), precision=precision)[0].defaults["fused"] is fused
+
+
+def optimizer_of(settings, epochs=4, precision="32-true"):
+    """What a round is trained with. A Trainer on the CPU takes no 16-mixed, hence what stands for one here."""
+    part = SimpleNamespace(ledger=None)
+    module = BoostingRound(make_student(0), number=0, settings=settings, earlier=[], train=part, val=part)
+    trainer = SimpleNamespace(max_epochs=epochs, precision=precision)
+    module.trainer = trainer
+    made = module.configure_optimizers()
+    return (made[0][0], made[1]) if isinstance(made, tuple) else (made, [])
 
 
 # ---- teacher and earlier students are out of reach
