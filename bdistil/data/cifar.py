@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil.data.digits import stratified_split
 from bdistil.data.images import ArrayImages, normalised, pad_crop_flip
-from bdistil.data.loaders import PartsModule
+from bdistil.data.parts import PartsModule
 from bdistil.data.pickles import load_arrays
 from bdistil.data.sources import Source
+from bdistil.data.splits import stratified_split
 from bdistil.errors import UserError
 
 SIDE, PADDING = 32, 4

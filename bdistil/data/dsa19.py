@@ -17,6 +17,7 @@ from torch import Tensor
 from bdistil.data.feature_cache import cached_features
 from bdistil.data.feature_module import Array, FeatureModule, Samples
 from bdistil.data.sources import Source, listed
+from bdistil.data.splits import check_subjects
 from bdistil.errors import UserError
 
 ACTIVITIES, SUBJECTS, SEGMENTS = 19, 8, 60
@@ -112,21 +113,3 @@ class Dsa19(FeatureModule):
     def finished(self, x: Tensor) -> Tensor:
         """Segments (n, 125, 45) with zeros before them, (n, pad_to, 45)."""
         return F.pad(x, (0, 0, self.pad_to - STEPS, 0))
-
-
-def check_subjects(parts: dict[str, list[int]], known: Sequence[int]) -> None:
-    """Every part has a subject, and no subject is in two parts.
-
-    Args:
-        parts: subjects by part.
-        known: all that there are.
-
-    Raises:
-        UserError: otherwise.
-    """
-    every = [subject for chosen in parts.values() for subject in chosen]
-    if not all(parts.values()) or len(every) != len(set(every)) or not set(every) <= set(known):
-        raise UserError(
-            "Expected `train`, `validation` and `test` to be lists of different subjects of "
-            f"{', '.join(map(str, known))}, got {', '.join(f'{part}: {chosen}' for part, chosen in parts.items())}."
-        )

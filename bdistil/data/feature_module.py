@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from bdistil.data.loaders import PartsModule
+from bdistil.data.parts import PartsModule
 from bdistil.data.series import moments
 from bdistil.errors import UserError
 
