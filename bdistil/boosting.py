@@ -19,13 +19,7 @@ from torch import nn
 
 from bdistil import distributed
 from bdistil.cost import latency_ms
-from bdistil.curve_rows import (
-    Uncounted,
-    is_api,
-    student_cost,
-    student_inputs,
-    teacher_row,
-)
+from bdistil.curve_rows import Uncounted, is_api, student_cost, student_inputs, teacher_row
 from bdistil.data.attach import indexed_loaders, only
 from bdistil.data.indexing import is_random
 from bdistil.data.views import CANONICAL, ViewPlan
@@ -283,9 +277,7 @@ class Boosting:
         if self.run.test_figures() is None and is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
             datamodule.setup("test")
             loader, task = only(datamodule.test_dataloader()), self.settings.task
-            teacher: list[float | None] = [
-                None
-            ]  # an API is not asked about the test part: its queries are for training
+            teacher: list[float | None] = [None]  # an API is not asked: its queries are for training
             if not is_api(self.teacher):
                 teacher = [*prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device, task)]
             self.run.keep_test([*teacher, *prefix_accuracies(self.ensemble.to(device), loader, device, task)])

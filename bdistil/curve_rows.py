@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from bdistil.api_teacher import ApiTeacher
 from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.ledger import RoundEvidence
-from bdistil.preflight import first_of, to_device
+from bdistil.preflight import first_of
 from bdistil.students import linked_features, links_of
 
 Uncounted = Literal["error", "record"]
@@ -35,7 +36,7 @@ def student_inputs(
     student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device
 ) -> tuple[Any, ...]:
     """What a student is given for one sample: x, and the features (1, D) that it reads of earlier ones."""
-    x = to_device(first_of(example), device)
+    x = move_data_to_device(first_of(example), device)
     return (x, linked_features(student, earlier, x)) if links_of(student) else (x,)
 
 
@@ -45,7 +46,7 @@ def student_cost(student: nn.Module, earlier: Sequence[nn.Module], example: Any,
     Raises:
         UserError: an operator's cost is unknown, and `uncounted` is ``error``.
     """
-    for module in earlier:
+    for module in (*earlier, student):
         module.cpu()
     inputs = student_inputs(student, earlier, example, torch.device("cpu"))
     cost = measure_cost(student, inputs, uncounted=uncounted)
@@ -67,7 +68,7 @@ def teacher_row(
     cost = measure_cost(teacher.cpu(), (first_of(example),), uncounted=uncounted)
     if cost.uncounted:
         rank_zero_warn(f"The MACs of the teacher lack operators that could not be counted: {cost.uncounted}.")
-    latency = latency_ms(teacher.to(device), (to_device(first_of(example), device),))
+    latency = latency_ms(teacher.to(device), (move_data_to_device(first_of(example), device),))
     return {
         "stage": "teacher",
         "macs": cost.macs,
@@ -105,8 +106,8 @@ def round_training_macs(
         teacher_macs: 0 with cached state; else teacher and linked bodies run for every batch.
     """
     links = 0
-    if teacher_macs:
-        links = _macs(_Links(student, earlier), (), example) if links_of(student) else 0
+    if teacher_macs and links_of(student):
+        links = measure_cost(_Links(student, earlier), (first_of(example),), uncounted="record").macs
     return training_macs(
         student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen
     )
@@ -121,11 +122,6 @@ class _Links(nn.Module):
 
     def forward(self, x: Any) -> list[Tensor]:
         return linked_features(self.student, list(self.earlier), x)
-
-
-def _macs(module: nn.Module, earlier: Sequence[nn.Module], example: Any) -> int:
-    inputs = student_inputs(module, earlier, example, torch.device("cpu"))
-    return measure_cost(module, inputs, uncounted="record").macs
 
 
 def stage_row(number: int, before: Mapping[str, Any], cost: Cost, verdict: Verdict) -> dict[str, Any]:

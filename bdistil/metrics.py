@@ -71,10 +71,9 @@ def area_under_curve(macs: Sequence[float], accuracy: Sequence[float]) -> float:
     if len(macs) == 1:
         return float(accuracy[0])
     logs = [math.log(m) for m in macs]
-    pieces = [
-        (logs[i + 1] - logs[i]) * (accuracy[i] + accuracy[i + 1]) / 2 for i in range(len(logs) - 1)
-    ]  # fmt: skip
-    return sum(pieces) / (logs[-1] - logs[0])
+    steps, heights = pairwise(logs), pairwise(accuracy)
+    area = sum((right - left) * (low + high) / 2 for (left, right), (low, high) in zip(steps, heights, strict=True))
+    return area / (logs[-1] - logs[0])
 
 
 def violations_of_monotony(accuracy: Sequence[float], tolerance: float = 0.0) -> int:

@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from bdistil.cost import as_written
@@ -130,8 +132,8 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
     """Teacher and student must give logits (B, L) of the same L.
 
     Args:
-        teacher: the teacher, wherever it is.
-        student: an unlinked student, on the CPU; left in eval mode.
+        teacher: the teacher.
+        student: an unlinked student; left in eval mode.
         example: x of two samples.
         task: classes need two outputs or more.
 
@@ -142,7 +144,7 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
         UserError: another shape, or two different L.
     """
     with as_written(teacher, student):
-        goal, answer = teacher(to_device(example, device_of(teacher))), student.eval()(example)
+        goal, answer = (net(move_data_to_device(example, device_of(net))) for net in (teacher, student.eval()))
     for name, logits in (("teacher", goal), ("student", answer)):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -223,11 +225,6 @@ def device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def to_device(x: Any, device: torch.device) -> Any:
-    """A tensor, or a tuple or list of them, on a device."""
-    return x.to(device) if isinstance(x, Tensor) else type(x)(to_device(part, device) for part in x)
-
-
 def first_of(x: Any) -> Any:
-    """The first sample of a batch, as a batch of one."""
-    return x[:1] if isinstance(x, Tensor) else type(x)(first_of(part) for part in x)
+    """The first sample of a batch, as a batch of one: of a tensor, or of all tensors in a collection."""
+    return tree_map_only(Tensor, lambda part: part[:1], x)

@@ -99,9 +99,7 @@ class Part:
         """
         scores = _scores(self.task, outputs)
         answers = self._teacher_answers(teacher, device, scores)
-        self.ledger.create(
-            self.samples, answers, outputs=outputs, teacher=fingerprint, task=self.task, units=units
-        )  # fmt: skip
+        self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=self.task, units=units)
         return _summed(scores)
 
     @_on_each_disk

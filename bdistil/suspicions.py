@@ -34,7 +34,7 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
     Args:
         teacher: without the frozen wrapper.
         datamodule: may declare by `mean` and `std` how its images were normalised.
-        x: some samples (B, ...), as the data give them.
+        x: some samples (B, ...), as the data give them, on the CPU.
     """
     adapted = teacher if isinstance(teacher, AdaptedTeacher) else None
     expected = expectation_of(adapted.network if adapted else teacher)
@@ -48,7 +48,7 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
             f"The data say that they are normalised by mean and sd {[v.tolist() for v in declared]}, the teacher takes "
             f"them for normalised by {[torch.as_tensor(v).tolist() for v in taken]}. {cure}"
         )
-    reads = (adapted.normalised(x) if adapted else x).float()
+    reads = (adapted.normalised(x.to(adapted.scale.device)) if adapted else x).float()
     mean, sd = float(reads.mean()), float(reads.std())
     if expected and not (abs(mean) < 1 and 0.5 < sd < 2):
         rank_zero_warn(

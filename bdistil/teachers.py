@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -170,9 +171,7 @@ class AveragedTeacher(nn.Module):
         UserError: no network, or another `of`.
     """
 
-    def __init__(
-        self, networks: list[nn.Module], of: Literal["probabilities", "logits"] = "probabilities"
-    ) -> None:  # fmt: skip
+    def __init__(self, networks: list[nn.Module], of: Literal["probabilities", "logits"] = "probabilities") -> None:
         super().__init__()
         if not networks or of not in ("probabilities", "logits"):
             raise UserError(
@@ -196,4 +195,4 @@ class AveragedTeacher(nn.Module):
         answers = torch.stack([network(x) for network in self.networks])  # (K, B, L)
         if self.of == "logits":
             return answers.mean(0)
-        return torch.log_softmax(answers, -1).logsumexp(0) - float(torch.tensor(len(answers)).log())
+        return torch.log_softmax(answers, -1).logsumexp(0) - math.log(len(answers))
