@@ -247,6 +247,26 @@ def test_a_round_that_makes_no_progress_climbs_the_ladder_and_stops(tmp_path, ca
     assert everything(tmp_path) == before
 
 
+def test_the_game_of_a_round_and_modes_that_stay(tmp_path):
+    """The settings of the loss by hand; a module that the student keeps in eval mode stays so when it is scored."""
+    games, modes = [], {}
+
+    def look(trainer, module):
+        modes.setdefault(module.number, set()).add(tuple(part.training for part in module.student.modules()))
+
+    def start(trainer, module):
+        module.student.body[1].eval()
+        games.append(dict(module.game))
+
+    hooks = {"on_train_start": start, "on_train_batch_end": look, "on_fit_end": look}
+    boost(tmp_path, settings=settings_for(2, kappa=0.5), callbacks=lambda: [Hook(**hooks)])
+    bound = 2 * float(ledger(tmp_path, version=1)[0].abs().max())
+    wanted = {"eta": 0.5, "population": TRAIN, "bound": bound, "gamma": 0.5 / (4 * bound * 0.5), "across": None}
+    assert games == [pytest.approx(wanted)] * 2
+    assert [len(found) for found in modes.values()] == [1, 1]
+    assert not any(all(found) for found in modes[0])
+
+
 def reject_first_try(controller, number):
     """Rejects the first try of a round, whatever speaks for it."""
     original = controller.boosting.decide

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
-from toys import CLASSES, FEATURES, boost, curve, make_teacher, settings_for
+from torch.utils.data import DataLoader, TensorDataset
+from toys import CLASSES, FEATURES, Toys, boost, control, curve, make_teacher, settings_for
 
 from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
 from bdistil.cli import main
 from bdistil.cost import measure_cost
 from bdistil.run_directory import RunDirectory
-from bdistil.suspicions import warn_of_chance, warn_of_inputs, warn_of_probabilities
+from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
 from bdistil.teachers import comes_trained
 from bdistil.timm_models import TimmTeacher
 
@@ -291,6 +292,8 @@ def test_probabilities_become_their_logarithms_and_are_warned_of(tmp_path):
     with pytest.warns(UserWarning, match=r"look like probabilities.*AdaptedTeacher\(network, probabilities=True\)"):
         warn_of_probabilities(OnnxTeacher(path)(x))
     warn_of_probabilities(adapted)
+    warn_of_probabilities(torch.tensor([[1.5, -0.5], [0.5, 0.5]]))  # they sum to 1, and one is negative
+    warn_of_probabilities(torch.tensor([[0.5, 0.5], [0.5, 0.6]]))
 
 
 def test_a_std_of_zero_is_refused():
@@ -358,6 +361,28 @@ def test_a_teacher_that_guesses_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # also what the suite passes over
         warn_of_chance(0.25 + 0.1300, 4, 100)
+
+
+def test_a_run_warns_of_a_teacher_that_guesses(tmp_path):
+    class Shuffled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_teacher()
+
+        def forward(self, x):
+            return self.net(x).roll(2, -1)
+
+    with pytest.warns(UserWarning, match=r"right for \d\.\d% of 64 validation samples"):
+        boost(tmp_path, teacher=Shuffled(), settings=settings_for(1))
+
+
+def test_a_run_looks_at_its_inputs(tmp_path):
+    loader = DataLoader(TensorDataset(torch.arange(130.0), torch.zeros(130)), batch_size=2)
+    assert some_inputs(loader).tolist() == list(range(0, 130, 3))
+    data = Toys()
+    data.mean, data.std = 0.5, 0.5
+    with pytest.warns(UserWarning, match="The data say that they are normalised"):
+        control(tmp_path, teacher=AdaptedTeacher(make_teacher())).boosting.check(data)
 
 
 # ---- from a recipe
