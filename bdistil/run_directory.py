@@ -1,4 +1,4 @@
-"""The run directory: the only code that knows the file names of a run.
+"""The run directory: with `run_places` the only code that knows the file names of a run.
 
 A run directory is the truth about a run. A round is in it whole (student, cost, metrics) or not at all: it is written
 beside, flushed to the disk, and renamed. Nothing here is ever deleted but what a restart makes again.
@@ -7,13 +7,11 @@ beside, flushed to the disk, and renamed. Nothing here is ever deleted but what 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -22,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bdistil.anytime import AnytimeFigures
+from bdistil.configurations import differences
 from bdistil.disk import digest, disk_errors, sync, write_atomically
 from bdistil.errors import RunError, UserError
+from bdistil.run_places import RunPlaces
 from bdistil.units import Task
 
 CURVE_COLUMNS = (
@@ -33,89 +33,12 @@ CURVE_COLUMNS = (
 )  # fmt: skip
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-class RunDirectory:
+class RunDirectory(RunPlaces):
     """One run on the disk.
 
     Args:
         root: the folder of the run; made when the run starts.
     """
-
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
-
-    # ---- places
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, as it ran."""
-        return self.root / "config.yaml"
-
-    @property
-    def teacher(self) -> Path:
-        """Weights of a teacher that the recipe trained."""
-        return self.root / "teacher.safetensors"
-
-    @property
-    def scratch(self) -> Path | None:
-        """A disk of the node, where BDISTIL_SCRATCH names one: its ledgers are there."""
-        named = os.environ.get("BDISTIL_SCRATCH")
-        return Path(named) if named else None
-
-    @property
-    def ledger(self) -> Path:
-        """Folder of the ledger's files."""
-        if self.scratch is None:
-            return self.root / "ledger"
-        place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:8]
-        return self.scratch / f"bdistil-{self.root.name}-{place}" / "ledger"
-
-    @property
-    def emulation(self) -> Path:
-        """Folder of MEKD, where the training set of the rounds is generated."""
-        return self.root / "mekd"
-
-    @property
-    def curve(self) -> Path:
-        """One row a prefix, the teacher first."""
-        return self.root / "curve.csv"
-
-    @property
-    def picture(self) -> Path:
-        """Accuracy against cost."""
-        return self.root / "curve.png"
-
-    @property
-    def report(self) -> Path:
-        """The run at a glance, one self-contained file."""
-        return self.root / "report.html"
-
-    def folder(self, number: int) -> Path:
-        """Folder of a committed round."""
-        return self.root / "rounds" / f"{number:03d}"
-
-    def work(self, number: int) -> Path:
-        """Folder of the round under way; safe to delete: costs that round."""
-        return self.root / "work" / f"{number:03d}"
-
-    def checkpoint(self, number: int) -> Path:
-        """Lightning's checkpoint of the round under way."""
-        return self.work(number) / "last.ckpt"
-
-    @property
-    def teacher_checkpoint(self) -> Path:
-        """Lightning's checkpoint of a teacher under training."""
-        return self.root / "work" / "teacher" / "last.ckpt"
 
     # ---- starting
 
@@ -153,17 +76,10 @@ class RunDirectory:
                 )
             write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False))
             return
-        old, new = (
-            {k: v for k, v in flatten(c).items() if not k.startswith(tuple(ignore))} if ignore else flatten(c)
-            for c in (self.read_config(), yaml.safe_load(yaml.safe_dump(dict(config))))
-        )
-        differing = [k for k in sorted(old | new) if old.get(k) != new.get(k)]
+        differing = differences(self.read_config(), yaml.safe_load(yaml.safe_dump(dict(config))), ignore)
         if differing:
-            lines = "\n".join(
-                f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in differing
-            )
             raise UserError(
-                f"`run_dir` {self.root} holds a run of another configuration:\n{lines}\n"
+                f"`run_dir` {self.root} holds a run of another configuration:\n{differing}\n"
                 "Choose another `run_dir`, or give the values that stand there to go on with that run."
             )
 
@@ -176,10 +92,17 @@ class RunDirectory:
 
     def keep_start(self, start: Mapping[str, Any]) -> None:
         """Adds a start of the run to environment.json, a list with the oldest first."""
-        path = self.root / "environment.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        with disk_errors("the record of this start", self.root):
-            write_atomically(path, json.dumps([*starts, start], indent=1))
+        starts = self._kept("environment.json") or []
+        self._keep("environment.json", [*starts, start], "the record of this start")
+
+    def _keep(self, name: str, value: Any, what: str) -> None:
+        with disk_errors(what, self.root):
+            write_atomically(self.root / name, json.dumps(value, indent=1))
+
+    def _kept(self, name: str) -> Any:
+        """What `_keep` kept under a name; None where it has kept nothing."""
+        path = self.root / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def read_config(self) -> dict[str, Any]:
         """The configuration that was kept."""
@@ -270,30 +193,27 @@ class RunDirectory:
 
     def keep_teacher(self, figures: Mapping[str, Any]) -> None:
         """Keeps the teacher's row of the curve: its cost and its accuracy."""
-        with disk_errors("the teacher's figures", self.root):
-            write_atomically(self.root / "teacher.json", json.dumps(figures, indent=1))
+        self._keep("teacher.json", figures, "the teacher's figures")
 
     def teacher_figures(self) -> dict[str, Any] | None:
         """The teacher's row of the curve, once it was kept."""
-        path = self.root / "teacher.json"
-        return dict(json.loads(path.read_text())) if path.exists() else None
+        figures: dict[str, Any] | None = self._kept("teacher.json")
+        return figures
 
     def keep_test(self, accuracy: Sequence[float | None]) -> None:
         """Keeps the test accuracy of the teacher (None where it was not asked) and of every prefix, in this order."""
-        with disk_errors("the test figures", self.root):
-            write_atomically(self.root / "test.json", json.dumps(list(accuracy)))
+        self._keep("test.json", list(accuracy), "the test figures")
 
     def test_figures(self) -> list[float | None] | None:
         """Test accuracy of the teacher and of every prefix, once the run has ended."""
-        path = self.root / "test.json"
-        return list(json.loads(path.read_text())) if path.exists() else None
+        figures: list[float | None] | None = self._kept("test.json")
+        return figures
 
     # ---- stopping early
 
     def keep_anytime(self, figures: AnytimeFigures) -> None:
         """Keeps what was fitted and measured of the ensemble of the committed rounds."""
-        with disk_errors("the figures of stopping early", self.root):
-            write_atomically(self.root / "anytime.json", json.dumps(figures.plain(), indent=1))
+        self._keep("anytime.json", figures.plain(), "the figures of stopping early")
 
     def anytime_figures(self) -> AnytimeFigures | None:
         """What was fitted and measured of the ensemble of the committed rounds, if anything was.
@@ -337,16 +257,13 @@ class RunDirectory:
     @property
     def stopped(self) -> str | None:
         """Why boosting stopped before the last round, if it did."""
-        path = self.root / "stopped.json"
-        record = json.loads(path.read_text()) if path.exists() else {"round": None}
-        return str(record["reason"]) if record["round"] == self.committed() else None
+        record = self._kept("stopped.json")
+        return str(record["reason"]) if record and record["round"] == self.committed() else None
 
     def stop(self, number: int, reason: str) -> None:
         """Records that boosting stopped at a round, with the reason."""
-        with disk_errors("the record of the stop", self.root):
-            write_atomically(
-                self.root / "stopped.json", json.dumps({"round": number, "reason": reason, "tries": self.tries(number)})
-            )
+        record = {"round": number, "reason": reason, "tries": self.tries(number)}
+        self._keep("stopped.json", record, "the record of the stop")
 
     # ---- the curve
 

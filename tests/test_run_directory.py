@@ -15,10 +15,11 @@ import torch
 import yaml
 
 from bdistil import disk, run_directory
+from bdistil.configurations import flatten
 from bdistil.disk import write_atomically
 from bdistil.errors import RunError, UserError
 from bdistil.ledger import ErrorLedger
-from bdistil.run_directory import CURVE_COLUMNS, RunDirectory, flatten
+from bdistil.run_directory import CURVE_COLUMNS, RunDirectory
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.tensor([1, 2]), "scalar": torch.tensor(3.0)}
 
