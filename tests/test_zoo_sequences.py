@@ -68,6 +68,9 @@ def test_multiply_adds_of_recurrent_nets(cell, gates, directions):
     expected = 99 * directions * gates * 64 * (32 + 64) + 13 * 64 * directions
     assert measure_cost(net, (torch.randn(1, 99, 32),)).macs == expected
     assert cell != "lstm" or directions == 2 or expected == 2_433_024 + 13 * 64
+    second = 99 * directions * gates * 64 * (64 * directions + 64)
+    deep = RecurrentNet(32, 13, 64, cell, layers=2, bidirectional=directions == 2)
+    assert measure_cost(deep, (torch.randn(1, 99, 32),)).macs == expected + second
 
 
 def test_the_students_link(x):
@@ -77,6 +80,15 @@ def test_the_students_link(x):
     assert student.join.project.in_features == 3 + 2
     assert run_student(student, earlier, x).shape == (4, L)
     assert SequenceConvStudent(C, L, (2, 4), (1, 1), width=2).width == 8
+
+
+@pytest.mark.parametrize("kind", [SequenceConvNet, RecurrentNet])
+@pytest.mark.parametrize(("options", "moves"), [({"noise": 0.5}, True), ({"dropout": 0.5}, True), ({}, False)])
+def test_teachers_see_noise_and_dropout_in_training_only(x, kind, options, moves):
+    net = kind(C, L, **{"dropout": 0.0, **options})
+    assert torch.equal(net(x), net(x)) is not moves
+    net.eval()
+    assert torch.equal(net(x), net(x))
 
 
 def test_noise_in_training_only(x):
