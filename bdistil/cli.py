@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
 from bdistil.cli_parser import Parser
-from bdistil.commands import COMMANDS
+from bdistil.commands import COMMANDS, EXAMPLES
 from bdistil.distiller import Distiller
 from bdistil.errors import RunError, UserError
 from bdistil.fit_command import BoostCLI, RoundTrainer
@@ -62,7 +62,8 @@ def _run(command: str, args: Sequence[str]) -> None:
         )
         return
     function = COMMANDS[command]
-    parser = Parser(prog=f"bdistil {command}", description=(function.__doc__ or "").splitlines()[0])
+    says, example = (function.__doc__ or "").splitlines()[0], f"Example: {EXAMPLES[command]}"
+    parser = Parser(prog=f"bdistil {command}", description=says, epilog=example)
     parser.add_function_arguments(function, as_positional=False, as_group=False, skip={"as_json"})
     if "as_json" in inspect.signature(function).parameters:
         parser.add_argument("--json", action="store_true", help="Print JSON.")

@@ -167,3 +167,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "recipes": list_recipes,
 }
+EXAMPLES = {
+    "evaluate": "bdistil evaluate --run_dir runs/digits --budget.macs 50000",
+    "calibrate": "bdistil calibrate --run_dir runs/digits --max_loss 0.5",
+    "profile": "bdistil profile --run_dir runs/digits --batch_size 64",
+    "export": "bdistil export --run_dir runs/digits --output digits-onnx",
+    "report": "bdistil report --run_dir runs/digits",
+    "recipes": "bdistil recipes",
+}

@@ -14,7 +14,8 @@ import yaml
 
 from bdistil import ProgressiveEnsemble
 from bdistil.callbacks import RoundController
-from bdistil.cli import COMMANDS, _overview, main
+from bdistil.cli import _overview, main
+from bdistil.commands import COMMANDS, EXAMPLES
 from bdistil.run_directory import CURVE_COLUMNS, RunDirectory
 
 SMALL = [
@@ -200,6 +201,9 @@ def test_help_of_a_command_is_short_and_says_what_it_does(command, capsys):
     usage, says, *_ = out.split("\n\n")
     assert len(usage.splitlines()) < 10
     assert " ".join(says.split())[:40] in _overview()
+    example = EXAMPLES.get(command, "")
+    assert " ".join(out.split()).endswith(example)
+    assert all(word in out.split("Example:")[0] for word in example.split() if word.startswith("--"))
 
 
 def test_help_of_fit_has_what_is_ours_before_what_is_lightnings(capsys):
