@@ -36,7 +36,7 @@ from toys import (
     settings_for,
 )
 
-from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserError
+from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserError, scoring
 from bdistil.boosting import Boosting
 from bdistil.functional import margins
 from bdistil.ledger import RoundEvidence
@@ -245,6 +245,12 @@ def test_a_round_that_makes_no_progress_climbs_the_ladder_and_stops(tmp_path, ca
     before = everything(tmp_path)
     boost(tmp_path, callbacks=lambda: [Hook(on_train_start=kill)], **options)
     assert everything(tmp_path) == before
+
+
+def test_linked_features_are_made_when_a_student_is_scored_and_never_again(tmp_path, monkeypatch):
+    """A pass over the training part a round would not be seen in any figure."""
+    monkeypatch.setattr(scoring, "features_of", kill)
+    assert len(boost(tmp_path).ensemble) == ROUNDS
 
 
 def test_the_game_of_a_round_and_modes_that_stay(tmp_path):
