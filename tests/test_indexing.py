@@ -1,5 +1,7 @@
 """The index beside each sample: the same data as the user's loader gives, in an order of our own."""
 
+from itertools import chain, product
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +20,13 @@ from torch.utils.data import (
 )
 from toys import Items, Stream
 
+from bdistil import distributed
 from bdistil.data.attach import only
 from bdistil.data.indexing import (
     IndexedDataset,
     block_loader,
     check_dataset,
+    distinct_samples,
     is_random,
     sequential_loader,
     training_loader,
@@ -180,6 +184,26 @@ def test_two_ranks_share_the_samples(shuffle, samples, epoch):
     assert len(set(parts[0]) & set(parts[1])) == 22 - samples  # an odd number is made even by one sample twice
 
 
+def test_workers_are_seeded_by_the_order_of_the_epoch():
+    """What a worker draws is the seed of the loader's generator and its number."""
+    seeds = {}
+    for seed, epoch, rank in product((0, 7), (0, 1), (0, 1)):
+        for _ in range(2):  # equal orders, equal seeds
+            loader = train(DataLoader(TENSORS, batch_size=B, shuffle=True), seed=seed, rank=rank, world_size=2)
+            loader.sampler.set_epoch(epoch)
+            iter(loader)
+            seeds.setdefault((seed, epoch, rank), set()).add(loader.generator.initial_seed())
+    assert {len(found) for found in seeds.values()} == {1}
+    assert len(set.union(*seeds.values())) == len(seeds)
+
+
+@pytest.mark.parametrize(("samples", "read", "distinct"), [(22, 22, 22), (21, 22, 21), (21, 8, 8)])
+def test_samples_that_are_repeated_to_make_ranks_even_count_once(samples, read, distinct):
+    loader = DataLoader(TensorDataset(X[:samples], Y[:samples]), batch_size=B, shuffle=True)
+    assert distinct_samples(train(loader, world_size=2), read) == distinct
+    assert distinct_samples(DataLoader(TENSORS, B, sampler=Backwards()), 60) == 60
+
+
 def test_a_loader_that_reads_in_order_goes_on_doing_so():
     assert order(train(DataLoader(TENSORS, batch_size=B), epoch=5)) == list(range(N))
 
@@ -206,6 +230,7 @@ SAMPLERS = {
     "inherits": (lambda: EvenFirst(TENSORS), lambda found: found == [*range(0, N, 2), *range(1, N, 2)]),
     "fewer": (lambda: RandomSampler(TENSORS, num_samples=5), lambda found: len(set(found)) == len(found) == 5),
     "more": (lambda: RandomSampler(TENSORS, replacement=True, num_samples=60), lambda found: len(found) == 60),
+    "again": (lambda: RandomSampler(TENSORS, replacement=True), lambda found: len(set(found)) < len(found) == N),
 }
 
 
@@ -253,6 +278,29 @@ def test_sequential_loader_is_in_order():
         batches = list(sequential_loader(loader))
         assert [len(index) for *_, index in batches] == [4] * 5 + [2]
         assert order(batches) == list(range(N))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 22])
+def test_each_sample_is_in_order_on_one_rank_only(world_size):
+    loader = DataLoader(TENSORS, batch_size=B)
+    shares = [sequential_loader(loader, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(chain.from_iterable(map(order, shares))) == list(range(N))
+    assert [order(share) for share in shares] == [list(range(rank, N, world_size)) for rank in range(world_size)]
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+    with pytest.raises(UserError, match="a validation sample for each of 23 processes, got 22"):
+        sequential_loader(loader, world_size=23)
+
+
+@pytest.mark.parametrize(("total", "block"), [(22, 4), (24, 4), (3, 4), (0, 4)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_share_whole_blocks(monkeypatch, total, block, world_size):
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    found = []
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found.append(distributed.my_blocks(total, block))
+    assert [*chain.from_iterable(found)] == [(low, min(low + block, total)) for low in range(0, total, block)]
+    assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 def test_blocks_are_batches():

@@ -317,6 +317,7 @@ def test_what_cannot_be(x):
         RecurrentSegmentStudent(C, L, 0)
     with pytest.raises(UserError, match=r"M >= 4 steps for as many segments, got \(6, 3, 3\)"):
         make(0)(x[:, :3])
+    assert make(0)(x[:, :4]).shape == (6, L)
     with pytest.raises(UserError, match=r"at most 4 students for as many segments, got 5"):
         make(4).link(chain(), Rung(1))
     with pytest.raises(UserError, match=r"only SegmentStudents before a SegmentStudent, got Student"):
