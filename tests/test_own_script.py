@@ -6,14 +6,20 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from toys import (
+    BATCH,
     CLASSES,
+    FEATURES,
     TEST,
+    TIMES,
     TRAIN,
     VAL,
     Hook,
     Killed,
+    Toys,
+    boost,
     control,
     curve,
     digests,
@@ -37,6 +43,55 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 # What Lightning and torch say of its defaults: a logger in files, memory that is pinned for a GPU.
 defaults = pytest.mark.filterwarnings("ignore:Starting from v1.9.0", "ignore:'pin_memory' argument is set as true")
+
+
+class Named(Dataset):
+    """Samples whose x is a dictionary."""
+
+    def __init__(self, part):
+        self.x, self.y = part
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return {"signal": self.x[index], "length": torch.tensor(FEATURES)}, self.y[index]
+
+
+class Reads(nn.Module):
+    """A network of such samples."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        assert x["signal"].shape[1:] == (FEATURES,)
+        assert len(x["length"]) == len(x["signal"])
+        return self.net(x["signal"])
+
+
+class Dictionaries(Toys):
+    def train_dataloader(self):
+        return DataLoader(Named(self.parts["train"]), batch_size=BATCH, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(Named(self.parts["val"]), batch_size=BATCH)
+
+    def test_dataloader(self):
+        return DataLoader(Named(self.parts["test"]), batch_size=BATCH)
+
+
+def test_x_may_be_a_dictionary(finished, tmp_path):
+    """The same run as with plain tensors, students that link among them."""
+
+    def student(round):
+        made = make_student(round)
+        made.body = Reads(made.body)
+        return made
+
+    boost(tmp_path, Dictionaries(), teacher=Reads(make_teacher()), student=student)
+    assert curve(tmp_path, without=TIMES) == curve(finished.run_dir, without=TIMES)
 
 
 SCRIPT = """
