@@ -161,7 +161,7 @@ def centre(logits: Tensor) -> Tensor:
 
 def at_least_float32(values: Tensor) -> Tensor:
     """The same values, as float32 where they are of 16 bits: mixed precision is too coarse for softmax and sums."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def accepts_progress(before: float, after: float, minimum: float) -> tuple[bool, str]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
+from bdistil.functional import at_least_float32
 
 Values = float | Sequence[float]
 
@@ -152,7 +153,10 @@ class AdaptedTeacher(nn.Module):
         if self.size is not None and tuple(x.shape[-2:]) != tuple(self.size):
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         answers: Tensor = self.network(x)
-        return answers.clamp_min(torch.finfo(answers.dtype).tiny).log() if self.probabilities else answers
+        if not self.probabilities:
+            return answers
+        answers = at_least_float32(answers)
+        return answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
 
 
 def _vector(values: Values) -> Tensor:
@@ -192,7 +196,7 @@ class AveragedTeacher(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L); with `probabilities` they are log-probabilities, whose mean the ledger takes off."""
-        answers = torch.stack([network(x) for network in self.networks])  # (K, B, L)
+        answers = at_least_float32(torch.stack([network(x) for network in self.networks]))  # (K, B, L)
         if self.of == "logits":
             return answers.mean(0)
         return torch.log_softmax(answers, -1).logsumexp(0) - math.log(len(answers))

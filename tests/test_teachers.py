@@ -261,6 +261,16 @@ def test_several_teachers_answer_with_the_mean_of_their_probabilities_or_logits(
         AveragedTeacher([])
 
 
+def test_means_and_logarithms_are_float32_in_mixed_precision():
+    nets, x = [nn.Linear(FEATURES, CLASSES) for _ in range(2)], torch.randn(5, FEATURES)
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = [net(x).float() for net in nets]
+        mean = AveragedTeacher(nets)(x)
+        logs = AdaptedTeacher(nn.Sequential(nets[0], nn.Sigmoid()), probabilities=True)(x)
+    torch.testing.assert_close(mean, torch.stack([a.softmax(-1) for a in answers]).mean(0).log())
+    assert logs.dtype is torch.float32
+
+
 def test_another_normalisation_and_size_are_handled():
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).eval()
     mean, std, data_mean, data_std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], [0.1, 0.2, 0.3], [1.0, 2.0, 3.0]
