@@ -35,7 +35,14 @@ class Distillation(pl.LightningModule):
             away and pulls to no fault of its own. Costs a pass over the training part an epoch.
         lr: learning rate of AdamW, on a cosine over the epochs. Override `configure_optimizers` for another one.
         weight_decay: of AdamW.
+
+    Raises:
+        UserError: a weight, factor or temperature that cannot be.
     """
+
+    teachers: list[FrozenTeacher]
+    # Weights (B, K) of samples, set by LossMixing.
+    sample_weights: Callable[[Index], Tensor] | None = None
 
     def __init__(
         self,
@@ -63,10 +70,6 @@ class Distillation(pl.LightningModule):
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
         self.weight = CAUTIOUS if isinstance(distillation_weight, str) else float(distillation_weight)
         self._control: list[Tensor] = []
-
-    teachers: list[FrozenTeacher]
-    # Weights (B, K) of samples, set by LossMixing.
-    sample_weights: Callable[[Index], Tensor] | None = None
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) of the student, float32 also in mixed precision."""

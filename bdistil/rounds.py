@@ -44,6 +44,9 @@ class BoostingRound(pl.LightningModule):
         teacher: asked about each batch where settings.state is `recompute`.
     """
 
+    earlier: list[nn.Module]
+    teacher: nn.Module | None
+
     def __init__(
         self,
         student: nn.Module,
@@ -65,9 +68,6 @@ class BoostingRound(pl.LightningModule):
         self.recompute = settings.state == "recompute"
         self._regression = settings.task == "regression"
         self.mix: Mix | None = None  # set by LossMixing
-
-    earlier: list[nn.Module]
-    teacher: nn.Module | None
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) of this round's student, in units of the ledger."""
