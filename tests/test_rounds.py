@@ -165,6 +165,17 @@ def test_a_plain_student_takes_no_links_and_is_told_once(tmp_path, caplog):
     assert sum("takes no links" in message and "F0" in message for message in caplog.messages) == 1
 
 
+def test_a_plain_student_among_others_is_shown_without_links(tmp_path):
+    boost(tmp_path, student=lambda round: make_plain(round) if round == 1 else make_student(round))
+    assert [row["accepted_class"] for row in curve(tmp_path)] == ["", "F0", "F0", "F1"]
+
+
+def test_checks_before_a_run_draw_nothing(tmp_path):
+    before = torch.get_rng_state()
+    control(tmp_path).boosting.check(Toys())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # ---- accept, widen, stop
 
 
@@ -215,15 +226,17 @@ def test_margins_are_those_of_the_game(finished):
 
 
 def test_a_round_that_makes_no_progress_climbs_the_ladder_and_stops(tmp_path, caplog):
-    tried = []
+    tried, weights = [], []
 
     def note(trainer, module):
         tried.append((module.number, module.student.links, trainer.current_epoch))
+        weights.append(module.student.body[0].weight.detach().clone())
 
     options = {"settings": settings_for(accept="progress", min_progress=0.9)}
     controller = boost(tmp_path, callbacks=lambda: [Hook(on_train_start=note)], **options)
     # With one earlier student there is one to link to, however many a rung asks for; each try starts anew.
     assert tried == [(0, 0, 0), (1, 1, 0), (1, 1, 0)]
+    assert not torch.equal(weights[1], weights[2])
     assert [part.name for part in sorted((tmp_path / "rounds").iterdir())] == ["000"]
     stopped = json.loads((tmp_path / "stopped.json").read_text())
     assert stopped["round"] == 1

@@ -12,7 +12,9 @@ from toys import (
     FEATURES,
     ROUNDS,
     TRAIN,
+    VAL,
     Hook,
+    Noisy,
     Toys,
     boost,
     by_hand,
@@ -124,6 +126,23 @@ def test_a_run_of_views_goes_on_as_it_would_have_ended(tmp_path):
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
 
 
+def test_a_validation_part_that_augments_is_seen_in_one_view(tmp_path):
+    """What is logged in a fit, batch by batch, is what is found at its end, of the same x."""
+
+    class Wrong(Toys):
+        def val_dataloader(self):
+            return DataLoader(Noisy(*self.parts["val"]), batch_size=BATCH)
+
+    logged = []
+
+    def look(trainer, module):
+        logged.append([float(trainer.callback_metrics[name]) for name in ("val_loss", "val_rms")])
+
+    boost(tmp_path, Wrong(), callbacks=lambda: [Hook(on_fit_end=look)])
+    for values, row in zip(logged, curve(tmp_path)[1:], strict=True):
+        assert values == pytest.approx([float(row[column]) for column in ("val_loss", "rms_error")], rel=1e-4)
+
+
 def test_without_augmentation_there_is_one_view(finished, tmp_path):
     boost(tmp_path, settings=settings_for(views=4))
     assert digests(tmp_path) == digests(finished.run_dir)
@@ -154,6 +173,8 @@ def test_any_other_cache_is_refused(tmp_path):
     assert not digests(tmp_path)
     # As the message says, in the same folder.
     assert len(boost(tmp_path, Toys(noisy=True), settings=settings_for(views=K)).ensemble) == ROUNDS
+    teacher = curve(tmp_path)[0]  # is asked about each view of the training part
+    assert int(teacher["train_macs"]) == int(teacher["macs"]) * (K * TRAIN + VAL)
     assert curve(tmp_path)[1]["test_accuracy"]
 
 
