@@ -274,6 +274,7 @@ def test_the_patients_are_those_of_scikit_learn():
     parts = [part.tensors for part in data.parts.values()]
     assert [len(y) for _, y in parts] == [264, 89, 89]
     np.testing.assert_allclose(parts[0][0].mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(parts[0][0].std(0), 1, atol=1e-5)
     assert sorted(torch.cat([y for _, y in parts]).tolist()) == sorted(bunch.target)
 
 
