@@ -219,6 +219,17 @@ def test_the_cost_of_an_onnx_graph_is_that_of_its_products(tmp_path):
     assert cost.weight_bytes == sum(value.nbytes for value in weights.values())
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_cost_of_an_onnx_product_whose_first_factor_is_turned(tmp_path, batch):
+    weights = {"w": np.ones((FEATURES, CLASSES), "f4")}
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["turned"]),
+        helper.make_node("Gemm", ["turned", "w"], ["answers"], transA=1),
+    ]
+    teacher = OnnxTeacher(graph(tmp_path / "t.onnx", nodes, weights))
+    assert measure_cost(teacher, (torch.randn(batch, FEATURES),)).macs == batch * FEATURES * CLASSES
+
+
 def test_what_cannot_be_counted_is_warned_of_and_recorded(tmp_path):
     """A recurrent ONNX teacher: a line says what the MACs lack."""
     random = np.random.default_rng(0)
