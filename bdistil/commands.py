@@ -14,7 +14,8 @@ from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.evaluation import Part, Sweep, evaluate_budgets, sweep_budgets
 from bdistil.evaluation_files import table, teacher_row, write_csv, write_picture
 from bdistil.exit_rules import Rule
-from bdistil.export import ExportOptions, export_run, export_summary
+from bdistil.export import ExportOptions, export_run
+from bdistil.export_summary import export_summary
 from bdistil.profiling import profile_run
 from bdistil.recipe_files import jobs, recipes, summary
 from bdistil.report import write_report
@@ -112,10 +113,10 @@ def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:
 def export(
     run_dir: str,
     output: str,
-    format: Literal["onnx", "torch"] = "onnx",
+    format: Literal["onnx", "torch", "executorch"] = "onnx",
     normalisation: Literal["declared", "inside"] = "declared",
     quantise: Literal["dynamic", "static"] | None = None,
-    fuse: Literal["pairs"] | None = None,
+    fuse: Literal["pairs", "all", "exits"] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write one graph a stage and a manifest; for onnx a runner that needs no torch.
@@ -123,10 +124,10 @@ def export(
     Args:
         run_dir: the run directory.
         output: a new folder.
-        format: onnx runs with onnxruntime and numpy alone; torch writes the .pt2 files of torch.export.
+        format: onnx runs with onnxruntime and numpy alone; torch writes .pt2 files; executorch a program for devices.
         normalisation: inside puts the normalisation of the data into the graphs, which then read raw samples.
         quantise: int8 weights; static takes ranges from training samples. Accuracies are printed beside float.
-        fuse: pairs adds one graph for each two stages, used where it was measured to be faster.
+        fuse: pairs or all adds graphs of two or all stages, exits one that leaves early; used where measured faster.
         overwrite: replace an older export.
     """
     options = ExportOptions(format, normalisation, quantise, fuse, overwrite)

@@ -54,7 +54,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         beside.mkdir(parents=True)
         yield beside
-        for path in beside.iterdir():
+        for path in beside.rglob("*"):
             _sync(path)
         _sync(beside)
         if output.exists():
@@ -80,30 +80,39 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def copy_runner(folder: Path) -> list[dict[str, Any]]:
+    """Puts the runner beside the graphs; gives its files for the manifest."""
+    source, target = Path(__file__).with_name("runner"), folder / "runner"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return [{**seal(path), "file": f"runner/{path.name}"} for path in sorted(target.iterdir())]
+
+
 def seal(path: Path) -> dict[str, Any]:
     """Name, size and sha256 of a file, as the manifest has them."""
     data = path.read_bytes()
     return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def tensors(names: Sequence[str], values: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def tensors(names: Sequence[str], values: Mapping[str, Tensor], batch: int | str) -> list[dict[str, Any]]:
     """Names, shapes and dtypes of the tensors that a graph reads or gives."""
     return [
         {
             "name": name,
-            "shape": ["batch", *values[name].shape[1:]],
+            "shape": [batch, *values[name].shape[1:]],
             "dtype": str(values[name].dtype).removeprefix("torch."),
         }
         for name in names
     ]
 
 
-def graph_entry(path: Path, segment: Segment, values: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the manifest says of one graph."""
+def graph_entry(
+    path: Path, segment: Segment, values: Mapping[str, Tensor], batch: int | str = "batch"
+) -> dict[str, Any]:
+    """What the manifest says of one graph; `batch` is its batch size, or the word for any."""
     return {
         **seal(path),
         "first": segment.numbers[0] + 1,
         "last": segment.numbers[-1] + 1,
-        "inputs": tensors(segment.reads, values),
-        "outputs": tensors(segment.gives, values),
+        "inputs": tensors(segment.reads, values, batch),
+        "outputs": tensors(segment.gives, values, batch),
     }

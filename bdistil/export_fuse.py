@@ -1,12 +1,12 @@
-"""One graph for each pair of stages, measured beside the stages themselves.
+"""Pairs of stages, or all, as one graph, measured beside the stages themselves.
 
-Links join at the head, so the bodies of a pair have nothing to wait for and may run together.
+Links join at the head, so the bodies of these stages have nothing to wait for and may run together.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,57 +22,75 @@ MEASURED = (1, 64)  # batch sizes
 TURNS = 100
 
 
-def pairs_of(count: int) -> list[list[int]]:
-    """Numbers, from 0, of stages two by two; an odd last one stays alone."""
-    return [[number, number + 1] for number in range(0, count - 1, 2)]
+def spans(kind: str, count: int) -> list[list[int]]:
+    """Numbers, from 0, of the stages that run as one graph; of pairs an odd last stage stays alone."""
+    return [list(range(count))] if kind == "all" else [[n, n + 1] for n in range(0, count - 1, 2)]
 
 
-def choose_pairs(folder: Path, manifest: Mapping[str, Any], pairs: Sequence[Any], raw: Tensor) -> dict[str, Any]:
-    """Latency of all stages with and without pairs, and whether pairs are faster for one sample.
+def fused_runner(folder: Path, manifest: Mapping[str, Any], fused: Mapping[str, Any] | None) -> ExportedEnsemble:
+    """With these graphs in use, whether they are faster or not."""
+    return ExportedEnsemble(folder, {**manifest, "fused": fused and {**fused, "faster": True}}, threads=1)
+
+
+def fused_spans(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    graphs: Mapping[str, Any],
+    ensemble: ProgressiveEnsemble,
+    x: Tensor,
+    raw: Tensor,
+) -> dict[str, Any]:
+    """Compares with PyTorch and measures all stages with and without these graphs.
 
     Args:
-        folder: with the graphs of stages and pairs.
+        folder: with the graphs.
         manifest: of the stages.
-        pairs: entries of the pairs.
-        raw: samples as the graphs read them.
+        graphs: `kind` and `graphs`, the entries.
+        ensemble: as it was trained.
+        x: (N, ...) samples as in training.
+        raw: the same as the graphs read them.
 
     Returns:
-        The part `fused` of the manifest.
+        The part `fused` of the manifest: the graphs are `faster` where they are so for one sample.
+
+    Raises:
+        RunError: a graph differs from PyTorch.
     """
-    fused = {"pairs": list(pairs), "faster": True}
-    plain, paired = (ExportedEnsemble(folder, {**manifest, "fused": f}, 1) for f in (None, fused))
-    latency = {}
+    plain, together = fused_runner(folder, manifest, None), fused_runner(folder, manifest, graphs)
+    largest, latency = 0.0, {}
+    for batch in BATCHES:
+        given = together.predict(raw[:batch].numpy()).logits
+        largest = max(largest, difference(Tensor(given), ensemble(x[:batch])))
+    within_tolerance(largest, graphs["kind"])
     for batch in MEASURED:
-        x = raw[:batch].numpy()
-        latency[str(batch)] = dict(zip(("stages_ms", "pairs_ms"), interleaved_ms([plain, paired], x), strict=True))
-    fused["faster"] = latency["1"]["pairs_ms"] < latency["1"]["stages_ms"]
-    return {**fused, "latency": latency}
+        samples = raw[:batch].numpy()
+        taken = interleaved_ms([runner_call(plain, samples), runner_call(together, samples)])
+        latency[str(batch)] = dict(zip(("stages_ms", "fused_ms"), taken, strict=True))
+    faster = latency["1"]["fused_ms"] < latency["1"]["stages_ms"]
+    return {**graphs, "difference": largest, "latency": latency, "faster": faster}
 
 
-def prove_pairs(
-    folder: Path, manifest: Mapping[str, Any], ensemble: ProgressiveEnsemble, x: Tensor, raw: Tensor
-) -> float:
-    """Largest difference to PyTorch when pairs run as one graph.
+def runner_call(runner: ExportedEnsemble, x: Any) -> Callable[[], object]:
+    """All stages on x, to be measured."""
+    return lambda: runner.predict(x)
+
+
+def within_tolerance(found: float, kind: str) -> None:
+    """Is the difference to PyTorch small enough?
 
     Raises:
         RunError: it is above `TOLERANCE`.
     """
-    paired = ExportedEnsemble(folder, {**manifest, "fused": {**manifest["fused"], "faster": True}}, 1)
-    largest = 0.0
-    for batch in BATCHES:
-        given = paired.predict(raw[:batch].numpy()).logits
-        largest = max(largest, difference(Tensor(given), ensemble(x[:batch])))
-    if largest > TOLERANCE:
-        raise RunError(f"The graphs of pairs differ from PyTorch by {largest:.2g} (allowed: {TOLERANCE:g}).")
-    return largest
+    if found > TOLERANCE:
+        raise RunError(f"The graphs of `--fuse {kind}` differ from PyTorch by {found:.2g} (allowed: {TOLERANCE:g}).")
 
 
-def interleaved_ms(ensembles: Sequence[ExportedEnsemble], x: Any) -> list[float]:
-    """Smallest time of all stages of each ensemble, in turns, in ms."""
-    taken = np.full((TURNS, len(ensembles)), np.inf)
+def interleaved_ms(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Smallest time of each call, in turns, in ms."""
+    taken = np.full((TURNS, len(calls)), np.inf)
     for turn in taken:
-        for place, ensemble in enumerate(ensembles):
+        for place, call in enumerate(calls):
             begun = time.perf_counter()
-            ensemble.predict(x)
+            call()
             turn[place] = 1e3 * (time.perf_counter() - begun)
     return [float(value) for value in taken.min(0)]

@@ -132,6 +132,18 @@ def dynamo_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None
             program, (), str(path), dynamo=True, verbose=False, external_data=False,
             input_names=segment.reads, output_names=segment.gives,
         )  # fmt: skip
+    _strip(path)
+
+
+def _strip(path: Path) -> None:
+    """Takes out what the newer exporter says of the source of each node: a kB a node, with paths of this machine."""
+    import onnx
+
+    model = onnx.load(str(path))
+    for part in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]
+    del model.graph.value_info[:]
+    onnx.save(model, str(path))
 
 
 def torch_file(segment: Segment, example: Sequence[Tensor], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,8 +77,10 @@ def stage_differences(run: Run, ensemble: ProgressiveEnsemble, x: Tensor, raw: T
     return largest
 
 
-def prove_parity(run: Run, ensemble: ProgressiveEnsemble, x: Tensor, raw: Tensor, source: str) -> Parity:
-    """Compares all stages at all batch sizes; 32 batches of each size at most, to save time.
+def prove_parity(
+    run: Run, ensemble: ProgressiveEnsemble, x: Tensor, raw: Tensor, source: str, batches: Sequence[int] = BATCHES
+) -> Parity:
+    """Compares all stages at several batch sizes; 32 batches of each size at most, to save time.
 
     Args:
         run: see `stage_differences`.
@@ -86,12 +88,13 @@ def prove_parity(run: Run, ensemble: ProgressiveEnsemble, x: Tensor, raw: Tensor
         x: (N, ...) as in training.
         raw: the same samples as the graphs read them.
         source: of the samples, in words.
+        batches: sizes.
 
     Raises:
         RunError: a stage differs by more than `TOLERANCE`, or cannot be run at a batch size.
     """
     largest = [0.0] * len(ensemble)
-    for batch in BATCHES:
+    for batch in batches:
         part = slice(32 * batch)
         found = stage_differences(_named(run, batch), ensemble, x[part], raw[part], batch)
         largest = [max(pair) for pair in zip(largest, found, strict=True)]
@@ -102,7 +105,8 @@ def prove_parity(run: Run, ensemble: ProgressiveEnsemble, x: Tensor, raw: Tensor
                     f"{TOLERANCE:g}). Something in its student depends on the batch size or the values of a batch in a "
                     "way that the exported graph does not follow."
                 )
-    return Parity(len(x), source, BATCHES, tuple(largest))
+    compared = min(len(x), 32 * max(batches))
+    return Parity(compared, source, tuple(batches), tuple(largest))
 
 
 def _named(run: Run, batch: int) -> Run:

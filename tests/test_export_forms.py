@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_export import KINDS, mlp_student, write_run
+from export_runs import KINDS, mlp_student, write_run
 from torch import nn
 from toys import Toys
 
@@ -34,23 +34,30 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("fuse", ["pairs", "all"])
 @pytest.mark.parametrize(("make", "shape"), [kind[1:] for kind in QUICK], ids=[kind[0] for kind in QUICK])
-def test_pairs_give_the_same_numbers_and_the_faster_is_taken(make, shape, tmp_path):
+def test_graphs_of_several_stages_give_the_same_numbers_and_the_faster_are_taken(fuse, make, shape, tmp_path):
     run = write_run(tmp_path / "run", make, shape)
-    manifest = export_run(run, tmp_path / "out", ExportOptions(fuse="pairs"))
-    fused = manifest["fused"]
-    assert [(entry["first"], entry["last"]) for entry in fused["pairs"]] == [(1, 2), (3, 4)]
+    manifest = export_run(run, tmp_path / "out", ExportOptions(fuse=fuse))
+    fused, wanted = manifest["fused"], {"pairs": [(1, 2), (3, 4)], "all": [(1, 4)]}[fuse]
+    assert [(entry["first"], entry["last"]) for entry in fused["graphs"]] == wanted
     assert fused["difference"] <= 1e-4
-    assert fused["faster"] == (fused["latency"]["1"]["pairs_ms"] < fused["latency"]["1"]["stages_ms"])
-    assert len(ExportedEnsemble.load(tmp_path / "out").pairs) == 2 * fused["faster"]
-    runner = ExportedEnsemble(tmp_path / "out", {**manifest, "fused": {**fused, "faster": True}}, 1)
-    ensemble, x = ProgressiveEnsemble.load(run.root), torch.randn(9, *shape)
-    for graph in runner.graphs:  # pairs (1, 2) and (3, 4) do the work of all
-        graph.run = None
-    for stages in (2, 4):
-        answer = runner.predict(x.numpy(), RunnerBudget(stages=stages))
-        np.testing.assert_allclose(answer.logits, ensemble(x, stages=stages).numpy(), atol=1e-4)
-        assert set(answer.stages) == {stages}
+    assert fused["faster"] == (fused["latency"]["1"]["fused_ms"] < fused["latency"]["1"]["stages_ms"])
+    for faster in (True, False):
+        runner = ExportedEnsemble(tmp_path / "out", {**manifest, "fused": {**fused, "faster": faster}}, 1)
+        ensemble, x = ProgressiveEnsemble.load(run.root), torch.randn(9, *shape)
+        for stages in range(1, 5):
+            plan = [(graph.first, graph.last) for graph in runner.plan(stages)]
+            assert plan == (plans(wanted, stages) if faster else [(k, k) for k in range(1, stages + 1)])
+            answer = runner.predict(x.numpy(), RunnerBudget(stages=stages))
+            np.testing.assert_allclose(answer.logits, ensemble(x, stages=stages).numpy(), atol=1e-4)
+            assert set(answer.stages) == {stages}
+
+
+def plans(spans, stages):
+    """The graphs of several stages that end in time, and single stages after them."""
+    plan = [span for span in spans if span[1] <= stages]
+    return plan + [(k, k) for k in range((plan[-1][1] if plan else 0) + 1, stages + 1)]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -72,7 +79,7 @@ def test_int8_stands_beside_float(run, kind, tmp_path):
     assert 0 < np.abs(difference).max() < 0.2
     assert found["float"]["bytes"] == sum(stage["bytes"] for stage in plain["stages"])
     assert sorted(path.name for path in (tmp_path / "int8").iterdir()) == sorted(
-        ["manifest.json", "runner.py", *(stage["file"] for stage in manifest["stages"])]
+        ["manifest.json", "runner", *(stage["file"] for stage in manifest["stages"])]
     )
 
 
@@ -119,14 +126,15 @@ def test_samples_only_leave_where_that_pays(timed):
     budget = RunnerBudget(confidence=0.45)
     runner = ExportedEnsemble.load(timed)
     sizes = []
-    for number, graph in enumerate(runner.graphs):
+    for number, graph in enumerate(runner.graphs):  # which run only when a sample has left
         graph.run = lambda values, number=number, run=graph.run: (sizes.append((number, len(values["x"]))), run(values))
     for compact, leaves in ((0.0, True), (1e9, False)):
         sizes.clear()
         slow = [Times(batch, [1e-2 * batch] * 4, [1e-2] * 4, 1e-6, compact) for batch in (1, 64)]
         runner.clock = Clock(slow)
         runner.predict(x, budget)
-        assert (sizes[-1][1] < 64) == leaves
+        assert bool(sizes) == leaves
+        assert all(0 < size < 64 for _, size in sizes)
 
 
 # ---- elsewhere
@@ -144,6 +152,6 @@ def test_a_fresh_environment_reaches_the_same_predictions(run, timed, tmp_path):
     np.save(tmp_path / "x.npy", x.numpy())
     ensemble = ProgressiveEnsemble.load(run.root)
     for given, budget in (([], Budget()), (["--stages", "2"], Budget(stages=2))):
-        command = [python, timed / "runner.py", "--input", tmp_path / "x.npy", "--output", tmp_path / "y.npy", *given]
+        command = [python, timed / "runner", "--input", tmp_path / "x.npy", "--output", tmp_path / "y.npy", *given]
         subprocess.run(command, check=True, env=environment, cwd=tmp_path)
         np.testing.assert_allclose(np.load(tmp_path / "y.npy"), ensemble.predict(x, budget).logits.numpy(), atol=1e-4)

@@ -23,7 +23,8 @@ LAYERS = """
     tracking report report_anytime round_tracker round_state round_end round_hooks mekd_stage mekd_run
     callbacks
     compare distiller api_server early evaluation run_data anytime_fit
-    runner export_graphs export_folder export_parity export_data export_fuse export_int8 export
+    runner export_graphs export_folder export_parity export_data export_fuse export_branches export_exits export_int8
+    export_executorch export_job export_formats export_summary export
     evaluation_files profiling commands cli_parser fit_command cli
     __init__ __main__
 """.strip().splitlines()

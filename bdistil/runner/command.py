@@ -1,0 +1,55 @@
+"""The command line of an exported folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .budgets import RULES, Budget
+from .ensemble import ExportedEnsemble
+from .files import ExportError
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Predicts the samples of a .npy file: a line each with the class, its probability and the stages that it took."""
+    parser = argparse.ArgumentParser(prog="runner", description=(main.__doc__ or "").split(":")[0])
+    parser.add_argument("folder", nargs="?", default=Path(__file__).parent.parent, help="exported folder")
+    parser.add_argument("--input", required=True, help="x (B, ...) as .npy")
+    parser.add_argument("--output", help="write the logits (B, L) to this .npy instead of printing classes")
+    parser.add_argument("--stages", type=int)
+    parser.add_argument("--macs", type=int)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--confidence", help="in (0, 1], or 'fitted'")
+    parser.add_argument("--rule", choices=RULES)
+    given = parser.parse_args(args)
+    try:
+        _print_predictions(given)
+    except (ExportError, OSError) as error:
+        print(f"runner: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _print_predictions(given: argparse.Namespace) -> None:
+    try:
+        x = np.load(given.input, allow_pickle=False)
+        sure = float(given.confidence) if given.confidence not in (None, "fitted") else given.confidence
+    except ValueError as error:
+        raise ExportError(
+            f"Expected --input as .npy of numbers and --confidence as a number or 'fitted': {error}"
+        ) from error
+    ensemble = ExportedEnsemble.load(given.folder)
+    budget = Budget(given.stages, given.macs, given.seconds, sure, given.rule)
+    prediction = ensemble.predict(x, budget)
+    if given.output:
+        np.save(given.output, prediction.logits, allow_pickle=False)
+        return
+    labels, real = ensemble.manifest["labels"], ensemble.manifest["task"] == "regression"
+    for logits, stages, macs in zip(prediction.logits, prediction.stages, prediction.macs, strict=True):
+        best = int(logits.argmax())
+        answer = " ".join(f"{value:.6g}" for value in logits) if real else labels[best] if labels else best
+        print(f"{answer}\tstages {stages}\tmacs {macs}")
