@@ -7,7 +7,7 @@ import zipfile
 import onnx
 import pytest
 import torch
-from export_runs import change_manifest, mlp_student, write_run
+from export_runs import L, change_manifest, mlp_student, write_run
 
 from bdistil.export import ExportOptions, export_run
 from bdistil.export_folder import seal
@@ -68,6 +68,13 @@ def test_stages_swapped_in_the_manifest_read_other_tensors(folder):
 def test_stages_in_another_order_read_what_is_not_there_yet(folder):
     change_manifest(folder, lambda m: m["stages"].insert(1, m["stages"].pop(2)))
     refuses(folder, "stage_03.onnx reads ['features_2', 'total_2'], which no stage before it gives")
+
+
+@pytest.mark.parametrize("shape", [["batch", L - 1], ["batch", L + 1], ["batch", L, 1], [], ["batch", "L"]])
+def test_arrays_that_are_none_of_the_graph_are_refused(folder, shape):
+    """The runner makes them by the manifest, and lets onnxruntime write into them."""
+    change_manifest(folder, lambda m: m["stages"][0]["outputs"][0].update(shape=shape))
+    refuses(folder, "stage_01.onnx has total_1 as", f"the manifest says {shape}")
 
 
 @pytest.mark.parametrize("name", ["../out2/stage_01.onnx", "/etc/passwd", "..", "", "a/b.onnx", "..\\x.onnx"])

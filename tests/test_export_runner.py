@@ -164,7 +164,8 @@ def test_threads_share_a_runner(plain):
             np.testing.assert_allclose(given.logits, logits, atol=1e-5)
 
 
-def test_a_batch_may_lie_in_memory_as_it_likes(plain):
+@pytest.mark.parametrize("lay", [np.asfortranarray, lambda x: x[::-1], lambda x: np.repeat(x, 2, 1)[:, ::2]])
+def test_a_batch_may_lie_in_memory_as_it_likes(plain, lay):
     runner, wanted = plain
-    x = np.asfortranarray(samples(5)[0])[::-1]
+    x = lay(samples(5)[0])
     np.testing.assert_allclose(runner.predict(x).logits, wanted(np.ascontiguousarray(x))[-1], atol=1e-5)

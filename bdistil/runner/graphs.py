@@ -43,6 +43,16 @@ class Graph:
         found = sorted(tensor.name for tensor in self.session.get_inputs())
         if found != sorted(self.reads):
             raise ExportError(f"{self.file} reads {found}, but the manifest says {sorted(self.reads)}.")
+        self._hold_to_shapes()
+
+    def _hold_to_shapes(self) -> None:
+        """Arrays are made by the manifest's shapes, so these have to be those of the graph, where it knows them."""
+        have = {tensor.name: tensor.shape for tensor in (*self.session.get_inputs(), *self.session.get_outputs())}
+        for tensor in (*self.inputs, *self.outputs):
+            said, real = tensor["shape"], have.get(tensor["name"], ())
+            same = [a == b or not isinstance(b, int) for a, b in zip(said, real)]  # noqa: B905
+            if real and not (len(said) == len(real) and all(same)):
+                raise ExportError(f"{self.file} has {tensor['name']} as {real}, but the manifest says {said}.")
 
     def run(self, values: dict[str, Array]) -> None:
         """Adds what the graph gives to the values."""
