@@ -206,6 +206,7 @@ class Boosting:
             val=self.val,
             views=self.views,
             teacher=self.teacher if self.recompute else None,
+            run_dir=self.run.root,
         )
 
     def open(self, module: BoostingRound) -> None:

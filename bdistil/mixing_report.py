@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
@@ -33,14 +35,23 @@ def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, 
     }
 
 
-def log_histogram(logger: Any, weights: Tensor, step: int) -> None:
-    """Gives the label weights of all samples to a logger that has histograms: Weights & Biases, TensorBoard."""
+def log_weights(loggers: Iterable[Any], weights: Tensor, figures: Mapping[str, float], step: int) -> None:
+    """Gives figures to all loggers, and the label weights of all samples to those that have histograms.
+
+    Args:
+        loggers: of a Trainer; W&B and TensorBoard have histograms.
+        weights: (N, K), the labels' first.
+        figures: of `weight_figures`.
+        step: of the row.
+    """
     trust = weights[:, 0].numpy()
-    if "wandb" in sys.modules and type(logger).__name__ == "WandbLogger":
-        histogram = sys.modules["wandb"].Histogram(np_histogram=np.histogram(trust, 20))
-        logger.log_metrics({"mixing/histogram": histogram}, step=step)
-    elif hasattr(getattr(logger, "experiment", None), "add_histogram"):
-        logger.experiment.add_histogram("mixing/histogram", trust, step)
+    for logger in loggers:
+        shown: dict[str, Any] = {f"mixing/{key}": value for key, value in figures.items()}
+        if "wandb" in sys.modules and isinstance(logger, WandbLogger):
+            shown["mixing/histogram"] = sys.modules["wandb"].Histogram(np_histogram=np.histogram(trust, 20))
+        elif hasattr(getattr(logger, "experiment", None), "add_histogram"):
+            logger.experiment.add_histogram("mixing/histogram", trust, step)
+        logger.log_metrics(shown, step=step)
 
 
 def draw_weights(path: str | os.PathLike[str], weights: Tensor, flipped: Tensor | None = None) -> None:
@@ -57,8 +68,9 @@ def draw_weights(path: str | os.PathLike[str], weights: Tensor, flipped: Tensor 
     groups = {"all samples": trust}
     if flipped is not None and bool(flipped.any()):
         groups = {"clean labels": trust[~flipped], "flipped labels": trust[flipped]}
-    figure = Figure(figsize=(5, 3), layout="constrained")
+    figure = Figure(figsize=(5, 3))
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.17, top=0.96)  # to find them takes as long as to draw
     for name, values in groups.items():
         axes.hist(
             values.numpy(),

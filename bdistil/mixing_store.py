@@ -1,9 +1,10 @@
-"""What mixing has learned of every sample, in files of rows beside the ledger: versions that a checkpoint can name."""
+"""What mixing has learned of every sample, in files of rows as the ledger's: versions that a checkpoint can name."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class MixingStore:
         earlier = [found for found in self._found() if found[0] < number]
         rows = self._read(*earlier[-1]) if earlier else first.numpy()
         distributed.barrier()  # all have read before one writes
+        self._remove(found for found in self._found() if found[0] >= number)  # of an earlier try
         self.round, self.version = number, -1
         self.begin()
         for low, high in distributed.my_blocks(self.shape[0], BLOCK):
@@ -103,10 +105,15 @@ class MixingStore:
     def forget(self, saved: int) -> None:
         """Removes versions of this round before the one that a checkpoint names, and all but the last of each other."""
         distributed.barrier()
+        found = self._found()
+        ends = {max(pair for pair in found if pair[0] == number) for number in {pair[0] for pair in found}}
+        self._remove(
+            (number, version)
+            for number, version in found
+            if (version < saved if number == self.round else (number, version) not in ends)
+        )
+
+    def _remove(self, versions: Iterable[tuple[int, int]]) -> None:
         if distributed.rank() == 0:
-            found = self._found()
-            ends = {max(pair for pair in found if pair[0] == number) for number in {pair[0] for pair in found}}
-            for number, version in found:
-                old = version < saved if number == self.round else (number, version) not in ends
-                if old:
-                    self._file(number, version).unlink(missing_ok=True)
+            for number, version in versions:
+                self._file(number, version).unlink(missing_ok=True)

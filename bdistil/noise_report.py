@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from bdistil.noise_look import Look
 from bdistil.variance import (
     STEPS,
     GradientMoments,
@@ -17,24 +18,21 @@ from bdistil.variance import (
 POINTS = [i / 50 for i in range(51)]
 
 
-def noise_figures(moments: GradientMoments, *, game: bool) -> dict[str, float]:
-    """What is logged of a look.
-
-    Args:
-        moments: of label and teacher gradient; of a round, of its gradient without the game and with it.
-        game: is it a round?
-    """
-    if game:
-        figures = {}
+def noise_figures(seen: Look) -> dict[str, float]:
+    """What is logged of a look; of a round, the noise without the game and with it."""
+    moments, figures = seen.moments, {"label_loss": seen.entropy}
+    if seen.curvature is None:
         for name, weight in (("plain", 0.0), ("game", 1.0)):
             figures[f"variance_{name}"] = variance_at(moments, weight)
             figures[f"nsr_{name}"] = noise_to_signal(moments, weight)
         return figures
-    return moments.plain() | {
+    return figures | {
+        **moments.plain(),
         "nsr_labels": noise_to_signal(moments, 0.0),
         "nsr_teacher": noise_to_signal(moments, 1.0),
         "least_variance_weight": least_variance_weight(moments),
         "explained": explained_share(moments),
+        "pull_curvature": seen.curvature,
         **{f"best_weight_{step:g}": best_weight(moments, step) for step in STEPS},
     }
 
@@ -49,8 +47,10 @@ def draw_noise(path: str | os.PathLike[str], moments: GradientMoments, title: st
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    # Margins by hand: to find them, matplotlib draws everything twice.
+    figure = Figure(figsize=(7, 2.8))
     left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.18, top=0.89, wspace=0.32)
     left.plot(POINTS, [noise_to_signal(moments, weight) for weight in POINTS])
     left.set(xlabel="λ", ylabel="noise to signal of one sample", title=title)
     right.plot(POINTS, [variance_at(moments, weight) for weight in POINTS])

@@ -7,10 +7,26 @@ import torch
 from torch import Tensor
 
 from bdistil.block_sums import BLOCK
+from bdistil.errors import UserError
 from bdistil.functional import log_normaliser
-from bdistil.mixing import label_target, mixed_target
+from bdistil.mixing import MixingSettings, label_target, mixed_target
 from bdistil.mixing_store import MixingStore
 from bdistil.rounds import BoostingRound, Index
+
+
+def check_round(module: BoostingRound, settings: MixingSettings) -> None:
+    """Refuses what the target of a round can not be mixed of.
+
+    Raises:
+        UserError: weights that do not sum to 1, or real outputs.
+    """
+    if settings.mode != "convex":
+        raise UserError(
+            "Expected `mode` of the mixing settings to be 'convex' in a boosting run, whose target is a mix of "
+            f"label and teacher, got {settings.mode!r}."
+        )
+    if module.settings.task == "regression":
+        raise UserError("Expected a boosting run of classes beside LossMixing, got task='regression'.")
 
 
 class RoundMix:

@@ -12,6 +12,11 @@ from bdistil.run_directory import RunDirectory
 from bdistil.tracking import CurveTracker
 
 
+def shown_step(trainer: pl.Trainer) -> int:
+    """Where the step axis of the loggers is: it goes on over the rounds of a run, `trainer.global_step` does not."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 class RoundTracker:
     """One curve over the fits of all rounds.
 
@@ -36,13 +41,13 @@ class RoundTracker:
         if first:
             self._tracker.restore(records)
         # Each Trainer counts its steps from 0; the step axis of the loggers goes on where the rounds before ended.
-        # There is no public way to say so (lightning 2.6).
+        # There is no public way to say so, or to ask for it (lightning 2.6).
         trainer.fit_loop.epoch_loop._batches_that_stepped = sum(record["steps"] for record in records)
 
     def committed(self, trainer: pl.Trainer, row: Mapping[str, Any], number: int) -> None:
         """Shows a committed round: its row, and its student as an artifact."""
         assert self._tracker is not None
-        self._tracker.round(row, number + 1, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._tracker.round(row, number + 1, shown_step(trainer))
         if trainer.is_global_zero:
             self._tracker.student(self.run.folder(number), number + 1, row)
 

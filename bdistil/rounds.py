@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -42,6 +43,7 @@ class BoostingRound(pl.LightningModule):
         val: the same of the validation part.
         views: g and linked features of further views of the training part, where it augments at random.
         teacher: asked about each batch where settings.state is `recompute`.
+        run_dir: the run directory, for what callbacks leave there.
     """
 
     earlier: list[nn.Module]
@@ -58,9 +60,10 @@ class BoostingRound(pl.LightningModule):
         val: Part,
         views: Sequence[Part] = (),
         teacher: nn.Module | None = None,
+        run_dir: Path,
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.run_dir = student, run_dir
         self.number, self.settings, self.train_part, self.val_part = number, settings, train, val
         self.ledger, self.views = train.ledger, [train, *views]
         object.__setattr__(self, "earlier", list(earlier))

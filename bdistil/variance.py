@@ -12,16 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
 
 from bdistil.errors import UserError
-from bdistil.functional import kd_terms
 
-# alpha mu for which the best weight is reported, and the one that a suggestion is made for; see `best_weight`.
+# alpha mu / B for which the best weight is reported, and the one that a suggestion is made for; see `best_weight`.
 STEPS = (1e-3, 1e-2, 1e-1)
 USUAL_STEP = 1e-2
 # Below this mean cross entropy a student fits its labels, and there is no noise left that a teacher could take away.
@@ -157,26 +153,73 @@ def _control(moments: GradientMoments) -> tuple[float, float, float]:
 
 
 def best_weight(moments: GradientMoments, step: float) -> float:
-    """lambda* of the theory, near convergence: E<g,h> / (E|h|^2 + |mean h|^2 / (alpha mu)), in 0 … 1.
+    """lambda* of the theory, near convergence: E<g,h> / (E|h|^2 + |mean h|^2 / step), in 0 … 1.
 
     Args:
         moments: at the point where training settles.
-        step: alpha mu, step size times half the curvature of the loss, mu of f - f* = mu |x - x*|^2: with it the
-            formula is exact to first order on least squares, where mu as strong convexity would give a bound.
+        step: alpha mu / B, of a step size alpha and batches of B samples: a batch has B times less noise than a
+            sample, and the same pull to the teacher's faults. mu is that of f - f* = mu |x - x*|^2 in the direction of
+            this pull, as `pull_curvature` measures it. With it the formula is exact to first order; mu as strong
+            convexity would give a bound.
     """
     shared, size, bias = _control(moments)
     spread = size + bias / step
     return min(max(shared / spread, 0.0), 1.0) if spread > 0 else 0.0
 
 
-def noise_ratio(moments: GradientMoments, step: float) -> float:
-    """N(lambda*) / N(0) = 1 - rho^2 / (1 + beta): what is left of the neighbourhood in which SGD settles.
+def neighbourhood(moments: GradientMoments, weight: float, step: float) -> float:
+    """N(lambda) / N(0): how far from the optimum SGD settles with a teacher, as a ratio to the labels alone.
 
-    rho^2 = E<g,h>^2 / (E|g|^2 E|h|^2) and beta = |mean h|^2 / (alpha mu E|h|^2).
+    N(lambda) is the noise alpha / 4B E|g - lambda h|^2, and what the pull to the teacher costs, lambda^2 |mean h|^2 /
+    4 mu. At lambda* the ratio is 1 - rho^2 / (1 + beta) of arXiv 2305.17581.
+
+    Args:
+        moments: at the point where training settles.
+        weight: lambda.
+        step: alpha mu / B, see `best_weight`.
     """
     shared, size, bias = _control(moments)
-    spread = moments.gg * (size + bias / step)
-    return 1.0 - shared**2 / spread if spread > 0 else 1.0
+    gained = 2.0 * weight * shared - weight**2 * (size + bias / step)
+    return 1.0 - gained / moments.gg if moments.gg > 0 else 1.0
+
+
+def pull_curvature(
+    activations: Tensor, logits: Tensor, label_residual: Tensor, teacher_residual: Tensor, iterations: int = 30
+) -> float:
+    """mu in the direction of the teacher's pull: |m|^2 / (2 m^T H^-1 m), m the mean of h, H the Hessian of CE.
+
+    Of the last layer, near its optimum. H is solved by conjugate gradients, so directions that are much flatter than
+    the others, which training hardly reaches either, are left out when the iterations end.
+
+    Args:
+        activations: inputs of the layer (n, D), with a column of ones where it has a bias.
+        logits: (n, L).
+        label_residual: R_g (n, L).
+        teacher_residual: R_k (n, L).
+        iterations: of conjugate gradients, at most.
+
+    Returns:
+        mu; 0 where there is no pull.
+    """
+    p, a = logits.softmax(-1), activations
+
+    def hessian(direction: Tensor) -> Tensor:
+        moved = p * (a @ direction.T)
+        return (moved - p * moved.sum(1, keepdim=True)).T @ a / len(a)
+
+    pull = (label_residual - teacher_residual).T @ a / len(a)
+    rest, along, gained, size = pull, pull, 0.0, float(pull.square().sum())
+    first = size
+    for _ in range(iterations):
+        bent = hessian(along)
+        curved = float((along * bent).sum())
+        if curved <= 0 or size <= 1e-8 * first:
+            break
+        gained += size**2 / curved
+        rest = rest - size / curved * bent
+        size, before = float(rest.square().sum()), size
+        along = rest + size / before * along
+    return first / (2.0 * gained) if gained > 0 else 0.0
 
 
 # ---- a suggestion
@@ -200,7 +243,7 @@ def suggest(
     Args:
         moments: of the student as it is.
         label_loss: its mean cross entropy on the same samples.
-        step: alpha mu.
+        step: alpha mu / B, see `best_weight`.
         highest: no suggestion is above it.
     """
     if label_loss < INTERPOLATED:
@@ -209,11 +252,11 @@ def suggest(
         )
     theory, calm = best_weight(moments, step), least_variance_weight(moments)
     weight = min(theory, calm, highest)
-    by_step = ", ".join(f"{best_weight(moments, s):.2f} at {s:g}" for s in STEPS)
+    by_step = ", ".join(f"{best_weight(moments, s):.2f} at {s:g}" for s in sorted({*STEPS, step}))
     return Suggestion(
         weight,
         f"the teacher explains {explained_share(moments):.0%} of the label gradient's variance; best weight by step "
-        f"size times convexity: {by_step}; least variance at {calm:.2f}; noise to signal "
+        f"size times curvature over batch size: {by_step}; least variance at {calm:.2f}; noise to signal "
         f"{noise_to_signal(moments, 0.0):.3g} without the teacher, {noise_to_signal(moments, weight):.3g} with it",
     )
 
@@ -221,69 +264,3 @@ def suggest(
 def scheduled_weight(start: float, factor: float, epoch: int) -> float:
     """Distillation weight of an epoch: decays (factor < 1) or grows (factor > 1) by a factor an epoch, in 0 … 1."""
     return min(max(start * factor**epoch, 0.0), 1.0)
-
-
-# ---- the full version: gradients of all parameters, sample by sample
-
-
-def _flat(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.cat([value.flatten(1) for value in gradients.values()], 1)
-
-
-def sample_gradients(
-    student: nn.Module, x: Tensor, target: Tensor, teacher_logits: Tensor, *, temperature: float, chunk: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Gradients of all parameters for each sample, of the label loss and of the teacher's loss; by `torch.func`.
-
-    Args:
-        student: in eval mode, so that samples do not see each other; maps x to logits.
-        x: (n, ...).
-        target: (n,).
-        teacher_logits: (n, L).
-        temperature: tau.
-        chunk: samples at once.
-
-    Returns:
-        Both (n, P).
-    """
-    weights = {name: p.detach() for name, p in student.named_parameters()}
-
-    def loss(weights: dict[str, Tensor], which: int, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        # Where a module has two names, `tie_weights` would swap it twice and put back what it had swapped in.
-        logits = functional_call(student, weights, (x[None],), tie_weights=False)
-        return kd_terms(logits, z[None], y[None], temperature=temperature)[which].sum()
-
-    found = []
-    for which in (0, 1):
-        per_sample: Any = vmap(grad(loss), in_dims=(None, None, 0, 0, 0), chunk_size=chunk)
-        found.append(_flat(per_sample(weights, which, x, target, teacher_logits)))
-    return found[0], found[1]
-
-
-def control_cosine(student: nn.Module, teacher: nn.Module, x: Tensor, target: Tensor, *, temperature: float) -> float:
-    """How far the teacher's loss is the control variate that the theory takes it for: mean cosine over the samples.
-
-    It compares the gradient of KL at the student with grad CE(student) - grad CE(teacher), each at its own weights.
-    1 for linear models at temperature 1; the nearer to 1, the more the theory says of a network.
-
-    Args:
-        student: in eval mode.
-        teacher: of the same architecture, in eval mode.
-        x: (n, ...).
-        target: (n,).
-        temperature: tau.
-
-    Raises:
-        UserError: the two have other parameters.
-    """
-    shapes = [{name: p.shape for name, p in module.named_parameters()} for module in (student, teacher)]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            "The cosine compares gradients of student and teacher weight by weight, so it expects a teacher of the "
-            f"student's architecture (self-distillation), got {type(teacher).__name__} for {type(student).__name__}."
-        )
-    with torch.no_grad():
-        logits = teacher(x)
-    g, k = sample_gradients(student, x, target, logits, temperature=temperature)
-    anchor, _ = sample_gradients(teacher, x, target, logits, temperature=temperature)
-    return float(torch.cosine_similarity(k, g - anchor, dim=1).mean())

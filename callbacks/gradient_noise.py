@@ -8,23 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.errors import UserError
+from bdistil.noise_look import Look, cosine_of, look
 from bdistil.noise_report import draw_noise, noise_figures
 from bdistil.observing import view_of
-from bdistil.probing import check_distilling, looking, prepared_loaders
+from bdistil.probing import check_distilling, prepared_loaders
+from bdistil.round_tracker import shown_step
 from bdistil.rounds import BoostingRound
-from bdistil.variance import (
-    GradientMoments,
-    Suggestion,
-    control_cosine,
-    gradient_moments,
-    last_layer_moments,
-    sample_gradients,
-    suggest,
-)
+from bdistil.variance import USUAL_STEP, GradientMoments, Suggestion, suggest
 
 
 class GradientNoise(pl.Callback):
@@ -42,6 +35,8 @@ class GradientNoise(pl.Callback):
         cosine: also measures how far the teacher's loss is the control variate of the theory; needs a teacher of the
             student's architecture.
         lowest, highest: what a followed weight is clipped to.
+        step: of the theory, for SGD the learning rate times ``pull_curvature`` over the batch size; the suggestion is
+            made for it.
         folder: of ``noise.json`` and ``noise.png``; ``noise`` in the Trainer's default_root_dir by default. A boosting
             run has its own.
     """
@@ -54,15 +49,16 @@ class GradientNoise(pl.Callback):
         cosine: bool = False,
         lowest: float = 0.0,
         highest: float = 0.9,
+        step: float = USUAL_STEP,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        if every < 1 or samples < 2 or not 0 <= lowest <= highest <= 1:
+        if every < 1 or samples < 2 or not 0 <= lowest <= highest <= 1 or step <= 0:
             raise UserError(
-                "Expected `every` >= 1, `samples` >= 2 and 0 <= `lowest` <= `highest` <= 1 of GradientNoise, "
-                f"got {every}, {samples}, {lowest} and {highest}."
+                "Expected `every` >= 1, `samples` >= 2, 0 <= `lowest` <= `highest` <= 1 and `step` > 0 of "
+                f"GradientNoise, got {every}, {samples}, {lowest}, {highest} and {step}."
             )
         self.every, self.samples, self.full, self.cosine = every, samples, full, cosine
-        self.lowest, self.highest, self.folder = lowest, highest, folder
+        self.lowest, self.highest, self.step, self.folder = lowest, highest, step, folder
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -99,35 +95,41 @@ class GradientNoise(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks, where it is time."""
         if trainer.current_epoch % self.every == 0:
-            self._log(trainer, pl_module, trainer.current_epoch)
+            self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A last look; leaves figures and picture."""
-        moments, _ = self._log(trainer, pl_module, trainer.current_epoch)
-        folder, title = Path(self.folder or Path(trainer.default_root_dir) / "noise"), "label gradient and teacher"
-        name = "noise"
+        moments = self._look(trainer, pl_module)
+        folder, name = Path(self.folder or Path(trainer.default_root_dir) / "noise"), "noise"
+        title = "label gradient and teacher"
         if isinstance(pl_module, BoostingRound):
-            folder, title = pl_module.ledger.folder.parents[1] / "noise", "without and with the game"
-            name = f"noise.{pl_module.number:03d}"
+            folder, name = pl_module.run_dir / "noise", f"noise.{pl_module.number:03d}"
+            title = "without and with the game"
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.json").write_text(json.dumps(self.history, indent=1))
             draw_noise(folder / f"{name}.png", moments, title)
 
-    def _log(self, trainer: pl.Trainer, module: Any, epoch: int) -> tuple[GradientMoments, Suggestion | None]:
-        moments, entropy = self.look(module)
-        boosting = isinstance(module, BoostingRound)
-        figures: dict[str, Any] = noise_figures(moments, game=boosting) | {"label_loss": entropy}
-        advice = None
-        if not boosting:
-            advice = suggest(moments, label_loss=entropy, highest=self.highest)
-            figures["suggested_weight"] = self._follow(module, advice)
+    # ---- what it does
+
+    def _look(self, trainer: pl.Trainer, module: Any) -> GradientMoments:
+        """Looks, logs the figures, and says what weight would help."""
+        seen = self.look(module)
+        figures: dict[str, Any] = noise_figures(seen)
+        if seen.curvature is not None:
+            advice = suggest(seen.moments, label_loss=seen.entropy, step=self.step, highest=self.highest)
+            figures |= {"suggested_weight": self._follow(module, advice), "reason": advice.reason}
         if self.cosine:
-            figures["cosine"] = self._cosine(module)
+            figures["cosine"] = cosine_of(self.view, module, self.samples)
+        shown = {f"noise/{key}": value for key, value in figures.items() if key != "reason"}
         for logger in trainer.loggers:
-            logger.log_metrics({f"noise/{key}": value for key, value in figures.items()}, step=trainer.global_step)
-        self.history.append({"epoch": epoch, **figures} | ({"reason": advice.reason} if advice else {}))
-        return moments, advice
+            logger.log_metrics(shown, step=shown_step(trainer))
+        self.history.append({"epoch": trainer.current_epoch, **figures})
+        return seen.moments
+
+    def look(self, module: pl.LightningModule) -> Look:
+        """What is seen of a module in training."""
+        return look(self.view, module, self.samples, full=self.full)
 
     def _follow(self, module: Any, advice: Suggestion) -> float:
         weight = max(advice.weight, self.lowest)
@@ -137,40 +139,3 @@ class GradientNoise(pl.Callback):
         verb = "follows" if follows else "suggests"
         rank_zero_info(f"GradientNoise {verb} distillation weight {weight:.2f}: {advice.reason}.")
         return weight
-
-    # ---- what it does
-
-    def _batches(self) -> Any:
-        """The same samples at every look, on every process."""
-        count = min(self.samples, self.view.samples)
-        rows = [i * self.view.samples // count for i in range(count)]
-        return self.view.batches([rows[low : low + 512] for low in range(0, count, 512)])
-
-    def look(self, module: pl.LightningModule) -> tuple[GradientMoments, float]:
-        """Moments of the gradients as the module is, and the mean cross entropy of the labels.
-
-        Args:
-            module: in training.
-        """
-        with looking(module):
-            seen = [self.view.noise(batch) for batch in self._batches()]
-            entropy = sum(s.entropy * len(s.logits) for s in seen) / sum(len(s.logits) for s in seen)
-            if self.full:
-                return self._full(module), entropy
-        activations, residuals = torch.cat([s.activations for s in seen]), torch.cat([s.residuals for s in seen], 1)
-        return last_layer_moments(activations, residuals[0], residuals[1], self.view.samples), entropy
-
-    def _full(self, module: Any) -> GradientMoments:
-        found = []
-        for x, y, index in self._batches():
-            teacher = module.teacher_logits(x, index)
-            teacher = teacher if teacher.ndim == 3 else teacher[None]
-            pairs = [sample_gradients(module, x, y, z, temperature=module.temperature) for z in teacher]
-            found.append((pairs[0][0], torch.stack([k for _, k in pairs]).mean(0)))
-        labels, teachers = (torch.cat(part) for part in zip(*found, strict=True))
-        return gradient_moments(labels, teachers, self.view.samples)
-
-    def _cosine(self, module: Any) -> float:
-        with looking(module):
-            x, y, _ = next(iter(self._batches()))
-            return control_cosine(module.student, module.teachers[0].module, x, y, temperature=module.temperature)

@@ -11,17 +11,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from bdistil import distributed
-from bdistil.block_sums import BLOCK
 from bdistil.data.attach import LOADERS, indexed_loaders
 from bdistil.data.label_noise import flipped_labels, labels_of
-from bdistil.errors import UserError
-from bdistil.mixing import MixingSettings, learn_mix, loss_weights, outer_loss, start_mix
-from bdistil.mixing_report import draw_weights, log_histogram, weight_figures
+from bdistil.mixing import MixingSettings, loss_weights, start_mix
+from bdistil.mixing_report import draw_weights, log_weights, weight_figures
 from bdistil.mixing_store import MixingStore
+from bdistil.mixing_update import update_mix
 from bdistil.observing import view_of
 from bdistil.probing import check_distilling, looking, prepared_loaders
-from bdistil.round_mixing import RoundMix
+from bdistil.round_mixing import RoundMix, check_round
+from bdistil.round_tracker import shown_step
 from bdistil.rounds import BoostingRound, Index
 from bdistil.seeding import seed_of
 
@@ -33,7 +32,7 @@ class LossMixing(pl.Callback):
     the index, (x, y, index), and the module gets ``sample_weights(index)``: weights (B, K) for `mixing.mixed_loss`.
     In a boosting run, beside the RoundController: the target of a round becomes a mix of label and teacher.
 
-    Weights are kept by sample index in files: in the ledger of a boosting run, else in `folder`.
+    Weights are kept by sample index in files: in ``mixing`` of a run directory, else in `folder`.
 
     Args:
         settings: how they are learned.
@@ -77,13 +76,7 @@ class LossMixing(pl.Callback):
         if stage != "fit":
             return
         if isinstance(pl_module, BoostingRound):
-            if self.settings.mode != "convex":
-                raise UserError(
-                    "Expected `mode` of the mixing settings to be 'convex' in a boosting run, whose target is a mix of "
-                    f"label and teacher, got {self.settings.mode!r}."
-                )
-            if pl_module.settings.task == "regression":
-                raise UserError("Expected a boosting run of classes beside LossMixing, got task='regression'.")
+            check_round(pl_module, self.settings)
             self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
             return
         check_distilling(pl_module, "LossMixing")
@@ -107,7 +100,7 @@ class LossMixing(pl.Callback):
             teachers = len(self.view.mixing(first).residuals) - 1
         folder, number = Path(self.folder or Path(trainer.default_root_dir) / "mixing"), 0
         if isinstance(pl_module, BoostingRound):
-            folder, number = pl_module.ledger.folder, pl_module.number
+            folder, number = pl_module.run_dir / "mixing", pl_module.number
         self.store = MixingStore(folder, self.view.samples, self.settings.columns(teachers))
         if self._resumed is not None:
             self.store.resume(number, self._resumed)
@@ -127,49 +120,22 @@ class LossMixing(pl.Callback):
         """Learns, where an update is due; logs what was learned."""
         if not self.settings.due(trainer.current_epoch):
             return
-        self.update(pl_module, trainer.optimizers[0].param_groups[0]["lr"])
+        with looking(pl_module):
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            update_mix(self.view, self.store, self.settings, lr=lr, seed=self.seed)
+        self.store.forget(self._saved)
+        if isinstance(pl_module, BoostingRound):
+            self._mix.install()
         weights = self.weights()
         self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, self.flipped)})
-        for logger in trainer.loggers:
-            figures = {f"mixing/{key}": value for key, value in self.history[-1].items()}
-            logger.log_metrics(figures, step=trainer.global_step)
-            log_histogram(logger, weights, trainer.global_step)
+        log_weights(trainer.loggers, weights, self.history[-1], shown_step(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draws the histogram of the weights, beside their files."""
         if trainer.is_global_zero and self.history:
             draw_weights(self.store.folder / "mixing.png", self.weights(), self.flipped)
 
-    # ---- what it does
-
     def weights(self, index: Index | None = None) -> Tensor:
         """Weights (B, K) of samples, the labels' first; of all N by default."""
         rows = self.store.rows(index if index is not None else torch.arange(self.view.samples))
         return loss_weights(rows, self.settings.mode)
-
-    def _groups(self) -> list[list[int]]:
-        """The samples of this process in groups of mixed classes, whatever the order of the dataset."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.store.round, self.store.version))
-        order = torch.randperm(self.view.samples, generator=generator).tolist()
-        return [order[low:high] for low, high in distributed.my_blocks(self.view.samples, BLOCK)]
-
-    def update(self, module: pl.LightningModule, lr: float) -> None:
-        """One update of the weights of all samples, block by block.
-
-        Args:
-            module: in training.
-            lr: its learning rate.
-        """
-        with looking(module):
-            validation = self.view.validation()
-            self.store.begin()
-            for batch in self.view.batches(self._groups()):
-                seen, index = self.view.mixing(batch), batch[2]
-                outer = outer_loss(validation, self.view.outer(batch, seen), self.settings.share)
-                mix = self.store.rows(index).to(seen.logits.device)
-                mix = learn_mix(mix, seen.residuals, seen.activations, outer, self.settings, lr)
-                self.store.write(index, mix)
-        self.store.keep()
-        self.store.forget(self._saved)
-        if isinstance(module, BoostingRound):
-            self._mix.install()

@@ -172,9 +172,9 @@ def test_cosine_of_a_teacher_of_the_same_architecture(noisy, tmp_path):
     assert callback.history[-1]["cosine"] == pytest.approx(1.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"samples": 1}, {"lowest": 0.5, "highest": 0.4}])
+@pytest.mark.parametrize("options", [{"every": 0}, {"samples": 1}, {"lowest": 0.5, "highest": 0.4}, {"step": 0.0}])
 def test_arguments_are_checked(options):
-    with pytest.raises(UserError, match="`every` >= 1, `samples` >= 2 and 0 <= `lowest` <= `highest` <= 1"):
+    with pytest.raises(UserError, match="`samples` >= 2, 0 <= `lowest` <= `highest` <= 1 and `step` > 0"):
         GradientNoise(**options)
 
 

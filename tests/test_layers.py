@@ -17,9 +17,10 @@ LAYERS = """
     curve_table curve_picture
     schedules
     ensemble walk prediction stage_times inputs mekd_losses mekd_networks mekd mekd_data mixing variance
-    mixing_store mixing_report noise_report
+    sample_gradients mixing_store mixing_report
     exit_fitting calibration timing
     rounds scoring node_disks boosting probing observing round_mixing distillation
+    noise_look noise_report mixing_update
     tracking report report_anytime round_tracker round_state round_end round_hooks mekd_stage mekd_run
     callbacks
     compare distiller api_server early evaluation run_data anytime_fit

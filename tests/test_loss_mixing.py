@@ -240,7 +240,7 @@ def test_a_boosting_run_mixes_labels_into_its_targets(tmp_path):
     assert [number for number, _, _ in seen] == [0, 1]
     assert seen[0][2] != seen[1][2]
     assert len(controller.ensemble) == 2
-    assert list((tmp_path / "run/ledger/train").glob("mixing.001.*"))
+    assert list((tmp_path / "run/mixing").glob("mixing.001.*"))
     plain = boost(tmp_path / "plain", LabelNoise(Toys(), rate=0.3), settings=settings_for(2), trainer={"epochs": 3})
     assert digests(plain.run.root)["000"] != digests(controller.run.root)["000"]
     record = json.loads((tmp_path / "run/rounds/001/round.json").read_text())

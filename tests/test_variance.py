@@ -10,6 +10,7 @@ from torch import nn
 from bdistil import UserError
 from bdistil import variance as bv
 from bdistil.functional import kd_terms
+from bdistil.sample_gradients import control_cosine, sample_gradients
 
 
 def normal(*shape):
@@ -28,7 +29,7 @@ def test_last_layer_scalars_equal_the_full_version_on_a_linear_model(bias, tempe
     terms = kd_terms(student(x), z, y, temperature=temperature)
     inputs = torch.cat((x, torch.ones(len(x), 1)), 1) if bias else x
     found = bv.last_layer_moments(inputs, terms.label_residual.detach(), terms.teacher_residual.detach())
-    full = bv.gradient_moments(*bv.sample_gradients(student, x, y, z, temperature=temperature, chunk=7))
+    full = bv.gradient_moments(*sample_gradients(student, x, y, z, temperature=temperature, chunk=7))
     for name in ("gg", "kk", "gk", "mean_gg", "mean_kk", "mean_gk"):
         assert getattr(found, name) == pytest.approx(getattr(full, name), rel=1e-12), name
 
@@ -36,7 +37,7 @@ def test_last_layer_scalars_equal_the_full_version_on_a_linear_model(bias, tempe
 def test_sample_gradients_equal_one_backward_a_sample():
     student = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     x, y, z = normal(5, 6), torch.randint(4, (5,)), normal(5, 4)
-    found = bv.sample_gradients(student, x, y, z, temperature=3.0, chunk=2)
+    found = sample_gradients(student, x, y, z, temperature=3.0, chunk=2)
     for row in range(5):
         part = slice(row, row + 1)
         terms = kd_terms(student(x[part]), z[part], y[part], temperature=3.0)
@@ -115,10 +116,39 @@ def test_least_squares_settles_where_the_theory_says(distance, weight, ratio, pl
     teacher = optimum + distance * away / away.norm()
     residual = (x @ optimum - y)[:, None]
     moments = bv.last_layer_moments(x, residual, (x @ (optimum - teacher))[:, None], SAMPLES)
-    best, predicted = bv.best_weight(moments, STEP), bv.noise_ratio(moments, STEP)
+    best, predicted = bv.best_weight(moments, STEP), bv.neighbourhood(moments, bv.best_weight(moments, STEP), STEP)
     assert best == pytest.approx(weight, abs=0.05)
     assert predicted == pytest.approx(ratio, abs=0.05)
     assert settled(x, y, teacher, best, optimum) / plain == pytest.approx(predicted, abs=0.05)
+
+
+@pytest.mark.parametrize("step", [1e-3, 1e-1])
+def test_neighbourhood_is_least_at_the_best_weight_and_the_papers_there(step):
+    g, k = normal(60, 5) + 0.3, normal(60, 5)
+    moments = bv.gradient_moments(g, g - 0.7 * g + k, 60)
+    best, h = bv.best_weight(moments, step), 0.7 * g - k
+    share = (g * h).sum(1).mean() ** 2 / (g.square().sum(1).mean() * h.square().sum(1).mean())
+    beta = h.mean(0).square().sum() / (step * h.square().sum(1).mean())
+    assert 0.01 < best < 0.99
+    assert bv.neighbourhood(moments, best, step) == pytest.approx(float(1 - share / (1 + beta)))
+    assert bv.neighbourhood(moments, 0.0, step) == 1.0
+    assert all(bv.neighbourhood(moments, best + by, step) > 1 - share / (1 + beta) for by in (-0.01, 0.01))
+
+
+def test_pull_curvature_is_that_of_the_hessian_in_the_direction_of_the_pull():
+    student, x, y, z = linear_case(samples=200)
+    inputs, logits = torch.cat((x, torch.ones(200, 1)), 1), student(x).detach()
+    terms = kd_terms(logits, z, y, temperature=1.0)
+    g, k = terms.label_residual, terms.teacher_residual
+    hessian = torch.autograd.functional.hessian(
+        lambda layer: F.cross_entropy(inputs @ layer.view(4, 7).T, y),
+        torch.cat((student.weight, student.bias[:, None]), 1).detach().flatten(),
+    )
+    pull = ((g - k).T @ inputs / 200).flatten()
+    truth = float(pull @ pull / (2 * pull @ torch.linalg.pinv(hessian, rtol=1e-10) @ pull))
+    assert bv.pull_curvature(inputs, logits, g, k) == pytest.approx(truth, rel=1e-4)
+    assert bv.pull_curvature(inputs, logits, g, k, iterations=1) > truth  # flat directions come late
+    assert bv.pull_curvature(inputs, logits, g, g) == 0.0
 
 
 def test_suggestion_follows_the_theory_and_says_why():
@@ -154,8 +184,8 @@ def test_weight_decays_and_grows(factor, expected):
 def test_cosine_is_one_on_linear_models_at_temperature_one():
     student, x, y, _ = linear_case()
     teacher = nn.Linear(6, 4).double()
-    assert bv.control_cosine(student, teacher, x, y, temperature=1.0) == pytest.approx(1.0, abs=1e-9)
+    assert control_cosine(student, teacher, x, y, temperature=1.0) == pytest.approx(1.0, abs=1e-9)
     deep = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double() for _ in range(2)]
-    assert 0.0 < bv.control_cosine(*deep, x, y, temperature=1.0) < 0.99
+    assert 0.0 < control_cosine(*deep, x, y, temperature=1.0) < 0.99
     with pytest.raises(UserError, match="architecture"):
-        bv.control_cosine(student, deep[0], x, y, temperature=1.0)
+        control_cosine(student, deep[0], x, y, temperature=1.0)

@@ -1,0 +1,74 @@
+"""One look at how noisy the gradient of a training is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+
+from bdistil.observing import Batch, RoundView, View
+from bdistil.probing import looking
+from bdistil.sample_gradients import control_cosine, sample_gradients
+from bdistil.variance import GradientMoments, gradient_moments, last_layer_moments, pull_curvature
+
+CHUNK = 512
+
+
+class Look(NamedTuple):
+    """What is seen.
+
+    Attributes:
+        moments: of label and teacher gradient; of a round, of its gradient without the game and with it.
+        entropy: mean cross entropy of the labels.
+        curvature: mu in the direction of the teacher's pull, of the last layer; None of a round.
+    """
+
+    moments: GradientMoments
+    entropy: float
+    curvature: float | None
+
+
+def spread_batches(view: View, samples: int) -> Iterator[Batch]:
+    """The same training samples at every look and on every process, evenly spread."""
+    count = min(samples, view.samples)
+    rows = [i * view.samples // count for i in range(count)]
+    return view.batches([rows[low : low + CHUNK] for low in range(0, count, CHUNK)])
+
+
+def look(view: View, module: pl.LightningModule, samples: int, *, full: bool = False) -> Look:
+    """Looks at a module in training; changes no weight, buffer or random state of it.
+
+    Args:
+        view: of the module.
+        module: in training.
+        samples: training samples that are looked at, at most.
+        full: at all parameters, by per-sample gradients; else at the last layer, without a backward pass.
+    """
+    with looking(module):
+        seen = [view.noise(batch) for batch in spread_batches(view, samples)]
+        activations, logits = torch.cat([s.activations for s in seen]), torch.cat([s.logits for s in seen])
+        g, k = torch.cat([s.residuals for s in seen], 1)
+        entropy = sum(s.entropy * len(s.logits) for s in seen) / len(logits)
+        curvature = None if isinstance(view, RoundView) else pull_curvature(activations, logits, g, k)
+        moments = _full(view, module, samples) if full else last_layer_moments(activations, g, k, view.samples)
+    return Look(moments, entropy, curvature)
+
+
+def _full(view: View, module: Any, samples: int) -> GradientMoments:
+    found = []
+    for x, y, index in spread_batches(view, samples):
+        teacher = module.teacher_logits(x, index)
+        teacher = teacher if teacher.ndim == 3 else teacher[None]
+        pairs = [sample_gradients(module, x, y, z, temperature=module.temperature) for z in teacher]
+        found.append((pairs[0][0], torch.stack([k for _, k in pairs]).mean(0)))
+    labels, teachers = (torch.cat(part) for part in zip(*found, strict=True))
+    return gradient_moments(labels, teachers, view.samples)
+
+
+def cosine_of(view: View, module: Any, samples: int) -> float:
+    """`control_cosine` of a `Distillation` and its first teacher, on the first of the samples that are looked at."""
+    with looking(module):
+        x, y, _ = next(spread_batches(view, samples))
+        return control_cosine(module.student, module.teachers[0].module, x, y, temperature=module.temperature)
