@@ -80,12 +80,21 @@ class BoostCLI(LightningCLI):
     def round_trainer(self, **changed: Any) -> Trainer:
         """A Trainer of the recipe; callbacks of the recipe are copied, so that each round has its own."""
         settings = self._get(self.config_init, "trainer")
-        callbacks = [*copy.deepcopy(settings.callbacks or []), *changed.pop("callbacks", [])]
+        callbacks = [*copy.deepcopy(self._callbacks()), *changed.pop("callbacks", [])]
         if settings.enable_progress_bar is not False and sys.stderr.isatty():
             callbacks.append(RoundProgressBar())
         else:
             changed["enable_progress_bar"] = False
         return self.instantiate_trainer(callbacks=callbacks, strategy=self._strategy(), **changed)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer with a list of callbacks of its own: it appends to the one that it is given."""
+        return super().instantiate_trainer(**{"callbacks": self._callbacks(), **kwargs})
+
+    def _callbacks(self) -> list[Callback]:
+        """Those of the recipe."""
+        given = self._get(self.config_init, "trainer").callbacks
+        return list(given) if isinstance(given, list) else [given] if given else []
 
     def _strategy(self) -> Strategy | str:
         """The strategy of the recipe, made anew: one belongs to the Trainer that it was first given to."""

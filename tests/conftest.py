@@ -26,6 +26,7 @@ KEPT = {
     "KMP_DUPLICATE_LIB_OK",  # import sklearn
     "KMP_INIT_AT_FORK",  # import sklearn
     "WANDB_SERVICE",  # the first run of wandb
+    "CRC32C_SW_MODE",  # import tensorboardX
 }
 # What Lightning sets by design: taken back after each test, and no fault of the test.
 TAKEN_BACK = {

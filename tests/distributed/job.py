@@ -20,9 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import CLASSES, FEATURES, WIDTH, Hook, Toys, control, make_trainer, settings_for
 
 from bdistil import Rung, Student
+from bdistil.callbacks import LossMixing
+from bdistil.mixing import MixingSettings
 
 TRAIN, VAL, GLOBAL_BATCH, ROUNDS, EPOCHS = 1088, 600, 32, 2, 3  # three blocks of rows to score, and two
 SETTINGS = settings_for(ROUNDS, ladder=[Rung(0), Rung(1)])
+MIXING = MixingSettings(mode="convex", warmup=1, every=1)
 BOUND = 240  # seconds in which a job with a dead process has ended, on a busy machine
 
 
@@ -41,7 +44,7 @@ def make_student(round):
     return Student(nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.Tanh()), nn.Linear(WIDTH, CLASSES))
 
 
-def run(run_dir, processes=1, nodes=1, at=None, doing=None, pause=0.0, strategy="auto", timeout=None):
+def run(run_dir, processes=1, nodes=1, at=None, doing=None, pause=0.0, strategy="auto", timeout=None, mixing=False):
     """A whole run; at (rank, round, epoch), a process does something to itself."""
 
     def look(trainer, module):
@@ -54,9 +57,10 @@ def run(run_dir, processes=1, nodes=1, at=None, doing=None, pause=0.0, strategy=
     for module in controller.rounds(data):
         # A strategy belongs to its Trainer, so that each round has its own.
         own = DDPStrategy(timeout=timedelta(seconds=timeout)) if timeout else strategy
+        beside = [LossMixing(MIXING)] if mixing else []
         trainer = make_trainer(
-            Hook(on_train_batch_start=look), controller, epochs=EPOCHS, devices=processes // nodes, num_nodes=nodes,
-            strategy=own,
+            Hook(on_train_batch_start=look), *beside, controller, epochs=EPOCHS, devices=processes // nodes,
+            num_nodes=nodes, strategy=own,
         )  # fmt: skip
         trainer.fit(module, data, ckpt_path=controller.ckpt_path)
     return controller
