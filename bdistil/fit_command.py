@@ -77,15 +77,14 @@ class BoostCLI(LightningCLI):
         if isinstance(strategy, str):
             check_strategy(strategy)
 
-    def round_trainer(self, **changed: Any) -> Trainer:
-        """A Trainer of the recipe; callbacks of the recipe are copied, so that each round has its own."""
-        settings = self._get(self.config_init, "trainer")
-        callbacks = [*copy.deepcopy(self._callbacks()), *changed.pop("callbacks", [])]
+    def new_trainer(self, *callbacks: Callback, **changed: Any) -> Trainer:
+        """A Trainer of the recipe, with these callbacks."""
+        settings, given = self._get(self.config_init, "trainer"), list(callbacks)
         if settings.enable_progress_bar is not False and sys.stderr.isatty():
-            callbacks.append(RoundProgressBar())
+            given.append(RoundProgressBar())
         else:
             changed["enable_progress_bar"] = False
-        return self.instantiate_trainer(callbacks=callbacks, strategy=self._strategy(), **changed)
+        return self.instantiate_trainer(callbacks=given, strategy=self._strategy(), **changed)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer with a list of callbacks of its own: it appends to the one that it is given."""
@@ -151,7 +150,9 @@ class BoostCLI(LightningCLI):
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
-            trainer = self.round_trainer(callbacks=[controller], logger=loggers, default_root_dir=folder)
+            # Callbacks of the recipe are for rounds, and copied, so that each round has its own.
+            beside = copy.deepcopy(self._callbacks())
+            trainer = self.new_trainer(*beside, controller, logger=loggers, default_root_dir=folder)
             trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
         return datamodule
 
@@ -167,8 +168,7 @@ class BoostCLI(LightningCLI):
         """Both stages of MEKD; the data of the rounds are what it generated."""
 
         def trainer(callbacks: list[Callback], **options: Any) -> Trainer:
-            stop = StopCallback(controller.signals)
-            return self.round_trainer(callbacks=[*callbacks, stop], logger=loggers, **options)
+            return self.new_trainer(*callbacks, StopCallback(controller.signals), logger=loggers, **options)
 
         teacher, folder = model.teacher.network, controller.run.emulation
         return Emulation(settings, teacher, local, folder, seed=seed, make_trainer=trainer).run(model.make_student)
@@ -189,9 +189,9 @@ class BoostCLI(LightningCLI):
             rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")
             spec.network.requires_grad_(True).train()
             keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")
-            trainer = self.round_trainer(
-                max_epochs=spec.epochs, logger=False, callbacks=[StopCallback(controller.signals), keeper],
-                default_root_dir=str(keeper.path.parent),
+            trainer = self.new_trainer(
+                StopCallback(controller.signals), keeper,
+                max_epochs=spec.epochs, logger=False, default_root_dir=str(keeper.path.parent),
             )  # fmt: skip
             with indexed_loaders(datamodule, seed_of(seed, "teacher")):
                 trainer.fit(TeacherTraining(spec, model.boosting.task), datamodule, ckpt_path=keeper.ckpt_path)
