@@ -117,6 +117,15 @@ def test_auto_follows_the_suggestion(noisy, tmp_path, capsys, caplog):
         fit(Distillation(mlp(16), teacher, distillation_weight="auto"), data)
 
 
+@pytest.mark.parametrize(("lowest", "highest", "expected"), [(0.0, 0.05, 0.05), (0.9, 0.95, 0.9)])
+def test_a_followed_weight_is_clipped(noisy, tmp_path, lowest, highest, expected):
+    module = Distillation(mlp(16), noisy[1], distillation_weight="auto")
+    callback = GradientNoise(every=1, lowest=lowest, highest=highest, folder=tmp_path)
+    fit(module, noisy[0], callback, epochs=1)
+    assert [row["suggested_weight"] for row in callback.history] == [expected, expected]
+    assert module.weight == expected
+
+
 def test_weight_grows_by_a_factor_an_epoch(noisy):
     used = []
     module = Distillation(mlp(8), noisy[1], distillation_weight=0.2, weight_factor=2.0)
@@ -139,7 +148,7 @@ def test_unbiased_distillation_has_the_labels_gradient_on_average(noisy):
 
     for unbiased in (True, False):
         module = Distillation(mlp(8), teacher, distillation_weight=0.9, unbiased=unbiased)
-        fit(module, data, Hook(on_train_epoch_start=look, on_train_batch_start=look), epochs=1, limit_train_batches=1)
+        fit(module, data, Hook(on_train_batch_start=look), epochs=2, limit_train_batches=1)  # a snapshot an epoch
     assert max(found[True]) < 1e-5
     assert max(found[False]) > 1e-2
 

@@ -73,13 +73,12 @@ def test_w_and_b_has_the_histograms_and_figures_of_both_rounds(run):
     assert [row["trainer/global_step"] for row in rows] == [3 * STEPS, 7 * STEPS]
     for row in rows:
         assert {f"mixing/{name}" for name in FIGURES} <= row.keys()
-        histogram = row["mixing/histogram"]
-        assert histogram["_type"] == "histogram"
-        assert sum(histogram["values"]) == 3500
+        assert row["mixing/histogram/_type"] == "histogram"
+        assert sum(row["mixing/histogram/values"]) == 3500
     last = 1 - np.fromfile(run / "mixing/mixing.001.0001.f32", "<f4")
     counts, edges = np.histogram(last, 20)
-    assert rows[1]["mixing/histogram"]["values"] == counts.tolist()
-    assert rows[1]["mixing/histogram"]["bins"] == pytest.approx(edges.tolist())
+    assert rows[1]["mixing/histogram/values"] == counts.tolist()
+    assert rows[1]["mixing/histogram/bins"] == pytest.approx(edges.tolist())
     assert rows[1]["mixing/label_weight"] == pytest.approx(last.mean(), abs=1e-6)
     labels = torch.arange(10).repeat_interleave(350)  # which are flipped depends on their number alone
     flipped = flip_labels(labels, 0.4, classes=10, seed=0)[1].numpy()
