@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this |eta S| both exponentials are one and its reciprocal, in float32 too.
-MODERATE = 40.0
 # Under this value the logarithm of the barrier goes on as its tangent (see `log_barrier_loss`).
 BARRIER_FLOOR = 1e-3
 
@@ -31,31 +29,8 @@ def log_normaliser(error: Tensor, eta: float, dtype: torch.dtype | None = None) 
     """
     scaled = eta * error
     largest = scaled.detach().abs().amax(0)
-    if bool((largest < MODERATE).all()):
-        rise = torch.exp(scaled)
-        return (rise + rise.reciprocal()).sum(0, dtype=dtype).log()
     terms = torch.exp(scaled - largest) + torch.exp(-scaled - largest)
     return largest + terms.sum(0, dtype=dtype).log()
-
-
-def margin_sums(error: Tensor, deviation: Tensor, log_z: Tensor, eta: float) -> Tensor:
-    """What some rows add to `margins`: sum_i (K+_ij - K-_ij) d_ij over them, added up in float64.
-
-    Args:
-        error: rows of S before the student, shape (B, L).
-        deviation: d = f - g of the student, shape (B, L).
-        log_z: `log_normaliser` of all N rows, shape (L,) float64.
-        eta: step size of the game.
-
-    Returns:
-        Shape (L,) float64.
-    """
-    scaled = eta * error
-    if bool(scaled.detach().abs().amax() < MODERATE):
-        rise = torch.exp(scaled)
-        return ((rise.reciprocal() - rise) * deviation).sum(0, dtype=torch.float64) * torch.exp(-log_z)
-    up, down = game_rows(error, log_z, eta)
-    return ((up - down) * deviation).sum(0, dtype=torch.float64)
 
 
 def game_rows(error: Tensor, log_z: Tensor, eta: float) -> tuple[Tensor, Tensor]:
