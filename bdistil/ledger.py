@@ -278,8 +278,7 @@ class ErrorLedger:
         margins, squares, largest = block_sums(self.samples, self.outputs), block_sums(self.samples, 2), torch.zeros(())
         normalisers = block_sums(self.samples, self.outputs) - torch.inf
         log_z = self.log_normaliser(eta)
-        workers = min(WORKERS, torch.get_num_threads()) if self._bytes > row_files.LARGE else 1
-        spare = [self._scratch() for _ in range(workers)]
+        spare = [self._scratch() for _ in range(self._workers)]
 
         def step(piece: tuple[int, Tensor]) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
             low, rows = piece
@@ -289,7 +288,7 @@ class ErrorLedger:
             finally:
                 spare.append(scratch)
 
-        for block, margin, square, most, normaliser in in_order(step, self._small(answers), workers):
+        for block, margin, square, most, normaliser in in_order(step, self._small(answers), self._workers):
             margins[block] += margin
             squares[block] += square
             largest = torch.maximum(largest, most)
@@ -330,6 +329,10 @@ class ErrorLedger:
 
     def _scratch(self) -> row_files.Scratch:
         return row_files.Scratch(min(self._piece, BLOCK), self.outputs, self.storage)
+
+    @property
+    def _workers(self) -> int:
+        return min(WORKERS, torch.get_num_threads()) if self._bytes > row_files.LARGE else 1
 
     @property
     def _piece(self) -> int:
@@ -376,9 +379,11 @@ class ErrorLedger:
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, g, S) of the rows of this process, block by block."""
-        for low, high in distributed.my_blocks(self.samples, BLOCK):
-            g, s = (row_files.decoded(np.array(table[low:high])) for table in (self._g, self._s))
-            yield low, g, s
+
+        def read(block: tuple[int, int]) -> tuple[int, Tensor, Tensor]:
+            return block[0], row_files.read(self._g, *block), row_files.read(self._s, *block)
+
+        yield from in_order(read, distributed.my_blocks(self.samples, BLOCK), self._workers)
 
     def log_normaliser(self, eta: float) -> Tensor:
         """log Z of the open version, shape (L,) float64: made once, with S or in one pass over it, then kept.

@@ -177,6 +177,12 @@ def blank(path: Path, shape: tuple[int, int], dtype: Storage = "float32") -> Row
     return mapped(path, shape, "r+", dtype)
 
 
+def read(rows: Rows, low: int, high: int) -> Tensor:
+    """A copy of a slice of rows, float32: torch must not hold on to a read-only map."""
+    part = rows[low:high]
+    return decoded(part if part.flags.owndata else part.copy())
+
+
 def name(beside: Path, path: Path) -> None:
     """Flushes a file that all processes wrote to, and gives it its name."""
     distributed.barrier()
