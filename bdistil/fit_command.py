@@ -47,7 +47,7 @@ HELP = {
 class RoundTrainer(Trainer):
     """Lightning's Trainer, of which each round has a new one."""
 
-    # LightningCLI reads the help of a subcommand off the methods of the Trainer, and the above off its class.
+    # LightningCLI takes the docstrings of class and method for the help of the Trainer's keys and of the command.
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Distil a teacher into an ordered ensemble of students; a run found in `run_dir` goes on."""
         super().fit(*args, **kwargs)
