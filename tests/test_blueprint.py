@@ -354,3 +354,6 @@ def test_answering_runs_no_method_that_the_file_replaced(attribute, value):
     with contextlib.suppress(Exception):
         rebuild(plan, tensors)(torch.zeros(2, 2))
     assert ran == []
+    plan["attributes"][attribute] = 0  # whatever it is replaced by
+    with pytest.raises(UserError, match=rf"would replace torch\.nn\.modules\.linear\.Linear\.{attribute}"):
+        rebuild(plan, tensors)

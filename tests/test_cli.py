@@ -175,6 +175,10 @@ def test_profile_lists_teacher_and_stages(run, capsys):
     assert rows[0]["latency_ms"] == pytest.approx(run.teacher_figures()["latency_ms"], abs=1e-3)
     assert main(["profile", "--run_dir", str(run.root), "--batch_size", "4"]) == 0
     assert "cumulative_macs" in capsys.readouterr().out
+    assert main(["profile", "--run_dir", str(run.root), "--batch_size", "4", "--json"]) == 0
+    for one, four in zip(rows[1:], json.loads(capsys.readouterr().out)[1:], strict=True):
+        assert all(one[key] == four[key] for key in ("macs", "link_macs", "params"))
+        assert one["activation_bytes"] < four["activation_bytes"]
 
 
 def test_recipes_are_listed_with_their_first_line(capsys):

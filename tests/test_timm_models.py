@@ -161,9 +161,11 @@ def test_a_local_checkpoint_is_read(tmp_path, suffix):
     teacher, later = TimmTeacher("test_efficientnet", 7, checkpoint=str(path)), TimmTeacher("test_efficientnet", 7)
     load_weights(later, path, "model.teacher.network")
     student = TimmStudent("test_efficientnet", CLASSES, checkpoint=str(path)).eval()  # of other classes
+    whole = TimmStudent("test_efficientnet", 7, checkpoint=str(path)).eval()
     with torch.no_grad():
         assert torch.equal(teacher.eval()(x), network(x))
         assert torch.equal(later.eval()(x), network(x))
+        torch.testing.assert_close(whole(x), network(x))
         assert torch.equal(student.features(x), network.forward_head(network.forward_features(x), pre_logits=True))
     with pytest.raises(UserError, match=r"not those that `checkpoint` needs: [\s\S]*size mismatch"):
         TimmTeacher("test_efficientnet", CLASSES, checkpoint=str(path))

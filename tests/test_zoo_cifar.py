@@ -8,7 +8,7 @@ from bdistil.blueprint import describe, rebuild
 from bdistil.cost import measure_cost
 from bdistil.errors import UserError
 from bdistil.students import Rung, run_student
-from bdistil.zoo_cifar import CifarResNet, PadShortcut, WideResNet
+from bdistil.zoo_cifar import CifarResNet, PadShortcut, WideBlock, WideResNet
 
 WIDE = (32, 64, 128, 256)
 
@@ -68,6 +68,22 @@ def test_the_pad_shortcut_by_hand():
     assert out[0, 1].tolist() == [[0, 2], [8, 10]]
     assert out[0, 2].tolist() == [[16, 18], [24, 26]]
     assert out[0, [0, 3, 4]].abs().sum() == 0
+
+
+def test_a_wide_block_by_hand():
+    """What a new shape is projected from is behind batch norm and ReLU, as in the authors' code."""
+    block, x = WideBlock(2, 4, 2).eval(), torch.randn(3, 2, 8, 8)
+    scale = (1 + 1e-5) ** -0.5  # of batch norm at its start
+    first = (x * scale).clamp_min(0)
+    expected = block.conv2((block.conv1(first) * scale).clamp_min(0)) + block.project(first)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_convolutions_start_as_he_says():
+    """By what leaves them: 16 to 64 channels by a 3x3 kernel have a standard deviation of (2 / (9 * 64)) ** 0.5."""
+    body = CifarResNet(8, (16, 16, 64, 64)).body
+    weight = next(m.weight for m in body.modules() if isinstance(m, nn.Conv2d) and m.weight.shape == (64, 16, 3, 3))
+    assert float(weight.detach().std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("make", [lambda: CifarResNet(8, (4, 4, 8, 8)), lambda: WideResNet(10, 0.25)])
