@@ -286,7 +286,7 @@ def test_each_sample_is_in_order_on_one_rank_only(world_size):
     shares = [sequential_loader(loader, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert sorted(chain.from_iterable(map(order, shares))) == list(range(N))
     assert [order(share) for share in shares] == [list(range(rank, N, world_size)) for rank in range(world_size)]
-    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+    assert [len(share.sampler) for share in shares] == [len(order(share)) for share in shares]
     with pytest.raises(UserError, match="a validation sample for each of 23 processes, got 22"):
         sequential_loader(loader, world_size=23)
 
