@@ -21,6 +21,7 @@ from toys import CLASSES, FEATURES, Toys, boost, control, curve, make_teacher, s
 from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
 from bdistil.cli import main
 from bdistil.cost import measure_cost
+from bdistil.preflight import check_outputs
 from bdistil.run_directory import RunDirectory
 from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
 from bdistil.teachers import comes_trained
@@ -116,12 +117,12 @@ def test_fingerprints_are_of_buffers_names_and_modes_of_answering():
 
 def test_a_frozen_teacher_never_trains(tmp_path):
     """A file that was saved in train mode is no other."""
-    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.9)).train()
+    nets = [nn.Sequential(nn.Flatten(), nn.Dropout(0.9)).train() for _ in range(3)]
     path, x = tmp_path / "net.ts", torch.ones(5, *SHAPE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(net), path)
-    for teacher in (FrozenTeacher(net).train(), FrozenTeacher(net).requires_grad_(), TorchScriptTeacher(str(path))):
+        torch.jit.save(torch.jit.script(nets[2]), path)
+    for teacher in (FrozenTeacher(nets[0]).train(), FrozenTeacher(nets[1]), TorchScriptTeacher(str(path))):
         assert torch.equal(teacher(x), x.flatten(1))
         assert not teacher(x).requires_grad
 
@@ -315,6 +316,9 @@ def test_probabilities_become_their_logarithms_and_are_warned_of(tmp_path):
     warn_of_probabilities(adapted)
     warn_of_probabilities(torch.tensor([[1.5, -0.5], [0.5, 0.5]]))  # they sum to 1, and one is negative
     warn_of_probabilities(torch.tensor([[0.5, 0.5], [0.5, 0.6]]))
+    with pytest.warns(UserWarning, match="look like probabilities"):
+        check_outputs(OnnxTeacher(path), nn.Linear(FEATURES, CLASSES), x[:2])
+    check_outputs(OnnxTeacher(path), nn.Linear(FEATURES, CLASSES), x[:2], "regression")
 
 
 def test_a_std_of_zero_is_refused():
