@@ -97,6 +97,11 @@ def test_a_checkpoint_finds_the_weights_it_was_written_with(tmp_path):
         later.resume(0, 0)
     later.start(1, torch.zeros(5, 1))  # the next round goes on with the last version
     assert later.rows(torch.arange(1)).item() == 3.0
+    later.begin()
+    later.write(np.arange(5), torch.full((5, 1), 9.0))
+    later.keep()
+    later.start(1, torch.zeros(5, 1))  # a round that is tried again begins where it began
+    assert later.rows(torch.arange(1)).item() == 3.0
     later.forget(saved=0)
     assert {path.name for path in tmp_path.iterdir()} == {"mixing.000.0003.f32", "mixing.001.0000.f32"}
 
