@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import row_files
 from bdistil.api_teacher import ApiTeacher
-from bdistil.mekd import latents
+from bdistil.mekd_deprivatization import latents
 from bdistil.mekd_networks import Generator
 
 # Samples that are made at once: fixed, for the last bits of a batched product depend on the batch, and with them the
@@ -87,18 +87,30 @@ def samples_of(loader: DataLoader[Any]) -> Tensor:
     return torch.cat([loader.collate_fn([data[number]])[0] for number in range(len(data))])
 
 
+def repeated(samples: Tensor, others: int, share: float) -> Tensor:
+    """Local samples (N, ...), as often as it takes to be a share of all beside so many others; at least once."""
+    copies = max(1, round(share / (1 - share) * others / len(samples))) if share else 0
+    return samples.repeat(copies, *[1] * (samples.ndim - 1))
+
+
 @torch.no_grad()
-def generate(generator: Generator, count: int, folder: Path, seed: int) -> Tensor:
-    """Generated samples (count, ...) of `count` latents that are drawn once; made once, then read from the disk."""
-    path, shape = folder / "samples.f32", (count, int(torch.tensor(generator.shape).prod()))
+def generate(generator: Generator, count: int, local: Tensor, folder: Path, seed: int) -> Tensor:
+    """Training samples (N, ...): generated of `count` latents that are drawn once, then the local ones that are given.
+
+    They are made once, then read from the disk.
+    """
+    path, shape = folder / "samples.f32", (count + len(local), int(torch.tensor(generator.shape).prod()))
     if not row_files.whole(path, shape):
         beside = folder / "samples.f32.tmp"
         rows = row_files.blank(beside, shape)
         z = latents(count, generator.outputs, seed, "pool")
         for low in range(0, count, MADE_AT_ONCE):
-            rows[low : low + MADE_AT_ONCE] = generator(z[low : low + MADE_AT_ONCE]).flatten(1).numpy()
+            some = z[low : low + MADE_AT_ONCE]
+            rows[low : low + len(some)] = generator(some).flatten(1).numpy()
+        if len(local):
+            rows[count:] = local.flatten(1).numpy()
         row_files.name(beside, path)
-    return torch.from_numpy(np.array(row_files.mapped(path, shape)[:])).view(count, *generator.shape)
+    return torch.from_numpy(np.array(row_files.mapped(path, shape)[:])).view(-1, *generator.shape)
 
 
 def keep_answers(folder: Path, answers: Tensor, held_out: Answered) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
@@ -82,27 +83,54 @@ class Generator(nn.Module):
         return samples
 
 
+def shifted(x: Tensor, limit: int) -> Tensor:
+    """Each sample moved along each of its sides by a whole number in -limit … limit, drawn alike; edges are repeated.
+
+    Args:
+        x: (B, C, H, W) or (B, C, steps).
+        limit: smaller than each side.
+    """
+    sides = x.shape[2:]
+    moved = F.pad(x, [limit] * 2 * len(sides), mode="replicate")
+    for axis, side in enumerate(sides, 2):
+        start = torch.randint(2 * limit + 1, (len(x), 1), device=x.device)
+        places = (start + torch.arange(side, device=x.device)).view(
+            len(x), *[1] * (axis - 1), side, *[1] * (x.ndim - 1 - axis)
+        )
+        shape = [*moved.shape]
+        shape[axis] = side
+        moved = moved.gather(axis, places.expand(shape))
+    return moved
+
+
 class Discriminator(nn.Module):
     """Tells local samples from generated ones: four convolutions of stride 2, then one logit.
 
-    Leaky ReLU and dropout after each, batch norm from the second on.
+    Leaky ReLU and dropout after each, batch norm from the second on. In training, local and generated samples are
+    shifted at random, so that a few local ones are not known by heart ("Differentiable Augmentation for Data-Efficient
+    GAN Training", arXiv 2006.10738, of which this is the translation).
 
     Args:
         shape: of a sample, as of `Generator`.
         width: channels of the first convolution; each of the others has twice as many.
         low: smallest value of the data; inputs are scaled to -1 … 1.
         high: largest value of the data.
+        shift: by so many pixels or steps at most; 0 for none.
 
     Raises:
-        UserError: a shape of neither kind, or `width` < 1.
+        UserError: a shape of neither kind, `width` < 1, or a shift that is as long as a side.
     """
 
-    def __init__(self, shape: Sequence[int], width: int = 16, low: float = -1.0, high: float = 1.0) -> None:
+    def __init__(
+        self, shape: Sequence[int], width: int = 16, low: float = -1.0, high: float = 1.0, shift: int = 0
+    ) -> None:
         super().__init__()
         channels, sides, conv, norm, self.last = _kinds(shape, 4)
         if width < 1 or high <= low:
             raise UserError(f"Expected of a discriminator `width` >= 1 and `high` > `low`, got {width}, {high}, {low}.")
-        self.shape, self.low, self.high = tuple(shape), low, high
+        if not 0 <= shift < min(sides):
+            raise UserError(f"Expected `shift` of a discriminator to be in 0 … {min(sides) - 1}, got {shift}.")
+        self.shape, self.low, self.high, self.shift = tuple(shape), low, high, shift
         layers: list[nn.Module] = []
         for number, inside in enumerate((channels, width, 2 * width, 4 * width)):
             outside = width * 2**number
@@ -114,5 +142,6 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B,) of samples (B, *shape): large where they look local."""
         x = 2 * (x - self.low) / (self.high - self.low) - 1
-        logits: Tensor = self.layers(x.movedim(-1, 1) if self.last else x)
+        x = x.movedim(-1, 1) if self.last else x
+        logits: Tensor = self.layers(shifted(x, self.shift) if self.training and self.shift else x)
         return logits[:, 0]

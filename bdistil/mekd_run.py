@@ -27,8 +27,10 @@ from bdistil.mekd_data import (
     answers_of,
     generate,
     keep_answers,
+    repeated,
     samples_of,
 )
+from bdistil.mekd_emulation import Optimizer
 from bdistil.mekd_losses import statistics
 from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.mekd_stage import MakeTrainer, run_stage
@@ -42,7 +44,7 @@ class Mekd:
     """Settings of MEKD: two stages and the queries between them.
 
     Attributes:
-        queries: all of them: those of stage 1, the held-out local samples, and the rest about generated samples.
+        queries: all of them: those of stage 1, those about local samples, and the rest about generated ones.
         first_queries: of stage 1.
         width: channels of the generator.
         critic_width: channels of the discriminator's first convolution.
@@ -50,11 +52,16 @@ class Mekd:
         gan_epochs: of stage 1.
         gan_batch_size: of stage 1.
         gan_lr: of stage 1.
+        average: decay of the running mean of the generator's weights, such as 0.99; 0 is the last weights.
+        shift: pixels or steps by which the discriminator's inputs are moved at random; for few local samples.
         epochs: of stage 2.
         batch_size: of stage 2, and of a boosting run on its samples.
+        optimizer: of stage 2, `sgd` or `adamw`; see `MappingEmulation`.
         lr: of stage 2.
         tau: temperature of stage 2, for soft answers.
         kl: weight of the answers against the images in stage 2.
+        local_share: of the training samples of stage 2 and of the rounds that are local ones, asked about as well and
+            repeated to make up the share; 0, the paper's, is generated ones alone.
         student: whether to train one student by stage 2, before the boosting run.
     """
 
@@ -66,11 +73,15 @@ class Mekd:
     gan_epochs: int = 200
     gan_batch_size: int = 64
     gan_lr: float = 2e-4
+    average: float = 0.0
+    shift: int = 0
     epochs: int = 60
     batch_size: int = 128
+    optimizer: Optimizer = "sgd"
     lr: float = 0.1
     tau: float = 5.0
     kl: float = 1.0
+    local_share: float = 0.0
     student: bool = True
 
     def __post_init__(self) -> None:
@@ -78,6 +89,8 @@ class Mekd:
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"Expected `{name}` of MEKD to be >= 1, got {getattr(self, name)}.")
+        if not 0 <= self.local_share < 1:
+            raise UserError(f"Expected `local_share` of MEKD in [0, 1), got {self.local_share}.")
         if self.first_queries >= self.queries:
             raise UserError(
                 f"Expected `first_queries` < `queries` of MEKD, got {self.first_queries} and {self.queries}: the "
@@ -117,11 +130,12 @@ class Emulation:
         self.folder, self.make_trainer = folder, make_trainer
         self.loaders = loaders_of(local)
         self.samples, self.held_out = map(samples_of, self.loaders)
-        self.pool = settings.queries - settings.first_queries - len(self.held_out)
+        asked = len(self.held_out) + (len(self.samples) if settings.local_share else 0)
+        self.pool = settings.queries - settings.first_queries - asked
         if self.pool < 2:
             raise UserError(
-                f"Expected `queries` of MEKD to be more than those of stage 1 ({settings.first_queries}) and the "
-                f"held-out samples ({len(self.held_out)}), got {settings.queries}."
+                f"Expected `queries` of MEKD to be more than those of stage 1 ({settings.first_queries}) and of the "
+                f"local samples that are asked about ({asked}), got {settings.queries}."
             )
         self._freeze()
 
@@ -159,8 +173,9 @@ class Emulation:
         generator.fit_range(self.samples)
         low, high = float(self.samples.min()), float(self.samples.max())
         stage = Deprivatization(
-            generator, Discriminator(shape, settings.critic_width, low, high), self.teacher,
-            queries=settings.first_queries, share=settings.share, lr=settings.gan_lr, seed=self.seed,
+            generator, Discriminator(shape, settings.critic_width, low, high, settings.shift), self.teacher,
+            queries=settings.first_queries, share=settings.share, lr=settings.gan_lr, average=settings.average,
+            seed=self.seed,
         )  # fmt: skip
         blank = [torch.zeros(len(x), 1) for x in (self.samples, self.held_out)]
         data = AnsweredSamples((self.samples, blank[0]), (self.held_out, blank[1]), settings.gan_batch_size)
@@ -169,17 +184,18 @@ class Emulation:
             score=lambda figures: figures["mekd/distance"], make_trainer=self.make_trainer,
         )  # fmt: skip
         rank_zero_info(f"MEKD, stage 1: distance to held-out samples {found['score']:.4g} in epoch {found['epoch']}.")
-        return generator
+        return stage.kept
 
     def answered(self, generator: Generator) -> tuple[Answered, Answered]:
-        """Generated samples and held-out local ones, with the teacher's answers."""
+        """Training samples, generated and perhaps local, and held-out local ones, with the teacher's answers."""
         held_out = self.held_out, answers_of(self.teacher, self.held_out)
-        made = generate(generator, self.pool, self.folder, self.seed)
+        local = repeated(self.samples, self.pool, self.settings.local_share)
+        samples = generate(generator, self.pool, local, self.folder, self.seed)
         rank_zero_info(f"MEKD: asking the teacher about {self.pool:,} generated samples …")
-        answers = answers_of(self.teacher, made)
+        answers = answers_of(self.teacher, samples)
         keep_answers(self.folder, answers, held_out)
         rank_zero_info(f"MEKD: {self.teacher.queries:,} queries so far.")
-        return (made, answers), held_out
+        return (samples, answers), held_out
 
     def student(self, student: nn.Module, generator: Generator, train: Answered, val: Answered) -> dict[str, Any]:
         """Stage 2: trains a student in place; its best epoch, and its test accuracy where there is a test part."""
@@ -187,7 +203,7 @@ class Emulation:
         mean, sd = statistics(train[1])
         stage = MappingEmulation(
             student, generator, hard=self.teacher.hard, mean=mean, sd=sd, tau=settings.tau, kl=settings.kl,
-            lr=settings.lr, seed=self.seed,
+            optimizer=settings.optimizer, lr=settings.lr, seed=self.seed,
         )  # fmt: skip
         data, folder = AnsweredSamples(train, val, settings.batch_size), self.folder / "stage2"
         best = run_stage(

@@ -17,8 +17,8 @@ LAYERS = """
     zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files curve_rows
     curve_table curve_picture
     schedules
-    ensemble walk prediction stage_times inputs mekd_losses mekd_networks mekd mekd_data mixing variance
-    sample_gradients mixing_store mixing_report
+    ensemble walk prediction stage_times inputs mekd_losses mekd_networks mixing variance
+    sample_gradients mixing_store mixing_report mekd_deprivatization mekd_emulation mekd mekd_data
     exit_fitting calibration timing
     rounds scoring node_disks boosting probing observing round_mixing distillation
     noise_look noise_report mixing_update
@@ -99,8 +99,8 @@ def test_imports_point_one_way():
         ({"surprise": ""}, {"surprise is not in the table"}),
         ({"callbacks/one": "from bdistil.cli import main"}, {"callbacks imports cli"}),
         (
-            {"mekd": "import bdistil.ensemble", "ensemble": "from bdistil import mekd"},
-            {"circle of ensemble, mekd"},
+            {"mixing": "import bdistil.ensemble", "ensemble": "from bdistil import mixing"},
+            {"circle of ensemble, mixing"},
         ),
         ({"data/image": "from ..functional import centre\nfrom bdistil.data.text import read"}, set()),
         ({"ledger": "if TYPE_CHECKING:\n    from bdistil.rounds import BoostingRound"}, set()),

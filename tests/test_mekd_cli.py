@@ -1,11 +1,13 @@
 """The recipe `mekd-digits` as a user meets it: both stages and a boosting run, and no secret in anything it leaves."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from api_toys import SECRET, serving
+from wandb_offline import finished_runs
 
 from bdistil.api_endpoint import HttpEndpoint
 from bdistil.api_server import LocalApi, ModelServer
@@ -65,7 +67,17 @@ def test_a_run_from_an_api_with_a_key_and_faults_leaves_no_secret(tmp_path, monk
     assert run.report.exists()
     assert run.picture.exists()
     left = everything_in(tmp_path)
-    assert any("wandb" in name and name.endswith(".wandb") for name in left)
+    tracked = finished_runs(tmp_path)
+    assert len({found.run["run_id"] for found in tracked}) == 1
+    shown = {key: value for found in tracked for row in found.history for key, value in row.items()}
+    for name in ("discriminator_loss", "generator_loss", "teacher_weight", "distance"):
+        assert math.isfinite(shown[f"mekd/{name}"])
+    for name in ("image_loss", "answer_loss", "agreement", "val_loss"):
+        assert math.isfinite(shown[f"mekd/{name}"])
+    rates = [row["mekd/lr"] for found in tracked for row in found.history if "mekd/lr" in row]
+    assert rates[0] == pytest.approx(0.002)  # of stage 1; stage 2 begins at 0.03 and falls
+    assert 0 < rates[-1] < 0.03
+    assert shown["mekd/samples"]["_type"] == "images/separated"
     said = "".join(capfd.readouterr())
     for secret in (KEY, SECRET):
         assert secret not in said

@@ -1,5 +1,7 @@
 """Losses of MEKD against formulas written out by hand in NumPy, and the traps that they are corrected for."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from bdistil.mekd_losses import (
     soft_latent,
     statistics,
 )
-from bdistil.mekd_networks import Discriminator, Generator
+from bdistil.mekd_networks import Discriminator, Generator, shifted
 
 M, L = 6, 4
 
@@ -203,3 +205,36 @@ def test_shapes_that_cannot_be(shape):
     for kind in (lambda: Generator(L, shape), lambda: Discriminator(shape)):
         with pytest.raises(UserError, match=r"Expected `shape` of an image \(C, H, W\) or a sequence"):
             kind()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5), (3, 7)], ids=str)
+def test_the_discriminator_sees_shifted_samples_in_training(shape):
+    x, limit = torch.randn(200, *shape), 2
+    moved = shifted(x, limit)
+    sides = shape[1:]
+    offsets = set()
+    for before, after in zip(x, moved, strict=True):
+        places = [[(torch.arange(side) + d).clamp(0, side - 1) for d in range(-limit, limit + 1)] for side in sides]
+        options = {
+            numbers: before[
+                (slice(None), *torch.meshgrid(*(p[n] for p, n in zip(places, numbers, strict=True)), indexing="ij"))
+            ]
+            for numbers in itertools.product(range(2 * limit + 1), repeat=len(sides))
+        }
+        found = {numbers for numbers, option in options.items() if torch.equal(option, after)}
+        assert len(found) == 1
+        offsets |= found
+    assert len(offsets) == (2 * limit + 1) ** len(sides)
+
+
+def test_the_discriminator_shifts_in_training_only():
+    x = torch.randn(8, 1, 8, 8)
+    critic = Discriminator((1, 8, 8), 2, shift=3)
+    for layer in critic.modules():
+        layer.p = 0.0  # no dropout
+    assert not torch.equal(critic(x), critic(x))
+    critic.eval()
+    assert torch.equal(critic(x), critic(x))
+    for shift in (-1, 8):
+        with pytest.raises(UserError, match=rf"Expected `shift` of a discriminator to be in 0 … 7, got {shift}"):
+            Discriminator((1, 8, 8), 2, shift=shift)

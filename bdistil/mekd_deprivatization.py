@@ -1,0 +1,186 @@
+"""Stage 1 of MEKD: a GAN on local samples, whose generator emulates the inverse of a teacher that is only an API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from bdistil.api_teacher import ApiTeacher
+from bdistil.errors import UserError
+from bdistil.mekd_losses import balance, confidence, discriminator_loss, generator_loss, kernel_distance
+from bdistil.mekd_networks import Discriminator, Generator
+from bdistil.seeding import reseed, seed_of
+
+PREVIEWS = 256  # generated samples of the validation's distance
+
+
+def latents(count: int, outputs: int, *key: object) -> Tensor:
+    """Standard normal z (count, L): a function of the key alone, on every device."""
+    return torch.randn(count, outputs, generator=torch.Generator().manual_seed(seed_of(*key)))
+
+
+class Deprivatization(pl.LightningModule):
+    """Stage 1: a GAN on local samples, whose generator is pulled towards samples that the teacher is sure of.
+
+    Batches are x (B, ...) or begin with it. With `queries`, so many latents are drawn once; the teacher is asked about
+    the sample of each when it is first used, and its answer stands for that latent from then on, although the generator
+    moves. The validation part says, without a query, how near generated samples are to held-out local ones:
+    `mekd/distance`, a kernel distance of the values.
+
+    Args:
+        generator: maps z (B, L) to samples; its range is that of the data.
+        discriminator: maps samples to logits (B,).
+        teacher: the API, asked about generated samples; None for a plain GAN.
+        queries: Q, how many latents; None draws new ones and asks in every step.
+        share: of the teacher's term in the generator's loss.
+        lr: of Adam, for both.
+        betas: of Adam.
+        average: decay of the running mean of the generator's weights a step, which is what is judged and kept. 0,
+            the paper's, is the last weights.
+        seed: all randomness is a function of it and the epoch.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    answers: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        generator: Generator,
+        discriminator: Discriminator,
+        teacher: ApiTeacher | None = None,
+        *,
+        queries: int | None = None,
+        share: float = 0.5,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+        average: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if lr <= 0 or share < 0 or not 0 <= average < 1 or (queries is not None and queries < 1):
+            raise UserError(
+                "Expected `lr` > 0, `share` >= 0, `average` in [0, 1) and `queries` >= 1, "
+                f"got {lr}, {share}, {average} and {queries}."
+            )
+        self.automatic_optimization = False
+        self.generator, self.discriminator = generator, discriminator
+        self.averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(average), use_buffers=True)
+        self.queries, self.share, self.lr, self.betas, self.seed = queries, share, lr, betas, seed
+        object.__setattr__(self, "teacher", teacher)  # out of the module tree, and so of every checkpoint
+        self.register_buffer("answers", torch.full((queries or 0, generator.outputs), torch.nan))
+        self.register_buffer("counts", torch.zeros(generator.outputs))
+        self._pool = latents(queries or 0, generator.outputs, seed, "stage 1")
+        self._held_out: list[Tensor] = []
+
+    teacher: ApiTeacher | None
+
+    @property
+    def kept(self) -> Generator:
+        """What the stage is for: the generator of averaged weights."""
+        kept = self.averaged.module
+        assert isinstance(kept, Generator)
+        return kept
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Samples (B, ...) of z (B, L), by the generator of averaged weights."""
+        samples: Tensor = self.averaged(z)
+        return samples
+
+    def on_fit_start(self) -> None:
+        """Refuses several processes, whose latents and discriminators would drift apart."""
+        if self.trainer.world_size > 1:
+            raise UserError("Expected one device for the stages of MEKD. Give the Trainer devices=1.")
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds dropout and latents of the epoch."""
+        reseed(self.seed, "stage 1", self.current_epoch)
+        self._random = torch.Generator().manual_seed(seed_of(self.seed, "stage 1", self.current_epoch, "z"))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """A step of the discriminator, then one of the generator."""
+        real = batch[0] if isinstance(batch, tuple | list) else batch
+        z, rows = self._draw(len(real))
+        samples = self.generator(z.to(self.device))
+        optimizers: Any = self.optimizers()
+        first, second = optimizers
+        told = self._step(first, lambda: discriminator_loss(self.discriminator(real), self._of(samples.detach())))
+        weight = self._weight(samples.detach(), rows)
+        made = self._step(second, lambda: generator_loss(self._of(samples), weight, self.share))
+        self.averaged.update_parameters(self.generator)
+        figures = {"discriminator_loss": told, "generator_loss": made, "teacher_weight": weight.mean(), "lr": self.lr}
+        shown: Any = {f"mekd/{name}": value for name, value in figures.items()}
+        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(real))
+
+    def _of(self, samples: Tensor) -> Tensor:
+        logits: Tensor = self.discriminator(samples)
+        return logits
+
+    def _step(self, optimizer: Any, loss_of: Any) -> Tensor:
+        self.toggle_optimizer(optimizer)
+        loss: Tensor = loss_of()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.untoggle_optimizer(optimizer)
+        return loss.detach()
+
+    def _draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Latents (m, L) of a step, and their numbers (m,) in the pool, if there is one."""
+        if self.queries is None:
+            return torch.randn(count, self.generator.outputs, generator=self._random), None
+        rows = torch.randint(self.queries, (count,), generator=self._random)
+        return self._pool[rows], rows
+
+    def _weight(self, samples: Tensor, rows: Tensor | None) -> Tensor:
+        """What the teacher says of generated samples, (m,): 1 without one."""
+        if self.teacher is None:
+            return torch.ones(len(samples), device=self.device)
+        answers = self._answers(samples, rows)
+        return balance(answers.argmax(-1), self.counts) if self.teacher.hard else confidence(answers)
+
+    def _answers(self, samples: Tensor, rows: Tensor | None) -> Tensor:
+        """The teacher's logits (m, L) of generated samples, remembered by latent where there is a pool."""
+        assert self.teacher is not None
+        if rows is None:
+            answers: Tensor = self.teacher(samples)
+            self.counts += F.one_hot(answers.argmax(-1), self.generator.outputs).sum(0)
+            return answers
+        rows = rows.to(self.device)
+        new = self.answers[rows].isnan().any(-1)
+        if bool(new.any()):
+            # A latent that was drawn twice has one sample: batch norm sees the whole batch either way.
+            self.answers[rows[new]] = self.teacher(samples[new])
+            known = self.answers[~self.answers.isnan().any(-1)]
+            self.counts.copy_(F.one_hot(known.argmax(-1), self.generator.outputs).sum(0))
+        return self.answers[rows]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Collects held-out local samples."""
+        self._held_out.append((batch[0] if isinstance(batch, tuple | list) else batch).detach())
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the distance between generated and held-out local samples."""
+        held_out, self._held_out = torch.cat(self._held_out), []
+        self.log("mekd/distance", kernel_distance(self.preview(PREVIEWS), held_out).float(), prog_bar=True)
+
+    @torch.no_grad()
+    def preview(self, count: int) -> Tensor:
+        """Generated samples (count, ...) of latents that are the same in every epoch."""
+        self.averaged.eval()  # no step of training runs it
+        samples: Tensor = self(latents(count, self.generator.outputs, self.seed, "preview").to(self.device))
+        return samples
+
+    def configure_optimizers(self) -> Any:
+        """Adam for the discriminator and for the generator."""
+        return [
+            torch.optim.Adam(network.parameters(), self.lr, self.betas)
+            for network in (self.discriminator, self.generator)
+        ]

@@ -1,0 +1,148 @@
+"""Stage 2 of MEKD: a student whose answers and the teacher's become the same samples through the frozen generator."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdistil.errors import UserError
+from bdistil.mekd_losses import hard_emulation, soft_emulation
+from bdistil.mekd_networks import Generator
+from bdistil.seeding import reseed
+
+Optimizer = Literal["sgd", "adamw"]
+
+
+class MappingEmulation(pl.LightningModule):
+    """Stage 2: trains a student on (x, y), y the teacher's logits (B, L), through the frozen generator.
+
+    The validation part says how often the student gives the teacher's answer, `mekd/agreement`, and its cross entropy
+    to the teacher, `mekd/val_loss`: no labels are needed.
+
+    Args:
+        student: maps x to logits (B, L).
+        generator: trained, of stage 1; None leaves the first part of the loss out, which is plain distillation.
+        hard: the teacher gives labels; y are one-hots of any length.
+        mean: of the teacher's centred logits (L,), see `mekd_losses.statistics`; for soft answers.
+        sd: likewise.
+        tau: temperature of soft answers.
+        kl: weight of the second part of the loss.
+        optimizer: `sgd`, the paper's, with momentum 0.9, its rate a tenth from a third of the steps on, a
+            hundredth from two thirds on; `adamw`, its rate falling to 0 as a cosine.
+        lr: of the optimizer.
+        seed: all randomness is a function of it and the epoch.
+
+    Raises:
+        UserError: an argument is out of its range, or statistics are missing.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        generator: Generator | None,
+        *,
+        hard: bool,
+        mean: Tensor | None = None,
+        sd: Tensor | None = None,
+        tau: float = 5.0,
+        kl: float = 1.0,
+        optimizer: Optimizer = "sgd",
+        lr: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if tau <= 0 or kl < 0 or lr <= 0:
+            raise UserError(f"Expected `tau` > 0, `kl` >= 0 and `lr` > 0, got {tau}, {kl} and {lr}.")
+        if optimizer not in get_args(Optimizer):
+            raise UserError(f"Expected `optimizer` of stage 2 to be 'sgd' or 'adamw', got {optimizer!r}.")
+        if generator is not None and not hard and (mean is None or sd is None):
+            raise UserError("Expected `mean` and `sd` of the teacher's answers with soft ones, got None.")
+        self.student, self.hard, self.tau, self.kl = student, hard, tau, kl
+        self.optimizer, self.lr, self.seed = optimizer, lr, seed
+        frozen = generator.requires_grad_(False).eval() if generator is not None else None
+        object.__setattr__(self, "generator", frozen)  # out of the module tree: frozen, in no checkpoint
+        self.mean, self.sd = mean, sd
+        self._sums = torch.zeros(3)
+
+    generator: Generator | None
+
+    @property
+    def kept(self) -> nn.Module:
+        """What the stage is for."""
+        return self.student
+
+    def forward(self, x: Any) -> Tensor:
+        """Logits (B, L) of the student."""
+        logits: Tensor = self.student(x)
+        return logits
+
+    def on_fit_start(self) -> None:
+        """Moves what is hidden to the device."""
+        if self.trainer.world_size > 1:
+            raise UserError("Expected one device for the stages of MEKD. Give the Trainer devices=1.")
+        if self.generator is not None:
+            self.generator.to(self.device)
+        self.mean, self.sd = (t if t is None else t.to(self.device) for t in (self.mean, self.sd))
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds the epoch."""
+        reseed(self.seed, "stage 2", self.current_epoch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch (x, y)."""
+        images, answers = self.losses(self(batch[0]), batch[1])
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        shown = {"mekd/image_loss": images, "mekd/answer_loss": answers, "mekd/lr": lr}
+        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(batch[0]))
+        return images + answers
+
+    def losses(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts of the loss, from logits (B, L) of both."""
+        if self.generator is None:
+            none = torch.zeros((), device=student.device)
+            return none, self._plain(student, teacher)
+        if self.hard:
+            return hard_emulation(self.generator, student, teacher.argmax(-1), kl=self.kl)
+        assert self.mean is not None
+        assert self.sd is not None
+        return soft_emulation(self.generator, student, teacher, self.mean, self.sd, tau=self.tau, kl=self.kl)
+
+    def _plain(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.hard:
+            return self.kl * F.cross_entropy(student, teacher.argmax(-1))
+        answer, target = (F.log_softmax(logits / self.tau, -1) for logits in (student, teacher))
+        return self.kl * self.tau * F.kl_div(answer, target, reduction="batchmean", log_target=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums: answers alike, cross entropy, samples."""
+        self._sums = torch.zeros(3, device=self.device)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Compares with the teacher on samples that it was asked about."""
+        student, teacher = self(batch[0]), batch[1]
+        alike = (student.argmax(-1) == teacher.argmax(-1)).sum()
+        target = F.one_hot(teacher.argmax(-1), teacher.shape[1]).float() if self.hard else teacher.softmax(-1)
+        entropy = F.cross_entropy(student, target, reduction="sum")
+        self._sums = self._sums + torch.stack((alike, entropy, torch.tensor(len(student), device=self.device)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs agreement and cross entropy."""
+        alike, entropy, samples = self._sums
+        self.log_dict({"mekd/agreement": alike / samples, "mekd/val_loss": entropy / samples}, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and its schedule, step by step."""
+        steps, parameters = int(self.trainer.estimated_stepping_batches), self.student.parameters()
+        schedule: torch.optim.lr_scheduler.LRScheduler
+        if self.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9, weight_decay=5e-4)
+            cuts = sorted({max(1, steps // 3), max(1, 2 * steps // 3)})
+            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, cuts)
+        else:
+            optimizer = torch.optim.AdamW(parameters, self.lr)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
