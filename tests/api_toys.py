@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import torch
 
 OUTPUTS, FEATURES = 4, 6
 WEIGHTS = np.random.default_rng(0).normal(size=(FEATURES, OUTPUTS)).astype(np.float32)
 SECRET = "s3cret-body-text"
+
+
+def inputs(count, seed=0):
+    """Samples (count, FEATURES)."""
+    return torch.randn(count, FEATURES, generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(batch):
@@ -51,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         api.keys.append(self.headers.get("Authorization"))
         fault = api.faults.pop(0) if api.faults else None
         if isinstance(fault, int):
-            self._send(fault, {"error": SECRET}, {"Retry-After": "0.01"} if fault == 429 else {})
+            headers = {429: {"Retry-After": "0.01"}, 307: {"Location": self.path}}
+            self._send(fault, {"error": SECRET}, headers.get(fault, {}))
             return
         if fault == "slow":
             time.sleep(0.6)

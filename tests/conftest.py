@@ -86,3 +86,27 @@ def finished(tmp_path_factory, no_pictures):
     from toys import finished_run
 
     return finished_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def api():
+    """A server that answers like a model, see `api_toys`."""
+    from api_toys import serving
+
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes a teacher of such a server, or of a callable, with waits that no test notices."""
+    from api_toys import OUTPUTS
+
+    from bdistil import ApiTeacher, HttpEndpoint
+
+    def build(ask, **options):
+        ask = HttpEndpoint(ask.url, timeout=0.3) if hasattr(ask, "url") and not callable(ask) else ask
+        given = {"outputs": OUTPUTS, "cache": tmp_path / "answers.sqlite", "batch_size": 4, "backoff": 0.001}
+        return ApiTeacher(ask, **{**given, **options})
+
+    return build
