@@ -5,8 +5,8 @@
 Every result is a file in BDISTIL_BENCH_DIR (`runs/bench-mekd` by default), so that an interrupted bench goes on.
 """
 
-import itertools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -24,7 +24,7 @@ from bdistil.data.local_digits import LocalDigits
 from bdistil.disk import write_atomically
 from bdistil.distiller import TeacherSpec, TeacherTraining
 from bdistil.mekd import MappingEmulation
-from bdistil.mekd_data import AnsweredSamples, GeneratedSamples, answers_of
+from bdistil.mekd_data import AnsweredSamples, GeneratedSamples, answers_of, repeated
 from bdistil.mekd_run import Emulation, Mekd, agreement_score
 from bdistil.mekd_stage import run_stage
 from bdistil.run_directory import RunDirectory
@@ -37,13 +37,20 @@ pytestmark = pytest.mark.slow
 SEEDS, KINDS = (0, 1, 2), ("soft", "hard")
 QUERIES = (1_000, 10_000, 100_000)
 FIRST = 300  # queries of stage 1
-BATCH = 64
-# About as many steps for all: 100 epochs of 10 steps, 5 of 150; one epoch of the largest is twice that.
-EPOCHS = {1_000: 70, 10_000: 5, 100_000: 1}
+BATCH, STEPS = 64, 2_000  # of every student, whatever it learns from
+LOCAL, HELD_OUT = 280, 70
+SHARE = 0.25  # of the samples that are local ones, where they are used as well
 ROUNDS = 4
 FOLDER = Path(os.environ.get("BDISTIL_BENCH_DIR", "runs/bench-mekd"))
-# A generator of a sixteenth of the paper's width, and a shorter stage 1: two cores are to do all of this.
-SMALL = {"first_queries": FIRST, "width": 8, "critic_width": 8, "gan_epochs": 100, "gan_lr": 1e-3, "batch_size": BATCH}
+# A generator of a sixteenth of the paper's width, and 4,000 steps of stage 1: two cores are to do all of this.
+# Optimizer, rate, average and shift were chosen on seed 0, by agreement and cross entropy on the held-out samples.
+SMALL = {"first_queries": FIRST, "width": 8, "critic_width": 8, "gan_epochs": 445, "gan_batch_size": 32, "gan_lr": 2e-3,
+         "average": 0.99, "shift": 3, "batch_size": BATCH, "optimizer": "adamw", "lr": 0.03}  # fmt: skip
+
+
+def epochs_of(samples):
+    """About as many steps for all; one epoch of the largest set has no fewer."""
+    return max(1, round(STEPS / math.ceil(samples / BATCH)))
 
 
 def make_trainer(**options):
@@ -101,10 +108,12 @@ def once(name, make):
     return json.loads(path.read_text())
 
 
-def emulation(net, kind, seed, queries, source="mnist"):
-    """One run of MEKD; budgets share stage 1, which is made with the smallest."""
-    folder = FOLDER / f"{source}-{kind}-{seed}-{queries}"
-    settings = Mekd(queries=queries, epochs=EPOCHS[queries], **SMALL)
+def emulation(net, kind, seed, queries, source="mnist", share=0.0):
+    """One run of MEKD; budgets share stage 1, which is made once."""
+    folder = FOLDER / f"{source}-{kind}-{seed}-{queries}{'-with-local' if share else ''}"
+    generated = queries - FIRST - HELD_OUT - (LOCAL if share else 0)
+    samples = generated + len(repeated(torch.empty(LOCAL, 1), generated, share))
+    settings = Mekd(queries=queries, epochs=epochs_of(samples), local_share=share, **SMALL)
     local = LocalDigits(source=source, split_seed=0)
     first = FOLDER / f"{source}-{kind}-{seed}-first"
     if not (first / "stage1" / "done.json").exists():
@@ -116,24 +125,24 @@ def emulation(net, kind, seed, queries, source="mnist"):
     return Emulation(settings, api(net, kind, folder), local, folder, seed=seed, make_trainer=make_trainer)
 
 
-def mekd(net, kind, seed, queries, source="mnist"):
-    run = emulation(net, kind, seed, queries, source)
-    generator = run.generator()
-    train, val = run.answered(generator)
-    student = student_of(seed)
-    figures = run.student(student, generator, train, val)
-    confident = float(train[1].softmax(-1).amax(-1).mean())
-    classes = train[1].argmax(-1).bincount(minlength=10).tolist()
-    return {"accuracy": figures["test_accuracy"], "queries": figures["queries"], "sure": confident, "classes": classes}
+def mekd(net, kind, seed, queries, source="mnist", share=0.0):
+    run = emulation(net, kind, seed, queries, source, share)
+    train, val = run.answered(generator := run.generator())
+    figures = run.student(student_of(seed), generator, train, val)
+    made = train[1][: run.pool]
+    sure, classes = float(made.softmax(-1).amax(-1).mean()), made.argmax(-1).bincount(minlength=10).tolist()
+    return {"accuracy": figures["test_accuracy"], "queries": figures["queries"], "sure": sure, "classes": classes}
 
 
-def plain(net, kind, seed, name, x, held_out, epochs):
+def plain(net, kind, seed, name, x, held_out):
     """Plain distillation on images x, its best epoch chosen by the same held-out local images."""
     folder = FOLDER / f"plain-{name}-{kind}-{seed}-{len(x)}"
     teacher = api(net, kind, folder)
     train, val = (x, answers_of(teacher, x)), (held_out, answers_of(teacher, held_out))
-    stage = MappingEmulation(student_of(seed), None, hard=kind == "hard", seed=seed)
-    run_stage(stage, AnsweredSamples(train, val, BATCH), folder / "stage2", epochs=epochs, seed=seed,
+    stage = MappingEmulation(
+        student_of(seed), None, hard=kind == "hard", optimizer=SMALL["optimizer"], lr=SMALL["lr"], seed=seed
+    )
+    run_stage(stage, AnsweredSamples(train, val, BATCH), folder / "stage2", epochs=epochs_of(len(x)), seed=seed,
               score=agreement_score, make_trainer=make_trainer)  # fmt: skip
     return {"accuracy": accuracy_of(stage.student), "queries": teacher.queries}
 
@@ -150,16 +159,20 @@ def noise(samples, count, seed):
     return (made * samples.std() + samples.mean()).clamp(samples.min(), samples.max())
 
 
-def baselines(net, kind, seed, queries):
-    """By name: on the 10 % images, on noise."""
+def on_local(net, kind, seed, source="mnist"):
+    x, held_out = local_images(source)
+    return once(f"plain-{source}-{kind}-{seed}", lambda: plain(net, kind, seed, source, x, held_out))
+
+
+def on_noise(net, kind, seed, queries):
     x, held_out = local_images()
-    results = {"plain": once(f"plain-{kind}-{seed}", lambda: plain(net, kind, seed, "local", x, held_out, 140))}
-    count = queries - len(held_out)
-    name = f"noise-{kind}-{seed}-{queries}"
-    results["noise"] = once(
-        name, lambda: plain(net, kind, seed, "noise", noise(x, count, seed), held_out, EPOCHS[queries])
-    )  # fmt: skip
-    return results
+    images = noise(x, queries - HELD_OUT, seed)
+    return once(f"noise-{kind}-{seed}-{queries}", lambda: plain(net, kind, seed, "noise", images, held_out))
+
+
+def through_generator(net, kind, seed, queries, source="mnist", share=0.0):
+    name = f"mekd-{source}-{kind}-{seed}-{queries}{'-with-local' if share else ''}"
+    return once(name, lambda: mekd(net, kind, seed, queries, source, share))
 
 
 def white_box(net, seed):
@@ -167,14 +180,13 @@ def white_box(net, seed):
     data = Digits()
     data.setup("fit")
     _, held_out = local_images()
-    return once(
-        f"white-{seed}", lambda: plain(net, "soft", seed, "white", data.parts["train"].tensors[0], held_out, 13)
-    )
+    images = data.parts["train"].tensors[0]
+    return once(f"white-{seed}", lambda: plain(net, "soft", seed, "white", images, held_out))
 
 
-def boosted(net, seed):
-    """Test accuracies of the prefixes of a run on generated images and the API's answers."""
-    run = emulation(net, "soft", seed, 10_000)
+def boosted(net, seed, share=0.0):
+    """Test accuracies of the prefixes of a run on MEKD's samples and the API's answers."""
+    run = emulation(net, "soft", seed, 10_000, share=share)
     train, val = run.answered(run.generator())
     settings = BoostingSettings(rounds=ROUNDS, lr=0.03)
     controller = RoundController(
@@ -186,6 +198,10 @@ def boosted(net, seed):
         trainer.fit(module, data, ckpt_path=controller.ckpt_path)
     rows = RunDirectory(run.folder / "boosted").read_curve()[1:]
     return {"accuracy": [float(row["test_accuracy"]) for row in rows], "queries": run.teacher.queries}
+
+
+def boosted_once(net, seed, share=0.0):
+    return once(f"boosted-{seed}{'-with-local' if share else ''}", lambda: boosted(net, seed, share))
 
 
 def mean_sd(values):
@@ -202,39 +218,47 @@ def net():
     return network()
 
 
-def table_rows(net, queries):
-    for kind, budget in itertools.product(KINDS, queries):
-        ours = over_seeds(lambda s: once(f"mekd-{kind}-{s}-{budget}", lambda: mekd(net, kind, s, budget)))  # noqa: B023
-        others = [baselines(net, kind, seed, budget) for seed in SEEDS]
-        yield kind, budget, ours, *([o[name]["accuracy"] for o in others] for name in ("plain", "noise"))
+def shown(results):
+    return "; ".join(f"{name} {mean_sd(values)}" for name, values in results.items())
 
 
-@pytest.mark.parametrize("queries", QUERIES[:2])
-def test_students_against_the_number_of_queries(net, queries):
-    upper = over_seeds(lambda seed: white_box(net, seed))
-    print(f"\nteacher {100 * accuracy_of(net):.1f} %, white box {mean_sd(upper)}")
-    for kind, budget, ours, local, random in table_rows(net, [queries]):
-        print(f"| {kind} | {budget:,} | {mean_sd(ours)} | {mean_sd(local)} | {mean_sd(random)} |")
-        assert statistics.mean(ours) > statistics.mean(random)
-        assert statistics.mean(ours) <= statistics.mean(upper) + 0.01
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_students_against_the_number_of_queries(net, kind, queries):
+    results = {
+        "MEKD": over_seeds(lambda seed: through_generator(net, kind, seed, queries)),
+        "plain": over_seeds(lambda seed: on_local(net, kind, seed)),
+        "noise": over_seeds(lambda seed: on_noise(net, kind, seed, min(queries, 10_000))),  # more noise is no better
+        "white box": over_seeds(lambda seed: white_box(net, seed)),
+    }
+    print(f"\n{kind}, {queries:,} queries, teacher {100 * accuracy_of(net):.1f}: {shown(results)}")
+    means = {name: statistics.mean(values) for name, values in results.items()}
+    assert means["MEKD"] > means["noise"] + 0.1
+    assert means["MEKD"] <= means["white box"] + 0.01
 
 
-def test_the_boosted_run_climbs(net):
-    curves = over_seeds(lambda seed: once(f"boosted-{seed}", lambda: boosted(net, seed)))
-    print("\nboosted", *(mean_sd(values) for values in zip(*curves, strict=True)))
+@pytest.mark.parametrize(("kind", "queries"), [("soft", 1_000), ("soft", 10_000), ("hard", 10_000)])
+def test_students_with_the_local_images_among_their_samples(net, kind, queries):
+    results = {
+        "with local": over_seeds(lambda seed: through_generator(net, kind, seed, queries, share=SHARE)),
+        "without": over_seeds(lambda seed: through_generator(net, kind, seed, queries)),
+    }
+    print(f"\n{kind}, {queries:,} queries: {shown(results)}")
+    assert statistics.mean(results["with local"]) > statistics.mean(results["without"])
+
+
+@pytest.mark.parametrize("share", [0.0, SHARE])
+def test_the_boosted_run_climbs(net, share):
+    curves = over_seeds(lambda seed: boosted_once(net, seed, share))
+    print(f"\nboosted, local share {share}:", *(mean_sd(values) for values in zip(*curves, strict=True)))
     assert len(curves[0]) == ROUNDS
     assert statistics.mean(c[-1] for c in curves) > statistics.mean(c[0] for c in curves) + 0.01
 
 
 def test_a_domain_gap(net):
-    x, held_out = local_images("other")
-    ours = over_seeds(lambda s: once(f"gap-mekd-{s}", lambda: mekd(net, "soft", s, 10_000, "other")))
-    local = over_seeds(lambda s: once(f"gap-plain-{s}", lambda: plain(net, "soft", s, "other", x, held_out, 140)))
-    print(f"\nother digits at hand: MEKD {mean_sd(ours)}, plain {mean_sd(local)}")
-    assert statistics.mean(ours) > 0.3
-
-
-def test_students_of_a_hundred_thousand_queries(net):
-    for kind, budget, ours, local, random in table_rows(net, QUERIES[2:]):
-        print(f"| {kind} | {budget:,} | {mean_sd(ours)} | {mean_sd(local)} | {mean_sd(random)} |")
-        assert statistics.mean(ours) > statistics.mean(random)
+    results = {
+        "MEKD": over_seeds(lambda seed: through_generator(net, "soft", seed, 10_000, "other")),
+        "plain": over_seeds(lambda seed: on_local(net, "soft", seed, "other")),
+    }
+    print(f"\nother digits at hand: {shown(results)}")
+    assert statistics.mean(results["MEKD"]) > 0.2  # twice as good as chance
