@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bdistil.data.attach import indexed_loaders
@@ -98,6 +99,8 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     done, last = folder / "done.json", folder / "last.ckpt"
     if not done.exists():
+        begun = ", which was begun before" if last.exists() else ""
+        rank_zero_info(f"MEKD, {folder.name}{begun}: training for {epochs} epochs …")
         keeper = StageKeeper(folder, score)
         trainer = make_trainer(callbacks=[keeper], max_epochs=epochs, default_root_dir=str(folder))
         with indexed_loaders(data, seed_of(seed, folder.name)):
