@@ -47,7 +47,7 @@ class BatchTimes:
     Attributes:
         batch: samples.
         stages: of each stage, one after the other; like all but `late` the lower quartile of the repeats.
-        late: 95th percentile of each stage, by which deadlines are kept.
+        late: 99th percentile of each stage, by which deadlines are kept.
         check: of asking an exit rule once.
         compact: of taking the decided samples out of the batch once.
         schedules: of all stages by schedule; a schedule that the students cannot run is not there.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from bdistil.anytime import AnytimeFigures
@@ -110,10 +111,20 @@ class Prediction:
 
     Attributes:
         logits: (B, L), in the teacher's units.
-        stages: how many students answered each sample, (B,) int64.
-        macs: multiply-adds that each sample cost, (B,) int64.
+        answered: how many students answered each sample, (B,) int64; one number where it is the same for all.
+        costs: cumulative multiply-adds of a sample, one number a stage.
     """
 
     logits: Tensor
-    stages: Tensor
-    macs: Tensor
+    answered: int | Tensor
+    costs: Sequence[int]
+
+    @property
+    def stages(self) -> Tensor:
+        """How many students answered each sample, (B,) int64; made when it is read."""
+        return self.answered if isinstance(self.answered, Tensor) else torch.full((len(self.logits),), self.answered)
+
+    @property
+    def macs(self) -> Tensor:
+        """Multiply-adds that each sample cost, (B,) int64; made when it is read."""
+        return torch.tensor(self.costs)[self.stages - 1]

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
+from bdistil.allocator import keep_freed_memory
 from bdistil.cli_parser import Parser
 from bdistil.commands import COMMANDS, EXAMPLES
 from bdistil.distiller import Distiller
@@ -99,6 +100,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if args is None else args)
     _quieten()
+    keep_freed_memory()
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -121,15 +121,12 @@ class ProgressiveEnsemble(nn.Module):
             UserError: x is not of the shape or dtype of training, or holds NaN or infinity.
         """
         self.inputs.check(x)
-        weights = self.figures.weights
-        sums = accumulate(weights or [1.0] * len(self))
-        factors = [self.scale / total for total in sums]
         return Walk(
             list(self.students),
             x,
-            factors=factors,
+            scale=self.scale,
             macs=self.macs,
-            weights=weights,
+            weights=self.figures.weights,
             count_votes=count_votes,
             offset=self.offset,
         )
@@ -177,7 +174,7 @@ class ProgressiveEnsemble(nn.Module):
         walk = self.walk(x)
         walk.bodies = self._bodies(x, count, schedule)
         for _ in range(count - 1):
-            walk.step()
+            walk.advance()
         return walk.step().logits
 
     def _bodies(self, x: Any, count: int, schedule: str | None) -> Sequence[Tensor]:
@@ -210,15 +207,16 @@ class ProgressiveEnsemble(nn.Module):
             UserError: x is not of the shape or dtype of training or holds NaN; or the budget asks for fitted
                 thresholds, and there are none, or for the confidence of real outputs, which have none.
         """
+        started = time.perf_counter()
         budget = budget or Budget()
-        if self.task == "regression" and budget.confidence is not None:
+        if budget.confidence is not None and self.task == "regression":
             raise UserError(
                 f"Expected a budget without `confidence` for real outputs, which have no classes to be sure of, got "
                 f"{budget.confidence!r}. Limit `stages`, `macs` or `seconds`."
             )
         exits = exits_of(budget, self.figures)
         walk = self.walk(x, count_votes=exits is not None and exits.rule == "agreement")
-        return predict_within(walk, budget, exits, self._clock(x.device))
+        return predict_within(walk, budget, exits, self._clock(x.device), started)
 
     def _clock(self, device: torch.device) -> StageClock | None:
         """The measured times, where they are of this device; kept, as is what was decided by them."""

@@ -15,6 +15,7 @@ from torch import Tensor
 Rule = Literal["max_prob", "margin", "entropy", "agreement"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 NEVER = 2.0  # a threshold that no sample reaches
+REGISTER = 16  # float32 in 512 bits
 
 
 def sureness(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: Tensor | None = None) -> Tensor:
@@ -39,7 +40,7 @@ def sureness(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: Tensor
         count = votes.sum(1)
         return torch.where(count > 1, chosen / count.clamp(min=1), torch.zeros_like(chosen))
     scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
-    probability = torch.softmax(scaled, -1)
+    probability = _softmax(scaled)
     if rule == "max_prob":
         return probability.amax(-1)
     if rule == "margin":
@@ -47,6 +48,11 @@ def sureness(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: Tensor
         return first - second
     entropy: Tensor = -torch.special.xlogy(probability, probability).sum(-1)
     return 1 - entropy / math.log(logits.shape[-1])
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the classes of (B, L). Over the last dimension torch is slow where it does not fill a vector register."""
+    return torch.softmax(logits, -1) if logits.shape[-1] >= REGISTER else torch.softmax(logits.t(), 0).t()
 
 
 def add_votes(votes: Tensor | None, logits: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class InputSpec:
             raise UserError(f"Expected `x` of dtype {self.dtype}, as in training, got {x.dtype}. Convert it before.")
         # A sum is the cheapest pass over x that NaN and infinity do not survive; what finite numbers overflow is looked
         # at again.
-        if x.is_floating_point() and x.numel() and not math.isfinite(x.detach().sum().item()):
+        if x.is_floating_point() and not math.isfinite(x.sum().item()):
             _refuse_nan(x)
 
 

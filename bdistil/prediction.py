@@ -3,47 +3,75 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bdistil.budgets import Budget, Exits, Prediction
 from bdistil.exit_rules import sureness
 from bdistil.stage_times import Deadline, StageClock
-from bdistil.walk import Stage, Walk
+from bdistil.walk import Walk
+
+Array = np.ndarray[Any, Any]
 
 
-class _Answers:
-    """The answers of samples that have left, and which rows of the batch are still on their way."""
+class Answers:
+    """Asks samples whether they are decided, takes those out of the batch, and keeps their answers.
 
-    def __init__(self, samples: int) -> None:
-        self.stages = torch.zeros(samples, dtype=torch.int64)
-        self.logits: Tensor | None = None
-        self.rows: Tensor | None = None  # None: all
+    Which row is where is kept in NumPy on the host: there a call on a few hundred numbers costs a fraction of what it
+    costs in torch, and beside a small student that is what leaving costs.
 
-    def leave(self, sure: Tensor, left: Tensor, stage: Stage) -> None:
-        """Decided samples, (n,) bool among those on their way, keep the answer of this stage."""
+    Args:
+        walk: the batch, before its first stage.
+    """
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self.rows: Array | None = None  # of the samples that are still on their way; None: all
+        self.gone: list[tuple[Array, Tensor, int]] = []  # rows, their logits, the stage
+
+    def decided(self, exits: Exits) -> Array:
+        """Which samples on their way, (n,) bool, the stage at hand decides."""
+        walk, number = self.walk, self.walk.number - 1
+        assert walk.total is not None
+        # the logits are total * factor: one pass for that and the temperature
+        temperature = exits.temperatures[number] / float(walk.factor)
+        sure = sureness(walk.total, exits.rule, temperature, walk.votes)
+        reached: Array = sure.cpu().numpy() >= exits.thresholds[number]
+        return reached
+
+    def leave(self, decided: Array) -> None:
+        """Decided samples keep the answer of the stage at hand; the others go on without them."""
+        here, left = np.flatnonzero(decided), np.flatnonzero(~decided)
+        rows = np.arange(len(decided)) if self.rows is None else self.rows
+        self._put_aside(rows[here], self._on_device(here))
+        self.rows = rows[left]
+        self.walk.keep(self._on_device(left))
+
+    def prediction(self) -> Prediction:
+        """The answers, once no stage will run any more."""
+        walk = self.walk
         if self.rows is None:
-            self.logits, self.rows = torch.empty_like(stage.logits), torch.arange(len(sure), device=sure.device)
-        self._write(self.rows[sure], stage.logits[sure], stage.index)
-        self.rows = self.rows[left]
+            return Prediction(walk.logits(), walk.number, walk.macs)
+        self._put_aside(self.rows, None)
+        rows, logits, numbers = zip(*self.gone, strict=True)
+        order = np.concatenate(rows).argsort()
+        stages = np.repeat(numbers, [len(part) for part in rows])[order]
+        in_order = torch.cat(logits).index_select(0, self._on_device(order))
+        return Prediction(in_order, torch.from_numpy(stages), walk.macs)
 
-    def finish(self, stage: Stage) -> Tensor:
-        """Logits (B, L), once no stage will run any more."""
-        if self.rows is None:
-            self.stages.fill_(stage.index)
-            return stage.logits
-        self._write(self.rows, stage.logits, stage.index)
-        assert self.logits is not None
-        return self.logits
+    def _put_aside(self, rows: Array, chosen: Tensor | None) -> None:
+        self.gone.append((rows, self.walk.logits(chosen), self.walk.number))
 
-    def _write(self, rows: Tensor, logits: Tensor, index: int) -> None:
-        assert self.logits is not None
-        self.logits[rows] = logits
-        self.stages[rows.cpu()] = index
+    def _on_device(self, places: Array) -> Tensor:
+        return torch.from_numpy(places).to(self.walk.x.device)
 
 
-def predict_within(walk: Walk, budget: Budget, exits: Exits | None, clock: StageClock | None) -> Prediction:
+def predict_within(
+    walk: Walk, budget: Budget, exits: Exits | None, clock: StageClock | None, started: float
+) -> Prediction:
     """Answers within a budget; work beyond it is not done.
 
     Args:
@@ -51,25 +79,20 @@ def predict_within(walk: Walk, budget: Budget, exits: Exits | None, clock: Stage
         budget: limits.
         exits: where samples are decided; None: nowhere.
         clock: measured times; without them every decided sample leaves at once.
+        started: when the seconds of the budget began, by `time.perf_counter`.
     """
-    device = walk.x.device
-    deadline = Deadline(budget.seconds, clock, lambda: _now(device))
-    allowed = budget.stages_within(walk.macs)
+    allowed, answers = budget.stages_within(walk.macs), Answers(walk)
+    deadline = None if budget.seconds is None else Deadline(budget.seconds, clock, lambda: _now(walk.x.device), started)
     asked = _stages_to_ask(walk.samples, allowed, exits, clock)
-    answers, stage = _Answers(walk.samples), None
     for number in range(allowed):
-        if not deadline.allows(number, walk.samples):
+        if deadline is not None and not deadline.allows(number, walk.samples):
             break
-        stage = walk.step()
-        deadline.done(number, walk.samples)
-        if exits is not None and number < asked and _all_leave(walk, stage, exits, answers, clock, allowed):
+        walk.advance()
+        if deadline is not None:
+            deadline.done(number, walk.samples)
+        if exits is not None and number < asked and _all_leave(answers, exits, clock, allowed):
             break
-    assert stage is not None
-    together = answers.rows is None
-    logits = answers.finish(stage)
-    if together:
-        return Prediction(logits, answers.stages, torch.full_like(answers.stages, stage.macs))
-    return Prediction(logits, answers.stages, torch.tensor(walk.macs)[answers.stages - 1])
+    return answers.prediction()
 
 
 def _now(device: torch.device) -> float:
@@ -85,16 +108,13 @@ def _stages_to_ask(samples: int, allowed: int, exits: Exits | None, clock: Stage
     return allowed - 1 if clock is None else clock.stages_to_ask(samples, allowed, exits.shares)
 
 
-def _all_leave(
-    walk: Walk, stage: Stage, exits: Exits, answers: _Answers, clock: StageClock | None, allowed: int
-) -> bool:
+def _all_leave(answers: Answers, exits: Exits, clock: StageClock | None, allowed: int) -> bool:
     """Takes decided samples out of the batch, where that pays; says whether none is left."""
-    number = stage.index - 1
-    sure = sureness(stage.logits, exits.rule, exits.temperatures[number], walk.votes) >= exits.thresholds[number]
-    left = (~sure).nonzero().flatten()
-    if len(left) == 0:
+    decided, walk = answers.decided(exits), answers.walk
+    left = len(decided) - int(np.count_nonzero(decided))
+    if left == 0:
         return True
-    if len(left) < walk.samples and (clock is None or clock.leaving_pays(number, walk.samples, len(left), allowed)):
-        answers.leave(sure, left, stage)
-        walk.keep(left)
+    number = walk.number - 1
+    if left < len(decided) and (clock is None or clock.leaving_pays(number, len(decided), left, allowed)):
+        answers.leave(decided)
     return False

@@ -5,20 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bdistil.anytime import BatchTimes
+from bdistil.budgets import Exits
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
-from bdistil.exit_rules import Rule, sureness
+from bdistil.exit_rules import Rule
+from bdistil.prediction import Answers
 from bdistil.schedules import GROUPS, ONE
-from bdistil.walk import Walk
 
 BATCHES = (1, 8, 64, 256)
 SECONDS = 0.3  # for the repeats of one batch size, beyond the first `LEAST`
-LEAST, MOST = 7, 60
-TYPICAL, LATE = 0.25, 0.95  # quantiles; other programs disturb the lower quartile less than a median
+LEAST, MOST = 7, 100
+TYPICAL, LATE = 0.25, 0.99  # quantiles; other programs disturb the lower quartile less than a median
 WORTH = 0.97  # a schedule is chosen when it takes less than this of one after the other
 TOLERANCE = 1e-5
 
@@ -43,11 +45,12 @@ def _rows(x: Tensor, batch: int) -> Tensor:
 
 def _at(ensemble: ProgressiveEnsemble, x: Tensor, rule: Rule) -> BatchTimes:
     rows: list[list[float]] = []
+    exits = Exits(rule, (0.5,) * len(ensemble), (1.5,) * len(ensemble))
     began = time.perf_counter()
     with torch.no_grad():
-        _walk_through(ensemble, x, rule)  # warm
+        _walk_through(ensemble, x, exits)  # warm
         while len(rows) < LEAST or (len(rows) < MOST and time.perf_counter() - began < SECONDS):
-            rows.append(_walk_through(ensemble, x, rule))
+            rows.append(_walk_through(ensemble, x, exits))
         *stages, check, compact = zip(*rows, strict=True)
         typical, late = (tuple(_quantile(stage, part) for stage in stages) for part in (TYPICAL, LATE))
         schedules = _schedules(ensemble, x)
@@ -69,29 +72,18 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _walk_through(ensemble: ProgressiveEnsemble, x: Tensor, rule: Rule) -> list[float]:
+def _walk_through(ensemble: ProgressiveEnsemble, x: Tensor, exits: Exits) -> list[float]:
     """Seconds of each stage, of one question, of taking half of the batch out."""
-    walk = ensemble.walk(x, count_votes=rule == "agreement")
-    stage = walk.step  # the check of x belongs to no stage
-    seconds = [_timed(stage, x.device) for _ in range(len(ensemble))]
-    seconds.append(_timed(lambda: _ask(walk, rule), x.device))
-    half = torch.arange(0, len(x), 2, device=x.device)
-    seconds.append(_timed(lambda: _leave(walk, half), x.device))
+    walk = ensemble.walk(x, count_votes=exits.rule == "agreement")  # the check of x belongs to no stage
+    seconds = [_timed(lambda: walk.step().logits, x.device) for _ in range(len(ensemble))]
+    # The question comes right after a student, when its own code and numbers are no longer in the cache.
+    walk = ensemble.walk(x, count_votes=exits.rule == "agreement")
+    walk.advance()
+    answers = Answers(walk)
+    seconds.append(_timed(lambda: answers.decided(exits), x.device))
+    half = np.arange(len(x)) % 2 == 0
+    seconds.append(_timed(lambda: answers.leave(half), x.device))
     return seconds
-
-
-def _ask(walk: Walk, rule: Rule) -> int:
-    assert walk.total is not None
-    logits = walk.total * walk.factors[-1]
-    return len((~(sureness(logits, rule, 1.5, walk.votes) >= 0.5)).nonzero().flatten())
-
-
-def _leave(walk: Walk, rows: Tensor) -> None:
-    """What a prediction does when samples leave: their answers are put aside, the rest goes on."""
-    assert walk.total is not None
-    answers = torch.empty_like(walk.total)
-    answers[rows] = walk.total.index_select(0, rows)
-    walk.keep(rows)
 
 
 def _schedules(ensemble: ProgressiveEnsemble, x: Tensor) -> dict[str, float]:

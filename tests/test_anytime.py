@@ -78,8 +78,9 @@ def by_hand(logits, rule, temperature, students):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("students", [1, 3])
-def test_sureness_is_its_formula(rule, students):
-    own = torch.randn(students, 50, 5, dtype=torch.float64)
+@pytest.mark.parametrize("classes", [5, 20])  # fewer than a register holds, and more
+def test_sureness_is_its_formula(rule, students, classes):
+    own = torch.randn(students, 50, classes, dtype=torch.float64)
     votes = None
     for answer in own:
         votes = add_votes(votes, answer)

@@ -4,6 +4,7 @@ import asyncio
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,13 +194,48 @@ def test_a_stage_is_taken_to_need_what_it_kept_to_and_more_on_a_slower_machine(s
     """Stages of 1 s that keep to 1.2 s when measured; here each takes its 1.2 s times a factor."""
     now = [0.0]
     row = BatchTimes(1, (1.0,) * T, (1.2,) * T, 0, 0)
-    deadline = Deadline(seconds, StageClock((row,)), lambda: now[0])
+    deadline = Deadline(seconds, StageClock((row,)), lambda: now[0], 0.0)
     done = 0
     while done < T and deadline.allows(done, 1):
         now[0] += 1.2 * slower
         deadline.done(done, 1)
         done += 1
     assert done == stages
+
+
+def test_seconds_count_from_the_call_and_not_from_the_first_stage(ensemble, x, monkeypatch):
+    """The look at x takes 1 s, a student 1 s: of 3.5 s one student has used 2, and the next would end at 3."""
+    now = [0.0]
+    for module in ("ensemble", "prediction"):
+        monkeypatch.setattr(f"bdistil.{module}.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(InputSpec, "check", lambda *_: now.__setitem__(0, now[0] + 1))
+    for student in ensemble.students:
+        student.head.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1))
+    assert ensemble.predict(x, Budget(seconds=3.5)).stages.tolist() == [2] * B
+
+
+# ---- features that later students read
+
+
+@pytest.mark.parametrize("links", [[0, 0, 0, 0], [0, 1, 0, 2], [0, 1, 2, 3], [0, 1, None, 2]], ids=str)
+def test_those_who_stay_take_along_what_is_still_read(x, links):
+    students = []
+    for number in links:
+        plain = number is None
+        student = nn.Linear(IN, L) if plain else Student(Body(), nn.Linear(6, L)).link(students, Rung(number))
+        students.append(student)
+    ensemble = ProgressiveEnsemble(students, macs=MACS)
+    walk, rows = ensemble.walk(x), torch.arange(0, B, 3)
+    expected = [stage.logits[rows] for stage in ensemble.stages(x)]
+    for number in range(T):
+        stage = walk.step()
+        torch.testing.assert_close(stage.logits, expected[number] if number else next(ensemble.stages(x)).logits)
+        if number == 0:
+            walk.keep(rows)
+        elif number < T - 1:
+            walk.keep(torch.arange(len(rows)))
+            reads = [n or 0 for n in links[number + 1 :]]
+            assert len(walk.features) <= max(reads)
 
 
 # ---- asyncio and interruption

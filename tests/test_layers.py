@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
     functional round_loss mac_rules units regression errors seeding distributed disk configurations
     run_places run_directory row_files weight_files exit_rules anytime environment stopping strategies run_logger
-    workers
+    workers allocator
     api_cache api_endpoint api_teacher
     settings block_sums ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar
     zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files curve_rows
