@@ -45,11 +45,6 @@ class Budget:
             raise UserError(f"Expected `confidence` of a budget to be in (0, 1] or 'fitted', got {sure}.")
         if self.rule is not None and self.rule not in RULES:
             raise UserError(f"Expected `rule` of a budget to be one of {', '.join(RULES)}, got {self.rule!r}.")
-        if self.rule is not None and sure is None:
-            raise UserError(
-                f"`rule` of a budget says how `confidence` is read, got rule={self.rule!r} without confidence. "
-                "Give confidence=0.9, for example, or leave the rule out."
-            )
 
     def stages_within(self, macs: Sequence[int]) -> int:
         """How many stages the limits on stages and MACs allow, at least 1.
@@ -84,8 +79,14 @@ def exits_of(budget: Budget, figures: AnytimeFigures) -> Exits | None:
     """The exits that a budget asks for; None where it knows no confidence.
 
     Raises:
-        UserError: it asks for fitted thresholds, and none were fitted, or those of another rule.
+        UserError: it gives a rule without a confidence, or asks for fitted thresholds where none were fitted, or those
+            of another rule.
     """
+    if budget.confidence is None and budget.rule is not None:
+        raise UserError(
+            f"`rule` of a budget says how `confidence` is read, got rule={budget.rule!r} without confidence. "
+            "Give confidence=0.9, for example, or leave the rule out."
+        )
     if budget.confidence is None:
         return None
     temperatures = tuple(figures.temperature(number) for number in range(figures.count))

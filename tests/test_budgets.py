@@ -14,6 +14,7 @@ from bdistil.anytime import AnytimeFigures, BatchTimes, ExitFigures
 from bdistil.budgets import Budget
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.evaluation import CONFIDENCES, sweep_budgets
 from bdistil.exit_rules import RULES, add_votes, sureness
 from bdistil.inputs import InputSpec
 from bdistil.stage_times import Deadline, StageClock
@@ -116,6 +117,12 @@ def test_budgets_that_contradict_themselves_or_the_ensemble(ensemble, x, budget,
     with pytest.raises(UserError, match=message):
         ensemble.predict(x, Budget(**budget))
     assert rows_seen(ensemble) == [0] * T
+
+
+def test_a_sweep_of_confidences_is_by_the_rule_of_the_budget():
+    budgets = sweep_budgets("confidence", Budget(rule="margin", stages=2), MACS, None, 1)
+    assert [budget.confidence for budget in budgets] == list(CONFIDENCES)
+    assert {(budget.rule, budget.stages) for budget in budgets} == {("margin", 2)}
 
 
 def test_weights_are_those_of_the_students_in_each_prefix(ensemble, x):
