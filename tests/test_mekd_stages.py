@@ -2,8 +2,10 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from mekd_toys import CLASSES, LOCAL, SHAPE, Local, Model, answer, images, make_student, teacher_of, unsaved
 from toys import Hook, logged, make_trainer
@@ -116,6 +118,33 @@ def test_a_student_learns_the_teachers_answers(tmp_path, hard, through):
     assert float(trainer.callback_metrics["mekd/image_loss"] > 0) == through
     assert float(trainer.callback_metrics["mekd/lr"]) == pytest.approx(0.001)
     assert all(name.startswith("student.") for name in stage.state_dict())
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("through", [True, False], ids=["images", "plain"])
+def test_figures_of_stage_two_are_those_of_the_arithmetic(hard, through):
+    x, held_out = images(32, 1)[0], images(20, 2)[0]
+    answers = [4 * torch.from_numpy(answer(part.numpy())) for part in (x, held_out)]
+    generator = Generator(CLASSES, SHAPE, 4) if through else None
+    stage = MappingEmulation(
+        make_student(), generator, hard=hard, mean=torch.zeros(CLASSES), sd=torch.ones(CLASSES), lr=1e-4
+    )
+    labels, before, losses = answers[0].argmax(-1), stage.student(x).detach(), []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            losses.append(float(outputs["loss"].detach()))
+
+    trainer = unsaved(Look(), epochs=1)
+    trainer.fit(stage, AnsweredSamples((x, answers[0]), (held_out, answers[1]), 32))
+    figures = {name.removeprefix("mekd/"): float(value) for name, value in trainer.callback_metrics.items()}
+    p, q = (answers[0] / 5).softmax(-1), (before / 5).softmax(-1)
+    expected = F.cross_entropy(before, labels) if hard else 5 * (p * (p / q).log()).sum(-1).mean()
+    assert figures["answer_loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert losses == [pytest.approx(figures["image_loss"] + figures["answer_loss"], rel=1e-5)]
+    after, target = stage.student(held_out).detach(), answers[1].argmax(-1) if hard else answers[1].softmax(-1)
+    assert figures["val_loss"] == pytest.approx(float(F.cross_entropy(after, target)), rel=1e-4)
+    assert generator is None or not generator.training  # its statistics stay
 
 
 def test_the_agreement_comes_first_and_the_entropy_breaks_ties():
