@@ -75,6 +75,19 @@ class Exits:
     shares: tuple[float, ...] | None = None
 
 
+def check_rule(budget: Budget) -> None:
+    """A rule needs a confidence that it reads. A budget whose confidences a sweep gives has none yet.
+
+    Raises:
+        UserError: there is none.
+    """
+    if budget.confidence is None and budget.rule is not None:
+        raise UserError(
+            f"`rule` of a budget says how `confidence` is read, got rule={budget.rule!r} without confidence. "
+            "Give confidence=0.9, for example, or leave the rule out."
+        )
+
+
 def exits_of(budget: Budget, figures: AnytimeFigures) -> Exits | None:
     """The exits that a budget asks for; None where it knows no confidence.
 
@@ -82,11 +95,7 @@ def exits_of(budget: Budget, figures: AnytimeFigures) -> Exits | None:
         UserError: it gives a rule without a confidence, or asks for fitted thresholds where none were fitted, or those
             of another rule.
     """
-    if budget.confidence is None and budget.rule is not None:
-        raise UserError(
-            f"`rule` of a budget says how `confidence` is read, got rule={budget.rule!r} without confidence. "
-            "Give confidence=0.9, for example, or leave the rule out."
-        )
+    check_rule(budget)
     if budget.confidence is None:
         return None
     temperatures = tuple(figures.temperature(number) for number in range(figures.count))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdistil.anytime_fit import ExitTarget, fit_anytime, told
-from bdistil.budgets import Budget
+from bdistil.budgets import Budget, check_rule
 from bdistil.curve_table import curve_table
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.evaluation import Part, Sweep, evaluate_budgets, sweep_budgets
@@ -47,6 +47,8 @@ def evaluate(
         picture: draw accuracy against average MACs to this PNG.
         as_json: print one JSON object, for a sweep a list of them.
     """
+    if sweep != "confidence":
+        check_rule(budget)
     run = RunDirectory(run_dir)
     budgets = [budget]
     if sweep is not None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,7 +106,9 @@ def test_steps_are_fused_where_no_scaler_is_in_the_way(precision, fused):
 def optimizer_of(settings, epochs=4, precision="32-true"):
     """What a round is trained with. A Trainer on the CPU takes no 16-mixed, hence what stands for one here."""
     part = SimpleNamespace(ledger=None)
-    module = BoostingRound(make_student(0), number=0, settings=settings, earlier=[], train=part, val=part)
+    module = BoostingRound(
+        make_student(0), number=0, settings=settings, earlier=[], train=part, val=part, run_dir=Path()
+    )
     trainer = SimpleNamespace(max_epochs=epochs, precision=precision)
     module.trainer = trainer
     made = module.configure_optimizers()
