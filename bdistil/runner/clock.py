@@ -12,7 +12,7 @@ ALLOWANCE = 0.02  # of all stages: what asking an exit rule may cost where the s
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds measured with a batch of one size: of each stage (usual, and 99th percentile), an exit rule, a compaction.
+    """Seconds measured with a batch of one size: of each stage (usual, and 99th percentile), an exit rule, leaving.
 
     The arguments are those of an entry of `times` in the manifest.
     """
