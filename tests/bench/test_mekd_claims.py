@@ -261,4 +261,4 @@ def test_a_domain_gap(net):
         "plain": over_seeds(lambda seed: on_local(net, "soft", seed, "other")),
     }
     print(f"\nother digits at hand: {shown(results)}")
-    assert statistics.mean(results["MEKD"]) > 0.2  # twice as good as chance
+    assert statistics.mean(results["MEKD"]) > 0.3  # three times as good as chance
