@@ -12,7 +12,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bdistil.api_teacher import ApiTeacher
 from bdistil.errors import UserError
-from bdistil.mekd_losses import balance, confidence, discriminator_loss, generator_loss, kernel_distance
+from bdistil.mekd_losses import (
+    balance,
+    confidence,
+    discriminator_loss,
+    generator_loss,
+    kernel_distance,
+    narrow_distance,
+)
 from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.seeding import reseed, seed_of
 
@@ -30,7 +37,7 @@ class Deprivatization(pl.LightningModule):
     Batches are x (B, ...) or begin with it. With `queries`, so many latents are drawn once; the teacher is asked about
     the sample of each when it is first used, and its answer stands for that latent from then on, although the generator
     moves. The validation part says, without a query, how near generated samples are to held-out local ones:
-    `mekd/distance`, a kernel distance of the values.
+    `mekd/distance`, a kernel distance of the values: `kernel_distance` of images, `narrow_distance` of sequences.
 
     Args:
         generator: maps z (B, L) to samples; its range is that of the data.
@@ -169,7 +176,8 @@ class Deprivatization(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the distance between generated and held-out local samples."""
         held_out, self._held_out = torch.cat(self._held_out), []
-        self.log("mekd/distance", kernel_distance(self.preview(PREVIEWS), held_out).float(), prog_bar=True)
+        distance = narrow_distance if held_out.ndim == 3 else kernel_distance
+        self.log("mekd/distance", distance(self.preview(PREVIEWS), held_out).float(), prog_bar=True)
 
     @torch.no_grad()
     def preview(self, count: int) -> Tensor:

@@ -106,9 +106,13 @@ def shifted(x: Tensor, limit: int) -> Tensor:
 class Discriminator(nn.Module):
     """Tells local samples from generated ones: four convolutions of stride 2, then one logit.
 
-    Leaky ReLU and dropout after each, batch norm from the second on. In training, local and generated samples are
-    shifted at random, so that a few local ones are not known by heart ("Differentiable Augmentation for Data-Efficient
-    GAN Training", arXiv 2006.10738, of which this is the translation).
+    Leaky ReLU and dropout after each, batch norm from the second on, but not before the logit of a sequence, or of an
+    image of at most 16 x 16. Local and generated samples come in batches of their own, and a norm gives both the same
+    mean. Where one place is left, or all places say the same, as of sequences that begin anywhere, both then have the
+    same mean logit, and the loss cannot fall under 2 log 2, whatever the samples.
+
+    In training, local and generated samples are shifted at random, so that a few local ones are not known by heart
+    ("Differentiable Augmentation for Data-Efficient GAN Training", arXiv 2006.10738, of which this is the translation).
 
     Args:
         shape: of a sample, as of `Generator`.
@@ -131,13 +135,14 @@ class Discriminator(nn.Module):
         if not 0 <= shift < min(sides):
             raise UserError(f"Expected `shift` of a discriminator to be in 0 … {min(sides) - 1}, got {shift}.")
         self.shape, self.low, self.high, self.shift = tuple(shape), low, high, shift
+        left = int(torch.tensor([-(-side // 16) for side in sides]).prod())
+        normed = (1, 2) if self.last or left == 1 else (1, 2, 3)
         layers: list[nn.Module] = []
         for number, inside in enumerate((channels, width, 2 * width, 4 * width)):
             outside = width * 2**number
             layers += [conv(inside, outside, 3, stride=2, padding=1), nn.LeakyReLU(SLOPE), nn.Dropout(DROPOUT)]
-            layers += [norm(outside)] if number else []
-        left = [-(-side // 16) for side in sides]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * width * int(torch.tensor(left).prod()), 1))
+            layers += [norm(outside)] if number in normed else []
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * width * left, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B,) of samples (B, *shape): large where they look local."""
