@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bdistil.disk import sync
 from bdistil.errors import RunError, UserError
 from bdistil.export_graphs import Segment
 
@@ -55,12 +56,12 @@ def new_folder(output: Path) -> Iterator[Path]:
         beside.mkdir(parents=True)
         yield beside
         for path in beside.rglob("*"):
-            _sync(path)
-        _sync(beside)
+            sync(path)
+        sync(beside)
         if output.exists():
             os.replace(output, old)
         os.replace(beside, output)
-        _sync(output.parent)
+        sync(output.parent)
     except OSError as error:
         raise RunError(
             f"Could not write the export {output}: {error}. Free some space or mend the permission."
@@ -70,14 +71,6 @@ def new_folder(output: Path) -> Iterator[Path]:
             os.replace(old, output)
         for leftover in (beside, old):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def copy_runner(folder: Path) -> list[dict[str, Any]]:

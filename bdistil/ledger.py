@@ -1,8 +1,8 @@
 """The ledger: teacher logits g and running error S of every sample, in files, addressed by sample index.
 
 S = sum over committed students of (f_s - g) is all that the game has to remember: its weights are two exponentials and
-L log-normalisers away, and S / t is the error of the prefix of t students. Files are memory-mapped, so a process holds
-the rows of a batch, not the N of them.
+L log-normalisers away, and S / t is the error of the prefix of t students. Files are mapped or, where they are large,
+read by rows, so a process holds the rows of a batch, not the N of them.
 """
 
 from __future__ import annotations

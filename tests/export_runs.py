@@ -7,6 +7,7 @@ from torch import nn
 
 from bdistil.blueprint import describe
 from bdistil.ensemble import build_student
+from bdistil.export import export_run
 from bdistil.run_directory import RunDirectory
 from bdistil.students import Rung, Student, run_student
 from bdistil.zoo_sequences import RecurrentSegmentStudent
@@ -92,3 +93,11 @@ def change_manifest(folder, change):
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
+
+
+def exported_mlps(folder):
+    """A run of MLPs without fitted figures, and its exported folder."""
+    torch.manual_seed(2)
+    run = write_run(folder / "run", mlp_student, (6,))
+    export_run(run, folder / "out")
+    return run, folder / "out"

@@ -6,8 +6,7 @@ import zipfile
 
 import onnx
 import pytest
-import torch
-from export_runs import L, change_manifest, mlp_student, write_run
+from export_runs import L, change_manifest, exported_mlps
 
 from bdistil.export import ExportOptions, export_run
 from bdistil.export_folder import seal
@@ -16,12 +15,7 @@ from bdistil.runner import ExportedEnsemble, ExportError
 
 @pytest.fixture(scope="module")
 def mlp(tmp_path_factory):
-    """A run of MLPs without fitted figures, and its exported folder."""
-    folder = tmp_path_factory.mktemp("mlp")
-    torch.manual_seed(2)
-    run = write_run(folder / "run", mlp_student, (6,))
-    export_run(run, folder / "out")
-    return run, folder / "out"
+    return exported_mlps(tmp_path_factory.mktemp("mlp"))
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from export_runs import change_manifest, mlp_student, write_run
+from export_runs import change_manifest, exported_mlps
 
 from bdistil import Budget, ProgressiveEnsemble
-from bdistil.export import export_run
 from bdistil.runner import Budget as RunnerBudget
 from bdistil.runner import ExportedEnsemble, ExportError
 from bdistil.runner.command import main
@@ -20,12 +19,7 @@ from bdistil.runner.command import main
 
 @pytest.fixture(scope="module")
 def mlp(tmp_path_factory):
-    """A run of MLPs without fitted figures, and its exported folder."""
-    folder = tmp_path_factory.mktemp("mlp")
-    torch.manual_seed(2)
-    run = write_run(folder / "run", mlp_student, (6,))
-    export_run(run, folder / "out")
-    return run, folder / "out"
+    return exported_mlps(tmp_path_factory.mktemp("mlp"))
 
 
 @pytest.fixture
