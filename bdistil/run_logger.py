@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from bdistil.run_notes import RunNotes
 
 # Rows of W&B that a start leaves free behind those of the start before, for what was logged on the run itself.
 ROOM = 1000
@@ -22,7 +22,7 @@ class RunLogger(WandbLogger):
 
     A start that goes on trains the epoch again that was under way. What the start before has shown of it is not shown
     again, and what is shown once more of committed rounds stands where that start ended: an offline start is a folder
-    of its own, and all of them together are one run.
+    of its own, and all of them together are one run. Rows that a kill left unwritten come first.
 
     Args:
         folder: the run directory; ``wandb_step.json`` in it keeps how far W&B is.
@@ -31,19 +31,19 @@ class RunLogger(WandbLogger):
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(save_dir=folder, **options)
-        self._file = folder / "wandb_step.json"
         self.lost = False
-        self._fitted, self._reached, self._rows = -1, -1, 0  # last step of a fit, last step of all, rows
-        if self._file.exists():
-            self._fitted, self._reached, self._rows = json.loads(self._file.read_text())
-        self._before = self._fitted, self._reached
+        self._notes = RunNotes(folder)
+        self._reached = self._notes.reached
         self._guarded(self._go_on)
 
     @rank_zero_only
     def _go_on(self) -> None:
-        if self._rows > 0:
-            self._rows += ROOM
-            self.experiment.log({}, step=self._rows)
+        missing = self._notes.begin(Path(self.experiment.settings.sync_file))
+        if self._notes.rows > 0:
+            self._notes.rows += ROOM
+            self.experiment.log({}, step=self._notes.rows)
+        for row in missing:
+            self.experiment.log(row)
 
     def _guarded(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self.lost:
@@ -59,8 +59,9 @@ class RunLogger(WandbLogger):
             self.lost = True
             rank_zero_warn(
                 f"W&B is gone ({type(error).__name__}: {error}), the run goes on without it. What this start logs "
-                f"after step {max(self._reached, 0)}, and some 15 seconds before it, is not there. curve.csv and "
-                "report.html lack nothing, and the next start of this run shows the committed rounds again."
+                f"after step {max(self._notes.reached, 0)} is not there. curve.csv and report.html lack nothing, and "
+                "the next start of this run shows the committed rounds again, and rows before that step which W&B has "
+                "not kept."
             )
             with suppress(Exception):  # or it fails when Python ends, with a traceback
                 self._end()
@@ -72,23 +73,16 @@ class RunLogger(WandbLogger):
         wandb.teardown()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs a row, unless the start before has shown that step of a fit."""
-        fitted, reached = self._before
-        of_round = "round" in metrics
-        if step is not None and not of_round and step <= fitted:
-            return
+        """Logs a row, unless a start before has shown it of that step of a fit."""
         if step is not None:
-            step = max(step, reached)
-        self._guarded(super().log_metrics, metrics, step)
-        self._guarded(self._note, step or 0, of_round)
+            if "round" not in metrics and self._notes.shown(metrics, step):
+                return
+            step = max(step, self._reached)
+        self._guarded(self._log, metrics, step)
 
     @rank_zero_only
-    def _note(self, step: int, of_round: bool) -> None:
-        self._fitted = self._fitted if of_round else max(self._fitted, step)
-        self._reached, self._rows = max(self._reached, step), self._rows + 1
-        beside = self._file.with_name(".wandb_step.tmp")
-        beside.write_text(json.dumps([self._fitted, self._reached, self._rows]))
-        os.replace(beside, self._file)
+    def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
+        super().log_metrics(self._notes.add(metrics, step), step)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """As `WandbLogger`."""

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
     functional round_loss mac_rules units regression errors seeding distributed disk configurations
-    run_places run_directory row_files weight_files exit_rules anytime environment stopping strategies run_logger
+    run_places run_directory row_files weight_files exit_rules anytime environment stopping strategies
+    wandb_log run_notes run_logger
     workers allocator
     api_cache api_endpoint api_teacher
     settings block_sums ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar

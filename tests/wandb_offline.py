@@ -1,20 +1,13 @@
-"""Reads what an offline run of W&B wrote.
-
-A ``.wandb`` file is a log as LevelDB writes it, behind a head of seven bytes: blocks of 32 KiB, in them chunks with a
-head of checksum, length and kind. A record, a protobuf message of W&B, is one chunk or several.
-"""
+"""Reads what an offline run of W&B wrote."""
 
 import json
-import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wandb.proto import wandb_internal_pb2
-
-HEAD, BLOCK = 7, 32 * 1024  # bytes; the head of the file is as long as that of a chunk
+from bdistil.wandb_log import records
 
 
 @dataclass
@@ -48,7 +41,7 @@ def finished_runs(folder: Path, seconds: float = 20.0) -> list[OfflineRun]:
 
 def _read(data: bytes) -> OfflineRun:
     found = OfflineRun()
-    for record in _records(data):
+    for record in records(data):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found.run = {key: getattr(record.run, key) for key in ("run_id", "run_group", "job_type", "project")}
@@ -71,19 +64,3 @@ def _read(data: bytes) -> OfflineRun:
 
 def _items(items: Iterable[Any]) -> dict[str, Any]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-def _records(data: bytes) -> Iterator[Any]:
-    at, record = HEAD, b""
-    while at + HEAD <= len(data):
-        if (left := BLOCK - at % BLOCK) < HEAD:
-            at += left  # padding: no head fits into the rest of the block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        chunk = data[at + HEAD : at + HEAD + length]
-        if kind == 0 or len(chunk) < length:
-            return  # torn by a kill
-        record = chunk if kind in (1, 2) else record + chunk  # 1 is whole, 2 to 4 are first, middle and last
-        if kind in (1, 4):
-            yield wandb_internal_pb2.Record.FromString(record)  # type: ignore[attr-defined]  # has no types
-        at += HEAD + length

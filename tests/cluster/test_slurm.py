@@ -84,6 +84,12 @@ class Job:
         self.wait(lambda: self.state == "COMPLETED")
 
 
+def fit_rows(runs):
+    """Steps and values of what the fits have logged, by all starts of a run."""
+    rows = [row for run in runs for row in run.history if "trainer/global_step" in row and "round" not in row]
+    return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+
+
 def check_run(job, uninterrupted, ledger=None):
     """Complete, equal to the uninterrupted run to the last bit, and one run of W&B. Gives its starts."""
     run_dir, ledger = job.run_dir, ledger or job.run_dir / "ledger"
@@ -105,6 +111,7 @@ def check_run(job, uninterrupted, ledger=None):
     tracked = offline_runs(run_dir)
     assert len(tracked) == len(starts)
     assert {run.run["run_id"] for run in tracked if run.run} == {(run_dir / "wandb_id.txt").read_text()}
+    assert fit_rows(tracked) == fit_rows(offline_runs(uninterrupted)), "no row is lost, and none is there twice"
     for axis in ("trainer/global_step", "_step"):
         steps = [row[axis] for run in tracked for row in run.history if axis in row]
         assert steps == sorted(steps)

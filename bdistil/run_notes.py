@@ -1,0 +1,91 @@
+"""What a start of a run notes about its W&B run, for the start after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bdistil.wandb_log import last_time
+
+# A row is noted before it is logged, and W&B's own process writes it within FLUSH_SECONDS. What of the notes is not in
+# its file after a kill, the next start logs; a process that is held up may be later than that, hence so many.
+FLUSH_SECONDS = 0.1
+KEPT_SECONDS, KEPT_ROWS = 5.0, 500
+NOTHING = {"fitted": -1, "reached": -1, "rows": 0}
+
+
+class RunNotes:
+    """How far the W&B run of a folder is, and the last rows of its fits.
+
+    Attributes:
+        fitted: the last step of a fit.
+        reached: the last step of all rows.
+        rows: how many were logged, by all starts.
+
+    Args:
+        folder: the run directory; the notes are ``wandb_step.json`` in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._file = folder, folder / "wandb_step.json"
+        found = json.loads(self._file.read_text()) if self._file.exists() else {}
+        if isinstance(found, list):  # of a version before
+            found = dict(zip(NOTHING, found, strict=True))
+        self.fitted, self.reached, self.rows = (found.get(key, none) for key, none in NOTHING.items())
+        self._keys = set(found.get("keys", []))  # of the rows at the last step of a fit
+        self._log = found.get("log", "")  # W&B's file, from the run directory
+        tail = [(row["_timestamp"], json.dumps(row)) for row in found.get("tail", [])]
+        self._tail = deque(tail, KEPT_ROWS)  # times, and rows as JSON
+        self._before = self.fitted, self._keys
+
+    def begin(self, log: Path) -> list[dict[str, Any]]:
+        """Turns to the file that W&B writes from now on. Gives the rows that the one before lacks, the oldest first."""
+        written = float("inf")
+        with suppress(Exception):  # there is none: no start before, or deleted after `wandb sync`
+            written = last_time(self._folder / self._log)
+        self._log = os.path.relpath(log, self._folder)
+        self._tail = deque([row for row in self._tail if row[0] > written], KEPT_ROWS)
+        self._save()
+        return [json.loads(row) for _, row in self._tail]
+
+    def shown(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Whether the starts before have shown a row of a fit. A kill may have come between two rows of one step."""
+        fitted, keys = self._before
+        return step < fitted or (step == fitted and keys >= _numbers(metrics).keys())
+
+    def add(self, metrics: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+        """Notes a row that is about to be logged, and gives it with the time by which it is found again."""
+        row = {**metrics, "_timestamp": time.time()}
+        self.reached, self.rows = max(self.reached, step or 0), self.rows + 1
+        if "round" not in metrics:  # rows of rounds are logged again from their own files
+            self._keep(row, step)
+        self._save()
+        return row
+
+    def _keep(self, row: dict[str, Any], step: int | None) -> None:
+        numbers = _numbers(row)
+        if step is not None:
+            self._keys = numbers.keys() | (set() if step > self.fitted else self._keys)
+            self.fitted = max(self.fitted, step)
+            numbers["trainer/global_step"] = step  # as WandbLogger has it
+        self._tail.append((row["_timestamp"], json.dumps(numbers)))
+
+    def _save(self) -> None:
+        while self._tail and self._tail[0][0] < self._tail[-1][0] - KEPT_SECONDS:
+            self._tail.popleft()
+        numbers = {"fitted": self.fitted, "reached": self.reached, "rows": self.rows}
+        head = json.dumps({**numbers, "keys": [*self._keys], "log": self._log})
+        tail = ", ".join(row for _, row in self._tail)
+        beside = self._file.with_name(".wandb_step.tmp")
+        beside.write_text(f'{head[:-1]}, "tail": [{tail}]}}')
+        os.replace(beside, self._file)
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if isinstance(value, (int, float))}
