@@ -85,8 +85,8 @@ class Job:
 
 
 def fit_rows(runs):
-    """Steps and values of what the fits have logged, by all starts of a run."""
-    rows = [row for run in runs for row in run.history if "trainer/global_step" in row and "round" not in row]
+    """What the fits have logged in all starts of a run, an epoch a row; what begins with _ is W&B's own."""
+    rows = [row for run in runs for row in run.history if "epoch" in row]
     return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
 
 
