@@ -40,8 +40,8 @@ class RunNotes:
         self.fitted, self.reached, self.rows = (found.get(key, none) for key, none in NOTHING.items())
         self._keys = set(found.get("keys", []))  # of the rows at the last step of a fit
         self._log = found.get("log", "")  # W&B's file, from the run directory
-        tail = [(row["_timestamp"], json.dumps(row)) for row in found.get("tail", [])]
-        self._tail = deque(tail, KEPT_ROWS)  # times, and rows as JSON
+        self._tail: deque[tuple[float, str]] = deque(maxlen=KEPT_ROWS)  # when noted, and rows as JSON
+        self._owed: list[dict[str, Any]] = found.get("tail", [])
         self._before = self.fitted, self._keys
 
     def begin(self, log: Path) -> list[dict[str, Any]]:
@@ -50,9 +50,10 @@ class RunNotes:
         with suppress(Exception):  # there is none: no start before, or deleted after `wandb sync`
             written = last_time(self._folder / self._log)
         self._log = os.path.relpath(log, self._folder)
-        self._tail = deque([row for row in self._tail if row[0] > written], KEPT_ROWS)
+        missing = [row for row in self._owed if row["_timestamp"] > written]
+        self._tail.extend((time.time(), json.dumps(row)) for row in missing)
         self._save()
-        return [json.loads(row) for _, row in self._tail]
+        return missing
 
     def shown(self, metrics: Mapping[str, Any], step: int) -> bool:
         """Whether the starts before have shown a row of a fit. A kill may have come between two rows of one step."""

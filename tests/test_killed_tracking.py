@@ -12,7 +12,7 @@ from toys import in_child
 from wandb_offline import offline_runs
 
 from bdistil import tracking
-from bdistil.run_notes import FLUSH_SECONDS, RunNotes
+from bdistil.run_notes import FLUSH_SECONDS, KEPT_SECONDS, RunNotes
 from bdistil.stopping import StopSignals
 from bdistil.tracking import CurveTracker, Tracking, make_logger
 from bdistil.wandb_log import last_time
@@ -80,7 +80,9 @@ def test_starts_together_lack_no_row_and_have_none_twice(tmp_path, ending, whom,
 def test_what_a_start_owes_is_still_owed_when_it_is_killed_at_once(tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     for first, last in ((0, ROWS), (ROWS, ROWS), (ROWS, ROWS + 1)):
-        assert in_child(log, a_start, folder, first, last, signal.SIGKILL) == -signal.SIGKILL, log.read_text()
+        killed = in_child(log, a_start, folder, first, last, signal.SIGKILL, "all", 0, NEVER)
+        assert killed == -signal.SIGKILL, log.read_text()
+        time.sleep(0 if first else 1.1 * KEPT_SECONDS)  # old rows are owed as well
     assert in_child(log, a_start, folder, ROWS + 1, ROWS + 2) == 0, log.read_text()
     assert steps_of(offline_runs(folder)) == list(range(ROWS + 2))
 
