@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bdistil.data.attach import indexed_loaders
 from bdistil.disk import disk_errors, write_atomically
+from bdistil.epoch_saving import save_epoch
 from bdistil.errors import RunError
 from bdistil.mekd import Deprivatization, MappingEmulation
-from bdistil.round_state import Saver
 from bdistil.seeding import seed_of
 from bdistil.weight_files import load_weights, save_weights
 
@@ -41,7 +41,7 @@ class StageKeeper(Checkpoint):
     """
 
     def __init__(self, folder: Path, score: Callable[[dict[str, float]], float], pictures: int = 10) -> None:
-        self.folder, self.score, self.pictures, self.saver = folder, score, pictures, Saver()
+        self.folder, self.score, self.pictures = folder, score, pictures
         self.best, self.best_epoch = math.inf, -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class StageKeeper(Checkpoint):
             if score < self.best:
                 self.best, self.best_epoch = score, epoch
                 save_weights(pl_module.kept, self.folder / "best.safetensors")
-            self.saver.save(trainer, self.folder / "last.ckpt", always=last)
+            save_epoch(trainer, self.folder / "last.ckpt")
         if isinstance(pl_module, Deprivatization) and (last or epoch % self.pictures == 0):
             show_samples(trainer, pl_module.preview(GRID), self.folder / "samples.png")
 

@@ -12,10 +12,11 @@ from bdistil import distributed
 from bdistil.boosting import Boosting
 from bdistil.data.indexing import distinct_samples
 from bdistil.disk import disk_errors
+from bdistil.epoch_saving import save_epoch
 from bdistil.errors import UserError
 from bdistil.preflight import check_precision
 from bdistil.round_end import close_round
-from bdistil.round_state import RoundState, Saver
+from bdistil.round_state import RoundState
 from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
 from bdistil.seeding import reseed
@@ -40,7 +41,7 @@ class RoundHooks(Checkpoint):
 
     def begin(self, number: int) -> None:
         """A round begins; its state is that of no other."""
-        self.state, self.saver = RoundState(number, self.boosting.attempt), Saver()
+        self.state = RoundState(number, self.boosting.attempt)
         self.closed, self.fresh, self.read, self.device = False, True, 0, torch.device("cpu")
 
     @property
@@ -104,9 +105,8 @@ class RoundHooks(Checkpoint):
         self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
         self.state.epochs += 1
         self.state.done = trainer.should_stop
-        last = self.state.done or self.state.epochs == trainer.max_epochs
         with disk_errors(f"round {self.number}", self.run.root):
-            self.saver.save(trainer, self.run.checkpoint(self.number), always=last)
+            save_epoch(trainer, self.run.checkpoint(self.number))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judges the student and commits it, or sends the round to a wider class."""

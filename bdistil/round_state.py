@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-
 from bdistil.errors import RunError
-
-# Largest share of the training time that saving the round under way may take. Where an epoch takes milliseconds, a kill
-# costs more than one of them, and still no more than the time of this many saves.
-SAVE_SHARE = 0.02
 
 
 @dataclass
@@ -62,28 +54,3 @@ class RoundState:
             )
         for field in fields(self):
             setattr(self, field.name, kept[field.name])
-
-
-class Saver:
-    """Writes Lightning's checkpoint of the round under way, as often as `SAVE_SHARE` allows."""
-
-    def __init__(self) -> None:
-        self._after = 0.0
-
-    def save(self, trainer: pl.Trainer, path: Path, *, always: bool) -> None:
-        """Saves, on all ranks or on none. The file is there whole or not at all.
-
-        Args:
-            trainer: at the end of an epoch.
-            path: of the checkpoint.
-            always: however short the time since the last one.
-        """
-        begun = time.perf_counter()
-        if not trainer.strategy.broadcast(always or begun >= self._after):
-            return
-        beside = path.with_name("last.ckpt.tmp")  # Lightning copies into place where /tmp is another disk
-        trainer.save_checkpoint(beside, weights_only=False)
-        if trainer.is_global_zero:
-            os.replace(beside, path)
-        now = time.perf_counter()
-        self._after = now + (now - begun) / SAVE_SHARE

@@ -9,12 +9,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from bdistil.disk import disk_errors
-from bdistil.round_state import Saver
+from bdistil.epoch_saving import save_epoch
 from bdistil.seeding import reseed
 
 
 class EpochKeeper(Checkpoint):
-    """Saves a fit at the end of its epochs, and draws the randomness of each from (key, epoch, rank).
+    """Saves a fit at the end of each epoch, and draws the randomness of each from (key, epoch, rank).
 
     A fit that was killed goes on with the epoch that was under way and ends as it would have ended::
 
@@ -31,7 +31,7 @@ class EpochKeeper(Checkpoint):
 
     def __init__(self, path: Path, *key: object) -> None:
         self.path, self.key = path, key
-        self.epochs, self._fresh, self._saver = 0, True, Saver()
+        self.epochs, self._fresh = 0, True
 
     @property
     def ckpt_path(self) -> str | None:
@@ -71,4 +71,4 @@ class EpochKeeper(Checkpoint):
         """
         self.epochs += 1
         with disk_errors("an epoch", self.path.parent):
-            self._saver.save(trainer, self.path, always=self.epochs == trainer.max_epochs)
+            save_epoch(trainer, self.path)

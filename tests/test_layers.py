@@ -12,7 +12,7 @@ LAYERS = """
     functional round_loss mac_rules units regression errors seeding distributed disk configurations
     run_places run_directory row_files weight_files exit_rules anytime environment stopping strategies
     wandb_log run_notes run_logger
-    workers allocator
+    workers allocator epoch_saving
     api_cache api_endpoint api_teacher
     settings block_sums ledger teachers students sequences blueprint cost metrics budgets indexing data zoo zoo_cifar
     zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files curve_rows

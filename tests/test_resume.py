@@ -1,7 +1,6 @@
 """A run that was killed and started again ends as an uninterrupted one."""
 
 import json
-import math
 import os
 import signal
 
@@ -29,7 +28,6 @@ from toys import (
 
 import bdistil.report
 import bdistil.run_directory
-from bdistil import round_state
 from bdistil.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -88,7 +86,7 @@ class Weighted(Toys):
     ],
     ids=["shuffled", "weighted", "noisy", "noisy in a worker"],
 )
-def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, monkeypatch, data, settings):
+def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, data, settings):
     options = {"settings": settings_for(2, **settings), "trainer": {"epochs": 3}}
     boost(tmp_path / "whole", data(), **options)
 
@@ -96,17 +94,40 @@ def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, monkeypatch, data, 
         if (module.number, trainer.current_epoch) == (1, 2):
             raise Killed
 
-    epochs = []
+    run_dir, epochs = tmp_path / "run", []
+    with pytest.raises(Killed):
+        boost(run_dir, data(), callbacks=lambda: [Hook(on_train_epoch_start=stop)], **options)
     note = Hook(on_train_epoch_start=lambda trainer, module: epochs.append((module.number, trainer.current_epoch)))
-    for share, rest in ((math.inf, [(1, 2)]), (1e-9, [(1, 1), (1, 2)])):  # each epoch is saved, or the first and last
-        monkeypatch.setattr(round_state, "SAVE_SHARE", share)
-        run_dir = tmp_path / str(share)
-        with pytest.raises(Killed):
-            boost(run_dir, data(), callbacks=lambda: [Hook(on_train_epoch_start=stop)], **options)
-        epochs.clear()
-        boost(run_dir, data(), callbacks=lambda: [note], **options)
-        assert epochs == rest
-        assert digests(run_dir) == digests(tmp_path / "whole")
+    boost(run_dir, data(), callbacks=lambda: [note], **options)
+    assert epochs == [(1, 2)]
+    assert digests(run_dir) == digests(tmp_path / "whole")
+
+
+def short_epochs(run_dir, last=None):
+    """A run of ten epochs of a few milliseconds that kills itself in one of them; gives those that were trained."""
+    epochs = []
+
+    def note(trainer, module):
+        epochs.append(trainer.current_epoch)
+        if trainer.current_epoch == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    boost(
+        run_dir,
+        callbacks=lambda: [Hook(on_train_batch_start=note)],
+        settings=settings_for(1),
+        trainer={"epochs": 10, "limit_train_batches": 1},
+    )
+    return epochs
+
+
+@pytest.mark.parametrize("last", [1, 4, 9])
+def test_each_epoch_is_saved_however_short(tmp_path, last):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    assert in_child(log, short_epochs, run_dir, last) == -signal.SIGKILL, log.read_text()
+    assert short_epochs(run_dir) == list(range(last, 10))
+    short_epochs(tmp_path / "whole")
+    assert digests(run_dir) == digests(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["all epochs", "stopped early"])

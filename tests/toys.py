@@ -3,7 +3,6 @@
 import csv
 import gc
 import hashlib
-import math
 import multiprocessing
 import os
 import sys
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, Rung, Student, round_state
+from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, Rung, Student
 from bdistil.callbacks import RoundController
 
 TRAIN, VAL, TEST = 192, 64, 64
@@ -24,7 +23,6 @@ ROUNDS, EPOCHS = 3, 2
 BODY, HEAD, JOIN = FEATURES * WIDTH, WIDTH * CLASSES, WIDTH * CLASSES  # multiply-adds of the parts of a toy student
 TIMES = {"latency_ms", "seconds"}  # columns of the curve that no two runs share
 
-round_state.SAVE_SHARE = math.inf  # a toy epoch takes milliseconds; have each of them saved all the same
 gc.freeze()  # the controller collects once a round: not all that was imported, which takes longer than a round
 
 
