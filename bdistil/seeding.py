@@ -15,8 +15,11 @@ def seed_of(*key: object) -> int:
 
 
 def reseed(*key: object) -> None:
-    """Seeds Python, NumPy and torch (all devices) from a key."""
+    """Seeds Python, NumPy and torch (all devices that are here) from a key."""
     seed = seed_of(*key)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the same, but for a note to each kind of device for when it appears, which takes a millisecond
+        torch.default_generator.manual_seed(seed)
