@@ -72,6 +72,16 @@ class BoostingRound(pl.LightningModule):
         self._regression = settings.task == "regression"
         self.mix: Mix | None = None  # set by LossMixing
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module, but quickly where Lightning notes the hook under way, some 40 times a step.
+
+        A module looks for parameters and buffers first, which takes longer than the arithmetic of the game.
+        """
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) of this round's student, in units of the ledger."""
         return run_student(self.student, self.earlier, x)
