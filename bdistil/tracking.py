@@ -148,7 +148,7 @@ class CurveTracker:
         try:
             yield
         except Exception as error:
-            gone = [logger for logger in self.loggers if isinstance(logger, RunLogger) and isinstance(error, OSError)]
+            gone = [logger for logger in self.loggers if isinstance(logger, RunLogger) and _is_gone(error)]
             for logger in gone:  # the process of W&B, which takes what is logged
                 logger.lose(error)
             if not gone and not self.warned:
@@ -216,6 +216,11 @@ class CurveTracker:
         with self._harmless():
             for run in _runs(self.loggers):
                 run.finish(exit_code=code)
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether the process of W&B has ended: its socket is broken, or it has gone while something waited for it."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("wandb.sdk.mailbox.")
 
 
 def _numbers(cells: Sequence[str]) -> Sequence[float | str | None]:

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import socket
-import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -303,21 +303,22 @@ def test_disabled_is_no_logger(fresh, tmp_path, mode, variable):
     assert not list(tmp_path.iterdir())
 
 
-def processes():
-    """Number, name and parent of all processes."""
-    lines = subprocess.run(["ps", "-eo", "pid=,comm=,ppid="], capture_output=True, text=True, check=True).stdout
-    return [line.split() for line in lines.splitlines() if len(line.split()) == 3]
+@pytest.fixture
+def logger_and_service(fresh, tmp_path):
+    """A logger with one row, and the process of W&B behind it."""
+    logger = make_logger(Tracking(mode="offline"), tmp_path, {})
+    logger.log_metrics({"train/loss": 1.0}, 4)
+    service = wandb.setup()._connection._proc._process
+    yield logger, service
+    service.wait()  # or Python complains of it, in some other test
 
 
 @pytest.fixture
-def killed(fresh, tmp_path):
+def killed(logger_and_service):
     """A logger whose process of W&B has been killed after its first row."""
-    logger = make_logger(Tracking(mode="offline"), tmp_path, {})
-    logger.log_metrics({"train/loss": 1.0}, 4)
-    services = [int(pid) for pid, name, parent in processes() if "wandb-core" in name and int(parent) == os.getpid()]
-    assert len(services) == 1
-    os.kill(services[0], signal.SIGKILL)
-    os.waitpid(services[0], 0)
+    logger, service = logger_and_service
+    service.kill()
+    service.wait()
     return logger
 
 
@@ -335,6 +336,18 @@ def test_a_kill_between_two_rounds_is_the_same_warning(killed, tmp_path):
         tracker.define(killed)
     track_everything(tracker, a_round(tmp_path, 0), torn=False)
     assert after.rows == [(1, 3), (2, 3)]
+
+
+def test_a_kill_while_the_end_of_the_run_is_waited_for_is_the_same_warning(logger_and_service):
+    """As SLURM ends both at once; Python's own end would have a traceback otherwise."""
+    logger, service = logger_and_service
+    service.send_signal(signal.SIGSTOP)
+    kill = threading.Timer(1, service.kill)
+    kill.start()
+    with pytest.warns(UserWarning, match="W&B is gone") as caught:
+        CurveTracker([logger]).finish()
+    kill.join()
+    assert len(caught) == 1
 
 
 def test_a_start_after_a_kill_shows_no_step_twice_and_never_goes_back(fresh, tmp_path):
