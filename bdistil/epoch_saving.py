@@ -1,4 +1,4 @@
-"""Saves a fit at the end of an epoch: an ordinary checkpoint of Lightning, in less than half of the time.
+"""Saves a fit at the end of an epoch: an ordinary checkpoint of Lightning, in half of the time.
 
 `torch.save` spends a microsecond on each key and number of a checkpoint and tens of them on each tensor; Lightning
 has it write to memory, copies that, and has a file system layer move it into place. For a student whose epochs take

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from toys import (
     BATCH,
     BODY,
@@ -113,6 +114,27 @@ def optimizer_of(settings, epochs=4, precision="32-true"):
     module.trainer = trainer
     made = module.configure_optimizers()
     return (made[0][0], made[1]) if isinstance(made, tuple) else (made, [])
+
+
+# ---- steps
+
+
+def test_the_hook_under_way_is_noted_without_a_search_for_parameters(tmp_path, monkeypatch):
+    slow, seen, original = [], [], nn.Module.__setattr__
+
+    def watched(module, name, value):
+        slow.append(name)
+        original(module, name, value)
+
+    def look(trainer, module):
+        seen.append(module._current_fx_name)
+        monkeypatch.setattr(nn.Module, "__setattr__", watched)
+
+    hooks = Hook(on_train_batch_start=look, on_train_end=lambda *_: monkeypatch.undo())
+    boost(tmp_path, callbacks=lambda: [hooks], settings=settings_for(1))
+    assert set(seen) == {"on_train_batch_start"}
+    assert slow, "what a module is given otherwise is looked at"
+    assert "_current_fx_name" not in slow
 
 
 # ---- teacher and earlier students are out of reach
