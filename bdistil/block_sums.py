@@ -12,7 +12,7 @@ from torch import Tensor
 from bdistil import distributed
 from bdistil.errors import RunError
 from bdistil.functional import game_rows, log_normaliser
-from bdistil.row_files import Rows
+from bdistil.row_files import Array, Rows
 from bdistil.units import Task, Units
 
 # Rows that are scored at once; whole blocks go to one process, whatever the number of processes.
@@ -46,17 +46,34 @@ def over_blocks(target: Rows, of: Callable[[Tensor], Tensor]) -> Tensor:
     sums = block_sums(samples, outputs)
     for low, high in distributed.my_blocks(len(target), BLOCK):
         sums[low // BLOCK] = of(torch.from_numpy(target[low:high].astype(np.float64))).sum(0)
-    return distributed.all_sum(sums).sum(0)
+    return joined(sums)
 
 
-def block_sums(samples: int, columns: int) -> Tensor:
+def block_sums(samples: int, columns: int) -> Array:
     """Zeros for a sum of every block: added up in one order, whatever process made it, they give the same bits."""
-    return torch.zeros(-(-samples // BLOCK), columns, dtype=torch.float64)
+    return np.zeros((-(-samples // BLOCK), columns))
 
 
-def joined_normalisers(normalisers: Tensor) -> Tensor:
+def joined(sums: Array) -> Tensor:
+    """Sum over all blocks (blocks, L), of which each process has made its own, shape (L,) float64."""
+    return distributed.all_sum(torch.from_numpy(sums)).sum(0)
+
+
+def joined_normalisers(normalisers: Array) -> Tensor:
     """log Z (L,) of those of every block (blocks, L), of which each process has made its own; -inf are the others'."""
-    return torch.logsumexp(distributed.all_sum(normalisers.where(normalisers > -torch.inf, 0.0)), 0)
+    own = np.where(normalisers > -np.inf, normalisers, 0.0)
+    return torch.logsumexp(distributed.all_sum(torch.from_numpy(own)), 0)
+
+
+# Rows that are added up in float32, before float64 takes their sum.
+GROUP = 16
+
+
+def column_sum(rows: Tensor) -> Tensor:
+    """Sum of rows (B, L) in float64, (L,), at the cost of one in float32: only of a few rows the sum is in that."""
+    whole = len(rows) // GROUP * GROUP
+    groups = rows[:whole].view(-1, GROUP, rows.shape[1]).sum(1)
+    return torch.cat((groups, rows[whole:])).sum(0, dtype=torch.float64)
 
 
 def square_sum(rows: Tensor, scratch: Tensor) -> Tensor:
@@ -71,8 +88,6 @@ LOG2E = math.log2(math.e)
 def normaliser_sums(error: Tensor, eta: float, rise: Tensor, fall: Tensor) -> Tensor:
     """`functional.log_normaliser` of some rows of a block, (L,) float64, in a third of the time.
 
-    A block is added up in float32, which rounds no more than the exponentials do; blocks are in float64.
-
     Args:
         error: rows of S (B, L), B up to `BLOCK`.
         eta: step size of the game.
@@ -80,9 +95,9 @@ def normaliser_sums(error: Tensor, eta: float, rise: Tensor, fall: Tensor) -> Te
         fall: the same.
     """
     torch.mul(error, eta * LOG2E, out=rise).exp2_()
-    total = torch.reciprocal(rise, out=fall).add_(rise).sum(0)
+    total = column_sum(torch.reciprocal(rise, out=fall).add_(rise))
     if bool(total.isfinite().all()):
-        return total.double().log()
+        return total.log()
     return log_normaliser(error, eta, torch.float64)  # safe at any size of eta S
 
 
@@ -101,9 +116,9 @@ def margin_sums(error: Tensor, deviation: Tensor, log_z: Tensor, eta: float, ris
         Shape (L,) float64.
     """
     torch.mul(error, eta * LOG2E, out=rise).exp2_()
-    total = torch.reciprocal(rise, out=fall).sub_(rise).mul_(deviation).sum(0)
+    total = column_sum(torch.reciprocal(rise, out=fall).sub_(rise).mul_(deviation))
     if bool(total.isfinite().all()):
-        return total.double() * torch.exp(-log_z)
+        return total * torch.exp(-log_z)
     up, down = game_rows(error, log_z, eta)
     return ((up - down) * deviation).sum(0, dtype=torch.float64)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,18 +20,8 @@ import torch
 from torch import Tensor
 
 from bdistil import distributed, row_files
-from bdistil.block_sums import (
-    AGAIN,
-    BLOCK,
-    block_sums,
-    joined_normalisers,
-    largest_finite,
-    margin_sums,
-    measured_units,
-    normaliser_sums,
-    refuse_nonfinite,
-    square_sum,
-)
+from bdistil.advancing import Pass, Scratch, Sums
+from bdistil.block_sums import BLOCK, block_sums, joined, joined_normalisers, measured_units, refuse_nonfinite
 from bdistil.errors import RunError, UserError
 from bdistil.functional import centre
 from bdistil.units import Task, Units
@@ -39,7 +30,11 @@ from bdistil.workers import in_order
 # Numbers that are worked on at once: a block of a thousand outputs.
 PIECE = 1 << 19
 # Threads that share a pass over a ledger that is not held in memory; more wait for the disk.
-WORKERS = 4
+THREADS = 4
+WITHOUT_NUMBA = (
+    "Numba is not installed: with `storage: int16` every commit of a round takes several times as long. "
+    "It comes with pip install 'bdistil[int16]'."
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +151,8 @@ class ErrorLedger:
             RunError: a logit is NaN or infinite; the first sample is named.
         """
         self.head = LedgerHead(samples, outputs, 1.0, None, 0.0, teacher)
+        if self.storage == "int16" and self._threads and not row_files.compiled() and distributed.rank() == 0:
+            warnings.warn(WITHOUT_NUMBA, stacklevel=2)
         beside, rounded = self.folder / "teacher.next.tmp", self.folder / "teacher.rounded.tmp"
         target = row_files.blank(beside, self._shape)
         for low, rows in logits:
@@ -275,51 +272,36 @@ class ErrorLedger:
             RunError: an answer is NaN or infinite; the first sample is named.
         """
         target = row_files.blank(self._next_file, self._shape, self.storage)
-        margins, squares, largest = block_sums(self.samples, self.outputs), block_sums(self.samples, 2), torch.zeros(())
-        normalisers = block_sums(self.samples, self.outputs) - torch.inf
-        log_z = self.log_normaliser(eta)
-        spare = [self._scratch() for _ in range(self._workers)]
+        margins, squares = block_sums(self.samples, self.outputs), block_sums(self.samples, 2)
+        normalisers, largest = block_sums(self.samples, self.outputs) - np.inf, 0.0
+        work = Pass(self._g, self._s, eta, self.storage, self.log_normaliser(eta), first=not self.version)
+        spare = [self._scratch() for _ in range(max(self._threads, 1))]
 
-        def step(piece: tuple[int, Tensor]) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+        def step(piece: tuple[int, Tensor]) -> tuple[int, Sums]:
             low, rows = piece
             scratch = spare.pop()
             try:
-                return low // BLOCK, *self._step(low, rows.detach().float().cpu(), log_z, eta, target, scratch)
+                return low // BLOCK, work.advance(low, rows.detach().float().cpu(), target, scratch)
             finally:
                 spare.append(scratch)
 
-        for block, margin, square, most, normaliser in in_order(step, self._small(answers), self._workers):
-            margins[block] += margin
-            squares[block] += square
-            largest = torch.maximum(largest, most)
-            normalisers[block] = torch.logaddexp(normalisers[block], normaliser)
+        with row_files.flushed_meanwhile(target):
+            for block, sums in in_order(step, self._small(answers), self._threads):
+                margins[block] += sums.margins
+                squares[block] += sums.squares
+                largest = max(largest, sums.largest)
+                np.logaddexp(normalisers[block], sums.log_normaliser, out=normalisers[block])
         self._next_log_z = {eta: joined_normalisers(normalisers)}
-        margin, square = distributed.all_sum(margins).sum(0), distributed.all_sum(squares).sum(0)
-        largest = distributed.all_max(largest)
+        margin, square = joined(margins), joined(squares)
+        largest = float(distributed.all_max(torch.tensor(largest)))
         rms = (square / (self.samples * self.outputs)).sqrt()
         return RoundEvidence(
             margin_share=float((margin >= -tolerance * self.bound).double().mean()),
             margin_min=float(margin.min()),
             rms_before=float(rms[0]) / max(self.version, 1),
             rms_after=float(rms[1]) / (self.version + 1),
-            sup_after=float(largest) / (self.version + 1),
+            sup_after=largest / (self.version + 1),
         )
-
-    def _step(
-        self, low: int, rows: Tensor, log_z: Tensor, eta: float, target: row_files.Rows, scratch: row_files.Scratch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Writes S of a few rows; what they add to margins and squares, their largest number, their normaliser."""
-        high = low + len(rows)
-        new, other, third = (numbers[: len(rows)] for numbers in scratch.numbers[2:])
-        g, s = (scratch.read(table, low, high, place) for place, table in enumerate((self._g, self._s)))
-        before = square_sum(s if self.version else g, other)
-        deviation = torch.sub(rows, g, out=g)
-        torch.add(s, deviation, out=new)
-        largest = largest_finite(new, low)
-        squares = torch.stack((before, square_sum(new, other)))
-        margins = margin_sums(s, deviation, log_z, eta, other, third)
-        target[low:high], stored = row_files.encoded(new, self.storage, other)
-        return margins, squares, largest, normaliser_sums(stored, eta, s, deviation)
 
     def keep(self) -> None:
         """Gives the version that `advance` wrote its name. It counts once the round is committed."""
@@ -327,12 +309,12 @@ class ErrorLedger:
 
     # ---- reading
 
-    def _scratch(self) -> row_files.Scratch:
-        return row_files.Scratch(min(self._piece, BLOCK), self.outputs, self.storage)
+    def _scratch(self) -> Scratch:
+        return Scratch(min(self._piece, BLOCK), self.outputs, self.storage)
 
     @property
-    def _workers(self) -> int:
-        return min(WORKERS, torch.get_num_threads()) if self._bytes > row_files.LARGE else 1
+    def _threads(self) -> int:
+        return min(THREADS, torch.get_num_threads()) if self._bytes > row_files.LARGE else 0
 
     @property
     def _piece(self) -> int:
@@ -381,9 +363,9 @@ class ErrorLedger:
         """(first row, g, S) of the rows of this process, block by block."""
 
         def read(block: tuple[int, int]) -> tuple[int, Tensor, Tensor]:
-            return block[0], row_files.read(self._g, *block), row_files.read(self._s, *block)
+            return block[0], row_files.numbers(self._g, *block), row_files.numbers(self._s, *block)
 
-        yield from in_order(read, distributed.my_blocks(self.samples, BLOCK), self._workers)
+        yield from in_order(read, distributed.my_blocks(self.samples, BLOCK), self._threads)
 
     def log_normaliser(self, eta: float) -> Tensor:
         """log Z of the open version, shape (L,) float64: made once, with S or in one pass over it, then kept.
@@ -395,13 +377,12 @@ class ErrorLedger:
             RunError: S holds NaN or infinity.
         """
         if eta not in self._log_z:
-            normalisers = block_sums(self.samples, self.outputs) - torch.inf
-            scratch = self._scratch()
+            normalisers = block_sums(self.samples, self.outputs) - np.inf
+            scratch, work = self._scratch(), Pass(self._g, self._s, eta, self.storage)
+            what = f"the ledger ({self._error_file(self.version)})"
             for low, high in distributed.my_blocks(self.samples, BLOCK):
                 for start in range(low, high, self._piece):
-                    error = scratch.read(self._s, start, min(start + self._piece, high), 0)
-                    largest_finite(error, start, f"the ledger ({self._error_file(self.version)})", AGAIN)
-                    own = normaliser_sums(error, eta, *(x[: len(error)] for x in scratch.numbers[1:3]))
-                    normalisers[low // BLOCK] = torch.logaddexp(normalisers[low // BLOCK], own)
+                    own = work.log_normaliser(start, min(start + self._piece, high), scratch, what)
+                    np.logaddexp(normalisers[low // BLOCK], own, out=normalisers[low // BLOCK])
             self._log_z[eta] = joined_normalisers(normalisers)
         return self._log_z[eta]

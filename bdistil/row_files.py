@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +24,14 @@ Storage = Literal["float32", "int16"]
 
 # Bytes up to which a file is simply mapped.
 LARGE = 1 << 28
-# Steps from 0 to the largest number of a row of 16-bit numbers.
-STEPS = 32767
+# Steps from 0 to the largest number of a row of 16-bit numbers; size of one under which all are 0.
+STEPS, SMALLEST_STEP = 32767, 1e-30
+# Bytes that are read at once where they are decoded at once: fewer than the processor has of its own memory.
+AT_ONCE = 1 << 17
+# Numbers from which on it is worth while to load what decodes them in one pass.
+MANY = 1 << 18
+# Seconds after which what was written of a large file goes to the disk.
+FLUSH_SECONDS = 0.1
 
 
 def row_type(storage: Storage, columns: int) -> np.dtype[Any]:
@@ -34,37 +45,13 @@ def row_type(storage: Storage, columns: int) -> np.dtype[Any]:
     return np.dtype([("step", np.float32), ("count", np.int16, (columns,))])
 
 
-class Scratch:
-    """Memory for some rows that is used again and again: asking for it anew costs as much as the arithmetic on it.
-
-    Args:
-        rows: as many as are worked on at once.
-        columns: D.
-        storage: of the files.
-    """
-
-    def __init__(self, rows: int, columns: int, storage: Storage) -> None:
-        self.storage, kind = storage, row_type(storage, columns)
-        self.kept = [np.empty(rows, kind) for _ in range(2)]
-        self.numbers = [torch.empty(rows, columns) for _ in range(5)]
-
-    def read(self, table: Rows, low: int, high: int, place: int) -> Tensor:
-        """Rows low … high - 1 of a table, float32, in place 0 or 1."""
-        part = self.kept[place][: high - low]
-        if isinstance(table, LargeRows):
-            table.fill(part, low)
-        else:
-            np.copyto(part, table[low:high])
-        return decoded(part, self.numbers[place])
-
-
 def encoded(rows: Tensor, storage: Storage, scratch: Tensor | None = None) -> tuple[Array, Tensor]:
     """Rows (B, D) float32 as they are kept on the disk, and as they will be read."""
     if storage == "float32":
         return rows.numpy(), rows
     counts = torch.empty_like(rows) if scratch is None else scratch[: len(rows)]
     step = torch.abs(rows, out=counts).amax(1, keepdim=True) / STEPS
-    torch.div(rows, step.where(step > 0, 1.0), out=counts).round_()
+    torch.mul(rows, step.clamp(min=SMALLEST_STEP).reciprocal_(), out=counts).round_()
     out = np.empty(len(rows), row_type(storage, rows.shape[1]))
     out["step"] = step[:, 0].numpy()
     torch.from_numpy(out["count"]).copy_(counts)
@@ -76,8 +63,26 @@ def decoded(rows: Array, scratch: Tensor | None = None) -> Tensor:
     if rows.dtype.names is None:
         return torch.from_numpy(rows)
     counts = torch.from_numpy(rows["count"])
-    numbers = counts.float() if scratch is None else scratch[: len(rows)].copy_(counts)
-    return numbers.mul_(torch.from_numpy(rows["step"].copy())[:, None])
+    numbers = torch.empty(counts.shape) if scratch is None else scratch[: len(rows)]
+    if counts.numel() >= MANY and (kernels := compiled()):
+        kernels.decode(flat(rows), numbers.numpy())
+        return numbers
+    return numbers.copy_(counts).mul_(torch.from_numpy(rows["step"].copy())[:, None])
+
+
+def flat(rows: Array) -> Array:
+    """Rows of 16-bit numbers as (B, 2 + D) int16, of which the first two are the step."""
+    return rows.view(np.int16).reshape(len(rows), -1)
+
+
+@functools.cache
+def compiled() -> ModuleType | None:
+    """What works on rows of 16-bit numbers in one pass, where Numba is installed: a second to load and compile."""
+    try:
+        from bdistil import row_kernels
+    except ImportError:
+        return None
+    return row_kernels
 
 
 class LargeRows:
@@ -94,44 +99,44 @@ class LargeRows:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int], mode: Literal["r", "r+"], dtype: Storage) -> None:
-        self.path, self.shape, self._kind = path, shape, row_type(dtype, shape[1])
-        self._width = self._kind.itemsize
-        self._handle = os.open(path, os.O_RDONLY if mode == "r" else os.O_RDWR)
-        weakref.finalize(self, os.close, self._handle)
+        self.path, self.shape, self.kind = path, shape, row_type(dtype, shape[1])
+        self._width = self.kind.itemsize
+        self.handle = os.open(path, os.O_RDONLY if mode == "r" else os.O_RDWR)
+        weakref.finalize(self, os.close, self.handle)
+        self._writes = threading.Lock()
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Array:
         low, high, _ = rows.indices(len(self))
-        out = np.empty(high - low, self._kind)
+        out = np.empty(high - low, self.kind)
         self.fill(out, low)
         return out
 
     def fill(self, out: Array, low: int) -> None:
         """Reads the rows from `low` on into memory that is there."""
         high = low + len(out)
-        self._soon(high, len(out))
         view, place = out.data.cast("B") if len(out) else memoryview(b""), low * self._width
         while len(view):
-            count = os.preadv(self._handle, [view], place)
+            count = os.preadv(self.handle, [view], place)
             if not count:
                 raise OSError(f"{self.path} ends before row {high}")
             view, place = view[count:], place + count
 
-    def _soon(self, row: int, rows: int) -> None:
-        """Has the disk read what comes next while these rows are worked on."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._handle, row * self._width, rows * self._width, os.POSIX_FADV_WILLNEED)
-
     def __setitem__(self, rows: slice, values: Array) -> None:
         low, high, _ = rows.indices(len(self))
-        out = np.ascontiguousarray(values, self._kind.base)
+        out = np.ascontiguousarray(values, self.kind.base)
         assert len(out) == high - low
         view, place = out.data.cast("B"), low * self._width
-        while len(view):
-            count = os.pwrite(self._handle, view, place)
-            view, place = view[count:], place + count
+        with self._writes:  # the system lets one in at a time; here the others sleep, there they spin
+            while len(view):
+                count = os.pwrite(self.handle, view, place)
+                view, place = view[count:], place + count
+
+    def flush(self) -> None:
+        """Waits until what was written so far is on the disk."""
+        os.fsync(self.handle)
 
     def take(self, index: Array, axis: Literal[0]) -> Array:
         """Copies of scattered rows, (B, D).
@@ -141,11 +146,11 @@ class LargeRows:
         """
         if len(index) and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(f"no such row among {len(self)}")
-        rows = [os.pread(self._handle, self._width, place) for place in (index * self._width).tolist()]
+        rows = [os.pread(self.handle, self._width, place) for place in (index * self._width).tolist()]
         short = [row for row, content in zip(index.tolist(), rows, strict=True) if len(content) < self._width]
         if short:
             raise OSError(f"{self.path} ends before row {short[0] + 1}")
-        return np.frombuffer(bytearray().join(rows), self._kind)
+        return np.frombuffer(bytearray().join(rows), self.kind)
 
 
 Rows = Array | LargeRows
@@ -177,9 +182,16 @@ def blank(path: Path, shape: tuple[int, int], dtype: Storage = "float32") -> Row
     return mapped(path, shape, "r+", dtype)
 
 
-def read(rows: Rows, low: int, high: int) -> Tensor:
-    """A copy of a slice of rows, float32: torch must not hold on to a read-only map."""
-    part = rows[low:high]
+def numbers(table: Rows, low: int, high: int) -> Tensor:
+    """Rows low … high - 1 of a table, (B, D) float32, in memory of their own: torch must not hold a read-only map."""
+    if isinstance(table, LargeRows) and table.kind.names and (kernels := compiled()):
+        found, some = (
+            torch.empty(high - low, table.shape[1]),
+            np.empty(max(1, AT_ONCE // table.kind.itemsize), table.kind),
+        )
+        if kernels.read(table.handle, low, flat(some), found.numpy()):
+            return found
+    part = table[low:high]
     return decoded(part if part.flags.owndata else part.copy())
 
 
@@ -192,6 +204,27 @@ def name(beside: Path, path: Path) -> None:
         os.close(handle)
         os.replace(beside, path)
     distributed.barrier()
+
+
+@contextmanager
+def flushed_meanwhile(rows: Rows) -> Iterator[None]:
+    """Has the disk write a large file while its rows are still being made, so that `name` has little to wait for."""
+    if not isinstance(rows, LargeRows):
+        yield
+        return
+    over = threading.Event()
+
+    def flush() -> None:
+        while not over.wait(FLUSH_SECONDS):
+            rows.flush()
+
+    with ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush)
+        try:
+            yield
+        finally:
+            over.set()
+        flushing.result()  # an error of the disk is reported once, and may have been reported here
 
 
 def whole(path: Path, shape: tuple[int, int], dtype: Storage = "float32") -> bool:

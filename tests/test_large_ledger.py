@@ -1,6 +1,12 @@
 """Ledgers of files that are not held in memory, and of 16-bit numbers."""
 
+import errno
+import os
+import sys
+import threading
 import time
+import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +17,7 @@ import torch
 
 from bdistil import ErrorLedger, RunError, row_files
 from bdistil import ledger as ledger_module
-from bdistil.block_sums import BLOCK
+from bdistil.block_sums import BLOCK, GROUP, column_sum
 from bdistil.functional import centre, game_rows
 from bdistil.row_files import LargeRows
 
@@ -45,20 +51,34 @@ def again(ledger):
     return other
 
 
-@pytest.mark.parametrize("storage", ["float32", "int16"])
-def test_a_large_file_gives_the_same_bits(tmp_path, monkeypatch, storage):
-    small, expected = two_rounds(tmp_path / "small", storage)
+@pytest.fixture
+def three_threads():
+    """As many share a pass; a thread to come starts with as many."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(torch.get_num_threads).result()
+    torch.set_num_threads(threads)
+    assert found == 3
+
+
+def all_large(monkeypatch):
+    """Has files of any size read by rows, slowly enough for threads to overlap."""
     monkeypatch.setattr(row_files, "LARGE", 0)
     fill = LargeRows.fill
-    monkeypatch.setattr(LargeRows, "fill", lambda *values: (fill(*values), time.sleep(0.02)))  # the threads overlap
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)  # as many share a pass
-    try:
-        large, found = two_rounds(tmp_path / "large", storage)
-        with ThreadPoolExecutor(1) as pool:  # a thread to come
-            assert pool.submit(torch.get_num_threads).result() == 3
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(LargeRows, "fill", lambda *values: (fill(*values), time.sleep(0.02)))
+
+
+@pytest.mark.parametrize("storage", ["float32", "int16"])
+@pytest.mark.usefixtures("three_threads")
+def test_a_large_file_gives_the_same_bits(tmp_path, monkeypatch, storage):
+    small, expected = two_rounds(tmp_path / "small", storage)
+    all_large(monkeypatch)
+    monkeypatch.setattr(row_files, "compiled", lambda: None)
+    if storage == "int16":
+        warnings.simplefilter("ignore")  # says that Numba is not there
+    large, found = two_rounds(tmp_path / "large", storage)
     assert isinstance(large._s, LargeRows)
     assert not isinstance(small._s, LargeRows)
     assert found == expected
@@ -67,19 +87,115 @@ def test_a_large_file_gives_the_same_bits(tmp_path, monkeypatch, storage):
     for ours, theirs in zip(large.rows(index), small.rows(index), strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)
+    for ours, theirs in zip(large.blocks(), small.blocks(), strict=True):
+        assert ours[0] == theirs[0]
+        assert all(map(torch.equal, ours[1:], theirs[1:]))
     for name in (f"teacher.{large._kind}", f"error.002.{large._kind}"):
         assert (large.folder / name).read_bytes() == (small.folder / name).read_bytes()
 
 
+@pytest.mark.usefixtures("three_threads")
+def test_what_is_compiled_writes_the_same_files(tmp_path, monkeypatch):
+    small, expected = two_rounds(tmp_path / "small", "int16")
+    all_large(monkeypatch)
+    assert row_files.compiled()
+    large, found = two_rounds(tmp_path / "large", "int16")
+    for name in ("teacher.i16", "error.002.i16"):
+        assert (large.folder / name).read_bytes() == (small.folder / name).read_bytes()
+    assert found == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in expected.items()}
+    torch.testing.assert_close(large.log_normaliser(ETA), small.log_normaliser(ETA), rtol=3e-8, atol=0)
+
+
+def test_without_numba_the_user_is_told_what_it_would_save(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bdistil.row_kernels", None)  # as where its import fails
+    monkeypatch.delattr("bdistil.row_kernels", raising=False)
+    row_files.compiled.cache_clear()
+    try:
+        two_rounds(tmp_path / "small", "int16")
+        monkeypatch.setattr(row_files, "LARGE", 0)
+        with pytest.warns(UserWarning, match=r"pip install 'bdistil\[int16\]'"):
+            ledger, _ = two_rounds(tmp_path / "large", "int16")
+        assert sum(len(g) for _, g, _ in ledger.blocks()) == N
+    finally:
+        row_files.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_compiled_names_the_first_bad_sample(tmp_path, monkeypatch, bad):
+    all_large(monkeypatch)
+    ledger, _ = two_rounds(tmp_path, "int16")
+    logits = answers(3)
+    logits[1][1][3, 2] = bad
+    with pytest.raises(RunError, match=f"the student's logits, first at sample {BLOCK + 3}"):
+        ledger.advance(logits, eta=ETA, tolerance=1e-3)
+    path = ledger.folder / "error.002.i16"
+    content = bytearray(path.read_bytes())
+    content[:4] = np.float32(bad).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"the ledger .* first at sample 0"):
+        again(ledger).log_normaliser(ETA)
+
+
+@pytest.mark.parametrize("eta", [30.0, 300.0])
+def test_extreme_numbers_are_added_up_safely(tmp_path, monkeypatch, eta):
+    """2^(eta S log2 e) is more than float32 can hold, and what is compiled leaves such rows to what can."""
+    small, _ = two_rounds(tmp_path / "small", "int16")
+    expected = small.advance(answers(3), eta=eta, tolerance=1e-3)
+    all_large(monkeypatch)
+    large, _ = two_rounds(tmp_path / "large", "int16")
+    kernels, called = row_files.compiled(), []
+    monkeypatch.setattr(
+        kernels, "advance", lambda *values, of=kernels.advance: called.append(of(*values)) or called[-1]
+    )
+    found = large.advance(answers(3), eta=eta, tolerance=1e-3)
+    assert called
+    assert not all(well for well, *_ in called)
+    assert asdict(found) == {name: pytest.approx(value, rel=1e-5) for name, value in asdict(expected).items()}
+    for ledger in (small, large):
+        ledger.keep()
+        ledger.use(3)
+        assert ledger.log_normaliser(eta).isfinite().all()
+    torch.testing.assert_close(large.log_normaliser(eta), small.log_normaliser(eta), rtol=1e-7, atol=0)
+
+
+def test_compiled_powers_are_those_of_float64():
+    kernels, count = row_files.compiled(), 1 << 16
+    for high in (1, 59):  # eta S in powers of 2
+        row = np.zeros((1, 2 + count), np.int16)
+        row[0, :2] = np.array([high / 32767], np.float32).view(np.int16)
+        row[0, 2:] = np.arange(count) - (count // 2)
+        exponents = row[0, 2:].astype(np.float64) * np.float32(high / 32767)
+        found = np.empty(count)
+        assert kernels.log_normaliser(row, np.float32(0.999), found)
+        scaled = exponents * 0.999 * np.log(2)
+        np.testing.assert_allclose(np.exp(found), 2 * np.cosh(scaled), rtol=2e-7 * (1 + high))
+
+
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("storage", ["float32", "int16"])
 @pytest.mark.parametrize("piece", [1, 64, 1 << 16])
-def test_the_normaliser_made_with_the_errors_is_that_of_the_file(tmp_path, monkeypatch, storage, piece):
+def test_the_normaliser_made_with_the_errors_is_that_of_the_file(tmp_path, monkeypatch, storage, piece, large):
     monkeypatch.setattr(ledger_module, "PIECE", piece)
+    if large:
+        monkeypatch.setattr(row_files, "LARGE", 0)
     ledger, _ = two_rounds(tmp_path, storage)
     made, read = ledger.log_normaliser(ETA), again(ledger).log_normaliser(ETA)
     assert torch.equal(made, read)
     error = ledger.rows(torch.arange(N))[1].double() * ETA
-    torch.testing.assert_close(made, torch.logsumexp(torch.cat((error, -error)), 0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(made, torch.logsumexp(torch.cat((error, -error)), 0), rtol=3e-8, atol=0)
+
+
+def test_sums_are_in_float64_but_for_a_few_rows():
+    rows = torch.ones(BLOCK, 3)
+    rows[0] = 2.0**30  # beside which float32 has no room for a 1
+    assert column_sum(rows).tolist() == [2.0**30 + BLOCK - GROUP] * 3
+    assert column_sum(rows[1:]).tolist() == [BLOCK - 1.0] * 3
+    kept, _ = row_files.encoded(torch.zeros(BLOCK, 3), "int16")
+    total = np.full(3, 2.0**30)
+    row_files.compiled().flush(np.ones(3, np.float32), total)
+    assert total.tolist() == [2.0**30 + 1] * 3
+    assert row_files.compiled().log_normaliser(row_files.flat(kept), np.float32(1), total)
+    np.testing.assert_allclose(np.exp(total), 2 * BLOCK, rtol=1e-12)
 
 
 def test_weights_from_half_the_room(tmp_path):
@@ -146,6 +262,35 @@ def test_a_process_does_not_hold_the_rows_it_has_read(tmp_path, monkeypatch):
 
     assert read_all(limit=size // 8) < size // 2
     assert read_all(limit=size) > size // 2  # a plain map is charged for all of it
+
+
+def test_rows_are_read_and_decoded_a_few_at_a_time(tmp_path, monkeypatch):
+    small, _ = two_rounds(tmp_path, "int16")
+    blocks = list(small.blocks())
+    monkeypatch.setattr(row_files, "LARGE", 0)
+    monkeypatch.setattr(row_files, "AT_ONCE", 100 * (2 * L + 4))  # 100 rows
+    large = again(small)
+    for ours, theirs in zip(large.blocks(), blocks, strict=True):
+        assert ours[0] == theirs[0]
+        assert all(map(torch.equal, ours[1:], theirs[1:]))
+    os.truncate(large.folder / "error.002.i16", (N - 1) * (2 * L + 4))
+    with pytest.raises(OSError, match=f"error.002.i16 ends before row {N}"):
+        deque(large.blocks(), maxlen=0)
+
+
+def test_an_error_of_the_disk_is_not_lost_to_the_thread_that_flushes(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "LARGE", 0)
+    monkeypatch.setattr(row_files, "FLUSH_SECONDS", 0.001)
+    flushed = threading.Event()
+
+    def flush(rows):
+        flushed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(LargeRows, "flush", flush)
+    table = row_files.blank(tmp_path / "rows", (8, 4))
+    with pytest.raises(OSError, match="Input/output"), row_files.flushed_meanwhile(table):
+        assert flushed.wait(10)
 
 
 def test_a_file_that_ends_early_is_named(tmp_path, monkeypatch):
