@@ -29,6 +29,8 @@ from bdistil.workers import in_order
 
 # Numbers that are worked on at once: a block of a thousand outputs.
 PIECE = 1 << 19
+# Bytes that are read at once where they are decoded at once: fewer than a core has of its own memory.
+CACHED = 1 << 18
 # Threads that share a pass over a ledger that is not held in memory; more wait for the disk.
 THREADS = 4
 WITHOUT_NUMBA = (
@@ -360,12 +362,28 @@ class ErrorLedger:
         return [row_files.decoded(part) for part in rows]
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(first row, g, S) of the rows of this process, block by block."""
+        """(first row, g, S) of the rows of this process, block by block.
 
-        def read(block: tuple[int, int]) -> tuple[int, Tensor, Tensor]:
-            return block[0], row_files.numbers(self._g, *block), row_files.numbers(self._s, *block)
+        The memory of a block is used again when the next one is asked for: clone what you keep.
+        """
+        spare: list[tuple[Tensor, Tensor, row_files.Array]] = []
 
-        yield from in_order(read, distributed.my_blocks(self.samples, BLOCK), self._threads)
+        def read(block: tuple[int, int]) -> tuple[int, int, tuple[Tensor, Tensor, row_files.Array]]:
+            low, high = block
+            memory = spare.pop() if spare else self._memory_of_a_block()
+            for out, table in zip(memory[:2], (self._g, self._s), strict=True):
+                row_files.read_into(out[: high - low], table, low, memory[2])
+            return low, high, memory
+
+        for low, high, memory in in_order(read, distributed.my_blocks(self.samples, BLOCK), self._threads, ahead=1):
+            yield low, memory[0][: high - low], memory[1][: high - low]
+            spare.append(memory)
+
+    def _memory_of_a_block(self) -> tuple[Tensor, Tensor, row_files.Array]:
+        """For g and S (BLOCK, L), and for the few rows of either that are read before they are decoded."""
+        kind = row_files.row_type(self.storage, self.outputs)
+        few = np.empty(max(1, CACHED // kind.itemsize), kind)
+        return torch.empty(BLOCK, self.outputs), torch.empty(BLOCK, self.outputs), few
 
     def log_normaliser(self, eta: float) -> Tensor:
         """log Z of the open version, shape (L,) float64: made once, with S or in one pass over it, then kept.

@@ -26,8 +26,6 @@ Storage = Literal["float32", "int16"]
 LARGE = 1 << 28
 # Steps from 0 to the largest number of a row of 16-bit numbers; size of one under which all are 0.
 STEPS, SMALLEST_STEP = 32767, 1e-30
-# Bytes that are read at once where they are decoded at once: fewer than the processor has of its own memory.
-AT_ONCE = 1 << 17
 # Numbers from which on it is worth while to load what decodes them in one pass.
 MANY = 1 << 18
 # Seconds after which what was written of a large file goes to the disk.
@@ -182,17 +180,23 @@ def blank(path: Path, shape: tuple[int, int], dtype: Storage = "float32") -> Row
     return mapped(path, shape, "r+", dtype)
 
 
-def numbers(table: Rows, low: int, high: int) -> Tensor:
-    """Rows low … high - 1 of a table, (B, D) float32, in memory of their own: torch must not hold a read-only map."""
-    if isinstance(table, LargeRows) and table.kind.names and (kernels := compiled()):
-        found, some = (
-            torch.empty(high - low, table.shape[1]),
-            np.empty(max(1, AT_ONCE // table.kind.itemsize), table.kind),
-        )
-        if kernels.read(table.handle, low, flat(some), found.numpy()):
-            return found
-    part = table[low:high]
-    return decoded(part if part.flags.owndata else part.copy())
+def read_into(out: Tensor, table: Rows, low: int, some: Array) -> None:
+    """Reads rows from `low` on as numbers.
+
+    Args:
+        out: memory for them, (B, D) float32.
+        table: of rows.
+        low: the first row.
+        some: memory for a few rows, that stay in the processor's cache until they are decoded.
+    """
+    if isinstance(table, LargeRows) and table.kind.names is None:
+        table.fill(out.numpy(), low)
+    elif (
+        not isinstance(table, LargeRows)
+        or not (kernels := compiled())
+        or not kernels.read(table.handle, low, flat(some), out.numpy())
+    ):
+        out.copy_(decoded(table[low : low + len(out)].copy()))  # torch must not hold on to a read-only map
 
 
 def name(beside: Path, path: Path) -> None:

@@ -266,9 +266,9 @@ def test_a_process_does_not_hold_the_rows_it_has_read(tmp_path, monkeypatch):
 
 def test_rows_are_read_and_decoded_a_few_at_a_time(tmp_path, monkeypatch):
     small, _ = two_rounds(tmp_path, "int16")
-    blocks = list(small.blocks())
+    blocks = [(low, g.clone(), s.clone()) for low, g, s in small.blocks()]
     monkeypatch.setattr(row_files, "LARGE", 0)
-    monkeypatch.setattr(row_files, "AT_ONCE", 100 * (2 * L + 4))  # 100 rows
+    monkeypatch.setattr(ledger_module, "CACHED", 100 * (2 * L + 4))  # 100 rows
     large = again(small)
     for ours, theirs in zip(large.blocks(), blocks, strict=True):
         assert ours[0] == theirs[0]

@@ -194,7 +194,7 @@ def test_any_number_of_samples(tmp_path, samples):
     g, _ = in_numpy(teacher_logits(samples))
     expected = student_logits(0, samples).numpy() - g
     np.testing.assert_allclose(ledger.rows(np.arange(samples))[1], expected, rtol=1e-4, atol=1e-5)
-    blocks = list(ledger.blocks())
+    blocks = [(low, rows.clone(), s.clone()) for low, rows, s in ledger.blocks()]
     assert [low for low, *_ in blocks] == list(range(0, samples, BLOCK))
     np.testing.assert_allclose(torch.cat([s for *_, s in blocks]), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(torch.cat([rows for _, rows, _ in blocks]), g, rtol=1e-5, atol=1e-6)
