@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bdistil.api_teacher import ApiTeacher
 from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
-from bdistil.ledger import RoundEvidence
+from bdistil.ledger_records import RoundEvidence
 from bdistil.preflight import first_of
 from bdistil.students import linked_features, links_of
 

@@ -7,11 +7,9 @@ read by rows, so a process holds the rows of a batch, not the N of them.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from bdistil.advancing import Pass, Scratch, Sums
 from bdistil.block_sums import BLOCK, block_sums, joined, joined_normalisers, measured_units, refuse_nonfinite
 from bdistil.errors import RunError, UserError
 from bdistil.functional import centre
+from bdistil.ledger_records import LedgerHead, RoundEvidence
 from bdistil.units import Task, Units
 from bdistil.workers import in_order
 
@@ -37,37 +36,6 @@ WITHOUT_NUMBA = (
     "Numba is not installed: with `storage: int16` every commit of a round takes several times as long. "
     "It comes with pip install 'bdistil[int16]'."
 )
-
-
-@dataclass(frozen=True)
-class LedgerHead:
-    """What is known of all rows: N samples, L outputs, their units, and the largest value in these."""
-
-    samples: int
-    outputs: int
-    scale: float | tuple[float, ...]
-    offset: tuple[float, ...] | None
-    largest: float
-    teacher: str
-
-
-@dataclass(frozen=True)
-class RoundEvidence:
-    """What one pass of a student over all samples says of it.
-
-    Attributes:
-        margin_share: share of the L outputs whose margin is at least -tolerance * b.
-        margin_min: smallest margin.
-        rms_before: rms error to the teacher of the prefix without the student; of round 0, of a constant answer.
-        rms_after: the same with the student.
-        sup_after: largest error to the teacher of the prefix with the student.
-    """
-
-    margin_share: float
-    margin_min: float
-    rms_before: float
-    rms_after: float
-    sup_after: float
 
 
 class ErrorLedger:
@@ -174,9 +142,7 @@ class ErrorLedger:
         bound = float(distributed.all_max(largest))
         self.head = LedgerHead(samples, outputs, units.scale, units.offset, bound, teacher)
         if distributed.rank() == 0:
-            text = json.dumps(asdict(self.head), indent=1)
-            (self.folder / "ledger.json.tmp").write_text(text)
-            os.replace(self.folder / "ledger.json.tmp", self._head_file)
+            self.head.write(self._head_file)
         distributed.barrier()
 
     def open(self, samples: int, teacher: str = "") -> None:
@@ -186,26 +152,8 @@ class ErrorLedger:
             UserError: N or the teacher is another than at the start of the run.
             RunError: a file is torn.
         """
-        try:
-            head: Any = json.loads(self._head_file.read_text()).items()
-            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in head}
-            self.head = LedgerHead(**values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise RunError(
-                f"{self._head_file} is missing or torn ({error}). Nothing was deleted. "
-                f"Remove {self.folder} to have the teacher asked again."
-            ) from error
-        part = "validation" if self.folder.name == "val" else "training"
-        if self.samples != samples:
-            raise UserError(
-                f"The {part} dataset has {samples} samples, but the run in {self.folder.parent} was started with "
-                f"{self.samples}. Give the dataset it was started with, or choose another `run_dir`."
-            )
-        if teacher and self.head.teacher and teacher != self.head.teacher:
-            raise UserError(
-                f"The teacher's weights differ from those that the run in {self.folder.parent} was started with. "
-                "Give that teacher, or choose another `run_dir`."
-            )
+        self.head = LedgerHead.read(self._head_file)
+        self.head.refuse_others(self.folder, samples, teacher)
         size = self._teacher_file.stat().st_size if self._teacher_file.exists() else 0
         if size != self._bytes:
             raise RunError(

@@ -18,7 +18,8 @@ from bdistil.block_sums import BLOCK
 from bdistil.data.indexing import block_loader, check_dataset
 from bdistil.data.views import Views
 from bdistil.ensemble import ProgressiveEnsemble
-from bdistil.ledger import ErrorLedger, RoundEvidence
+from bdistil.ledger import ErrorLedger
+from bdistil.ledger_records import RoundEvidence
 from bdistil.metrics import PrefixScores
 from bdistil.regression import PrefixErrors, output_figures
 from bdistil.row_files import FeatureCache, Storage

@@ -13,9 +13,9 @@ LAYERS = """
     run_places run_directory row_kernels row_files weight_files exit_rules anytime environment stopping strategies
     wandb_log run_notes run_logger workers allocator epoch_saving
     api_cache api_endpoint api_teacher
-    settings block_sums advancing ledger teachers students sequences blueprint cost metrics budgets indexing data zoo
-    zoo_cifar zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight recipe_files
-    curve_rows curve_table curve_picture
+    settings block_sums ledger_records advancing ledger teachers students sequences blueprint cost metrics budgets
+    indexing data zoo zoo_cifar zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight
+    recipe_files curve_rows curve_table curve_picture
     schedules
     ensemble walk prediction stage_times inputs mekd_losses mekd_networks mixing variance
     sample_gradients mixing_store mixing_report mekd_deprivatization mekd_emulation mekd mekd_data

@@ -41,7 +41,7 @@ from toys import (
 from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserError, scoring
 from bdistil.boosting import Boosting
 from bdistil.functional import margins
-from bdistil.ledger import RoundEvidence
+from bdistil.ledger_records import RoundEvidence
 from bdistil.rounds import BoostingRound
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
