@@ -25,20 +25,6 @@ from torch import Tensor
 
 PROTOCOL = 2  # of pickle: that of torch, the only one that `weights_only` takes
 
-# How the format names the numbers of a tensor.
-STORAGES: dict[torch.dtype, Any] = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
-
 
 def save_epoch(trainer: pl.Trainer, path: Path) -> None:
     """Saves a fit, on all ranks; process 0 writes. Whenever it is killed, the file is there whole or as it was before.
@@ -49,14 +35,20 @@ def save_epoch(trainer: pl.Trainer, path: Path) -> None:
     """
     beside, strategy = path.with_name(f"{path.name}.tmp"), trainer.strategy
     given = strategy.checkpoint_io
-    if type(given) in (TorchCheckpointIO, AsyncCheckpointIO):  # one of the user may have a format of its own
-        strategy.checkpoint_io = QuickIO()
+    strategy.checkpoint_io = _prompt(given)
     try:
         trainer.save_checkpoint(beside, weights_only=False)
     finally:
         strategy.checkpoint_io = given
     if trainer.is_global_zero:
         os.replace(beside, path)
+
+
+def _prompt(plugin: Any) -> Any:
+    """What saves in the place of a plugin, and has the file there when it returns."""
+    while isinstance(plugin, AsyncCheckpointIO):
+        plugin = plugin.checkpoint_io
+    return QuickIO() if type(plugin) is TorchCheckpointIO else plugin  # one of the user may have its own format
 
 
 class QuickIO(TorchCheckpointIO):
@@ -117,6 +109,23 @@ def _head() -> bytes:
     return empty.getvalue().removesuffix(pickle.dumps(None, PROTOCOL) + pickle.dumps([], PROTOCOL))
 
 
+@cache
+def storages() -> dict[torch.dtype, Any]:
+    """How the format names the numbers of a tensor. A torch that lacks one of the names does not pass `is_read`."""
+    return {
+        torch.float64: torch.DoubleStorage,
+        torch.float32: torch.FloatStorage,
+        torch.float16: torch.HalfStorage,
+        torch.bfloat16: torch.BFloat16Storage,
+        torch.int64: torch.LongStorage,
+        torch.int32: torch.IntStorage,
+        torch.int16: torch.ShortStorage,
+        torch.int8: torch.CharStorage,
+        torch.uint8: torch.ByteStorage,
+        torch.bool: torch.BoolStorage,
+    }
+
+
 class _Aside:
     """Stands in the pickle for numbers that follow behind it."""
 
@@ -149,14 +158,14 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         if not _plain(thing):
             raise Unusual
-        record = ("storage", STORAGES[thing.dtype], str(len(self.numbers)), "cpu", thing.numel(), None)
+        record = ("storage", storages()[thing.dtype], str(len(self.numbers)), "cpu", thing.numel(), None)
         self.numbers.append(_numbers(thing))
         return torch._utils._rebuild_tensor, (_Aside(record), 0, tuple(thing.shape), thing.stride())
 
 
 def _plain(tensor: Tensor) -> bool:
     """Is a tensor nothing but numbers of an ordinary kind, of a device whose numbers NumPy can be given?"""
-    ordinary = type(tensor) is Tensor and tensor.dtype in STORAGES and tensor.device.type in ("cpu", "cuda")
+    ordinary = type(tensor) is Tensor and tensor.dtype in storages() and tensor.device.type in ("cpu", "cuda")
     dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_neg()
     return ordinary and dense and not tensor.requires_grad and not vars(tensor)
 
@@ -168,7 +177,7 @@ def _numbers(tensor: Tensor) -> np.ndarray[Any, Any]:
         Unusual: they do not fill one piece of it.
     """
     if not tensor.is_contiguous():  # in another order, as of channels_last
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        if tensor.storage_offset() or tensor.untyped_storage().nbytes() != tensor.nbytes:
             raise Unusual
         tensor = tensor.as_strided((tensor.numel(),), (1,), 0)
     tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # which NumPy does not know

@@ -1,5 +1,6 @@
 """The checkpoint of an epoch: torch and Lightning read it as one of their own, and it is there whole or not at all."""
 
+import time
 import zipfile
 
 import pytest
@@ -41,18 +42,20 @@ def same(found, wanted):
 
 BASE = torch.arange(24.0).view(2, 3, 4)
 QUICK = {
-    **{str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in epoch_saving.STORAGES},
+    **{str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in epoch_saving.storages()},
     "a number": torch.tensor(3.0),
     "a number of 16 bits": torch.tensor(3.0, dtype=torch.bfloat16),
     "none": torch.zeros(0, 3),
     "transposed": BASE.permute(2, 0, 1),
     "channels last": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
     "rows of another": BASE[1],
+    "rows that overlap": torch.arange(4.0).as_strided((2, 2), (1, 1)),
     "nothing": None,
     "plain": {"a": [1, 2.5, True, "text", b"bytes", (1, {2})], 3: torch.Size([1, 2]), "kind": torch.float32},
 }
 SLOW = {
     "columns of another": BASE[:, 1],
+    "rows that overlap, from the second number on": torch.arange(4.0).as_strided((2, 2), (1, 1), 1),
     "a parameter": nn.Parameter(torch.ones(3)),
     "with a gradient": torch.ones(3, requires_grad=True),
     "complex": torch.tensor([1 + 2j]),
@@ -90,6 +93,16 @@ def test_a_torch_that_does_not_read_it_gets_its_own_format(tmp_path, monkeypatch
     assert not quick
 
 
+def test_a_torch_without_a_name_of_the_format_gets_its_own(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch, "DoubleStorage")
+    for kept in (epoch_saving.is_read, epoch_saving.storages):
+        kept.cache_clear()
+    found, quick = saved(BASE, tmp_path)
+    epoch_saving.is_read.cache_clear()
+    assert torch.equal(found, BASE)
+    assert not quick
+
+
 def test_the_checkpoint_of_an_epoch_is_that_of_lightning(tmp_path):
     seen = []
 
@@ -121,11 +134,30 @@ class Own(TorchCheckpointIO):
         super().save_checkpoint(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("plugin", "calls"), [(Own, 4), (AsyncCheckpointIO, 0)])
+class OwnAsync(AsyncCheckpointIO):
+    """Another of the user, whose files are there late."""
+
+    def save_checkpoint(self, *args, **kwargs):
+        """Waits first, in its thread."""
+        self._ensure_setup()
+        self._executor.submit(time.sleep, 0.1)
+        super().save_checkpoint(*args, **kwargs)
+
+
+PLUGINS = {
+    "own": (Own(), 4),
+    "async": (AsyncCheckpointIO(), 0),
+    "async around own": (AsyncCheckpointIO(Own()), 4),
+    "own async": (OwnAsync(), 0),
+    "own async around own": (OwnAsync(Own()), 4),
+}
+
+
+@pytest.mark.parametrize(("plugin", "calls"), PLUGINS.values(), ids=PLUGINS.keys())
 def test_a_run_with_a_plugin_for_checkpoints(finished, tmp_path, plugin, calls):
     given, Own.calls = [], 0
-    note = Hook(on_train_end=lambda trainer, module: given.append(type(trainer.strategy.checkpoint_io)))
-    boost(tmp_path, callbacks=lambda: [note], settings=settings_for(2), trainer={"plugins": [plugin()]})
+    note = Hook(on_train_end=lambda trainer, module: given.append(trainer.strategy.checkpoint_io))
+    boost(tmp_path, callbacks=lambda: [note], settings=settings_for(2), trainer={"plugins": [plugin]})
     assert given == [plugin, plugin], "it is put back"
     assert Own.calls == calls
     assert digests(tmp_path).items() <= digests(finished.run_dir).items()
