@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -10,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import row_files
+from bdistil import distributed, row_files
 from bdistil.block_sums import AGAIN, LOG2E, largest_finite, margin_sums, normaliser_sums, square_sum
 
+WITHOUT_NUMBA = (
+    "Numba is not at hand: with `storage: int16` every commit of a round takes several times as long. "
+    "It comes with pip install 'bdistil[int16]'."
+)
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -90,6 +95,8 @@ class Pass:
         # Of a small ledger the numbers are the same wherever it is read; of a large one they are quick.
         large = storage == "int16" and isinstance(s, row_files.LargeRows)
         self.kernels: ModuleType | None = row_files.compiled() if large else None
+        if large and not self.kernels and distributed.rank() == 0:
+            warnings.warn(WITHOUT_NUMBA, stacklevel=2)
 
     def log_normaliser(self, low: int, high: int, scratch: Scratch, what: str) -> Array:
         """log Z of some rows of S, shape (L,) float64.

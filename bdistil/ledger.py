@@ -8,7 +8,6 @@ read by rows, so a process holds the rows of a batch, not the N of them.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,6 @@ PIECE = 1 << 19
 CACHED = 1 << 18
 # Threads that share a pass over a ledger that is not held in memory; more wait for the disk.
 THREADS = 4
-WITHOUT_NUMBA = (
-    "Numba is not installed: with `storage: int16` every commit of a round takes several times as long. "
-    "It comes with pip install 'bdistil[int16]'."
-)
 
 
 class ErrorLedger:
@@ -121,8 +116,6 @@ class ErrorLedger:
             RunError: a logit is NaN or infinite; the first sample is named.
         """
         self.head = LedgerHead(samples, outputs, 1.0, None, 0.0, teacher)
-        if self.storage == "int16" and self._threads and not row_files.compiled() and distributed.rank() == 0:
-            warnings.warn(WITHOUT_NUMBA, stacklevel=2)
         beside, rounded = self.folder / "teacher.next.tmp", self.folder / "teacher.rounded.tmp"
         target = row_files.blank(beside, self._shape)
         for low, rows in logits:

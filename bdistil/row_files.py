@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,10 +76,15 @@ def flat(rows: Array) -> Array:
 
 @functools.cache
 def compiled() -> ModuleType | None:
-    """What works on rows of 16-bit numbers in one pass, where Numba is installed: a second to load and compile."""
+    """What works on rows of 16-bit numbers in one pass, where Numba is installed and works: some 3 s to compile."""
     try:
         from bdistil import row_kernels
+
+        row_kernels.trial()
     except ImportError:
+        return None
+    except Exception as error:  # another release, a broken LLVM: all goes on without it
+        warnings.warn(f"Numba does not work here, rows are read without it: {error!r}", stacklevel=2)
         return None
     return row_kernels
 
@@ -221,6 +227,7 @@ def flushed_meanwhile(rows: Rows) -> Iterator[None]:
     def flush() -> None:
         while not over.wait(FLUSH_SECONDS):
             rows.flush()
+        rows.flush()  # of each host its own: one of them gives the file its name
 
     with ThreadPoolExecutor(1) as pool:
         flushing = pool.submit(flush)

@@ -43,6 +43,14 @@ def two_rounds(folder, storage="float32"):
     return ledger, asdict(evidence)
 
 
+def first_round(ledger):
+    """What is said of a first student, against which S is 0."""
+    other = ErrorLedger(ledger.folder / "first", ledger.storage)
+    other.create(N, answers(0), outputs=L)
+    other.use(0)
+    return asdict(other.advance(answers(1), eta=ETA, tolerance=1e-3))
+
+
 def again(ledger):
     """The same ledger as a restart sees it."""
     other = ErrorLedger(ledger.folder, ledger.storage)
@@ -103,6 +111,7 @@ def test_what_is_compiled_writes_the_same_files(tmp_path, monkeypatch):
     for name in ("teacher.i16", "error.002.i16"):
         assert (large.folder / name).read_bytes() == (small.folder / name).read_bytes()
     assert found == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in expected.items()}
+    assert first_round(large) == {name: pytest.approx(value, rel=1e-5) for name, value in first_round(small).items()}
     torch.testing.assert_close(large.log_normaliser(ETA), small.log_normaliser(ETA), rtol=3e-8, atol=0)
 
 
@@ -116,6 +125,21 @@ def test_without_numba_the_user_is_told_what_it_would_save(tmp_path, monkeypatch
         with pytest.warns(UserWarning, match=r"pip install 'bdistil\[int16\]'"):
             ledger, _ = two_rounds(tmp_path / "large", "int16")
         assert sum(len(g) for _, g, _ in ledger.blocks()) == N
+    finally:
+        row_files.compiled.cache_clear()
+
+
+def test_a_numba_that_does_not_work_is_left_alone(monkeypatch):
+    kernels = row_files.compiled()
+    row_files.compiled.cache_clear()
+
+    def broken():
+        raise TypeError("no such type")
+
+    try:
+        monkeypatch.setattr(kernels, "trial", broken)
+        with pytest.warns(UserWarning, match=r"Numba does not work here.*no such type"):
+            assert row_files.compiled() is None
     finally:
         row_files.compiled.cache_clear()
 
