@@ -13,9 +13,6 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from bdistil.run_notes import RunNotes
 
-# Rows of W&B that a start leaves free behind those of the start before, for what was logged on the run itself.
-ROOM = 1000
-
 
 class RunLogger(WandbLogger):
     """Logs to a W&B run that all starts of a run directory share.
@@ -40,8 +37,7 @@ class RunLogger(WandbLogger):
     def _go_on(self) -> None:
         missing = self._notes.begin(Path(self.experiment.settings.sync_file))
         if self._notes.rows > 0:
-            self._notes.rows += ROOM
-            self.experiment.log({}, step=self._notes.rows)
+            self.experiment.log({}, step=self._notes.rows - len(missing))
         for row in missing:
             self.experiment.log(row)
 

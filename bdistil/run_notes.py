@@ -7,9 +7,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from bdistil.wandb_log import last_time
 
@@ -17,6 +18,8 @@ from bdistil.wandb_log import last_time
 # its file after a kill, the next start logs; a process that is held up may be later than that, hence so many.
 FLUSH_SECONDS = 0.1
 KEPT_SECONDS, KEPT_ROWS = 5.0, 500
+# Rows of W&B that a start leaves free behind those of the start before, for what was logged on the run itself.
+ROOM = 1000
 NOTHING = {"fitted": -1, "reached": -1, "rows": 0}
 
 
@@ -26,7 +29,7 @@ class RunNotes:
     Attributes:
         fitted: the last step of a fit.
         reached: the last step of all rows.
-        rows: how many were logged, by all starts.
+        rows: W&B's own step of the next one, which counts the rows of all starts.
 
     Args:
         folder: the run directory; the notes are ``wandb_step.json`` in it.
@@ -46,14 +49,28 @@ class RunNotes:
 
     def begin(self, log: Path) -> list[dict[str, Any]]:
         """Turns to the file that W&B writes from now on. Gives the rows that the one before lacks, the oldest first."""
-        written = float("inf")
-        with suppress(Exception):  # there is none: no start before, or deleted after `wandb sync`
-            written = last_time(self._folder / self._log)
+        missing = self._missing()
         self._log = os.path.relpath(log, self._folder)
-        missing = [row for row in self._owed if row["_timestamp"] > written]
+        if self.rows > 0:  # noted before one is logged, or a start that is killed by then is not counted
+            self.rows += ROOM + len(missing)
         self._tail.extend((time.time(), json.dumps(row)) for row in missing)
         self._save()
         return missing
+
+    def _missing(self) -> list[dict[str, Any]]:
+        if not self._owed:
+            return []
+        try:
+            written = last_time(self._folder / self._log)
+        except FileNotFoundError:  # deleted after `wandb sync`
+            return []
+        except Exception as error:
+            rank_zero_warn(
+                f"What the start before has logged to W&B in its last seconds may be lost, as its file "
+                f"{self._log or '(of unknown name)'} cannot be read. {type(error).__name__}: {error}"
+            )
+            return []
+        return [row for row in self._owed if row["_timestamp"] > written]
 
     def shown(self, metrics: Mapping[str, Any], step: int) -> bool:
         """Whether the starts before have shown a row of a fit. A kill may have come between two rows of one step."""

@@ -77,14 +77,19 @@ def test_starts_together_lack_no_row_and_have_none_twice(tmp_path, ending, whom,
         assert [row[axis] for row in rows] == sorted({row[axis] for row in rows})
 
 
-def test_what_a_start_owes_is_still_owed_when_it_is_killed_at_once(tmp_path):
+@pytest.mark.parametrize("flush", [NEVER, FLUSH_SECONDS])
+def test_what_a_start_owes_is_still_owed_when_it_is_killed_at_once(tmp_path, flush):
     folder, log = tmp_path / "run", tmp_path / "log"
     for first, last in ((0, ROWS), (ROWS, ROWS), (ROWS, ROWS + 1)):
-        killed = in_child(log, a_start, folder, first, last, signal.SIGKILL, "all", 0, NEVER)
+        how = (10 * FLUSH_SECONDS, flush) if first else (0, NEVER)
+        killed = in_child(log, a_start, folder, first, last, signal.SIGKILL, "all", *how)
         assert killed == -signal.SIGKILL, log.read_text()
         time.sleep(0 if first else 1.1 * KEPT_SECONDS)  # old rows are owed as well
     assert in_child(log, a_start, folder, ROWS + 1, ROWS + 2) == 0, log.read_text()
-    assert steps_of(offline_runs(folder)) == list(range(ROWS + 2))
+    runs = offline_runs(folder)
+    assert steps_of(runs) == list(range(ROWS + 2))
+    at = [row["_step"] for run in runs for row in run.history if "train/loss" in row]
+    assert at == sorted(set(at))
 
 
 def test_rows_are_in_the_file_of_wandb_a_moment_after_they_were_logged(tmp_path):
@@ -121,6 +126,15 @@ def test_a_run_that_ended_well_owes_nothing_nor_one_whose_files_of_wandb_were_up
     assert go_on(copy) == [ROWS]
     assert len(notes_of(copy)["tail"]) == 1
     assert go_on(copy) == []
+
+
+def test_a_file_that_cannot_be_read_is_a_warning(tmp_path):
+    before = RunNotes(tmp_path)
+    before.begin(tmp_path / "log")
+    before.add({"train/loss": 0.5}, 0)
+    (tmp_path / "log").mkdir()
+    with pytest.warns(UserWarning, match="log cannot be read. IsADirectoryError"):
+        assert RunNotes(tmp_path).begin(tmp_path / "next") == []
 
 
 def test_notes_of_a_version_before_are_read(copy):
