@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from bdistil.run_notes import RunNotes
+from bdistil.run_notes import FLUSH_SETTING, KEPT_SECONDS_WITHOUT, RunNotes
 
 
 class RunLogger(WandbLogger):
@@ -30,12 +30,16 @@ class RunLogger(WandbLogger):
         super().__init__(save_dir=folder, **options)
         self.lost = False
         self._notes = RunNotes(folder)
-        self._reached = self._notes.reached
         self._guarded(self._go_on)
+        self._reached = self._notes.reached
 
     @rank_zero_only
     def _go_on(self) -> None:
-        missing = self._notes.begin(Path(self.experiment.settings.sync_file))
+        settings = self.experiment.settings
+        if not hasattr(settings, FLUSH_SETTING):
+            self._notes.kept = KEPT_SECONDS_WITHOUT
+        log = getattr(settings, "sync_file", None)  # W&B's own name, which may go
+        missing = self._notes.begin(Path(log) if log else None)
         if self._notes.rows > 0:
             self.experiment.log({}, step=self._notes.rows - len(missing))
         for row in missing:

@@ -12,12 +12,14 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bdistil.wandb_log import last_time
+from bdistil.wandb_log import last_time, rows
 
 # A row is noted before it is logged, and W&B's own process writes it within FLUSH_SECONDS. What of the notes is not in
 # its file after a kill, the next start logs; a process that is held up may be later than that, hence so many.
 FLUSH_SECONDS = 0.1
 KEPT_SECONDS, KEPT_ROWS = 5.0, 500
+FLUSH_SETTING = "x_transaction_log_flush_interval"  # W&B's own, which may drop it: it then writes every 15 s
+KEPT_SECONDS_WITHOUT = 20.0
 # Rows of W&B that a start leaves free behind those of the start before, for what was logged on the run itself.
 ROOM = 1000
 NOTHING = {"fitted": -1, "reached": -1, "rows": 0}
@@ -29,6 +31,7 @@ class RunNotes:
     Attributes:
         fitted: the last step of a fit.
         reached: the last step of all rows.
+        kept: for how many seconds a row is noted.
         rows: W&B's own step of the next one, which counts the rows of all starts.
 
     Args:
@@ -37,25 +40,48 @@ class RunNotes:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._file = folder, folder / "wandb_step.json"
-        found = json.loads(self._file.read_text()) if self._file.exists() else {}
-        if isinstance(found, list):  # of a version before
-            found = dict(zip(NOTHING, found, strict=True))
+        self._broken = False
+        found = self._found()
         self.fitted, self.reached, self.rows = (found.get(key, none) for key, none in NOTHING.items())
         self._keys = set(found.get("keys", []))  # of the rows at the last step of a fit
         self._log = found.get("log", "")  # W&B's file, from the run directory
         self._tail: deque[tuple[float, str]] = deque(maxlen=KEPT_ROWS)  # when noted, and rows as JSON
         self._owed: list[dict[str, Any]] = found.get("tail", [])
-        self._before = self.fitted, self._keys
+        self._before, self.kept = (self.fitted, self._keys), KEPT_SECONDS
 
-    def begin(self, log: Path) -> list[dict[str, Any]]:
+    def _found(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._file.read_text()) if self._file.exists() else {}
+            # A list is of a version before.
+            return dict(zip(NOTHING, found, strict=True)) if isinstance(found, list) else dict(found)
+        except (ValueError, TypeError) as error:
+            self._broken = True  # as the host itself crashed: a row does not wait for the disk
+            rank_zero_warn(f"{self._file} cannot be read, W&B goes on from its own files. {error}")
+            return {}
+
+    def begin(self, log: Path | None) -> list[dict[str, Any]]:
         """Turns to the file that W&B writes from now on. Gives the rows that the one before lacks, the oldest first."""
+        if self._broken and log:
+            self._read_again(log)
         missing = self._missing()
-        self._log = os.path.relpath(log, self._folder)
+        self._log = os.path.relpath(log, self._folder) if log else ""
         if self.rows > 0:  # noted before one is logged, or a start that is killed by then is not counted
             self.rows += ROOM + len(missing)
         self._tail.extend((time.time(), json.dumps(row)) for row in missing)
         self._save()
         return missing
+
+    def _read_again(self, log: Path) -> None:
+        """Takes from the files of the starts before what the notes would have said, without what these lack."""
+        for file in log.parent.parent.glob(f"*run-*/{log.name}"):
+            for row in rows(file.read_bytes()):
+                self.rows = max(self.rows, int(row.get("_step", 0)) + 1)
+                step = int(row.get("trainer/global_step", -1))
+                self.reached = max(self.reached, step)
+                if "round" not in row and step >= self.fitted:
+                    self._keys = row.keys() | (set() if step > self.fitted else self._keys)
+                    self.fitted = step
+        self._before = self.fitted, self._keys
 
     def _missing(self) -> list[dict[str, Any]]:
         if not self._owed:
@@ -75,7 +101,7 @@ class RunNotes:
     def shown(self, metrics: Mapping[str, Any], step: int) -> bool:
         """Whether the starts before have shown a row of a fit. A kill may have come between two rows of one step."""
         fitted, keys = self._before
-        return step < fitted or (step == fitted and keys >= _numbers(metrics).keys())
+        return step < fitted or (step == fitted and keys >= metrics.keys())
 
     def add(self, metrics: Mapping[str, Any], step: int | None) -> dict[str, Any]:
         """Notes a row that is about to be logged, and gives it with the time by which it is found again."""
@@ -89,13 +115,13 @@ class RunNotes:
     def _keep(self, row: dict[str, Any], step: int | None) -> None:
         numbers = _numbers(row)
         if step is not None:
-            self._keys = numbers.keys() | (set() if step > self.fitted else self._keys)
+            self._keys = row.keys() | (set() if step > self.fitted else self._keys)
             self.fitted = max(self.fitted, step)
             numbers["trainer/global_step"] = step  # as WandbLogger has it
         self._tail.append((row["_timestamp"], json.dumps(numbers)))
 
     def _save(self) -> None:
-        while self._tail and self._tail[0][0] < self._tail[-1][0] - KEPT_SECONDS:
+        while self._tail and self._tail[0][0] < self._tail[-1][0] - self.kept:
             self._tail.popleft()
         numbers = {"fitted": self.fitted, "reached": self.reached, "rows": self.rows}
         head = json.dumps({**numbers, "keys": [*self._keys], "log": self._log})

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from bdistil.disk import write_atomically
 from bdistil.run_logger import RunLogger
-from bdistil.run_notes import FLUSH_SECONDS
+from bdistil.run_notes import FLUSH_SECONDS, FLUSH_SETTING
 from bdistil.units import score_name
 
 CONNECT_SECONDS, INIT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 60.0
@@ -81,8 +81,8 @@ def _start(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> Any:
     settings, root = wandb.setup().settings, os.environ.get("WANDB_DIR", str(folder))
     # Quiet, as W&B would first ask the server for the name of the user, and wait for that as well.
     bounds = wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, quiet=True)
-    if hasattr(bounds, flush := "x_transaction_log_flush_interval"):  # W&B's own, which may drop it
-        setattr(bounds, flush, FLUSH_SECONDS)
+    if hasattr(bounds, FLUSH_SETTING):
+        setattr(bounds, FLUSH_SETTING, FLUSH_SECONDS)
     init = partial(
         wandb.init, project=tracking.project, group=tracking.group, name=tracking.name, tags=tracking.tags, dir=root,
         job_type=tracking.job_type, config=dict(config), id=id_file.read_text(), resume="allow", settings=bounds,

@@ -39,18 +39,20 @@ def records(data: bytes) -> Iterator[Any]:
         at += HEAD + length
 
 
+def rows(data: bytes) -> Iterator[dict[str, Any]]:
+    """What was logged, a row of a run at a time."""
+    for record in records(data):
+        if items := record.history.item:
+            yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
 def last_time(file: Path) -> float:
     """When the last row in a file was logged, in seconds of Unix; minus infinity where there is none."""
     whole = file.stat().st_size // BLOCK + 1
     with open(file, "rb") as log:
         for blocks in (END, whole):
             log.seek(max(0, whole - blocks) * BLOCK)
-            times = [time for record in records(log.read()) for time in _times(record)]
+            times = [row["_timestamp"] for row in rows(log.read()) if "_timestamp" in row]
             if times:
-                return times[-1]
+                return float(times[-1])
     return float("-inf")
-
-
-def _times(record: Any) -> list[float]:
-    items = record.history.item
-    return [json.loads(item.value_json) for item in items if "_timestamp" in (item.key, *item.nested_key)]

@@ -6,13 +6,15 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toys import in_child
 from wandb_offline import offline_runs
 
 from bdistil import tracking
-from bdistil.run_notes import FLUSH_SECONDS, KEPT_SECONDS, RunNotes
+from bdistil.run_logger import RunLogger
+from bdistil.run_notes import FLUSH_SECONDS, KEPT_SECONDS, ROOM, RunNotes
 from bdistil.stopping import StopSignals
 from bdistil.tracking import CurveTracker, Tracking, make_logger
 from bdistil.wandb_log import last_time
@@ -137,6 +139,31 @@ def test_a_file_that_cannot_be_read_is_a_warning(tmp_path):
         assert RunNotes(tmp_path).begin(tmp_path / "next") == []
 
 
+@pytest.mark.parametrize("text", ["", "\0", "7"], ids=["empty", "zeros", "number"])
+def test_after_notes_that_a_crash_of_the_host_has_torn_wandb_goes_on_from_its_own_files(copy, text):
+    (copy / "wandb_step.json").write_text(text)
+    with pytest.warns(UserWarning, match="cannot be read, W&B goes on"):
+        notes = RunNotes(copy)
+    (file,) = copy.rglob("offline-run-*/*.wandb")
+    notes.begin(file.parent.with_name("next") / file.name)
+    assert (notes.fitted, notes.reached, notes.rows) == (ROWS - 1, ROWS - 1, ROWS + ROOM)
+    assert notes.shown({"train/loss": 0.0}, ROWS - 1)
+    assert not notes.shown({"val/loss": 0.0}, ROWS - 1)
+    assert RunNotes(copy).rows == ROWS + ROOM
+
+
+def test_without_the_private_names_of_wandb_rows_are_noted_for_longer_and_a_start_goes_on(tmp_path):
+    told = []
+    run = SimpleNamespace(settings=SimpleNamespace(), log=lambda row, step=None: told.append(row), _label=None)
+    before = RunNotes(tmp_path)
+    before.begin(None)
+    before.add({"train/loss": 0.5}, 0)
+    with pytest.warns(UserWarning, match="of unknown name"):
+        logger = RunLogger(tmp_path, experiment=run)
+    assert not logger.lost
+    assert logger._notes.kept > 15
+
+
 def test_notes_of_a_version_before_are_read(copy):
     (copy / "wandb_step.json").write_text(json.dumps([ROWS - 1, ROWS - 1, ROWS]))
     assert go_on(copy) == [ROWS]
@@ -149,6 +176,7 @@ def test_a_kill_between_two_rows_of_a_step_costs_none_of_them(tmp_path):
     after = RunNotes(tmp_path)
     after.begin(tmp_path / "log")
     assert after.shown({"train/loss": 0.5, "epoch": 0}, at)
+    assert not after.shown({"weights": object()}, at), "nor is what is no number"
     assert not after.shown({"val/loss": 0.6, "epoch": 0}, at)
     after.add({"val/loss": 0.6, "epoch": 0}, at)
     assert after.shown({"lr": 0.1}, at - 1)

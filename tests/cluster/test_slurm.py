@@ -111,6 +111,7 @@ def check_run(job, uninterrupted, ledger=None):
     tracked = offline_runs(run_dir)
     assert len(tracked) == len(starts)
     assert {run.run["run_id"] for run in tracked if run.run} == {(run_dir / "wandb_id.txt").read_text()}
+    assert fit_rows(tracked)
     assert fit_rows(tracked) == fit_rows(offline_runs(uninterrupted)), "no row is lost, and none is there twice"
     for axis in ("trainer/global_step", "_step"):
         steps = [row[axis] for run in tracked for row in run.history if axis in row]
