@@ -1,0 +1,85 @@
+"""A ledger of large files on two real processes: each reads and writes its own rows, and all hold one normaliser."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdistil import ErrorLedger, distributed, row_files
+from bdistil.block_sums import BLOCK
+from bdistil.row_files import LargeRows
+
+pytestmark = pytest.mark.distributed
+
+N, L, ETA = 4 * BLOCK + 100, 6, 0.5  # of blocks of 512 rows, two and three
+
+
+def answers(seed):
+    """Logits of the rows of this process."""
+    table = torch.randn(N, L, generator=torch.Generator().manual_seed(seed))
+    return [(low, table[low:high]) for low, high in distributed.my_blocks(N, BLOCK)]
+
+
+def two_rounds(folder, storage):
+    """What is said of the second student, log Z, and the rows that were read and written for it."""
+    rows = {"read": [], "written": []}
+    fill, write = LargeRows.fill, LargeRows.__setitem__
+
+    def noted_fill(table, out, low):
+        rows["read"].append((low, low + len(out)))
+        fill(table, out, low)
+
+    def noted_write(table, part, values):
+        rows["written"].append((part.start, part.stop))
+        write(table, part, values)
+
+    ledger = ErrorLedger(folder, storage)
+    ledger.create(N, answers(0), outputs=L)
+    LargeRows.fill, LargeRows.__setitem__ = noted_fill, noted_write
+    try:
+        for number in range(2):
+            ledger.use(number)
+            evidence = ledger.advance(answers(number + 1), eta=ETA, tolerance=1e-3)
+            ledger.keep()
+        ledger.use(2)
+        return asdict(evidence), ledger.log_normaliser(ETA).tolist(), rows
+    finally:
+        LargeRows.fill, LargeRows.__setitem__ = fill, write
+
+
+def script(folder, storage):
+    """What each of the processes runs."""
+    row_files.LARGE = 0
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=int(os.environ["RANK"]), world_size=2
+    )
+    said = two_rounds(folder / "two", storage)
+    (folder / f"rank{os.environ['RANK']}").write_text(json.dumps(said))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("storage", ["float32", "int16"])
+def test_each_rank_reads_and_writes_its_own_rows_of_the_ledger(tmp_path, monkeypatch, storage):
+    command = [sys.executable, __file__, str(tmp_path), storage]
+    ranks = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}) for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
+    monkeypatch.setattr(row_files, "LARGE", 0)
+    evidence, log_z, _ = two_rounds(tmp_path / "one", storage)
+    assert first[:2] == second[:2] == [evidence, log_z]
+    border = 2 * BLOCK
+    for what in ("read", "written"):
+        assert {high <= border for _, high in first[2][what]} == {True}
+        assert {low >= border for low, _ in second[2][what]} == {True}
+        assert sum(high - low for low, high in first[2][what]) % border == 0
+    for file in sorted((tmp_path / "one").iterdir()):
+        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
+
+
+if __name__ == "__main__":
+    script(Path(sys.argv[1]), sys.argv[2])
