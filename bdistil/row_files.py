@@ -25,7 +25,7 @@ Storage = Literal["float32", "int16"]
 
 # Bytes up to which a file is simply mapped.
 LARGE = 1 << 28
-# Steps from 0 to the largest number of a row of 16-bit numbers; size of one under which all are 0.
+# Steps from 0 to the largest number of a row of 16-bit numbers; the smallest one, of rows that are as good as 0.
 STEPS, SMALLEST_STEP = 32767, 1e-30
 # Numbers from which on it is worth while to load what decodes them in one pass.
 MANY = 1 << 18
