@@ -131,10 +131,11 @@ def test_a_job_that_is_requeued_in_the_middle_goes_on(slurm, uninterrupted):
 
 
 def test_a_job_that_hits_its_time_limit_goes_back_into_the_queue(slurm, uninterrupted):
-    job = Job(slurm, "one_node.sbatch", "limited", "--time=20", "--signal=B:SIGUSR1@30")
+    job = Job(slurm, "one_node.sbatch", "limited", "--time=20", "--signal=B:SIGUSR1@90")
     job.wait((job.run_dir / "work/000/last.ckpt").exists)
     used = int(slurm("squeue", "--noheader", "--job", job.number, "--format=%M").split(":")[0]) + 1
-    slurm("scontrol", "update", f"JobId={job.number}", f"TimeLimit={used + 1}")  # the clock of SLURM counts in minutes
+    # In minutes: the signal comes after 30 s at most.
+    slurm("scontrol", "update", f"JobId={job.number}", f"TimeLimit={used + 1}")
     job.wait(lambda: "back into the queue" in job.said())
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")  # of the start to come
     job.complete()
