@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bdistil import distributed, row_files
 from bdistil.block_sums import AGAIN, LOG2E, largest_finite, margin_sums, normaliser_sums, square_sum
+from bdistil.large_rows import LargeRows
 
 WITHOUT_NUMBA = (
     "Numba is not at hand: with `storage: int16` every commit of a round takes several times as long. "
@@ -56,7 +57,7 @@ class Scratch:
     def fetch(self, table: row_files.Rows, low: int, high: int, place: int) -> Array:
         """Rows low … high - 1 of a table as they are on the disk, in place 0 or 1."""
         part = self.kept[place][: high - low]
-        if isinstance(table, row_files.LargeRows):
+        if isinstance(table, LargeRows):
             table.fill(part, low)
         else:
             np.copyto(part, table[low:high])
@@ -93,7 +94,7 @@ class Pass:
         self.log_z = torch.zeros(0) if log_z is None else log_z
         self.scale, self.weight = np.float32(eta * LOG2E), torch.exp(-self.log_z).numpy()
         # Of a small ledger the numbers are the same wherever it is read; of a large one they are quick.
-        large = storage == "int16" and isinstance(s, row_files.LargeRows)
+        large = storage == "int16" and isinstance(s, LargeRows)
         self.kernels: ModuleType | None = row_files.compiled() if large else None
         if large and not self.kernels and distributed.rank() == 0:
             warnings.warn(WITHOUT_NUMBA, stacklevel=2)

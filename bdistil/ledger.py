@@ -29,7 +29,7 @@ from bdistil.workers import in_order
 PIECE = 1 << 19
 # Bytes that are read at once where they are decoded at once: fewer than a core has of its own memory.
 CACHED = 1 << 18
-# Threads that share a pass over a ledger that is not held in memory; more wait for the disk.
+# Threads that share a pass over a ledger that is not held in memory, the caller too; more wait for the disk.
 THREADS = 4
 
 
@@ -218,7 +218,7 @@ class ErrorLedger:
         margins, squares = block_sums(self.samples, self.outputs), block_sums(self.samples, 2)
         normalisers, largest = block_sums(self.samples, self.outputs) - np.inf, 0.0
         work = Pass(self._g, self._s, eta, self.storage, self.log_normaliser(eta), first=not self.version)
-        spare = [self._scratch() for _ in range(max(self._threads, 1))]
+        spare = [self._scratch() for _ in range(self._threads + 1)]
 
         def step(piece: tuple[int, Tensor]) -> tuple[int, Sums]:
             low, rows = piece
@@ -257,7 +257,8 @@ class ErrorLedger:
 
     @property
     def _threads(self) -> int:
-        return min(THREADS, torch.get_num_threads()) if self._bytes > row_files.LARGE else 0
+        """That work on a pass beside the caller, who helps."""
+        return max(1, min(THREADS, torch.get_num_threads()) - 1) if self._bytes > row_files.LARGE else 0
 
     @property
     def _piece(self) -> int:
@@ -293,14 +294,11 @@ class ErrorLedger:
 
     def _taken(self, wanted: np.ndarray[Any, Any], *tables: row_files.Rows) -> list[Tensor]:
         try:
-            if len(wanted) and wanted.min() < 0:  # NumPy would count from the end
-                raise IndexError
-            rows = [table.take(wanted, 0) for table in tables]
+            return [row_files.taken(table, wanted) for table in tables]
         except IndexError:
             bad = int(wanted[(wanted < 0) | (wanted >= self.samples)][0])
             message = f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}."
             raise UserError(message) from None
-        return [row_files.decoded(part) for part in rows]
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, g, S) of the rows of this process, block by block.
@@ -316,7 +314,7 @@ class ErrorLedger:
                 row_files.read_into(out[: high - low], table, low, memory[2])
             return low, high, memory
 
-        for low, high, memory in in_order(read, distributed.my_blocks(self.samples, BLOCK), self._threads, ahead=1):
+        for low, high, memory in in_order(read, distributed.my_blocks(self.samples, BLOCK), self._threads):
             yield low, memory[0][: high - low], memory[1][: high - low]
             spare.append(memory)
 

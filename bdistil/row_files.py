@@ -6,7 +6,6 @@ import functools
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bdistil import distributed
+from bdistil.large_rows import LargeRows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Storage = Literal["float32", "int16"]
@@ -89,81 +89,13 @@ def compiled() -> ModuleType | None:
     return row_kernels
 
 
-class LargeRows:
-    """Rows of a file that does not fit into memory, read and written as those of an array.
-
-    By calls and not by a map: a process is charged for all that is mapped around a row, which is up to 2 MB of it.
-    A scattered row costs 2 µs.
-
-    Args:
-        path: of the file.
-        shape: (N, D).
-        mode: ``r`` or ``r+``.
-        dtype: of its numbers.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, int], mode: Literal["r", "r+"], dtype: Storage) -> None:
-        self.path, self.shape, self.kind = path, shape, row_type(dtype, shape[1])
-        self._width = self.kind.itemsize
-        self.handle = os.open(path, os.O_RDONLY if mode == "r" else os.O_RDWR)
-        weakref.finalize(self, os.close, self.handle)
-        self._writes = threading.Lock()
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> Array:
-        low, high, _ = rows.indices(len(self))
-        out = np.empty(high - low, self.kind)
-        self.fill(out, low)
-        return out
-
-    def fill(self, out: Array, low: int) -> None:
-        """Reads the rows from `low` on into memory that is there."""
-        high = low + len(out)
-        view, place = out.data.cast("B") if len(out) else memoryview(b""), low * self._width
-        while len(view):
-            count = os.preadv(self.handle, [view], place)
-            if not count:
-                raise OSError(f"{self.path} ends before row {high}")
-            view, place = view[count:], place + count
-
-    def __setitem__(self, rows: slice, values: Array) -> None:
-        low, high, _ = rows.indices(len(self))
-        out = np.ascontiguousarray(values, self.kind.base)
-        assert len(out) == high - low
-        view, place = out.data.cast("B"), low * self._width
-        with self._writes:  # the system lets one in at a time; here the others sleep, there they spin
-            while len(view):
-                count = os.pwrite(self.handle, view, place)
-                view, place = view[count:], place + count
-
-    def flush(self) -> None:
-        """Waits until what was written so far is on the disk."""
-        os.fsync(self.handle)
-
-    def take(self, index: Array, axis: Literal[0]) -> Array:
-        """Copies of scattered rows, (B, D).
-
-        Raises:
-            IndexError: a number is not in 0 … N-1.
-        """
-        if len(index) and not 0 <= index.min() <= index.max() < len(self):
-            raise IndexError(f"no such row among {len(self)}")
-        rows = [os.pread(self.handle, self._width, place) for place in (index * self._width).tolist()]
-        short = [row for row, content in zip(index.tolist(), rows, strict=True) if len(content) < self._width]
-        if short:
-            raise OSError(f"{self.path} ends before row {short[0] + 1}")
-        return np.frombuffer(bytearray().join(rows), self.kind)
-
-
 Rows = Array | LargeRows
 
 
 def mapped(path: Path, shape: tuple[int, int], mode: Literal["r", "r+"] = "r", dtype: Storage = "float32") -> Rows:
     """A file as an array of a shape, read from the disk as it is touched."""
     if size_of(shape, dtype) > LARGE:
-        return LargeRows(path, shape, mode, dtype)
+        return LargeRows(path, shape, mode, row_type(dtype, shape[1]))
     # As a plain array: the subclass adds microseconds to every look-up.
     return np.asarray(np.memmap(path, row_type(dtype, shape[1]), mode, shape=shape[:1]))
 
@@ -203,6 +135,22 @@ def read_into(out: Tensor, table: Rows, low: int, some: Array) -> None:
         or not kernels.read(table.handle, low, flat(some), out.numpy())
     ):
         out.copy_(decoded(table[low : low + len(out)].copy()))  # torch must not hold on to a read-only map
+
+
+def taken(table: Rows, index: Array) -> Tensor:
+    """Scattered rows as numbers, (B, D) float32.
+
+    Raises:
+        IndexError: a number is not in 0 … N-1.
+    """
+    if len(index) and index.min() < 0:  # NumPy would count from the end
+        raise IndexError("no such row")
+    if isinstance(table, LargeRows) and table.kind.names and (kernels := compiled()):
+        numbers, row = torch.empty(len(index), table.shape[1]), np.empty((1, table.shape[1] + 2), np.int16)
+        places = index.astype(np.int64, order="C", casting="safe", copy=False)
+        if kernels.take(table.handle, places, row, numbers.numpy()):
+            return numbers
+    return decoded(table.take(index, 0))
 
 
 def name(beside: Path, path: Path) -> None:

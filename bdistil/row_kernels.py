@@ -83,6 +83,27 @@ def read(file: int, low: int, some: Array, out: Array) -> bool:
 
 
 @exact
+def take(file: int, index: Array, row: Array, out: Array) -> bool:
+    """Reads scattered rows of a file as numbers.
+
+    Args:
+        file: handle.
+        index: of the rows, shape (B,) int64.
+        row: memory for one, (1, 2 + L) int16.
+        out: memory for all, (B, L) float32.
+
+    Returns:
+        False where the file ends early or cannot be read.
+    """
+    width = 2 * row.shape[1]
+    for place in range(len(index)):
+        if pread(file, row.ctypes, width, index[place] * width) != width:
+            return False
+        decode(row, out[place : place + 1])
+    return True
+
+
+@exact
 def encode(numbers: Array, bits: Array, out: Array) -> Any:
     """Writes numbers (L,) as a row (2 + L,), rounded as torch rounds; returns the largest, or NaN where one is.
 
@@ -230,5 +251,6 @@ def trial() -> None:
     row, numbers, sums = np.zeros((1, 3), np.int16), np.zeros((1, 1), np.float32), np.ones(1)
     decode(row, numbers)
     read(-1, 0, row, numbers)
+    take(-1, np.zeros(1, np.int64), row, numbers)
     advance(row, row, numbers, ONE, sums, True, row.copy(), sums)
     log_normaliser(row, ONE, sums)

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from bdistil import ErrorLedger, RunError, row_files
+from bdistil import ErrorLedger, RunError, UserError, row_files
 from bdistil import ledger as ledger_module
 from bdistil.block_sums import BLOCK, GROUP, column_sum
 from bdistil.functional import centre, game_rows
-from bdistil.row_files import LargeRows
+from bdistil.large_rows import LargeRows
 
 N, L, ETA = 2 * BLOCK + 7, 5, 0.5
 
@@ -300,6 +300,27 @@ def test_rows_are_read_and_decoded_a_few_at_a_time(tmp_path, monkeypatch):
     os.truncate(large.folder / "error.002.i16", (N - 1) * (2 * L + 4))
     with pytest.raises(OSError, match=f"error.002.i16 ends before row {N}"):
         deque(large.blocks(), maxlen=0)
+
+
+def test_compiled_rows_of_a_batch_are_those_of_numpy(tmp_path, monkeypatch):
+    small, _ = two_rounds(tmp_path, "int16")
+    monkeypatch.setattr(row_files, "LARGE", 0)
+    large, order = again(small), np.random.default_rng(0).permutation(N)
+    assert row_files.compiled()
+    monkeypatch.setattr(LargeRows, "take", None)  # is not what reads them
+    for index in (order, order[::3], order.astype(np.int32), np.array([], np.int64), torch.tensor([5, 5])):
+        for ours, theirs in zip(large.rows(index), small.rows(index), strict=True):
+            assert torch.equal(ours, theirs)
+    monkeypatch.undo()
+    monkeypatch.setattr(row_files, "LARGE", 0)
+    for bad in (-1, N):
+        with pytest.raises(UserError, match=f"0 … {N - 1}, got {bad}"):
+            large.rows(np.array([0, bad]))
+    with pytest.raises(TypeError):
+        large.rows(np.array([0.5]))
+    os.truncate(large.folder / "teacher.i16", (N - 1) * (2 * L + 4))
+    with pytest.raises(OSError, match=f"teacher.i16 ends before row {N}"):
+        large.rows(order)
 
 
 def test_an_error_of_the_disk_is_not_lost_to_the_thread_that_flushes(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bdistil"
 LAYERS = """
     functional round_loss mac_rules units regression errors seeding distributed disk configurations
-    run_places run_directory row_kernels row_files weight_files exit_rules anytime environment stopping strategies
-    wandb_log run_notes run_logger workers allocator epoch_saving
+    run_places run_directory row_kernels large_rows row_files weight_files exit_rules anytime environment
+    stopping strategies wandb_log run_notes run_logger workers allocator epoch_saving
     api_cache api_endpoint api_teacher
     settings block_sums ledger_records advancing ledger teachers students sequences blueprint cost metrics budgets
     indexing data zoo zoo_cifar zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight

@@ -12,7 +12,7 @@ import torch
 
 from bdistil import ErrorLedger, distributed, row_files
 from bdistil.block_sums import BLOCK
-from bdistil.row_files import LargeRows
+from bdistil.large_rows import LargeRows
 
 pytestmark = pytest.mark.distributed
 
