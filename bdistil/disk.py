@@ -30,9 +30,10 @@ def disk_errors(doing: str, root: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         cause = "the disk is full" if full else str(error)
+        way_out = "Free some space" if full else "Mend that (a permission, a disk that became read-only)"
         raise RunError(
             f"Could not finish {doing} in {root}: {cause}. Every round committed before is intact. "
-            "Free some space (or mend the permission) and give the same command again: it goes on from there."
+            f"{way_out} and give the same command again: it goes on from there."
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Disks that are full or may not be written to: the rounds before are intact."""
 
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from toys import (
 
 from bdistil import ProgressiveEnsemble, UserError
 
+INTACT = "Every round committed before is intact."
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
@@ -82,34 +84,46 @@ def fill(folder):
             pass
 
 
-def run_and_fill(folder, point):
-    """A run whose disk is full from a point on: of round 0 for the teacher's logits, else of round 1."""
+def forbid(folder):
+    """Lets nobody write to a disk any more, as a system does that has found an error on it."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
+def run_and_spoil(folder, spoil, point):
+    """A run whose disk takes nothing from a point on: of round 0 for the teacher's logits, else of round 1."""
     controller = control(folder / "run")
 
-    def full(trainer, module):
+    def spoilt(trainer, module):
         if module.number == (point != "teacher"):
-            fill(folder)
+            spoil(folder)
 
     if point == "commit":
         commit = controller.run.commit
-        controller.run.commit = lambda number, *args: (number == 1 and fill(folder), commit(number, *args))
+        controller.run.commit = lambda number, *args: (number == 1 and spoil(folder), commit(number, *args))
     hooks = {"teacher": "on_fit_start", "save": "on_train_epoch_start", "score": "on_train_end"}
-    fit(controller, callbacks=lambda: [Hook(**{hooks[point]: full})] if point in hooks else [])
+    fit(controller, callbacks=lambda: [Hook(**{hooks[point]: spoilt})] if point in hooks else [])
+
+
+WAYS = {
+    "full": (fill, rf"the disk is full. {INTACT} Free some space and"),
+    "read-only": (forbid, rf"Read-only file system: .* {INTACT} Mend that"),
+}
 
 
 @pytest.mark.parametrize("point", ["teacher", "save", "score", "commit"])
-def test_a_full_disk(disk, tmp_path, point):
+@pytest.mark.parametrize(("spoil", "reason"), WAYS.values(), ids=WAYS)
+def test_a_disk_that_takes_nothing_any_more(disk, tmp_path, spoil, reason, point):
     folder, log = disk("size=400k"), tmp_path / "log"
     # In a process of its own, as writing to a mapped file on a full disk kills.
-    assert in_child(log, run_and_fill, folder, point) == 1, log.read_text()
+    assert in_child(log, run_and_spoil, folder, spoil, point) == 1, log.read_text()
     said = log.read_text().splitlines()[-1]
     assert said.startswith("RunError: ")
-    assert f"{folder / 'run'}: the disk is full. Every round committed before is intact" in said
+    assert re.search(rf"{folder / 'run'}: .*{reason}", said), said
     if point != "teacher":
         assert list(digests(folder / "run")) == ["000"]
         assert len(ProgressiveEnsemble.load(folder / "run")) == 1
 
-    disk("size=8m")
+    disk("rw,size=8m")
     assert len(boost(folder / "run").ensemble) == 3
     boost(tmp_path / "whole")
     assert digests(folder / "run") == digests(tmp_path / "whole")

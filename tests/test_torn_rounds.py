@@ -1,5 +1,6 @@
 """Committed rounds and ledgers that are no longer whole: what is torn is named, and nothing is deleted."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from toys import (
     CLASSES,
     TRAIN,
     Hook,
+    Killed,
     Toys,
     boost,
     control,
@@ -20,6 +22,7 @@ from toys import (
 )
 
 from bdistil import RunError
+from bdistil.callbacks import round_controller
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -94,6 +97,59 @@ def test_a_round_of_a_stopped_run_can_be_trained_again(tmp_path):
     shutil.rmtree(tmp_path / "rounds/001")
     assert len(stop_at_round_2().ensemble) == 2
     assert digests(tmp_path) == wanted
+
+
+def called_safe_to_delete():
+    """Names in the table of docs/cluster.md whose last column says yes."""
+    table = (Path(__file__).parents[1] / "docs/cluster.md").read_text().split("safe to delete? |")[1].split("\n\n")[0]
+    rows = [row.split("|")[1:-1] for row in table.splitlines() if row.count("|") == 4]
+    return [name for names, _, safe in rows if safe.strip().startswith("yes") for name in re.findall("`(.+?)`", names)]
+
+
+@pytest.fixture(scope="module")
+def blank_reports(no_pictures):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_controller, "write_report", lambda run: run.report.write_text("without pictures"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def safe_runs(tmp_path_factory, blank_reports):
+    """Runs with scratch disks of their own and with none: one that was cut in the second round, and the whole one."""
+
+    def leave(trainer, module):
+        if module.number == 1 and trainer.current_epoch == 1:
+            raise Killed
+
+    made = {}
+    for scratch in (False, True):
+        root = tmp_path_factory.mktemp("scratch" if scratch else "none")
+        with pytest.MonkeyPatch.context() as patch:
+            if scratch:
+                patch.setenv("BDISTIL_SCRATCH", str(root / "disk"))
+            with pytest.raises(Killed):
+                boost(root / "run", settings=settings_for(2), callbacks=lambda: [Hook(on_train_epoch_start=leave)])
+            shutil.copytree(root, cut_root := root.with_name(f"{root.name}-cut"))
+            boost(root / "run", settings=settings_for(2))
+        made[scratch] = {"whole": root, "cut": cut_root}
+    return made
+
+
+@pytest.mark.parametrize("state", ["cut", "whole"])
+@pytest.mark.parametrize("name", called_safe_to_delete())
+def test_what_is_called_safe_to_delete_is(safe_runs, tmp_path, monkeypatch, name, state):
+    roots = safe_runs[name == "identity.txt"]
+    shutil.copytree(roots[state], root := tmp_path / "root")
+    if name == "identity.txt":
+        monkeypatch.setenv("BDISTIL_SCRATCH", str(root / "disk"))
+    found = sorted((root / "run").glob(name))
+    assert found or (name, state) in {("work/", "whole"), ("report.html", "cut")}, "the table names what is there"
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    boost(root / "run", settings=settings_for(2))
+    assert digests(root / "run") == digests(roots["whole"] / "run")
+    assert (root / "run/curve.csv").exists()
+    assert (root / "run/report.html").exists()
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

@@ -1,6 +1,7 @@
 """One run on one process, on two, and on a number that changes: the same weights, the same ensemble, no hang."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -70,6 +71,20 @@ def test_a_rank_that_dies_ends_the_job_and_one_process_goes_on(one, tmp_path, la
     epochs = []
     run(folder, at=(0, 1, EPOCHS - 2), doing=lambda: epochs.append(1))
     assert not epochs, "the epochs before the last one are not trained again"
+    check_same(one, folder)
+
+
+def test_one_process_goes_on_where_the_two_before_had_a_disk_of_their_node(one, tmp_path, monkeypatch):
+    folder, disk = tmp_path / "run", tmp_path / "disk"
+    monkeypatch.setenv("BDISTIL_SCRATCH", str(disk))
+    status, log = finish(start(folder, 2, at=[1, 1, 1], die=True), BOUND)
+    assert status != 0, log[-3000:]
+    (teacher,) = disk.glob("bdistil-run-*/ledger/train/teacher.f32")
+    asked = teacher.stat().st_ino
+    run(folder)
+    assert teacher.stat().st_ino == asked, "what two processes wrote is read by one"
+    assert not (folder / "ledger").exists()
+    shutil.copytree(teacher.parents[1], folder / "ledger")  # where the tests look
     check_same(one, folder)
 
 
