@@ -30,6 +30,7 @@ from bdistil.errors import UserError
 from bdistil.mekd_run import Emulation, Mekd
 from bdistil.report import write_report
 from bdistil.run_directory import RunDirectory
+from bdistil.run_notes import RunNotes
 from bdistil.seeding import seed_of
 from bdistil.stopping import StopCallback
 from bdistil.strategies import check_strategy
@@ -137,7 +138,8 @@ class BoostCLI(LightningCLI):
         """All that trains; gives the data of the rounds."""
         run = controller.run
         over = run.committed() >= model.boosting.rounds or run.stopped
-        loggers: list[Logger] | None = [] if over else None
+        owing = over and not RunNotes(run.root).ended  # to W&B
+        loggers: list[Logger] | None = [] if over and not owing else None
         if model.mekd is not None:
             run.prepare()
             run.freeze(config, FREE_KEYS)
@@ -147,6 +149,8 @@ class BoostCLI(LightningCLI):
         model.speed_up(model.teacher.network)
         self._teach(model, datamodule, controller, seed)
         loggers = self._loggers(run, config) if loggers is None else loggers
+        if owing:
+            controller.tracker.catch_up(loggers)
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))

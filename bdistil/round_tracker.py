@@ -44,6 +44,13 @@ class RoundTracker:
         # There is no public way to say so, or to ask for it (lightning 2.6).
         trainer.fit_loop.epoch_loop._batches_that_stepped = sum(record["steps"] for record in records)
 
+    def catch_up(self, loggers: list[Logger]) -> None:
+        """Shows all rounds of a finished run, as far as the loggers lack them."""
+        self._tracker, self._loggers = CurveTracker(loggers), loggers
+        for logger in loggers:
+            self._tracker.define(logger)
+        self._tracker.restore([self.run.record(t) for t in range(self.run.committed())])
+
     def committed(self, trainer: pl.Trainer, row: Mapping[str, Any], number: int) -> None:
         """Shows a committed round: its row, and its student as an artifact."""
         assert self._tracker is not None

@@ -35,15 +35,15 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def _go_on(self) -> None:
-        settings = self.experiment.settings
+        run, settings = self.experiment, self.experiment.settings
         if not hasattr(settings, FLUSH_SETTING):
             self._notes.kept = KEPT_SECONDS_WITHOUT
         log = getattr(settings, "sync_file", None)  # W&B's own name, which may go
-        missing = self._notes.begin(Path(log) if log else None)
+        missing = self._notes.begin(Path(log) if log else None, None if run.offline else run.starting_step)
         if self._notes.rows > 0:
-            self.experiment.log({}, step=self._notes.rows - len(missing))
+            run.log({}, step=self._notes.rows - len(missing))
         for row in missing:
-            self.experiment.log(row)
+            run.log(row)
 
     def _guarded(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self.lost:
@@ -71,6 +71,11 @@ class RunLogger(WandbLogger):
         import wandb
 
         wandb.teardown()
+
+    @rank_zero_only
+    def ended(self) -> None:
+        """To be called when W&B has taken all rows: a start of a run that is finished then leaves W&B alone."""
+        self._notes.end()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs a row, unless a start before has shown it of that step of a fit."""

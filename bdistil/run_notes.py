@@ -6,13 +6,13 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bdistil.wandb_log import last_time, rows
+from bdistil.wandb_log import last_time, rows, rows_from
 
 # A row is noted before it is logged, and W&B's own process writes it within FLUSH_SECONDS. What of the notes is not in
 # its file after a kill, the next start logs; a process that is held up may be later than that, hence so many.
@@ -33,6 +33,7 @@ class RunNotes:
         reached: the last step of all rows.
         kept: for how many seconds a row is noted.
         rows: W&B's own step of the next one, which counts the rows of all starts.
+        ended: the last start ended its W&B run, and W&B had taken all that it was given.
 
     Args:
         folder: the run directory; the notes are ``wandb_step.json`` in it.
@@ -43,6 +44,7 @@ class RunNotes:
         self._broken = False
         found = self._found()
         self.fitted, self.reached, self.rows = (found.get(key, none) for key, none in NOTHING.items())
+        self.ended = bool(found.get("ended", True))  # those of a version before do not say
         self._keys = set(found.get("keys", []))  # of the rows at the last step of a fit
         self._log = found.get("log", "")  # W&B's file, from the run directory
         self._tail: deque[tuple[float, str]] = deque(maxlen=KEPT_ROWS)  # when noted, and rows as JSON
@@ -59,12 +61,21 @@ class RunNotes:
             rank_zero_warn(f"{self._file} cannot be read, W&B goes on from its own files. {error}")
             return {}
 
-    def begin(self, log: Path | None) -> list[dict[str, Any]]:
-        """Turns to the file that W&B writes from now on. Gives the rows that the one before lacks, the oldest first."""
+    def begin(self, log: Path | None, known: int | None = None) -> list[dict[str, Any]]:
+        """Turns to the file that W&B writes from now on. Gives the rows of fits that are to be logged again.
+
+        Args:
+            log: the file.
+            known: the step of W&B's own up to which the server has all rows; without one the files are all there is.
+
+        Returns:
+            Rows that the file before lacks, or the server, the oldest first.
+        """
         if self._broken and log:
             self._read_again(log)
-        missing = self._missing()
-        self._log = os.path.relpath(log, self._folder) if log else ""
+        again = self._missing() if known is None or not log else [*self._not_uploaded(log, known), *self._missing()]
+        missing = [*{row["_timestamp"]: row for row in again}.values()]  # a start that was killed logged some as well
+        self._log, self.ended = os.path.relpath(log, self._folder) if log else "", False
         if self.rows > 0:  # noted before one is logged, or a start that is killed by then is not counted
             self.rows += ROOM + len(missing)
         self._tail.extend((time.time(), json.dumps(row)) for row in missing)
@@ -82,6 +93,19 @@ class RunNotes:
                     self._keys = row.keys() | (set() if step > self.fitted else self._keys)
                     self.fitted = step
         self._before = self.fitted, self._keys
+
+    def _not_uploaded(self, log: Path, known: int) -> Iterator[dict[str, Any]]:
+        """Numbers that starts before have logged online, too late for the server. Users sync offline ones."""
+        for file in sorted(log.parent.parent.glob(f"run-*/{log.name}")):
+            try:
+                late = [row for row in rows_from(file, known) if "round" not in row] if file != log else []
+            except Exception as error:
+                rank_zero_warn(f"{file} cannot be read: `wandb sync {file.parent}` uploads it. {error}")
+                continue
+            for row in late:
+                numbers = {key: value for key, value in _numbers(row).items() if key not in ("_step", "_runtime")}
+                if numbers.keys() - {"_timestamp", "trainer/global_step"}:
+                    yield numbers
 
     def _missing(self) -> list[dict[str, Any]]:
         if not self._owed:
@@ -120,10 +144,15 @@ class RunNotes:
             numbers["trainer/global_step"] = step  # as WandbLogger has it
         self._tail.append((row["_timestamp"], json.dumps(numbers)))
 
+    def end(self) -> None:
+        """Notes that W&B has taken all. Its file may not be whole yet: the next start looks into it all the same."""
+        self.ended = True
+        self._save()
+
     def _save(self) -> None:
         while self._tail and self._tail[0][0] < self._tail[-1][0] - self.kept:
             self._tail.popleft()
-        numbers = {"fitted": self.fitted, "reached": self.reached, "rows": self.rows}
+        numbers = {"fitted": self.fitted, "reached": self.reached, "rows": self.rows, "ended": self.ended}
         head = json.dumps({**numbers, "keys": [*self._keys], "log": self._log})
         tail = ", ".join(row for _, row in self._tail)
         beside = self._file.with_name(".wandb_step.tmp")

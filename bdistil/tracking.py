@@ -1,12 +1,14 @@
 """Tracking: one run of Weights & Biases for all rounds, and plain scalars for any other logger of Lightning.
 
-A tracker only watches: it asks nothing, holds a run up for seconds at most, and never ends one.
+A tracker only watches: it asks nothing, never ends a run, and holds one up for seconds, or for two minutes where its
+server goes away meanwhile.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,7 +142,7 @@ class CurveTracker:
     """Shows rounds: metrics in all loggers, curve and students in W&B. Whatever fails is a warning, the first time."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
-        self.loggers, self.step, self.warned = loggers, 0, False
+        self.loggers, self.step, self.warned, self.artifacts = loggers, 0, False, True
         self.defined = {"round/val_accuracy"}
 
     @contextmanager
@@ -200,7 +202,10 @@ class CurveTracker:
                 run.log({"curve": table, "accuracy_vs_macs": line})
 
     def student(self, folder: Path, number: int, metadata: Mapping[str, Any]) -> None:
-        """Keeps the folder of a committed round as an artifact."""
+        """Keeps the folder of a committed round as an artifact; none of later ones where that fails, after a minute."""
+        if not self.artifacts:
+            return
+        self.artifacts = False
         with self._harmless():
             for run in _runs(self.loggers):
                 from wandb import Artifact
@@ -209,13 +214,28 @@ class CurveTracker:
                 for file in sorted(folder.iterdir()):  # a committed file never changes, so W&B need not copy it
                     artifact.add_file(str(file), name=file.name, policy="immutable")
                 run.log_artifact(artifact, aliases=[f"round-{number}", "latest"])
+            self.artifacts = True
 
     def finish(self, exit_code: int | None = None) -> None:
         """Closes the run, for a `finally`: as failed where an exception is under way. Waits a minute for uploads."""
         code = int(sys.exc_info()[0] is not None) if exit_code is None else exit_code
         with self._harmless():
-            for run in _runs(self.loggers):
-                run.finish(exit_code=code)
+            for logger in self.loggers:
+                for run in _runs([logger]):
+                    _finish(run, code, logger.ended if isinstance(logger, RunLogger) else lambda: None)
+
+
+def _finish(run: Any, exit_code: int, well: Callable[[], object]) -> None:
+    """Ends a W&B run; says what that has not done, or calls a function where all is well."""
+    started, online, place = time.monotonic(), not run.offline, Path(run.dir).parent
+    run.finish(exit_code=exit_code)
+    if online and time.monotonic() - started >= run.settings.finish_timeout:
+        rank_zero_warn(
+            f"W&B did not take all rows within {run.settings.finish_timeout:.0f} s. They are in {place}, and the next "
+            "start of this run uploads what the server lacks, also where all rounds are done."
+        )
+    else:
+        well()
 
 
 def _is_gone(error: Exception) -> bool:

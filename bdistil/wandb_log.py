@@ -46,13 +46,27 @@ def rows(data: bytes) -> Iterator[dict[str, Any]]:
             yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-def last_time(file: Path) -> float:
-    """When the last row in a file was logged, in seconds of Unix; minus infinity where there is none."""
+def from_the_end(file: Path) -> Iterator[list[dict[str, Any]]]:
+    """The last rows in a file, then all of them: most of a long file need not be read to find the last."""
     whole = file.stat().st_size // BLOCK + 1
     with open(file, "rb") as log:
         for blocks in (END, whole):
             log.seek(max(0, whole - blocks) * BLOCK)
-            times = [row["_timestamp"] for row in rows(log.read()) if "_timestamp" in row]
-            if times:
-                return float(times[-1])
+            yield list(rows(log.read()))
+
+
+def last_time(file: Path) -> float:
+    """When the last row in a file was logged, in seconds of Unix; minus infinity where there is none."""
+    for found in from_the_end(file):
+        if times := [row["_timestamp"] for row in found if "_timestamp" in row]:
+            return float(times[-1])
     return float("-inf")
+
+
+def rows_from(file: Path, step: int) -> list[dict[str, Any]]:
+    """The rows in a file from one of W&B's own steps on."""
+    found: list[dict[str, Any]] = []
+    for found in from_the_end(file):
+        if found and found[0]["_step"] < step:
+            break
+    return [row for row in found if row["_step"] >= step]

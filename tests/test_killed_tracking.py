@@ -154,7 +154,9 @@ def test_after_notes_that_a_crash_of_the_host_has_torn_wandb_goes_on_from_its_ow
 
 def test_without_the_private_names_of_wandb_rows_are_noted_for_longer_and_a_start_goes_on(tmp_path):
     told = []
-    run = SimpleNamespace(settings=SimpleNamespace(), log=lambda row, step=None: told.append(row), _label=None)
+    run = SimpleNamespace(
+        settings=SimpleNamespace(), offline=True, log=lambda row, step=None: told.append(row), _label=None
+    )
     before = RunNotes(tmp_path)
     before.begin(None)
     before.add({"train/loss": 0.5}, 0)

@@ -95,9 +95,7 @@ def test_a_run_of_the_size_of_imagenet(tmp_path):
     more = (large - small) / (SAMPLES - SMALL)
     *_, first, last = (float(row["val_accuracy"]) for row in curve(tmp_path / "large"))
     seconds = [float(row["seconds"]) for row in curve(tmp_path / "large")[1:]]
-    print(
-        f"\n{small / 2**30:.2f} GiB held for N = {SMALL:,}, {large / 2**30:.2f} for {SAMPLES:,}: {more:.0f} B each"
-    )
+    print(f"\n{small / 2**30:.2f} GiB held for N = {SMALL:,}, {large / 2**30:.2f} for {SAMPLES:,}: {more:.0f} B each")
     print(f"rounds of {seconds} s; accuracy on validation {first:.3f}, then {last:.3f}")
     assert large < 2 << 30
     assert more < BYTES_A_SAMPLE
