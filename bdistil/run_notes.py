@@ -62,7 +62,7 @@ class RunNotes:
             return {}
 
     def begin(self, log: Path | None, known: int | None = None) -> list[dict[str, Any]]:
-        """Turns to the file that W&B writes from now on. Gives the rows of fits that are to be logged again.
+        """Turns to the file that W&B writes from now on. Gives the rows that are to be logged again.
 
         Args:
             log: the file.
@@ -98,7 +98,7 @@ class RunNotes:
         """Numbers that starts before have logged online, too late for the server. Users sync offline ones."""
         for file in sorted(log.parent.parent.glob(f"run-*/{log.name}")):
             try:
-                late = [row for row in rows_from(file, known) if "round" not in row] if file != log else []
+                late = rows_from(file, known) if file != log else []
             except Exception as error:
                 rank_zero_warn(f"{file} cannot be read: `wandb sync {file.parent}` uploads it. {error}")
                 continue

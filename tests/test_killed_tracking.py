@@ -12,7 +12,7 @@ import pytest
 from toys import in_child
 from wandb_offline import offline_runs
 
-from bdistil import tracking
+from bdistil import tracking, wandb_log
 from bdistil.run_logger import RunLogger
 from bdistil.run_notes import FLUSH_SECONDS, KEPT_SECONDS, ROOM, RunNotes
 from bdistil.stopping import StopSignals
@@ -186,6 +186,17 @@ def test_a_kill_between_two_rows_of_a_step_costs_none_of_them(tmp_path):
     again = RunNotes(tmp_path)
     assert again.shown({"train/loss": 0.5, "epoch": 0}, at)
     assert again.shown({"val/loss": 0.6, "epoch": 0}, at)
+
+
+def test_rows_from_a_step_on_are_found_wherever_they_begin_in_a_file(tmp_path, monkeypatch):
+    many = 1000
+    assert in_child(tmp_path / "log", a_start, tmp_path / "run", 0, many) == 0
+    (file,) = tmp_path.rglob("*.wandb")
+    monkeypatch.setattr(wandb_log, "END", 1)
+    assert file.stat().st_size > 2 * wandb_log.BLOCK
+    for step in (0, 1, 500, many - 1):
+        assert [row["_step"] for row in wandb_log.rows_from(file, step)] == list(range(step, many))
+    assert wandb_log.rows_from(file, many) == []
 
 
 def test_the_last_row_is_found_in_front_of_much_else(done, tmp_path):
