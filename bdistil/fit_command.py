@@ -30,6 +30,7 @@ from bdistil.errors import UserError
 from bdistil.mekd_run import Emulation, Mekd
 from bdistil.report import write_report
 from bdistil.run_directory import RunDirectory
+from bdistil.run_logger import RunLogger
 from bdistil.run_notes import RunNotes
 from bdistil.seeding import seed_of
 from bdistil.stopping import StopCallback
@@ -138,8 +139,7 @@ class BoostCLI(LightningCLI):
         """All that trains; gives the data of the rounds."""
         run = controller.run
         over = run.committed() >= model.boosting.rounds or run.stopped
-        owing = over and not RunNotes(run.root).ended  # to W&B
-        loggers: list[Logger] | None = [] if over and not owing else None
+        loggers: list[Logger] | None = [] if over else None
         if model.mekd is not None:
             run.prepare()
             run.freeze(config, FREE_KEYS)
@@ -149,8 +149,8 @@ class BoostCLI(LightningCLI):
         model.speed_up(model.teacher.network)
         self._teach(model, datamodule, controller, seed)
         loggers = self._loggers(run, config) if loggers is None else loggers
-        if owing:
-            controller.tracker.catch_up(loggers)
+        if over and RunNotes(run.root).unsent and (tracked := self._tracked(run, config)):
+            controller.tracker.catch_up(tracked)
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
@@ -180,8 +180,11 @@ class BoostCLI(LightningCLI):
     def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
         """The loggers of the recipe, and the one of `tracking`."""
         given = self._get(self.config_init, "trainer").logger
-        tracked = make_logger(self._get(self.config_init, "tracking"), run.root, config)
+        tracked = self._tracked(run, config)
         return [*(given if isinstance(given, list) else [given] if given else []), *([tracked] if tracked else [])]
+
+    def _tracked(self, run: RunDirectory, config: Mapping[str, Any]) -> RunLogger | None:
+        return make_logger(self._get(self.config_init, "tracking"), run.root, config)
 
     def _teach(self, model: Distiller, datamodule: LightningDataModule, controller: RoundController, seed: int) -> None:
         """Loads the teacher's weights; trains and keeps them where the run has none."""

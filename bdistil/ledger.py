@@ -257,7 +257,7 @@ class ErrorLedger:
 
     @property
     def _threads(self) -> int:
-        """That work on a pass beside the caller, who helps."""
+        """That work on a pass beside the caller, who helps: one at least, which reads while a student is run."""
         return max(1, min(THREADS, torch.get_num_threads()) - 1) if self._bytes > row_files.LARGE else 0
 
     @property
@@ -309,7 +309,10 @@ class ErrorLedger:
 
         def read(block: tuple[int, int]) -> tuple[int, int, tuple[Tensor, Tensor, row_files.Array]]:
             low, high = block
-            memory = spare.pop() if spare else self._memory_of_a_block()
+            try:
+                memory = spare.pop()
+            except IndexError:
+                memory = self._memory_of_a_block()
             for out, table in zip(memory[:2], (self._g, self._s), strict=True):
                 row_files.read_into(out[: high - low], table, low, memory[2])
             return low, high, memory

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 
 from bdistil.run_directory import RunDirectory
+from bdistil.run_logger import RunLogger
 from bdistil.tracking import CurveTracker
 
 
@@ -44,11 +45,13 @@ class RoundTracker:
         # There is no public way to say so, or to ask for it (lightning 2.6).
         trainer.fit_loop.epoch_loop._batches_that_stepped = sum(record["steps"] for record in records)
 
-    def catch_up(self, loggers: list[Logger]) -> None:
-        """Shows all rounds of a finished run, as far as the loggers lack them."""
-        self._tracker, self._loggers = CurveTracker(loggers), loggers
-        for logger in loggers:
-            self._tracker.define(logger)
+    def catch_up(self, logger: RunLogger) -> None:
+        """Shows the rounds of a finished run that the server of W&B lacks; nothing where it is out of reach."""
+        if logger.lost or logger.experiment.offline:
+            logger.finish(exit_code=0)
+            return
+        self._tracker, self._loggers = CurveTracker([logger]), [logger]
+        self._tracker.define(logger)
         self._tracker.restore([self.run.record(t) for t in range(self.run.committed())])
 
     def committed(self, trainer: pl.Trainer, row: Mapping[str, Any], number: int) -> None:

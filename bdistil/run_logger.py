@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,9 @@ class RunLogger(WandbLogger):
     @rank_zero_only
     def _go_on(self) -> None:
         run, settings = self.experiment, self.experiment.settings
+        if run.disabled:  # by the command `wandb disabled`: nothing is noted as logged
+            self.lost = True
+            return
         if not hasattr(settings, FLUSH_SETTING):
             self._notes.kept = KEPT_SECONDS_WITHOUT
         log = getattr(settings, "sync_file", None)  # W&B's own name, which may go
@@ -73,9 +77,21 @@ class RunLogger(WandbLogger):
         wandb.teardown()
 
     @rank_zero_only
-    def ended(self) -> None:
-        """To be called when W&B has taken all rows: a start of a run that is finished then leaves W&B alone."""
-        self._notes.end()
+    def finish(self, exit_code: int) -> None:
+        """Ends the W&B run of this start; says so where uploads take longer than its settings allow."""
+        run, started, place = self.experiment, time.monotonic(), Path(self.experiment.dir).parent
+        patience = run.settings.finish_timeout
+        run.finish(exit_code=exit_code)
+        if run.offline:
+            return
+        if 0 < patience <= time.monotonic() - started:
+            rank_zero_warn(
+                f"W&B did not take all rows within {patience:.0f} s. They are in {place}, and the next start of this "
+                "run uploads what the server lacks, also where all rounds are done."
+            )
+            return
+        with suppress(OSError):  # the next start then looks once more
+            self._notes.sent()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs a row, unless a start before has shown it of that step of a fit."""

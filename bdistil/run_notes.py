@@ -33,7 +33,8 @@ class RunNotes:
         reached: the last step of all rows.
         kept: for how many seconds a row is noted.
         rows: W&B's own step of the next one, which counts the rows of all starts.
-        ended: the last start ended its W&B run, and W&B had taken all that it was given.
+        unsent: a start has logged online, and none since has ended in time for the server to have all.
+        taken: W&B's own step up to which the server had all rows when such a start ended last.
 
     Args:
         folder: the run directory; the notes are ``wandb_step.json`` in it.
@@ -44,7 +45,8 @@ class RunNotes:
         self._broken = False
         found = self._found()
         self.fitted, self.reached, self.rows = (found.get(key, none) for key, none in NOTHING.items())
-        self.ended = bool(found.get("ended", True))  # those of a version before do not say
+        self.taken = found.get("taken", 0)
+        self.unsent = found.get("unsent", self._broken)
         self._keys = set(found.get("keys", []))  # of the rows at the last step of a fit
         self._log = found.get("log", "")  # W&B's file, from the run directory
         self._tail: deque[tuple[float, str]] = deque(maxlen=KEPT_ROWS)  # when noted, and rows as JSON
@@ -56,7 +58,7 @@ class RunNotes:
             found = json.loads(self._file.read_text()) if self._file.exists() else {}
             # A list is of a version before.
             return dict(zip(NOTHING, found, strict=True)) if isinstance(found, list) else dict(found)
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             self._broken = True  # as the host itself crashed: a row does not wait for the disk
             rank_zero_warn(f"{self._file} cannot be read, W&B goes on from its own files. {error}")
             return {}
@@ -66,7 +68,7 @@ class RunNotes:
 
         Args:
             log: the file.
-            known: the step of W&B's own up to which the server has all rows; without one the files are all there is.
+            known: the step of W&B's own up to which the server has rows; None offline, where files are all there is.
 
         Returns:
             Rows that the file before lacks, or the server, the oldest first.
@@ -75,7 +77,9 @@ class RunNotes:
             self._read_again(log)
         again = self._missing() if known is None or not log else [*self._not_uploaded(log, known), *self._missing()]
         missing = [*{row["_timestamp"]: row for row in again}.values()]  # a start that was killed logged some as well
-        self._log, self.ended = os.path.relpath(log, self._folder) if log else "", False
+        self._log = os.path.relpath(log, self._folder) if log else ""
+        if known is not None:
+            self.unsent, self.rows = True, max(self.rows, known)
         if self.rows > 0:  # noted before one is logged, or a start that is killed by then is not counted
             self.rows += ROOM + len(missing)
         self._tail.extend((time.time(), json.dumps(row)) for row in missing)
@@ -98,13 +102,13 @@ class RunNotes:
         """Numbers that starts before have logged online, too late for the server. Users sync offline ones."""
         for file in sorted(log.parent.parent.glob(f"run-*/{log.name}")):
             try:
-                late = rows_from(file, known) if file != log else []
+                late = rows_from(file, max(known, self.taken)) if file != log else []
             except Exception as error:
-                rank_zero_warn(f"{file} cannot be read: `wandb sync {file.parent}` uploads it. {error}")
+                rank_zero_warn(f"{file} cannot be read: the server may lack its last rows. {error}")
                 continue
             for row in late:
                 numbers = {key: value for key, value in _numbers(row).items() if key not in ("_step", "_runtime")}
-                if numbers.keys() - {"_timestamp", "trainer/global_step"}:
+                if "_timestamp" in row and numbers.keys() - {"_timestamp", "trainer/global_step"}:
                     yield numbers
 
     def _missing(self) -> list[dict[str, Any]]:
@@ -144,16 +148,17 @@ class RunNotes:
             numbers["trainer/global_step"] = step  # as WandbLogger has it
         self._tail.append((row["_timestamp"], json.dumps(numbers)))
 
-    def end(self) -> None:
-        """Notes that W&B has taken all. Its file may not be whole yet: the next start looks into it all the same."""
-        self.ended = True
+    def sent(self) -> None:
+        """Notes that the server has all rows."""
+        self.unsent, self.taken = False, self.rows
         self._save()
 
     def _save(self) -> None:
         while self._tail and self._tail[0][0] < self._tail[-1][0] - self.kept:
             self._tail.popleft()
-        numbers = {"fitted": self.fitted, "reached": self.reached, "rows": self.rows, "ended": self.ended}
-        head = json.dumps({**numbers, "keys": [*self._keys], "log": self._log})
+        numbers = {"fitted": self.fitted, "reached": self.reached, "rows": self.rows}
+        online = {"unsent": self.unsent, "taken": self.taken}
+        head = json.dumps({**numbers, **online, "keys": [*self._keys], "log": self._log})
         tail = ", ".join(row for _, row in self._tail)
         beside = self._file.with_name(".wandb_step.tmp")
         beside.write_text(f'{head[:-1]}, "tail": [{tail}]}}')

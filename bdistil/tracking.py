@@ -31,6 +31,8 @@ from bdistil.run_notes import FLUSH_SECONDS, FLUSH_SETTING
 from bdistil.units import score_name
 
 CONNECT_SECONDS, INIT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 60.0
+# A student that takes W&B as long as this to refuse is one for a server that has gone.
+SLOW_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Tracking:
     job_type: str = "fit"
 
 
-def make_logger(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> Logger | None:
+def make_logger(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> RunLogger | None:
     """The W&B logger that all rounds share, with a run behind it on rank zero. None, with a warning, if that fails.
 
     Args:
@@ -202,19 +204,22 @@ class CurveTracker:
                 run.log({"curve": table, "accuracy_vs_macs": line})
 
     def student(self, folder: Path, number: int, metadata: Mapping[str, Any]) -> None:
-        """Keeps the folder of a committed round as an artifact; none of later ones where that fails, after a minute."""
-        if not self.artifacts:
-            return
-        self.artifacts = False
+        """Keeps the folder of a committed round as an artifact. A refusal that took long is the last one waited for."""
+        started = time.monotonic()
         with self._harmless():
-            for run in _runs(self.loggers):
-                from wandb import Artifact
-
-                artifact = Artifact(f"student-{run.id}", type="student", metadata=dict(metadata))
-                for file in sorted(folder.iterdir()):  # a committed file never changes, so W&B need not copy it
-                    artifact.add_file(str(file), name=file.name, policy="immutable")
-                run.log_artifact(artifact, aliases=[f"round-{number}", "latest"])
-            self.artifacts = True
+            runs = _runs(self.loggers) if self.artifacts else []
+            try:
+                for run in runs:
+                    _keep(run, folder, number, metadata)
+            except Exception as error:
+                if _is_gone(error):
+                    raise
+                self.artifacts = time.monotonic() - started < SLOW_SECONDS
+                later = "" if self.artifacts else ", nor will those of later rounds be"
+                rank_zero_warn(
+                    f"The student of round {number} is not in W&B{later}: they are in {folder.parent}. "
+                    f"{type(error).__name__}: {error}"
+                )
 
     def finish(self, exit_code: int | None = None) -> None:
         """Closes the run, for a `finally`: as failed where an exception is under way. Waits a minute for uploads."""
@@ -222,20 +227,16 @@ class CurveTracker:
         with self._harmless():
             for logger in self.loggers:
                 for run in _runs([logger]):
-                    _finish(run, code, logger.ended if isinstance(logger, RunLogger) else lambda: None)
+                    (logger if isinstance(logger, RunLogger) else run).finish(exit_code=code)
 
 
-def _finish(run: Any, exit_code: int, well: Callable[[], object]) -> None:
-    """Ends a W&B run; says what that has not done, or calls a function where all is well."""
-    started, online, place = time.monotonic(), not run.offline, Path(run.dir).parent
-    run.finish(exit_code=exit_code)
-    if online and time.monotonic() - started >= run.settings.finish_timeout:
-        rank_zero_warn(
-            f"W&B did not take all rows within {run.settings.finish_timeout:.0f} s. They are in {place}, and the next "
-            "start of this run uploads what the server lacks, also where all rounds are done."
-        )
-    else:
-        well()
+def _keep(run: Any, folder: Path, number: int, metadata: Mapping[str, Any]) -> None:
+    from wandb import Artifact
+
+    artifact = Artifact(f"student-{run.id}", type="student", metadata=dict(metadata))
+    for file in sorted(folder.iterdir()):  # a committed file never changes, so W&B need not copy it
+        artifact.add_file(str(file), name=file.name, policy="immutable")
+    run.log_artifact(artifact, aliases=[f"round-{number}", "latest"])
 
 
 def _is_gone(error: Exception) -> bool:

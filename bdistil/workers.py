@@ -99,6 +99,8 @@ class Crew(Generic[Item, Result]):
                 job.under_way.acquire()
                 break
             other.do(self._work)
+            if other.error is not None and not isinstance(other.error, Exception):
+                raise other.error  # Ctrl-C, which asked this thread
         torch.set_num_threads(self._of_caller)
         if job.error is not None:
             raise job.error

@@ -144,6 +144,7 @@ def test_after_notes_that_a_crash_of_the_host_has_torn_wandb_goes_on_from_its_ow
     (copy / "wandb_step.json").write_text(text)
     with pytest.warns(UserWarning, match="cannot be read, W&B goes on"):
         notes = RunNotes(copy)
+    assert notes.unsent, "nobody knows"
     (file,) = copy.rglob("offline-run-*/*.wandb")
     notes.begin(file.parent.with_name("next") / file.name)
     assert (notes.fitted, notes.reached, notes.rows) == (ROWS - 1, ROWS - 1, ROWS + ROOM)
@@ -155,7 +156,11 @@ def test_after_notes_that_a_crash_of_the_host_has_torn_wandb_goes_on_from_its_ow
 def test_without_the_private_names_of_wandb_rows_are_noted_for_longer_and_a_start_goes_on(tmp_path):
     told = []
     run = SimpleNamespace(
-        settings=SimpleNamespace(), offline=True, log=lambda row, step=None: told.append(row), _label=None
+        settings=SimpleNamespace(),
+        offline=True,
+        disabled=False,
+        log=lambda row, step=None: told.append(row),
+        _label=None,
     )
     before = RunNotes(tmp_path)
     before.begin(None)
@@ -164,6 +169,18 @@ def test_without_the_private_names_of_wandb_rows_are_noted_for_longer_and_a_star
         logger = RunLogger(tmp_path, experiment=run)
     assert not logger.lost
     assert logger._notes.kept > 15
+
+
+def test_notes_that_cannot_be_read_are_a_warning(tmp_path):
+    (tmp_path / "wandb_step.json").mkdir()
+    with pytest.warns(UserWarning, match="wandb_step.json cannot be read"):
+        assert RunNotes(tmp_path).unsent
+
+
+def test_a_start_with_wandb_disabled_notes_nothing(tmp_path):
+    logger = RunLogger(tmp_path, experiment=SimpleNamespace(disabled=True, settings=SimpleNamespace(), _label=None))
+    logger.log_metrics({"train/loss": 0.5}, 0)
+    assert not (tmp_path / "wandb_step.json").exists()
 
 
 def test_notes_of_a_version_before_are_read(copy):

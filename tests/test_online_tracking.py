@@ -12,6 +12,7 @@ from test_killed_tracking import descendants
 from toys import in_child
 
 from bdistil import cli, tracking
+from bdistil.run_notes import RunNotes
 from bdistil.stopping import StopSignals
 from bdistil.tracking import CurveTracker, Tracking, make_logger
 
@@ -19,7 +20,8 @@ ROWS, ROUNDS, EPOCHS = 100, 2, 3
 SMALL = [
     "fit", "--config", "digits", "--model.boosting.rounds", str(ROUNDS), "--trainer.max_epochs", str(EPOCHS),
     "--model.teacher.epochs", "1", "--model.teacher.network.channels", "[4,8]", "--trainer.accelerator", "cpu",
-    "--data.batch_size", "875",
+    "--data.batch_size", "875", "--tracking.mode", "online",
+    "--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.version", "0",
 ]  # fmt: skip
 
 
@@ -35,13 +37,13 @@ def end_by(signal):
     time.sleep(10)
 
 
-def a_start(folder, url, first, last, ending=None, pause=0.0, gone=None):
+def a_start(folder, url, first, last, ending=None, pause=0.0, gone=None, mode="online"):
     """Logs the steps from `first` to `last`, online; then a signal comes, to W&B's processes as well."""
     online(url)
     tracking.FINISH_SECONDS = 5.0
     with StopSignals(lambda: "stopped"):
         logger = make_logger(Tracking(mode="online"), folder, {})
-        assert logger.experiment.settings.mode == "online"
+        assert logger.experiment.settings.mode == mode
         tracker = CurveTracker([logger])
         tracker.define(logger)
         try:
@@ -65,7 +67,7 @@ def a_run(folder, url, killed):
     online(url)
     if killed:
         CurveTracker.finish = lambda self: end_by(signal.SIGKILL)
-    sys.exit(cli.main([*SMALL, "--run_dir", str(folder), "--tracking.mode", "online"]))
+    sys.exit(cli.main([*SMALL, "--run_dir", str(folder), "--trainer.logger.save_dir", str(folder.with_name("csv"))]))
 
 
 def steps_of(rows):
@@ -91,6 +93,18 @@ def test_starts_that_end_well_are_one_run(server, tmp_path):
     rows = the_run(server)
     assert steps_of(rows) == list(range(2 * ROWS))
     assert [row["round"] for row in rows if row.get("round")] == [1, 2]
+
+
+def test_a_start_without_the_server_changes_nothing_about_what_those_before_owe_it(server, tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "run"
+    assert in_child(log, a_start, folder, server.url, 0, ROWS, signal.SIGKILL, 1.0) == -signal.SIGKILL
+    assert not the_run(server)
+    nobody = "http://127.0.0.1:9"
+    assert in_child(log, a_start, folder, nobody, ROWS, ROWS + 5, None, 0, None, "offline") == 0, log.read_text()
+    assert RunNotes(folder).unsent
+    assert in_child(log, a_start, folder, server.url, ROWS + 5, ROWS + 9) == 0, log.read_text()
+    assert not RunNotes(folder).unsent
+    assert steps_of(the_run(server)) == [*range(ROWS), *range(ROWS + 5, ROWS + 9)]  # the others are for `wandb sync`
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
@@ -131,7 +145,10 @@ def test_a_finished_run_uploads_what_the_server_lacks_and_then_leaves_it_alone(s
     log, folder = tmp_path / "log", tmp_path / "run"
     assert in_child(log, a_run, folder, server.url, True) == -signal.SIGKILL, log.read_text()
     assert not the_run(server)
+    (csv,) = (tmp_path / "csv").rglob("metrics.csv")
+    before = csv.read_bytes()
     assert in_child(log, a_run, folder, server.url, False) == 0, log.read_text()
+    assert csv.read_bytes() == before, "nothing is owed to other loggers"
     rows = the_run(server)
     assert [row["round"] for row in rows if row.get("round")] == [1, 2]
     assert sum("val_loss" in row for row in rows) == ROUNDS * EPOCHS

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import wandb
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb_offline import finished_runs, offline_runs
 
-import wandb
 from bdistil import tracking
 from bdistil.tracking import CurveTracker, Tracking, make_logger
 
@@ -431,26 +431,30 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path):
     assert after.rows == [(1, 3), (2, 3)]
 
 
-def test_artifacts_that_a_server_does_not_take_are_tried_once(tmp_path):
-    """Each would wait for a minute for a server that has gone away."""
-    tried = []
+@pytest.mark.parametrize(("slow", "tried"), [(100.0, 4), (0.0, 2)])
+def test_a_student_that_is_refused_is_a_warning_and_the_last_where_that_took_long(monkeypatch, tmp_path, slow, tried):
+    """Each would wait for a minute for a server that has gone."""
+    monkeypatch.setattr(tracking, "SLOW_SECONDS", slow)
+    taken = []
 
     class Run:
         id, define_metric = "x", None
 
         def log_artifact(self, artifact, aliases):
-            tried.append(aliases)
+            taken.append(aliases[0])
             if aliases[0] == "round-2":
                 raise RuntimeError("the server has gone")
 
     tracker = CurveTracker([Recorder(Run())])
+    tracker.warned = True  # of something else
     folders = [a_round(tmp_path, number) for number in range(4)]
     tracker.student(folders[0], 1, {})
-    with pytest.warns(UserWarning, match="the server has gone"):
+    with pytest.warns(UserWarning, match="student of round 2 is not in W&B") as caught:
         tracker.student(folders[1], 2, {})
+    assert ("nor will those of later rounds" in str(caught[0].message)) == (tried == 2)
     for number in (2, 3):
         tracker.student(folders[number], number + 1, {})
-    assert [first for first, _ in tried] == ["round-1", "round-2"]
+    assert taken == [f"round-{number}" for number in range(1, tried + 1)]
 
 
 def test_a_step_that_goes_back_is_the_last_one():

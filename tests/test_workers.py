@@ -70,6 +70,7 @@ def test_an_interruption_reaches_the_caller(helps):
     def work(x):
         if x == 0 and helps:
             held.hold()
+            raise ValueError  # which comes before, and does not hide it
         held.let_go()
         held.taken.set()
         if (me() is threading.main_thread()) == helps:
