@@ -47,12 +47,13 @@ class RoundTracker:
 
     def catch_up(self, logger: RunLogger) -> None:
         """Shows the rounds of a finished run that the server of W&B lacks; nothing where it is out of reach."""
+        tracker = CurveTracker([logger])
         if logger.lost or logger.experiment.offline:
-            logger.finish(exit_code=0)
+            tracker.finish()
             return
-        self._tracker, self._loggers = CurveTracker([logger]), [logger]
-        self._tracker.define(logger)
-        self._tracker.restore([self.run.record(t) for t in range(self.run.committed())])
+        self._tracker, self._loggers = tracker, [logger]
+        tracker.define(logger)
+        tracker.restore([self.run.record(t) for t in range(self.run.committed())])
 
     def committed(self, trainer: pl.Trainer, row: Mapping[str, Any], number: int) -> None:
         """Shows a committed round: its row, and its student as an artifact."""

@@ -34,7 +34,6 @@ class RunNotes:
         kept: for how many seconds a row is noted.
         rows: W&B's own step of the next one, which counts the rows of all starts.
         unsent: a start has logged online, and none since has ended in time for the server to have all.
-        taken: W&B's own step up to which the server had all rows when such a start ended last.
 
     Args:
         folder: the run directory; the notes are ``wandb_step.json`` in it.
@@ -45,7 +44,6 @@ class RunNotes:
         self._broken = False
         found = self._found()
         self.fitted, self.reached, self.rows = (found.get(key, none) for key, none in NOTHING.items())
-        self.taken = found.get("taken", 0)
         self.unsent = found.get("unsent", self._broken)
         self._keys = set(found.get("keys", []))  # of the rows at the last step of a fit
         self._log = found.get("log", "")  # W&B's file, from the run directory
@@ -102,7 +100,7 @@ class RunNotes:
         """Numbers that starts before have logged online, too late for the server. Users sync offline ones."""
         for file in sorted(log.parent.parent.glob(f"run-*/{log.name}")):
             try:
-                late = rows_from(file, max(known, self.taken)) if file != log else []
+                late = rows_from(file, known) if file != log else []
             except Exception as error:
                 rank_zero_warn(f"{file} cannot be read: the server may lack its last rows. {error}")
                 continue
@@ -149,16 +147,15 @@ class RunNotes:
         self._tail.append((row["_timestamp"], json.dumps(numbers)))
 
     def sent(self) -> None:
-        """Notes that the server has all rows."""
-        self.unsent, self.taken = False, self.rows
+        """Notes that the server has all rows, as far as one can know."""
+        self.unsent = False
         self._save()
 
     def _save(self) -> None:
         while self._tail and self._tail[0][0] < self._tail[-1][0] - self.kept:
             self._tail.popleft()
-        numbers = {"fitted": self.fitted, "reached": self.reached, "rows": self.rows}
-        online = {"unsent": self.unsent, "taken": self.taken}
-        head = json.dumps({**numbers, **online, "keys": [*self._keys], "log": self._log})
+        numbers = {"fitted": self.fitted, "reached": self.reached, "rows": self.rows, "unsent": self.unsent}
+        head = json.dumps({**numbers, "keys": [*self._keys], "log": self._log})
         tail = ", ".join(row for _, row in self._tail)
         beside = self._file.with_name(".wandb_step.tmp")
         beside.write_text(f'{head[:-1]}, "tail": [{tail}]}}')

@@ -17,6 +17,7 @@ from bdistil.stopping import StopSignals
 from bdistil.tracking import CurveTracker, Tracking, make_logger
 
 ROWS, ROUNDS, EPOCHS = 100, 2, 3
+NOBODY = "http://127.0.0.1:9"
 SMALL = [
     "fit", "--config", "digits", "--model.boosting.rounds", str(ROUNDS), "--trainer.max_epochs", str(EPOCHS),
     "--model.teacher.epochs", "1", "--model.teacher.network.channels", "[4,8]", "--trainer.accelerator", "cpu",
@@ -99,8 +100,7 @@ def test_a_start_without_the_server_changes_nothing_about_what_those_before_owe_
     log, folder = tmp_path / "log", tmp_path / "run"
     assert in_child(log, a_start, folder, server.url, 0, ROWS, signal.SIGKILL, 1.0) == -signal.SIGKILL
     assert not the_run(server)
-    nobody = "http://127.0.0.1:9"
-    assert in_child(log, a_start, folder, nobody, ROWS, ROWS + 5, None, 0, None, "offline") == 0, log.read_text()
+    assert in_child(log, a_start, folder, NOBODY, ROWS, ROWS + 5, None, 0, None, "offline") == 0, log.read_text()
     assert RunNotes(folder).unsent
     assert in_child(log, a_start, folder, server.url, ROWS + 5, ROWS + 9) == 0, log.read_text()
     assert not RunNotes(folder).unsent
@@ -147,6 +147,7 @@ def test_a_finished_run_uploads_what_the_server_lacks_and_then_leaves_it_alone(s
     assert not the_run(server)
     (csv,) = (tmp_path / "csv").rglob("metrics.csv")
     before = csv.read_bytes()
+    assert in_child(log, a_run, folder, NOBODY, False) == 0, log.read_text()  # too early
     assert in_child(log, a_run, folder, server.url, False) == 0, log.read_text()
     assert csv.read_bytes() == before, "nothing is owed to other loggers"
     rows = the_run(server)
