@@ -10,6 +10,7 @@ import pytest
 import wandb_server
 from test_killed_tracking import descendants
 from toys import in_child
+from wandb_offline import finished_runs
 
 from bdistil import cli, tracking
 from bdistil.run_notes import RunNotes
@@ -107,7 +108,7 @@ def test_a_start_without_the_server_changes_nothing_about_what_those_before_owe_
     assert steps_of(the_run(server)) == [*range(ROWS), *range(ROWS + 5, ROWS + 9)]  # the others are for `wandb sync`
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_what_was_not_uploaded_when_a_start_was_killed_is_uploaded_by_the_next(server, tmp_path, ending):
     log, folder = tmp_path / "log", tmp_path / "run"
     for first in (0, ROWS - 5, 2 * ROWS - 5):  # an epoch is trained again
@@ -148,6 +149,8 @@ def test_a_finished_run_uploads_what_the_server_lacks_and_then_leaves_it_alone(s
     (csv,) = (tmp_path / "csv").rglob("metrics.csv")
     before = csv.read_bytes()
     assert in_child(log, a_run, folder, NOBODY, False) == 0, log.read_text()  # too early
+    shown = [row for run in finished_runs(folder) for row in run.history if "round" in row]
+    assert not shown, "or `wandb sync` doubles them"
     assert in_child(log, a_run, folder, server.url, False) == 0, log.read_text()
     assert csv.read_bytes() == before, "nothing is owed to other loggers"
     rows = the_run(server)
