@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -77,8 +76,7 @@ CHATTER = ("GPU available", "TPU available", "HPU available", "💡", "`Trainer.
 
 
 def _quieten() -> None:
-    """Leaves on the screen what is about this run. W&B says its own where `tracking` has not said it."""
-    os.environ.setdefault("WANDB_SILENT", "true")
+    """Leaves on the screen what is about this run."""
     said = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     said.addFilter(lambda record: not record.getMessage().startswith(CHATTER))
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")

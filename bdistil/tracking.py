@@ -99,6 +99,7 @@ def _start(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> Any:
             wandb.teardown()  # or the id stays taken
             obstacle, tell = f"{settings.base_url} did not start the run ({error})", rank_zero_warn
     if obstacle:
+        bounds.silent = True  # online it says where the run is, and what it could not upload
         run = init(mode="offline")  # WandbLogger(offline=True) would set WANDB_MODE for the rest of the process
         tell(f"W&B is offline: {obstacle}. `wandb sync {root}/wandb/offline-run-*` uploads the run later.")
     run.define_metric("trainer/global_step")  # this and the next as WandbLogger does for the runs that it makes

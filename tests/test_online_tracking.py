@@ -29,7 +29,8 @@ SMALL = [
 
 def online(url):
     os.environ.update({"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": url})
-    os.environ.pop("WANDB_MODE", None)
+    for name in ("WANDB_MODE", "WANDB_SILENT"):
+        os.environ.pop(name, None)
 
 
 def end_by(signal):
@@ -103,6 +104,8 @@ def test_a_start_without_the_server_changes_nothing_about_what_those_before_owe_
     assert not the_run(server)
     assert in_child(log, a_start, folder, NOBODY, ROWS, ROWS + 5, None, 0, None, "offline") == 0, log.read_text()
     assert RunNotes(folder).unsent
+    assert "wandb sync" in log.read_text()
+    assert "wandb: " not in log.read_text().replace("wandb: [wandb.login()]", ""), "what is offline is said once, by us"
     assert in_child(log, a_start, folder, server.url, ROWS + 5, ROWS + 9) == 0, log.read_text()
     assert not RunNotes(folder).unsent
     assert steps_of(the_run(server)) == [*range(ROWS), *range(ROWS + 5, ROWS + 9)]  # the others are for `wandb sync`
@@ -140,6 +143,14 @@ def test_a_server_that_goes_away_holds_the_end_up_for_a_moment_and_the_next_star
     with wandb_server.serving(server.runs) as again:
         assert in_child(log, a_start, folder, again.url, ROWS, 2 * ROWS) == 0, log.read_text()
     assert steps_of(the_run(server)) == list(range(2 * ROWS))
+
+
+def test_what_the_server_refuses_is_said_by_the_command_line(server, tmp_path):
+    log, server.refuses = tmp_path / "log", True
+    assert in_child(log, a_run, tmp_path / "run", server.url, False) == 0, log.read_text()
+    assert f"View run at {server.url}" in log.read_text()
+    assert "Some run data will not be synced" in log.read_text()
+    assert not the_run(server)
 
 
 def test_a_finished_run_uploads_what_the_server_lacks_and_then_leaves_it_alone(server, tmp_path):

@@ -12,10 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server:
-    """Rows of the history of runs by id. After `gone()` nobody answers."""
+    """Rows of the history of runs by id. After `gone()` nobody answers; with `refuses` no row is taken."""
 
     def __init__(self, runs=None):
-        self.runs = {} if runs is None else runs
+        self.runs, self.refuses = {} if runs is None else runs, False
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -27,7 +27,7 @@ class Server:
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
                 found = json.dumps(server.answer(self.path, body)).encode()
-                self.send_response(200)
+                self.send_response(403 if server.refuses and self.path.endswith("/file_stream") else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(found)))
                 self.end_headers()
@@ -50,7 +50,7 @@ class Server:
         if path == "/graphql":
             asked = json.loads(body)
             return {"data": self.data(asked["query"], asked.get("variables") or {})}
-        if path.endswith("/file_stream"):
+        if path.endswith("/file_stream") and not self.refuses:
             self.take(path.split("/")[-2], json.loads(body))
         return {}
 
