@@ -83,7 +83,7 @@ def no_pictures():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, no_pictures):
     """A whole run of toys, with what was seen of it after each round."""
-    from toys import finished_run
+    from helpers.toys import finished_run
 
     return finished_run(tmp_path_factory.mktemp("finished"))
 
@@ -91,7 +91,7 @@ def finished(tmp_path_factory, no_pictures):
 @pytest.fixture
 def api():
     """A server that answers like a model, see `api_toys`."""
-    from api_toys import serving
+    from helpers.api_toys import serving
 
     with serving() as server:
         yield server
@@ -100,7 +100,7 @@ def api():
 @pytest.fixture
 def make(tmp_path):
     """Makes a teacher of such a server, or of a callable, with waits that no test notices."""
-    from api_toys import OUTPUTS
+    from helpers.api_toys import OUTPUTS
 
     from bdistil import ApiTeacher, HttpEndpoint
 

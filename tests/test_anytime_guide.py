@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from toys import Toys, boost
+from helpers.toys import Toys, boost
 
 from bdistil.cli import COMMANDS
 

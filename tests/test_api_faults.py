@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from api_toys import FEATURES, OUTPUTS, WEIGHTS, inputs, logits_of
+from helpers.api_toys import FEATURES, OUTPUTS, WEIGHTS, inputs, logits_of
 
 from bdistil import RunError, UserError
 

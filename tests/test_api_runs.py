@@ -6,8 +6,8 @@ import signal
 
 import pytest
 import torch
-from api_toys import OUTPUTS, inputs
-from toys import Toys, boost, curve, in_child, make_teacher
+from helpers.api_toys import OUTPUTS, inputs
+from helpers.toys import Toys, boost, curve, in_child, make_teacher
 
 from bdistil import ApiTeacher, FrozenTeacher, HttpEndpoint, RunError
 from bdistil.run_directory import RunDirectory

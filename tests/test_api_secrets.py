@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from api_toys import SECRET, inputs
+from helpers.api_toys import SECRET, inputs
 
 from bdistil import HttpEndpoint, RunError, UserError
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from api_toys import OUTPUTS, WEIGHTS, inputs, logits_of, probabilities_of
+from helpers.api_toys import OUTPUTS, WEIGHTS, inputs, logits_of, probabilities_of
 
 from bdistil import ApiTeacher, RunError, UserError
 

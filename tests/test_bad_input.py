@@ -4,10 +4,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.demos.boring_classes import BoringModel
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from toys import (
+from helpers.toys import (
     CLASSES,
     FEATURES,
     TRAIN,
@@ -27,6 +24,9 @@ from toys import (
     samples,
     settings_for,
 )
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, Student, UserError, rounds
 

@@ -6,9 +6,7 @@ import os
 import pytest
 import torch
 import wandb
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from toys import (
+from helpers.toys import (
     BATCH,
     EPOCHS,
     ROUNDS,
@@ -19,7 +17,9 @@ from toys import (
     curve,
     logged,
 )
-from wandb_offline import finished_runs
+from helpers.wandb_offline import finished_runs
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from bdistil.tracking import Tracking, make_logger
 

@@ -7,7 +7,7 @@ import pickletools
 import numpy as np
 import pytest
 import torch
-from paper_files import old_pickle, pattern, write_cifar10, write_cifar100
+from helpers.paper_files import old_pickle, pattern, write_cifar10, write_cifar100
 
 from bdistil.data.cifar import Cifar10, Cifar100, read_batch
 from bdistil.data.indexing import is_random

@@ -7,9 +7,7 @@ from itertools import pairwise
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
-from torch import nn
-from toys import (
+from helpers.toys import (
     BODY,
     CLASSES,
     EPOCHS,
@@ -29,6 +27,8 @@ from toys import (
     samples,
     settings_for,
 )
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from bdistil import UserError
 from bdistil.callbacks import ComputeCost, MetricCurves

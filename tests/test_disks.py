@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from toys import (
+from helpers.toys import (
     Hook,
     boost,
     control,

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from export_runs import conv_student, write_run
+from helpers.export_runs import conv_student, write_run
 
 from bdistil.export import export_run
 

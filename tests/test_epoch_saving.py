@@ -5,9 +5,9 @@ import zipfile
 
 import pytest
 import torch
+from helpers.toys import Hook, boost, control, digests, fit, settings_for
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import nn
-from toys import Hook, boost, control, digests, fit, settings_for
 
 from bdistil import epoch_saving
 from bdistil.epoch_saving import QuickIO, save_epoch

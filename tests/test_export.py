@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from export_runs import KINDS, MACS, write_run
+from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.anytime import AnytimeFigures, ExitFigures

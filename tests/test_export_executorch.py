@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from export_runs import KINDS, MACS, write_run
+from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import ProgressiveEnsemble, UserError
 from bdistil.cli import main

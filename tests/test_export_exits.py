@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_runs import KINDS, MACS, write_run
+from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble, UserError, export_exits
 from bdistil.anytime import AnytimeFigures, ExitFigures

@@ -6,7 +6,7 @@ import zipfile
 
 import onnx
 import pytest
-from export_runs import L, change_manifest, exported_mlps
+from helpers.export_runs import L, change_manifest, exported_mlps
 
 from bdistil.export import ExportOptions, export_run
 from bdistil.export_folder import seal

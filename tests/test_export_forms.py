@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from export_runs import KINDS, mlp_student, write_run
+from helpers.export_runs import KINDS, mlp_student, write_run
+from helpers.toys import Toys
 from torch import nn
-from toys import Toys
 
 from bdistil import Budget, ProgressiveEnsemble, Student, UserError
 from bdistil.export import ExportOptions, export_run

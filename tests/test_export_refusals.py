@@ -3,7 +3,7 @@
 import onnxruntime
 import pytest
 import torch
-from export_runs import KINDS, L, mlp_student, write_run
+from helpers.export_runs import KINDS, L, mlp_student, write_run
 from torch import nn
 
 from bdistil import ProgressiveEnsemble, UserError

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from export_runs import change_manifest, exported_mlps
+from helpers.export_runs import change_manifest, exported_mlps
 
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.runner import Budget as RunnerBudget

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from paper_files import wav, write_speech
+from helpers.paper_files import wav, write_speech
 
 from bdistil.data import feature_cache, google13
 from bdistil.data.feature_cache import cached_features

@@ -8,10 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from gaussians import Gaussians, mlp, trained_teacher
+from helpers.gaussians import Gaussians, mlp, trained_teacher
+from helpers.toys import Hook, Toys, boost, digests, make_student, make_trainer, settings_for
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
-from toys import Hook, Toys, boost, digests, make_student, make_trainer, settings_for
 
 from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing

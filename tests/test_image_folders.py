@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from paper_files import png, write_imagenet, write_tiny_imagenet
+from helpers.paper_files import png, write_imagenet, write_tiny_imagenet
 
 from bdistil.data.imagenet import MEAN, STD, ImageNet, TinyImageNet
 from bdistil.data.indexing import is_random

@@ -5,6 +5,7 @@ from itertools import chain, product
 import numpy as np
 import pytest
 import torch
+from helpers.toys import Items, Stream
 from torch.utils.data import (
     BatchSampler,
     ChainDataset,
@@ -18,7 +19,6 @@ from torch.utils.data import (
     WeightedRandomSampler,
     default_collate,
 )
-from toys import Items, Stream
 
 from bdistil import distributed
 from bdistil.data.attach import only

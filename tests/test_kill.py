@@ -10,8 +10,8 @@ from importlib import import_module
 
 import pytest
 import torch
+from helpers.toys import TIMES, curve, everything, in_child
 from torch import nn
-from toys import TIMES, curve, everything, in_child
 
 from bdistil import cli
 from bdistil.callbacks import round_controller

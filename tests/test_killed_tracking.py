@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from toys import in_child
-from wandb_offline import offline_runs
+from helpers.toys import in_child
+from helpers.wandb_offline import offline_runs
 
 from bdistil import tracking, wandb_log
 from bdistil.run_logger import RunLogger

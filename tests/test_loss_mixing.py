@@ -6,10 +6,10 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from gaussians import Gaussians, mlp, trained_teacher
+from helpers.gaussians import Gaussians, mlp, trained_teacher
+from helpers.toys import Hook, Toys, boost, digests, make_student, make_teacher, make_trainer, settings_for
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Hook, Toys, boost, digests, make_student, make_teacher, make_trainer, settings_for
 
 from bdistil import RunError, UserError
 from bdistil.callbacks import LossMixing, RoundController

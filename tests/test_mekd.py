@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from mekd_toys import (
+from helpers.mekd_toys import (
     HELD_OUT,
     LOCAL,
     SHAPE,
@@ -18,8 +18,8 @@ from mekd_toys import (
     make_student,
     teacher_of,
 )
+from helpers.toys import Hook, in_child, make_trainer
 from torch import nn
-from toys import Hook, in_child, make_trainer
 
 from bdistil import UserError
 from bdistil.mekd_data import open_generated, repeated

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from api_toys import SECRET, serving
-from wandb_offline import finished_runs
+from helpers.api_toys import SECRET, serving
+from helpers.wandb_offline import finished_runs
 
 from bdistil.api_endpoint import HttpEndpoint
 from bdistil.api_server import LocalApi, ModelServer

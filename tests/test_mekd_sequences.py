@@ -6,9 +6,9 @@ import math
 import lightning as L
 import pytest
 import torch
+from helpers.toys import Hook, make_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Hook, make_trainer
 
 from bdistil import ApiTeacher
 from bdistil.mekd_losses import discriminator_loss, kernel_distance, narrow_distance

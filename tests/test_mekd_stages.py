@@ -6,9 +6,9 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.mekd_toys import CLASSES, LOCAL, SHAPE, Local, Model, answer, images, make_student, teacher_of, unsaved
+from helpers.toys import Hook, logged, make_trainer
 from lightning.pytorch.loggers import CSVLogger
-from mekd_toys import CLASSES, LOCAL, SHAPE, Local, Model, answer, images, make_student, teacher_of, unsaved
-from toys import Hook, logged, make_trainer
 
 from bdistil import RunError, UserError
 from bdistil.mekd import Deprivatization, MappingEmulation

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from gaussians import Gaussians, mlp, trained_teacher
+from helpers.gaussians import Gaussians, mlp, trained_teacher
+from helpers.toys import make_trainer
+from helpers.wandb_offline import finished_runs
 from lightning.pytorch.loggers import TensorBoardLogger
-from toys import make_trainer
-from wandb_offline import finished_runs
 
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.cli import main

@@ -7,10 +7,10 @@ import time
 from threading import Thread
 
 import pytest
-import wandb_server
+from helpers import wandb_server
+from helpers.toys import in_child
+from helpers.wandb_offline import finished_runs
 from test_killed_tracking import descendants
-from toys import in_child
-from wandb_offline import finished_runs
 
 from bdistil import cli, tracking
 from bdistil.run_notes import RunNotes

@@ -6,9 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from toys import (
+from helpers.toys import (
     BATCH,
     CLASSES,
     FEATURES,
@@ -33,6 +31,8 @@ from toys import (
     samples,
     settings_for,
 )
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import bdistil.report
 import bdistil.run_directory

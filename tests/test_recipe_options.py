@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from paper_files import write_cifar10
+from helpers.paper_files import write_cifar10
+from helpers.toys import FEATURES, boost, make_teacher, make_trainer, settings_for
 from safetensors.torch import load_file
 from torch import nn
-from toys import FEATURES, boost, make_teacher, make_trainer, settings_for
 
 from bdistil import ProgressiveEnsemble, rounds
 from bdistil.callbacks import round_controller

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from paper_files import (
+from helpers.paper_files import (
     write_cifar10,
     write_cifar100,
     write_dsa,

@@ -6,11 +6,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers.toys import FEATURES, Hook, boost, control, curve, fit, settings_for
 from sklearn.datasets import load_diabetes
 from sklearn.metrics import r2_score, root_mean_squared_error
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import FEATURES, Hook, boost, control, curve, fit, settings_for
 
 from bdistil import AveragedTeacher, BoostingSettings, Budget, ErrorLedger, ProgressiveEnsemble, RunError, UserError
 from bdistil.cli import main

@@ -7,8 +7,7 @@ import signal
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
-from toys import (
+from helpers.toys import (
     BATCH,
     ROUNDS,
     TIMES,
@@ -25,6 +24,7 @@ from toys import (
     ledger,
     settings_for,
 )
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import bdistil.report
 import bdistil.run_directory

@@ -2,7 +2,7 @@
 
 import lightning.pytorch as L
 import pytest
-from toys import Toys, make_student, make_teacher
+from helpers.toys import Toys, make_student, make_teacher
 
 from bdistil import BoostingSettings
 from bdistil.callbacks import RoundController, RoundProgressBar

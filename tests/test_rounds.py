@@ -8,9 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
-from toys import (
+from helpers.toys import (
     BATCH,
     BODY,
     EPOCHS,
@@ -37,6 +35,8 @@ from toys import (
     samples,
     settings_for,
 )
+from safetensors.torch import load_file
+from torch import nn
 
 from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserError, scoring
 from bdistil.boosting import Boosting

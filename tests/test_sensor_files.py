@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from paper_files import write_dsa, write_har
+from helpers.paper_files import write_dsa, write_har
 
 from bdistil.data.dsa19 import Dsa19, read_segment
 from bdistil.data.har6 import TRAIN_SUBJECTS, Har6

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.toys import TIMES, Hook, Killed, Toys, boost, by_hand, control, curve, digests, fit, settings_for
 from torch import nn
-from toys import TIMES, Hook, Killed, Toys, boost, by_hand, control, curve, digests, fit, settings_for
 
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
 from bdistil.cost import measure_cost

@@ -5,9 +5,9 @@ import signal
 import threading
 
 import pytest
+from helpers.toys import Hook, boost, control, digests, fit, in_child, settings_for
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
-from toys import Hook, boost, control, digests, fit, in_child, settings_for
 
 from bdistil.cli import main
 from bdistil.errors import UserError

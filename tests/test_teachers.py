@@ -12,11 +12,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.toys import CLASSES, FEATURES, Toys, boost, control, curve, make_teacher, settings_for
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import CLASSES, FEATURES, Toys, boost, control, curve, make_teacher, settings_for
 
 from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
 from bdistil.cli import main

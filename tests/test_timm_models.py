@@ -6,10 +6,10 @@ import lightning as L
 import pytest
 import timm
 import torch
+from helpers.toys import boost, settings_for
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import boost, settings_for
 
 from bdistil import ProgressiveEnsemble, Rung, UserError
 from bdistil.blueprint import describe, rebuild

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toys import (
+from helpers.toys import (
     CLASSES,
     TRAIN,
     Hook,

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import wandb
+from helpers.wandb_offline import finished_runs, offline_runs
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from wandb_offline import finished_runs, offline_runs
 
 from bdistil import tracking
 from bdistil.tracking import CurveTracker, Tracking, make_logger

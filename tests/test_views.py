@@ -6,8 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from toys import (
+from helpers.toys import (
     BATCH,
     FEATURES,
     ROUNDS,
@@ -25,6 +24,7 @@ from toys import (
     make_teacher,
     settings_for,
 )
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bdistil import ProgressiveEnsemble, UserError
 from bdistil.data.views import Views

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from export_runs import write_run
+from helpers.export_runs import write_run
 
 from bdistil import ProgressiveEnsemble
 from bdistil.export import export_run

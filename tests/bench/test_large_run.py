@@ -15,9 +15,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from helpers.toys import control, curve, make_trainer, settings_for
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import control, curve, make_trainer, settings_for
 
 from bdistil import Rung, Student
 from bdistil.allocator import keep_freed_memory

@@ -17,9 +17,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from gaussians import Gaussians, mlp, trained_teacher
+from helpers.gaussians import Gaussians, mlp, trained_teacher
+from helpers.toys import make_trainer
 from torch.utils.data import DataLoader, TensorDataset
-from toys import make_trainer
 
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.data.attach import LOADERS, indexed_loaders

@@ -6,16 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
-from job import BOUND, ROUNDS, finish, finished, said, start
-from toys import TIMES, curve, digests
+from helpers.job import BOUND, ROUNDS, finish, finished, said, start
+from helpers.toys import TIMES, curve, digests
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

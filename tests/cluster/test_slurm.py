@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from toys import TIMES, curve, digests
-from wandb_offline import offline_runs
+from helpers.toys import TIMES, curve, digests
+from helpers.wandb_offline import offline_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.slurm]
 

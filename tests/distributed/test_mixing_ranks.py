@@ -4,8 +4,8 @@ import socket
 
 import numpy as np
 import pytest
-from job import EPOCHS, ROUNDS, TRAIN, finish, run, start
-from toys import digests
+from helpers.job import EPOCHS, ROUNDS, TRAIN, finish, run, start
+from helpers.toys import digests
 
 from bdistil import ProgressiveEnsemble
 

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from toys import boost, digests, settings_for
+from helpers.toys import boost, digests, settings_for
 
 from bdistil.run_directory import RunDirectory
 

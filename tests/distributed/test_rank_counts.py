@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from job import BOUND, EPOCHS, ROUNDS, SETTINGS, TRAIN, finish, finished, run, start
-from toys import curve, digests, in_child, ledger, samples
+from helpers.job import BOUND, EPOCHS, ROUNDS, SETTINGS, TRAIN, finish, finished, run, start
+from helpers.toys import curve, digests, in_child, ledger, samples
 
 from bdistil import ProgressiveEnsemble
 from bdistil.functional import game_weights

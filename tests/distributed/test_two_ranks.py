@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from toys import (
+from helpers.toys import (
     BATCH,
     CLASSES,
     FEATURES,
@@ -27,6 +26,7 @@ from toys import (
     samples,
     settings_for,
 )
+from torch import nn
 
 from bdistil import ErrorLedger, ProgressiveEnsemble, Rung
 

@@ -14,10 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from helpers.toys import CLASSES, FEATURES, WIDTH, Hook, Toys, control, make_trainer, settings_for
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import CLASSES, FEATURES, WIDTH, Hook, Toys, control, make_trainer, settings_for
 
 from bdistil import Rung, Student
 from bdistil.callbacks import LossMixing

@@ -5,9 +5,9 @@ import signal
 
 import lightning as L
 import torch
+from helpers.toys import make_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import make_trainer
 
 from bdistil import ApiTeacher
 from bdistil.mekd_run import Emulation, Mekd
