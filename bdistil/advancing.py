@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import distributed, row_files
+from bdistil import row_files
 from bdistil.block_sums import AGAIN, LOG2E, largest_finite, margin_sums, normaliser_sums, square_sum
 from bdistil.large_rows import LargeRows
+from bdistil.utils import distributed
 
 WITHOUT_NUMBA = (
     "Numba is not at hand: with `storage: int16` every commit of a round takes several times as long. "

@@ -19,7 +19,7 @@ from torch import nn
 from bdistil.api_endpoint import HttpEndpoint
 from bdistil.data.attach import indexed_loaders
 from bdistil.distiller import TeacherSpec, TeacherTraining
-from bdistil.seeding import reseed
+from bdistil.utils.seeding import reseed
 from bdistil.weight_files import load_weights, save_weights
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import distributed
 from bdistil.errors import RunError
 from bdistil.functional import game_rows, log_normaliser
 from bdistil.row_files import Array, Rows
 from bdistil.units import Task, Units
+from bdistil.utils import distributed
 
 # Rows that are scored at once; whole blocks go to one process, whatever the number of processes.
 BLOCK = 512

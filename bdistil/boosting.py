@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from bdistil import distributed
 from bdistil.cost import latency_ms
 from bdistil.curve_rows import Uncounted, is_api, student_cost, student_inputs, teacher_row
 from bdistil.data.attach import indexed_loaders, only
@@ -41,12 +40,13 @@ from bdistil.preflight import (
 from bdistil.rounds import BoostingRound
 from bdistil.run_directory import RunDirectory
 from bdistil.scoring import Part, prefix_accuracies
-from bdistil.seeding import reseed, seed_of
 from bdistil.settings import BoostingSettings
 from bdistil.students import Rung, Student
 from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs
 from bdistil.teachers import FrozenTeacher
 from bdistil.units import score_name
+from bdistil.utils import distributed
+from bdistil.utils.seeding import reseed, seed_of
 
 # Keys of a configuration that may differ between two starts of one run: where it runs and what it shows, not what it
 # computes.

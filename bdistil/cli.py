@@ -13,14 +13,14 @@ from importlib.metadata import version
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
-from bdistil.allocator import keep_freed_memory
 from bdistil.cli_parser import Parser
 from bdistil.commands import COMMANDS, EXAMPLES
 from bdistil.distiller import Distiller
 from bdistil.errors import RunError, UserError
 from bdistil.fit_command import BoostCLI, RoundTrainer
 from bdistil.recipe_files import find_recipe
-from bdistil.stopping import Interrupted
+from bdistil.utils.memory import keep_freed_memory
+from bdistil.utils.signals import Interrupted
 
 
 def _overview() -> str:

@@ -17,7 +17,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from bdistil import distributed
 from bdistil.anytime_fit import fit_anytime
 from bdistil.boosting import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
@@ -32,11 +31,12 @@ from bdistil.report import write_report
 from bdistil.run_directory import RunDirectory
 from bdistil.run_logger import RunLogger
 from bdistil.run_notes import RunNotes
-from bdistil.seeding import seed_of
-from bdistil.stopping import StopCallback
 from bdistil.strategies import check_strategy
 from bdistil.teachers import comes_trained
 from bdistil.tracking import Tracking, make_logger
+from bdistil.utils import distributed
+from bdistil.utils.seeding import seed_of
+from bdistil.utils.signals import StopCallback
 from bdistil.weight_files import load_weights, save_weights
 
 # In place of what Lightning says of its keys.

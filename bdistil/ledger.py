@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import distributed, row_files
+from bdistil import row_files
 from bdistil.advancing import Pass, Scratch, Sums
 from bdistil.block_sums import BLOCK, block_sums, joined, joined_normalisers, measured_units, refuse_nonfinite
 from bdistil.errors import RunError, UserError
 from bdistil.functional import centre
 from bdistil.ledger_records import LedgerHead, RoundEvidence
 from bdistil.units import Task, Units
-from bdistil.workers import in_order
+from bdistil.utils import distributed
+from bdistil.utils.threads import in_order
 
 # Numbers that are worked on at once: a block of a thousand outputs.
 PIECE = 1 << 19

@@ -21,7 +21,7 @@ from bdistil.mekd_losses import (
     narrow_distance,
 )
 from bdistil.mekd_networks import Discriminator, Generator
-from bdistil.seeding import reseed, seed_of
+from bdistil.utils.seeding import reseed, seed_of
 
 PREVIEWS = 256  # generated samples of the validation's distance
 

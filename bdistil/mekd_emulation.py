@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bdistil.errors import UserError
 from bdistil.mekd_losses import hard_emulation, soft_emulation
 from bdistil.mekd_networks import Generator
-from bdistil.seeding import reseed
+from bdistil.utils.seeding import reseed
 
 Optimizer = Literal["sgd", "adamw"]
 

@@ -36,7 +36,7 @@ from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.mekd_stage import MakeTrainer, run_stage
 from bdistil.preflight import check_outputs, loaders_of
 from bdistil.scoring import prefix_accuracies
-from bdistil.seeding import reseed
+from bdistil.utils.seeding import reseed
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from bdistil.disk import disk_errors, write_atomically
 from bdistil.epoch_saving import save_epoch
 from bdistil.errors import RunError
 from bdistil.mekd import Deprivatization, MappingEmulation
-from bdistil.seeding import seed_of
+from bdistil.utils.seeding import seed_of
 from bdistil.weight_files import load_weights, save_weights
 
 Stage = Deprivatization | MappingEmulation

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import distributed, row_files
+from bdistil import row_files
 from bdistil.block_sums import BLOCK
 from bdistil.errors import RunError
 from bdistil.row_files import Rows
+from bdistil.utils import distributed
 
 
 class MixingStore:

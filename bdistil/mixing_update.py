@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from bdistil import distributed
 from bdistil.block_sums import BLOCK
 from bdistil.mixing import MixingSettings, learn_mix, outer_loss
 from bdistil.mixing_store import MixingStore
 from bdistil.observing import View
-from bdistil.seeding import seed_of
+from bdistil.utils import distributed
+from bdistil.utils.seeding import seed_of
 
 
 def mixed_groups(samples: int, *key: object) -> list[list[int]]:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bdistil import distributed
 from bdistil.disk import write_atomically
 from bdistil.run_directory import RunDirectory
 from bdistil.scoring import Part
+from bdistil.utils import distributed
 
 
 def claim(run: RunDirectory, parts: Sequence[Part]) -> None:

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from bdistil import distributed
 from bdistil.blueprint import IndescribableError, describe
 from bdistil.boosting import Boosting
 from bdistil.curve_rows import Verdict, dtype_of, round_training_macs, shape_of, stage_row
@@ -20,6 +19,7 @@ from bdistil.round_state import RoundState
 from bdistil.rounds import BoostingRound
 from bdistil.students import Rung, links_of
 from bdistil.units import score_name
+from bdistil.utils import distributed
 
 
 def close_round(

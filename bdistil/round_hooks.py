@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from bdistil import distributed
 from bdistil.boosting import Boosting
 from bdistil.data.indexing import distinct_samples
 from bdistil.disk import disk_errors
@@ -19,9 +18,10 @@ from bdistil.round_end import close_round
 from bdistil.round_state import RoundState
 from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
-from bdistil.seeding import reseed
-from bdistil.stopping import StopSignals
 from bdistil.strategies import check_strategy
+from bdistil.utils import distributed
+from bdistil.utils.seeding import reseed
+from bdistil.utils.signals import StopSignals
 
 
 class RoundHooks(Checkpoint):

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdistil import distributed
 from bdistil.errors import RunError, UserError
 from bdistil.regression import as_columns, output_figures, output_sums
 from bdistil.round_loss import round_loss
 from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
 from bdistil.students import linked_numbers, links_of, run_student
+from bdistil.utils import distributed
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
 

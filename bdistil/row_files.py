@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import distributed
 from bdistil.large_rows import LargeRows
+from bdistil.utils import distributed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Storage = Literal["float32", "int16"]

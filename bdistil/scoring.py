@@ -13,7 +13,6 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil import distributed
 from bdistil.block_sums import BLOCK
 from bdistil.data.indexing import block_loader, check_dataset
 from bdistil.data.views import Views
@@ -23,10 +22,11 @@ from bdistil.ledger_records import RoundEvidence
 from bdistil.metrics import PrefixScores
 from bdistil.regression import PrefixErrors, output_figures
 from bdistil.row_files import FeatureCache, Storage
-from bdistil.seeding import seed_of
 from bdistil.settings import BoostingSettings
 from bdistil.students import Student, features_of, linked_features, linked_numbers, links_of, run_student
 from bdistil.units import Task, Units
+from bdistil.utils import distributed
+from bdistil.utils.seeding import seed_of
 
 
 def _on_each_disk(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from bdistil.disk import disk_errors
 from bdistil.epoch_saving import save_epoch
-from bdistil.seeding import reseed
+from bdistil.utils.seeding import reseed
 
 
 class EpochKeeper(Checkpoint):

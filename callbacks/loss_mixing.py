@@ -22,7 +22,7 @@ from bdistil.probing import check_distilling, looking, prepared_loaders
 from bdistil.round_mixing import RoundMix, check_round
 from bdistil.round_tracker import shown_step
 from bdistil.rounds import BoostingRound, Index
-from bdistil.seeding import seed_of
+from bdistil.utils.seeding import seed_of
 
 
 class LossMixing(pl.Callback):

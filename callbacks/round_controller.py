@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from bdistil import distributed
 from bdistil.boosting import Boosting
 from bdistil.curve_rows import Uncounted
 from bdistil.ensemble import ProgressiveEnsemble
@@ -18,7 +17,8 @@ from bdistil.round_hooks import RoundHooks
 from bdistil.round_tracker import RoundTracker
 from bdistil.rounds import BoostingRound
 from bdistil.settings import BoostingSettings
-from bdistil.stopping import StopSignals
+from bdistil.utils import distributed
+from bdistil.utils.signals import StopSignals
 
 
 class RoundController(RoundHooks):

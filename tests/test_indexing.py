@@ -20,7 +20,6 @@ from torch.utils.data import (
     default_collate,
 )
 
-from bdistil import distributed
 from bdistil.data.attach import only
 from bdistil.data.indexing import (
     IndexedDataset,
@@ -32,6 +31,7 @@ from bdistil.data.indexing import (
     training_loader,
 )
 from bdistil.errors import UserError
+from bdistil.utils import distributed
 
 N, B = 22, 4
 X = torch.arange(N * 3, dtype=torch.float32).view(N, 3)

@@ -15,8 +15,8 @@ from helpers.wandb_offline import offline_runs
 from bdistil import tracking, wandb_log
 from bdistil.run_logger import RunLogger
 from bdistil.run_notes import FLUSH_SECONDS, KEPT_SECONDS, ROOM, RunNotes
-from bdistil.stopping import StopSignals
 from bdistil.tracking import CurveTracker, Tracking, make_logger
+from bdistil.utils.signals import StopSignals
 from bdistil.wandb_log import last_time
 
 ROWS, NEVER = 100, 60.0  # rows that W&B's process would not write before it is killed, were it not for our interval

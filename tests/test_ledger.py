@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bdistil import distributed
 from bdistil import functional as bf
 from bdistil.block_sums import BLOCK
 from bdistil.errors import RunError, UserError
 from bdistil.ledger import ErrorLedger
 from bdistil.units import Units
+from bdistil.utils import distributed
 
 N, L, ETA = 2 * BLOCK + 76, 3, 0.5  # the last block is short
 ROUNDS = 3

@@ -14,8 +14,8 @@ from test_killed_tracking import descendants
 
 from bdistil import cli, tracking
 from bdistil.run_notes import RunNotes
-from bdistil.stopping import StopSignals
 from bdistil.tracking import CurveTracker, Tracking, make_logger
+from bdistil.utils.signals import StopSignals
 
 ROWS, ROUNDS, EPOCHS = 100, 2, 3
 NOBODY = "http://127.0.0.1:9"

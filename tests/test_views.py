@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bdistil import ProgressiveEnsemble, UserError
 from bdistil.data.views import Views
-from bdistil.seeding import reseed
+from bdistil.utils.seeding import reseed
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 K = 2

@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 from bdistil.data.views import ViewPlan, Views, ViewSampler
 from bdistil.errors import UserError
-from bdistil.seeding import seed_of
+from bdistil.utils.seeding import seed_of
 
 
 class IndexedDataset(Dataset[Any]):

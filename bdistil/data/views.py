@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from bdistil.seeding import seed_of
+from bdistil.utils.seeding import seed_of
 
 # The view on which S is defined, and that of the validation part.
 CANONICAL = 0

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from bdistil import ErrorLedger
-from bdistil.allocator import keep_freed_memory
 from bdistil.block_sums import BLOCK
 from bdistil.functional import game_rows
+from bdistil.utils.memory import keep_freed_memory
 
 pytestmark = pytest.mark.slow
 

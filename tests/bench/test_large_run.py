@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import Rung, Student
-from bdistil.allocator import keep_freed_memory
+from bdistil.utils.memory import keep_freed_memory
 
 pytestmark = pytest.mark.slow
 

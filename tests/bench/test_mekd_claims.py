@@ -28,7 +28,7 @@ from bdistil.mekd_data import AnsweredSamples, GeneratedSamples, answers_of, rep
 from bdistil.mekd_run import Emulation, Mekd, agreement_score
 from bdistil.mekd_stage import run_stage
 from bdistil.run_directory import RunDirectory
-from bdistil.seeding import seed_of
+from bdistil.utils.seeding import seed_of
 from bdistil.weight_files import load_weights, save_weights
 from bdistil.zoo import ConvStudent, StridedConvNet
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdistil import ErrorLedger, distributed, row_files
+from bdistil import ErrorLedger, row_files
 from bdistil.block_sums import BLOCK
 from bdistil.large_rows import LargeRows
+from bdistil.utils import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bdistil.seeding import reseed, seed_of
+from bdistil.utils.seeding import reseed, seed_of
 
 
 @pytest.mark.parametrize("devices", [False, True])

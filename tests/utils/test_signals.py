@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 
 from bdistil.cli import main
 from bdistil.errors import UserError
-from bdistil.stopping import Interrupted, StopSignals
 from bdistil.strategies import check_strategy
+from bdistil.utils.signals import Interrupted, StopSignals
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 import torch
 
-from bdistil.workers import in_order
+from bdistil.utils.threads import in_order
 
 
 @pytest.fixture
