@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bdistil.api_cache import AnswerCache
 from bdistil.api_endpoint import ApiRefusedError, ApiUnavailableError, Pace
 from bdistil.errors import RunError, UserError
-from bdistil.functional import centre
+from bdistil.functional.distillation import centre
 
 Answers = Literal["logits", "probabilities", "labels"]
 LONGEST_WAIT = 60.0  # seconds between two attempts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bdistil.errors import RunError
-from bdistil.functional import game_rows, log_normaliser
+from bdistil.functional.boosting import game_rows, log_normaliser
 from bdistil.row_files import Array, Rows
 from bdistil.units import Task, Units
 from bdistil.utils import distributed

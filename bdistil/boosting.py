@@ -25,7 +25,7 @@ from bdistil.data.views import CANONICAL, ViewPlan
 from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
 from bdistil.environment import describe_start
 from bdistil.errors import RunError, UserError
-from bdistil.functional import accepts_margin, accepts_progress
+from bdistil.functional.boosting import accepts_margin, accepts_progress
 from bdistil.ledger_records import RoundEvidence
 from bdistil.node_disks import claim
 from bdistil.preflight import (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from bdistil.errors import UserError
-from bdistil.functional import at_least_float32
+from bdistil.functional.distillation import at_least_float32
 from bdistil.mekd_run import Mekd
 from bdistil.regression import as_columns
 from bdistil.settings import BoostingSettings

@@ -20,7 +20,7 @@ from bdistil import row_files
 from bdistil.advancing import Pass, Scratch, Sums
 from bdistil.block_sums import BLOCK, block_sums, joined, joined_normalisers, measured_units, refuse_nonfinite
 from bdistil.errors import RunError, UserError
-from bdistil.functional import centre
+from bdistil.functional.distillation import centre
 from bdistil.ledger_records import LedgerHead, RoundEvidence
 from bdistil.units import Task, Units
 from bdistil.utils import distributed

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bdistil.api_teacher import ApiTeacher
 from bdistil.errors import UserError
-from bdistil.mekd_losses import (
+from bdistil.functional.mekd import (
     balance,
     confidence,
     discriminator_loss,

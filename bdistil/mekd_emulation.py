@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.mekd_losses import hard_emulation, soft_emulation
+from bdistil.functional.mekd import hard_emulation, soft_emulation
 from bdistil.mekd_networks import Generator
 from bdistil.utils.seeding import reseed
 

@@ -19,6 +19,7 @@ from bdistil.data.attach import only
 from bdistil.disk import write_atomically
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.functional.mekd import statistics
 from bdistil.mekd import Deprivatization, MappingEmulation
 from bdistil.mekd_data import (
     Answered,
@@ -31,7 +32,6 @@ from bdistil.mekd_data import (
     samples_of,
 )
 from bdistil.mekd_emulation import Optimizer
-from bdistil.mekd_losses import statistics
 from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.mekd_stage import MakeTrainer, run_stage
 from bdistil.preflight import check_outputs, loaders_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bdistil.block_sums import BLOCK
-from bdistil.mixing import MixingSettings, learn_mix, outer_loss
+from bdistil.functional.loss_mixing import MixingSettings, learn_mix, outer_loss
 from bdistil.mixing_store import MixingStore
 from bdistil.observing import View
 from bdistil.utils import distributed

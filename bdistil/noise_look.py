@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 
+from bdistil.functional.gradient_noise import GradientMoments, gradient_moments, last_layer_moments, pull_curvature
+from bdistil.functional.sample_gradients import control_cosine, sample_gradients
 from bdistil.observing import Batch, RoundView, View
 from bdistil.probing import looking
-from bdistil.sample_gradients import control_cosine, sample_gradients
-from bdistil.variance import GradientMoments, gradient_moments, last_layer_moments, pull_curvature
 
 CHUNK = 512
 

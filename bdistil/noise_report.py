@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from bdistil.noise_look import Look
-from bdistil.variance import (
+from bdistil.functional.gradient_noise import (
     STEPS,
     GradientMoments,
     best_weight,
@@ -14,6 +13,7 @@ from bdistil.variance import (
     noise_to_signal,
     variance_at,
 )
+from bdistil.noise_look import Look
 
 POINTS = [i / 50 for i in range(51)]
 

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from bdistil.block_sums import BLOCK
 from bdistil.data.indexing import check_dataset, rows_loader
-from bdistil.functional import kd_terms
-from bdistil.mixing import OuterLoss, label_target, residuals_of, round_residuals
+from bdistil.functional.boosting_loss import round_loss
+from bdistil.functional.distillation import kd_terms
+from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
 from bdistil.probing import last_layers, observe
-from bdistil.round_loss import round_loss
 from bdistil.rounds import BoostingRound, Index
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from bdistil.block_sums import BLOCK
 from bdistil.errors import UserError
-from bdistil.functional import log_normaliser
-from bdistil.mixing import MixingSettings, label_target, mixed_target
+from bdistil.functional.boosting import log_normaliser
+from bdistil.functional.loss_mixing import MixingSettings, label_target, mixed_target
 from bdistil.mixing_store import MixingStore
 from bdistil.rounds import BoostingRound, Index
 
@@ -30,7 +30,7 @@ def check_round(module: BoostingRound, settings: MixingSettings) -> None:
 
 
 class RoundMix:
-    """Target and error of a round, given what was learned of each sample (`bdistil.mixing.mixed_target`).
+    """Target and error of a round, given what was learned of each sample (`bdistil.functional.loss_mixing.mixed_target`).
 
     Args:
         module: the round, once its ledger is open.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bdistil.errors import UserError
-from bdistil.functional import gamma_of
+from bdistil.functional.boosting import gamma_of
 from bdistil.row_files import Storage
 from bdistil.students import Rung
 from bdistil.units import Task

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.functional import at_least_float32
+from bdistil.functional.distillation import at_least_float32
 
 Values = float | Sequence[float]
 

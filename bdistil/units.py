@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from bdistil.functional import centre
+from bdistil.functional.distillation import centre
 
 Task = Literal["classification", "regression"]
 

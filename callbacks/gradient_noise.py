@@ -11,13 +11,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.errors import UserError
+from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
 from bdistil.noise_look import Look, cosine_of, look
 from bdistil.noise_report import draw_noise, noise_figures
 from bdistil.observing import view_of
 from bdistil.probing import check_distilling, prepared_loaders
 from bdistil.round_tracker import shown_step
 from bdistil.rounds import BoostingRound
-from bdistil.variance import USUAL_STEP, GradientMoments, Suggestion, suggest
 
 
 class GradientNoise(pl.Callback):

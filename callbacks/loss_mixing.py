@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdistil.data.attach import LOADERS, indexed_loaders
 from bdistil.data.label_noise import flipped_labels, labels_of
-from bdistil.mixing import MixingSettings, loss_weights, start_mix
+from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
 from bdistil.mixing_report import draw_weights, log_weights, weight_figures
 from bdistil.mixing_store import MixingStore
 from bdistil.mixing_update import update_mix

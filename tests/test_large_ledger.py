@@ -18,7 +18,8 @@ import torch
 from bdistil import ErrorLedger, RunError, UserError, row_files
 from bdistil import ledger as ledger_module
 from bdistil.block_sums import BLOCK, GROUP, column_sum
-from bdistil.functional import centre, game_rows
+from bdistil.functional.boosting import game_rows
+from bdistil.functional.distillation import centre
 from bdistil.large_rows import LargeRows
 
 N, L, ETA = 2 * BLOCK + 7, 5, 0.5

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bdistil import functional as bf
 from bdistil.block_sums import BLOCK
 from bdistil.errors import RunError, UserError
+from bdistil.functional import boosting as bf
 from bdistil.ledger import ErrorLedger
 from bdistil.units import Units
 from bdistil.utils import distributed

@@ -15,8 +15,8 @@ from bdistil import RunError, UserError
 from bdistil.callbacks import LossMixing, RoundController
 from bdistil.data.label_noise import LabelNoise, NoisyLabels, flip_labels
 from bdistil.distillation import Distillation
-from bdistil.functional import kd_terms
-from bdistil.mixing import MixingSettings, mixed_loss
+from bdistil.functional.distillation import kd_terms
+from bdistil.functional.loss_mixing import MixingSettings, mixed_loss
 from bdistil.mixing_store import MixingStore
 
 SOON = MixingSettings(mode="convex", warmup=1, every=1, inner=2)

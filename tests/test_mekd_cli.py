@@ -15,7 +15,7 @@ from bdistil.cli import main
 from bdistil.data.digits import Digits
 from bdistil.data.local_digits import LocalDigits, read_other_digits
 from bdistil.errors import UserError
-from bdistil.mekd_losses import kernel_distance
+from bdistil.functional.mekd import kernel_distance
 from bdistil.run_directory import RunDirectory
 from bdistil.zoo import StridedConvNet
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ApiTeacher
-from bdistil.mekd_losses import discriminator_loss, kernel_distance, narrow_distance
+from bdistil.functional.mekd import discriminator_loss, kernel_distance, narrow_distance
 from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.mekd_run import Emulation, Mekd
 

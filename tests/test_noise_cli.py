@@ -20,7 +20,7 @@ from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.cli import main
 from bdistil.data.label_noise import flip_labels
 from bdistil.distillation import Distillation
-from bdistil.mixing import MixingSettings
+from bdistil.functional.loss_mixing import MixingSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = {"label_weight", "teacher_weight", "clean", "flipped", "auc"}

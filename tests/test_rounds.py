@@ -40,7 +40,7 @@ from torch import nn
 
 from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserError, scoring
 from bdistil.boosting import Boosting
-from bdistil.functional import margins
+from bdistil.functional.boosting import margins
 from bdistil.ledger_records import RoundEvidence
 from bdistil.rounds import BoostingRound
 

@@ -20,7 +20,7 @@ import torch
 
 from bdistil import ErrorLedger
 from bdistil.block_sums import BLOCK
-from bdistil.functional import game_rows
+from bdistil.functional.boosting import game_rows
 from bdistil.utils.memory import keep_freed_memory
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,7 @@ from bdistil.data.attach import LOADERS, indexed_loaders
 from bdistil.data.digits import read_digits, stratified_split
 from bdistil.data.label_noise import NoisyLabels
 from bdistil.distillation import Distillation
-from bdistil.mixing import MixingSettings
+from bdistil.functional.loss_mixing import MixingSettings
 from bdistil.zoo import ConvStudent, StridedConvNet
 
 pytestmark = pytest.mark.slow

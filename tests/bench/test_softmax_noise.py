@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from bdistil.data.digits import read_digits
-from bdistil.variance import best_weight, last_layer_moments, neighbourhood, pull_curvature
+from bdistil.functional.gradient_noise import best_weight, last_layer_moments, neighbourhood, pull_curvature
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from helpers.job import BOUND, EPOCHS, ROUNDS, SETTINGS, TRAIN, finish, finished
 from helpers.toys import curve, digests, in_child, ledger, samples
 
 from bdistil import ProgressiveEnsemble
-from bdistil.functional import game_weights
+from bdistil.functional.boosting import game_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("no_pictures")]
 

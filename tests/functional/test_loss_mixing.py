@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from bdistil import UserError
-from bdistil import mixing as bm
-from bdistil.functional import kd_terms
+from bdistil.functional import loss_mixing as bm
+from bdistil.functional.distillation import kd_terms
 
 
 def normal(*shape):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bdistil.errors import UserError
-from bdistil.functional import KDTerms
+from bdistil.functional.distillation import KDTerms
 
 Mode = Literal["convex", "independent"]
 

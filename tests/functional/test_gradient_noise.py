@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bdistil import UserError
-from bdistil import variance as bv
-from bdistil.functional import kd_terms
-from bdistil.sample_gradients import control_cosine, sample_gradients
+from bdistil.functional import gradient_noise as bv
+from bdistil.functional.distillation import kd_terms
+from bdistil.functional.sample_gradients import control_cosine, sample_gradients
 
 
 def normal(*shape):

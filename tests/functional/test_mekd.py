@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bdistil import UserError
-from bdistil.mekd_losses import (
+from bdistil.functional.mekd import (
     balance,
     confidence,
     discriminator_loss,

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdistil import functional as bf
-from bdistil import round_loss
 from bdistil.block_sums import margin_sums
+from bdistil.functional import boosting as bf
+from bdistil.functional import boosting_loss as round_loss
 
 SHAPES = [(1, 1), (7, 3), (64, 100), (2000, 10)]
 

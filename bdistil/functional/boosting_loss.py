@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bdistil.functional import BARRIER_FLOOR
+from bdistil.functional.boosting import BARRIER_FLOOR
 
 # Numbers of a batch up to which NumPy, over the same memory, is several times faster than torch's dispatch.
 SMALL = 1 << 16

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdistil.functional import centre
+from bdistil.functional.distillation import centre
 
 
 def _same_shape(*tensors: Tensor) -> None:

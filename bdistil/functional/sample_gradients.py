@@ -1,4 +1,4 @@
-"""The full version of `bdistil.variance`: gradients of all parameters, sample by sample, by `torch.func`."""
+"""The full version of `bdistil.functional.gradient_noise`: gradients of all parameters, sample by sample, by `torch.func`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from bdistil.errors import UserError
-from bdistil.functional import kd_terms
+from bdistil.functional.distillation import kd_terms
 
 
 def _flat(gradients: dict[str, Tensor]) -> Tensor:
