@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from bdistil.cost import latency_ms
 from bdistil.curve_rows import Uncounted, is_api, student_cost, student_inputs, teacher_row
 from bdistil.data.attach import indexed_loaders, only
 from bdistil.data.indexing import is_random
@@ -27,6 +26,8 @@ from bdistil.environment import describe_start
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import accepts_margin, accepts_progress
 from bdistil.ledger_records import RoundEvidence
+from bdistil.metrics.cost import latency_ms
+from bdistil.metrics.task import score_name
 from bdistil.node_disks import claim
 from bdistil.preflight import (
     check_augmentation,
@@ -44,7 +45,6 @@ from bdistil.settings import BoostingSettings
 from bdistil.students import Rung, Student
 from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs
 from bdistil.teachers import FrozenTeacher
-from bdistil.units import score_name
 from bdistil.utils import distributed
 from bdistil.utils.seeding import reseed, seed_of
 

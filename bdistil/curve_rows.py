@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from bdistil.api_teacher import ApiTeacher
-from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.ledger_records import RoundEvidence
+from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.preflight import first_of
 from bdistil.students import linked_features, links_of
 

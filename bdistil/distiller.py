@@ -16,9 +16,9 @@ from torch.optim import lr_scheduler
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
 from bdistil.mekd_run import Mekd
-from bdistil.regression import as_columns
+from bdistil.metrics.regression import as_columns
+from bdistil.metrics.task import Task
 from bdistil.settings import BoostingSettings
-from bdistil.units import Task
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from bdistil.blueprint import rebuild
 from bdistil.budgets import Budget, Prediction, exits_of
 from bdistil.errors import UserError
 from bdistil.inputs import InputSpec
+from bdistil.metrics.task import Task
 from bdistil.prediction import predict_within
 from bdistil.run_directory import RunDirectory
 from bdistil.schedules import ONE, StackedBodies, run_bodies, stack
 from bdistil.stage_times import StageClock
 from bdistil.students import Rung, Student, links_of
-from bdistil.units import Task
 from bdistil.walk import Stage, Walk
 
 

@@ -15,7 +15,7 @@ from bdistil.budgets import Budget
 from bdistil.early import early_figures
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
-from bdistil.regression import PrefixErrors
+from bdistil.metrics.regression import PrefixErrors
 from bdistil.run_data import first_samples, loader_of
 from bdistil.run_directory import RunDirectory
 

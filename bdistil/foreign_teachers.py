@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bdistil.cost import OutsideCost
 from bdistil.errors import UserError
+from bdistil.metrics.cost import OutsideCost
 
 
 class TorchScriptTeacher(nn.Module):
@@ -89,7 +89,7 @@ class OnnxTeacher(nn.Module):
     @property
     def identity(self) -> str:
         """Sha256 of the file and of those that it keeps weights in; the output's name."""
-        from bdistil.onnx_graphs import digest
+        from bdistil.metrics.onnx_cost import digest
 
         return f"{digest(Path(self.path))} {self.output}"
 
@@ -108,7 +108,7 @@ class OnnxTeacher(nn.Module):
 
     def outside_cost(self) -> OutsideCost:
         """Cost of the last batch."""
-        from bdistil.onnx_graphs import graph_cost
+        from bdistil.metrics.onnx_cost import graph_cost
 
         return graph_cost(Path(self.path), {self.input.name: self._shape})
 

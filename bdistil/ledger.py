@@ -22,7 +22,8 @@ from bdistil.block_sums import BLOCK, block_sums, joined, joined_normalisers, me
 from bdistil.errors import RunError, UserError
 from bdistil.functional.distillation import centre
 from bdistil.ledger_records import LedgerHead, RoundEvidence
-from bdistil.units import Task, Units
+from bdistil.metrics.task import Task
+from bdistil.units import Units
 from bdistil.utils import distributed
 from bdistil.utils.threads import in_order
 

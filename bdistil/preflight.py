@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
-from bdistil.cost import as_written
 from bdistil.data.attach import only
 from bdistil.data.indexing import is_random
 from bdistil.data.views import Views
 from bdistil.errors import UserError
+from bdistil.metrics.cost import as_written
+from bdistil.metrics.task import Task
 from bdistil.settings import BoostingSettings
 from bdistil.students import Rung, Student
 from bdistil.suspicions import warn_of_probabilities
 from bdistil.teachers import AdaptedTeacher, AveragedTeacher
-from bdistil.units import Task
 
 
 def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:

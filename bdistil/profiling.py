@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdistil.cost import latency_ms, measure_cost
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.metrics.cost import latency_ms, measure_cost
 from bdistil.run_directory import RunDirectory
 from bdistil.students import linked_features, links_of
 

@@ -14,11 +14,11 @@ from bdistil.blueprint import IndescribableError, describe
 from bdistil.boosting import Boosting
 from bdistil.curve_rows import Verdict, dtype_of, round_training_macs, shape_of, stage_row
 from bdistil.disk import disk_errors
-from bdistil.metrics import curve_figures
+from bdistil.metrics.curve import curve_figures
+from bdistil.metrics.task import score_name
 from bdistil.round_state import RoundState
 from bdistil.rounds import BoostingRound
 from bdistil.students import Rung, links_of
-from bdistil.units import score_name
 from bdistil.utils import distributed
 
 

@@ -30,7 +30,7 @@ def check_round(module: BoostingRound, settings: MixingSettings) -> None:
 
 
 class RoundMix:
-    """Target and error of a round, given what was learned of each sample (`bdistil.functional.loss_mixing.mixed_target`).
+    """Target and error of a round, given what was learned of each sample (`functional.loss_mixing.mixed_target`).
 
     Args:
         module: the round, once its ledger is open.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting_loss import round_loss
-from bdistil.regression import as_columns, output_figures, output_sums
+from bdistil.metrics.regression import as_columns, output_figures, output_sums
 from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
 from bdistil.students import linked_numbers, links_of, run_student

@@ -23,8 +23,8 @@ from bdistil.anytime import AnytimeFigures
 from bdistil.configurations import differences
 from bdistil.disk import digest, disk_errors, sync, write_atomically
 from bdistil.errors import RunError, UserError
+from bdistil.metrics.task import Task
 from bdistil.run_places import RunPlaces
-from bdistil.units import Task
 
 CURVE_COLUMNS = (
     "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",

@@ -19,12 +19,13 @@ from bdistil.data.views import Views
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.ledger import ErrorLedger
 from bdistil.ledger_records import RoundEvidence
-from bdistil.metrics import PrefixScores
-from bdistil.regression import PrefixErrors, output_figures
+from bdistil.metrics.classification import PrefixScores
+from bdistil.metrics.regression import PrefixErrors, output_figures
+from bdistil.metrics.task import Task
 from bdistil.row_files import FeatureCache, Storage
 from bdistil.settings import BoostingSettings
 from bdistil.students import Student, features_of, linked_features, linked_numbers, links_of, run_student
-from bdistil.units import Task, Units
+from bdistil.units import Units
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from bdistil.errors import UserError
 from bdistil.functional.boosting import gamma_of
+from bdistil.metrics.task import Task
 from bdistil.row_files import Storage
 from bdistil.students import Rung
-from bdistil.units import Task
 
 
 def _default_ladder() -> list[Rung]:

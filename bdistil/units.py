@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from bdistil.functional.distillation import centre
-
-Task = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,3 @@ class Units:
 
     def _scale(self, like: Tensor) -> float | Tensor:
         return like.new_tensor(self.scale) if isinstance(self.scale, tuple) else self.scale
-
-
-def score_name(task: str) -> str:
-    """What the columns `val_accuracy` and `test_accuracy` hold."""
-    return "R²" if task == "regression" else "accuracy"
-
-
-def loss_name(task: str) -> str:
-    """What the column `val_loss` holds."""
-    return "rms error on labels" if task == "regression" else "loss"

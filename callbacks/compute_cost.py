@@ -11,15 +11,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bdistil.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.errors import UserError
+from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
 
 
 class ComputeCost(Callback):
     """Logs what a forward pass of one sample costs before the first step, and what the training cost at its end.
 
-    Keys: ``cost/macs``, ``params``, ``weight_bytes``, ``activation_bytes``, ``latency_ms``, as in `bdistil.cost`; then
-    ``cost/train_macs`` and ``cost/seconds``, resumed parts included. They are in ``trainer.callback_metrics`` as well.
+    Keys: ``cost/macs``, ``params``, ``weight_bytes``, ``activation_bytes``, ``latency_ms``, as in
+    `bdistil.metrics.cost`; then ``cost/train_macs`` and ``cost/seconds``, resumed parts included. They are in ``trainer.callback_metrics`` as well.
 
     Args:
         inputs: positional arguments of the pass, taken as they are. Default: the first row of the module's

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from bdistil.errors import UserError
-from bdistil.metrics import curve_figures
+from bdistil.metrics.curve import curve_figures
 
 
 class MetricCurves(pl.Callback):

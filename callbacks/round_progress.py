@@ -7,8 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
+from bdistil.metrics.task import score_name
 from bdistil.rounds import BoostingRound
-from bdistil.units import score_name
 
 
 class RoundProgressBar(RichProgressBar):

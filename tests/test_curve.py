@@ -32,8 +32,8 @@ from torch import nn
 
 from bdistil import UserError
 from bdistil.callbacks import ComputeCost, MetricCurves
-from bdistil.cost import measure_cost
-from bdistil.metrics import area_under_curve
+from bdistil.metrics.cost import measure_cost
+from bdistil.metrics.curve import area_under_curve
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

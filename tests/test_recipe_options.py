@@ -13,9 +13,9 @@ from torch import nn
 from bdistil import ProgressiveEnsemble, rounds
 from bdistil.callbacks import round_controller
 from bdistil.cli import main
-from bdistil.cost import as_written, measure_cost
 from bdistil.distiller import Distiller, TeacherSpec, TeacherTraining
 from bdistil.errors import UserError
+from bdistil.metrics.cost import as_written, measure_cost
 from bdistil.run_directory import RunDirectory
 from bdistil.zoo_cifar import CifarResNet
 

@@ -10,9 +10,9 @@ from helpers.toys import TIMES, Hook, Killed, Toys, boost, by_hand, control, cur
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
-from bdistil.cost import measure_cost
 from bdistil.ensemble import build_student
 from bdistil.errors import UserError
+from bdistil.metrics.cost import measure_cost
 from bdistil.sequences import SegmentStudent, segment_of
 from bdistil.students import linked_features, run_student
 from bdistil.zoo_sequences import RecurrentNet, RecurrentSegmentStudent

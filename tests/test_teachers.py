@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
 from bdistil.cli import main
-from bdistil.cost import measure_cost
+from bdistil.metrics.cost import measure_cost
 from bdistil.preflight import check_outputs
 from bdistil.run_directory import RunDirectory
 from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities

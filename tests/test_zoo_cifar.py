@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from bdistil.blueprint import describe, rebuild
-from bdistil.cost import measure_cost
 from bdistil.errors import UserError
+from bdistil.metrics.cost import measure_cost
 from bdistil.students import Rung, run_student
 from bdistil.zoo_cifar import CifarResNet, PadShortcut, WideBlock, WideResNet
 

@@ -1,4 +1,4 @@
-"""The full version of `bdistil.functional.gradient_noise`: gradients of all parameters, sample by sample, by `torch.func`."""
+"""Per-sample gradients of all parameters by `torch.func`: the full version of `gradient_noise`."""
 
 from __future__ import annotations
 

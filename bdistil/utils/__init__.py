@@ -1,1 +1,1 @@
-"""TODO."""
+"""Helpers that know nothing of distillation: seeds, processes, threads, memory, signals."""

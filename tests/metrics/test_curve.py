@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bdistil.errors import UserError
-from bdistil.metrics import PrefixScores, area_under_curve, violations_of_monotony
+from bdistil.metrics.classification import PrefixScores
+from bdistil.metrics.curve import area_under_curve, violations_of_monotony
 from bdistil.settings import BoostingSettings
 from bdistil.students import Rung
 

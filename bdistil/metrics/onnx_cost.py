@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bdistil.cost import OutsideCost
+from bdistil.metrics.cost import OutsideCost
 
 # Standard operators with matmul-like work that are not counted; the others of the standard domain are free.
 UNCOUNTED = frozenset((

@@ -16,7 +16,7 @@ from bdistil import AveragedTeacher, BoostingSettings, Budget, ErrorLedger, Prog
 from bdistil.cli import main
 from bdistil.data.diabetes import Diabetes, read_diabetes
 from bdistil.export import export_run
-from bdistil.regression import PrefixErrors, output_figures, output_sums
+from bdistil.metrics.regression import PrefixErrors, output_figures, output_sums
 from bdistil.run_directory import RunDirectory
 from bdistil.runner import ExportedEnsemble
 from bdistil.units import Units

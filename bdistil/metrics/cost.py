@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from bdistil.errors import UserError
-from bdistil.mac_rules import FREE_OPERATORS, FREE_WHEN_RUN, RULES, not_free
+from bdistil.metrics.mac_rules import FREE_OPERATORS, FREE_WHEN_RUN, RULES, not_free
 
 
 @dataclass(frozen=True)

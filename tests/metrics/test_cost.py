@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from bdistil.cost import latency_ms, measure_cost, training_macs
 from bdistil.errors import UserError
+from bdistil.metrics.cost import latency_ms, measure_cost, training_macs
 
 
 class Call(nn.Module):
