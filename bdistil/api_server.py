@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from bdistil.api_endpoint import HttpEndpoint
-from bdistil.data.attach import indexed_loaders
+from bdistil.data.loaders.attach import indexed_loaders
 from bdistil.distiller import TeacherSpec, TeacherTraining
 from bdistil.utils.seeding import reseed
 from bdistil.weight_files import load_weights, save_weights

@@ -18,9 +18,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from bdistil.curve_rows import Uncounted, is_api, student_cost, student_inputs, teacher_row
-from bdistil.data.attach import indexed_loaders, only
-from bdistil.data.indexing import is_random
-from bdistil.data.views import CANONICAL, ViewPlan
+from bdistil.data.loaders.attach import indexed_loaders, only
+from bdistil.data.loaders.checks import is_random
+from bdistil.data.loaders.views import CANONICAL, ViewPlan
 from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
 from bdistil.environment import describe_start
 from bdistil.errors import RunError, UserError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdistil.data.attach import only
+from bdistil.data.loaders.attach import only
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.export_graphs import Normalisation

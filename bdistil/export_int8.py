@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
-from bdistil.data.attach import only
+from bdistil.data.loaders.attach import only
 from bdistil.errors import UserError
 from bdistil.export_folder import seal
 from bdistil.runner import Array, ExportedEnsemble

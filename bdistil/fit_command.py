@@ -21,7 +21,7 @@ from bdistil.anytime_fit import fit_anytime
 from bdistil.boosting import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.commands import say_end
-from bdistil.data.attach import indexed_loaders, only
+from bdistil.data.loaders.attach import indexed_loaders, only
 from bdistil.disk import disk_errors
 from bdistil.distiller import Distiller, TeacherTraining
 from bdistil.ensemble import ProgressiveEnsemble

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from bdistil.api_teacher import ApiTeacher
-from bdistil.data.attach import only
+from bdistil.data.loaders.attach import only
 from bdistil.disk import write_atomically
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError

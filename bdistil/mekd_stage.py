@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from bdistil.data.attach import indexed_loaders
+from bdistil.data.loaders.attach import indexed_loaders
 from bdistil.disk import disk_errors, write_atomically
 from bdistil.epoch_saving import save_epoch
 from bdistil.errors import RunError

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bdistil.block_sums import BLOCK
-from bdistil.data.indexing import check_dataset, rows_loader
+from bdistil.data.loaders.checks import check_dataset
+from bdistil.data.loaders.indexing import Index, rows_loader
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
 from bdistil.probing import last_layers, observe
-from bdistil.rounds import BoostingRound, Index
+from bdistil.rounds import BoostingRound
 
 
 class Seen(NamedTuple):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
-from bdistil.data.attach import only
-from bdistil.data.indexing import is_random
-from bdistil.data.views import Views
+from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.checks import is_random
+from bdistil.data.loaders.views import Views
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.task import Task

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.data.attach import LOADERS, only
+from bdistil.data.loaders.attach import LOADERS, only
+from bdistil.data.loaders.indexing import Index
 from bdistil.errors import UserError
-from bdistil.rounds import Index
 from bdistil.students import Student
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from bdistil.boosting import Boosting
-from bdistil.data.indexing import distinct_samples
+from bdistil.data.loaders.checks import distinct_samples
 from bdistil.disk import disk_errors
 from bdistil.epoch_saving import save_epoch
 from bdistil.errors import UserError

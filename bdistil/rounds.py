@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdistil.data.loaders.indexing import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.metrics.regression import as_columns, output_figures, output_sums
@@ -19,8 +20,6 @@ from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
 from bdistil.students import linked_numbers, links_of, run_student
 from bdistil.utils import distributed
-
-Index = np.ndarray[Any, np.dtype[np.int64]]
 
 # Makes of g, S, the labels and the index of a batch the target and the error of a round that mixes labels in.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]

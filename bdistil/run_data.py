@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from bdistil.data.attach import only
+from bdistil.data.loaders.attach import only
 from bdistil.errors import UserError
 from bdistil.mekd_data import open_generated
 from bdistil.run_directory import RunDirectory

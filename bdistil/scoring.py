@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bdistil.block_sums import BLOCK
-from bdistil.data.indexing import block_loader, check_dataset
-from bdistil.data.views import Views
+from bdistil.data.loaders.checks import check_dataset
+from bdistil.data.loaders.indexing import block_loader
+from bdistil.data.loaders.views import Views
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.ledger import ErrorLedger
 from bdistil.ledger_records import RoundEvidence

@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from bdistil.data.attach import LOADERS, indexed_loaders
 from bdistil.data.label_noise import flipped_labels, labels_of
+from bdistil.data.loaders.attach import LOADERS, indexed_loaders
+from bdistil.data.loaders.indexing import Index
 from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
 from bdistil.mixing_report import draw_weights, log_weights, weight_figures
 from bdistil.mixing_store import MixingStore
@@ -21,7 +22,7 @@ from bdistil.observing import view_of
 from bdistil.probing import check_distilling, looking, prepared_loaders
 from bdistil.round_mixing import RoundMix, check_round
 from bdistil.round_tracker import shown_step
-from bdistil.rounds import BoostingRound, Index
+from bdistil.rounds import BoostingRound
 from bdistil.utils.seeding import seed_of
 
 

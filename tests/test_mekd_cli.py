@@ -12,8 +12,7 @@ from helpers.wandb_offline import finished_runs
 from bdistil.api_endpoint import HttpEndpoint
 from bdistil.api_server import LocalApi, ModelServer
 from bdistil.cli import main
-from bdistil.data.digits import Digits
-from bdistil.data.local_digits import LocalDigits, read_other_digits
+from bdistil.data.digits import Digits, LocalDigits, read_other_digits
 from bdistil.errors import UserError
 from bdistil.functional.mekd import kernel_distance
 from bdistil.run_directory import RunDirectory

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil.data.images import ArrayImages, normalised, pad_crop_flip
-from bdistil.data.parts import PartsModule
-from bdistil.data.pickles import load_arrays
-from bdistil.data.sources import Source
-from bdistil.data.splits import stratified_split
+from bdistil.data.base import PartsModule
+from bdistil.data.readers.images import ArrayImages, normalised, pad_crop_flip
+from bdistil.data.readers.pickles import load_arrays
+from bdistil.data.readers.sources import Source
+from bdistil.data.readers.splits import stratified_split
 from bdistil.errors import UserError
 
 SIDE, PADDING = 32, 4

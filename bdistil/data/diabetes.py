@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from bdistil.data.embedded import packaged_file
-from bdistil.data.parts import TensorParts
+from bdistil.data.base import TensorParts
+from bdistil.data.readers.sources import packaged_file
 from bdistil.errors import UserError
 
 FOLDER = "sklearn/datasets/data"

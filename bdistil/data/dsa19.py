@@ -14,10 +14,10 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdistil.data.feature_cache import cached_features
-from bdistil.data.feature_module import Array, FeatureModule, Samples
-from bdistil.data.sources import Source, listed
-from bdistil.data.splits import check_subjects
+from bdistil.data.base import Array, FeatureModule, Samples
+from bdistil.data.readers.feature_cache import cached_features
+from bdistil.data.readers.sources import Source, listed
+from bdistil.data.readers.splits import check_subjects
 from bdistil.errors import UserError
 
 ACTIVITIES, SUBJECTS, SEGMENTS = 19, 8, 60

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bdistil.data.feature_cache import cached_features
-from bdistil.data.feature_module import Array, FeatureModule, Samples
-from bdistil.data.logmel import RATE, SAMPLES, SPEC, left_padded, log_mel
-from bdistil.data.sources import Source, listed
-from bdistil.data.wav import read_wav
+from bdistil.data.base import Array, FeatureModule, Samples
+from bdistil.data.readers.audio import RATE, SAMPLES, SPEC, left_padded, log_mel, read_wav
+from bdistil.data.readers.feature_cache import cached_features
+from bdistil.data.readers.sources import Source, listed
 from bdistil.errors import UserError
 
 KEYWORDS = ("go", "no", "on", "up", "bed", "cat", "dog", "off", "one", "six", "two", "yes")  # 1 … 12; the rest is 0

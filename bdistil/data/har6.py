@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bdistil.data.feature_cache import cached_features
-from bdistil.data.feature_module import Array, FeatureModule, Samples
-from bdistil.data.sources import Source
-from bdistil.data.splits import check_subjects
+from bdistil.data.base import Array, FeatureModule, Samples
+from bdistil.data.readers.feature_cache import cached_features
+from bdistil.data.readers.sources import Source
+from bdistil.data.readers.splits import check_subjects
 from bdistil.errors import UserError
 
 STEPS, CLASSES = 128, 6  # 2.56 s at 50 Hz

@@ -9,10 +9,10 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
 
-from bdistil.data.images import ImageFiles, normalised, pad_crop_flip
-from bdistil.data.parts import PartsModule
-from bdistil.data.sources import Source, listed
-from bdistil.data.splits import stratified_split
+from bdistil.data.base import PartsModule
+from bdistil.data.readers.images import ImageFiles, normalised, pad_crop_flip
+from bdistil.data.readers.sources import Source, listed
+from bdistil.data.readers.splits import stratified_split
 from bdistil.errors import UserError
 
 # Of ImageNet's training images, in 0 … 1, as the literature has them.

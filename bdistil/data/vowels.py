@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from bdistil.data.embedded import packaged_file
-from bdistil.data.parts import TensorParts
-from bdistil.data.series import left_padded, moments
-from bdistil.data.splits import stratified_split
+from bdistil.data.base import TensorParts
+from bdistil.data.readers.series import left_padded, moments
+from bdistil.data.readers.sources import packaged_file
+from bdistil.data.readers.splits import stratified_split
 from bdistil.errors import UserError
 
 FOLDER = "sktime/datasets/data/JapaneseVowels"

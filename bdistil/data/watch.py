@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from bdistil.data.embedded import packaged_file
-from bdistil.data.parts import TensorParts
-from bdistil.data.pickles import load_arrays
-from bdistil.data.series import moments, windows
+from bdistil.data.base import TensorParts
+from bdistil.data.readers.pickles import load_arrays
+from bdistil.data.readers.series import moments, windows
+from bdistil.data.readers.sources import packaged_file
 from bdistil.errors import UserError
 
 FILE = "seglearn/data/watch_dataset.npy"

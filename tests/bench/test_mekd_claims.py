@@ -18,9 +18,8 @@ import torch
 
 from bdistil import ApiTeacher, BoostingSettings
 from bdistil.callbacks import RoundController
-from bdistil.data.attach import indexed_loaders
-from bdistil.data.digits import Digits
-from bdistil.data.local_digits import LocalDigits
+from bdistil.data.digits import Digits, LocalDigits
+from bdistil.data.loaders.attach import indexed_loaders
 from bdistil.disk import write_atomically
 from bdistil.distiller import TeacherSpec, TeacherTraining
 from bdistil.mekd import MappingEmulation

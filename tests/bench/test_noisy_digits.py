@@ -22,9 +22,9 @@ from helpers.toys import make_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil.callbacks import GradientNoise, LossMixing
-from bdistil.data.attach import LOADERS, indexed_loaders
 from bdistil.data.digits import read_digits, stratified_split
 from bdistil.data.label_noise import NoisyLabels
+from bdistil.data.loaders.attach import LOADERS, indexed_loaders
 from bdistil.distillation import Distillation
 from bdistil.functional.loss_mixing import MixingSettings
 from bdistil.zoo import ConvStudent, StridedConvNet

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil import BoostingSettings, Student
 from bdistil.block_sums import BLOCK
 from bdistil.callbacks import RoundController
-from bdistil.data.attach import indexed_loaders
+from bdistil.data.loaders.attach import indexed_loaders
 from bdistil.epoch_saving import save_epoch
 from bdistil.zoo import ConvStudent
 

@@ -11,7 +11,7 @@ import torch
 
 from bdistil.data import vowels as vowels_module
 from bdistil.data import watch as watch_module
-from bdistil.data.series import left_padded, moments, windows
+from bdistil.data.readers.series import left_padded, moments, windows
 from bdistil.data.vowels import Vowels, read_ts, read_vowels
 from bdistil.data.watch import Watch, read_watch, split_in_time
 from bdistil.errors import UserError

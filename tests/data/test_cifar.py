@@ -10,8 +10,8 @@ import torch
 from helpers.paper_files import old_pickle, pattern, write_cifar10, write_cifar100
 
 from bdistil.data.cifar import Cifar10, Cifar100, read_batch
-from bdistil.data.indexing import is_random
-from bdistil.data.pickles import load_arrays
+from bdistil.data.loaders.checks import is_random
+from bdistil.data.readers.pickles import load_arrays
 from bdistil.errors import UserError
 
 

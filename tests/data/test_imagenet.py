@@ -8,7 +8,7 @@ import torch
 from helpers.paper_files import png, write_imagenet, write_tiny_imagenet
 
 from bdistil.data.imagenet import MEAN, STD, ImageNet, TinyImageNet
-from bdistil.data.indexing import is_random
+from bdistil.data.loaders.checks import is_random
 from bdistil.errors import RunError, UserError
 
 

@@ -11,8 +11,8 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 from bdistil.data import digits as digits_module
 from bdistil.data.digits import Digits, read_digits
-from bdistil.data.embedded import packaged_file
-from bdistil.data.splits import stratified_split
+from bdistil.data.readers.sources import packaged_file
+from bdistil.data.readers.splits import stratified_split
 from bdistil.errors import UserError
 from bdistil.recipe_files import find_recipe, recipes, summary
 from bdistil.students import Rung, run_student

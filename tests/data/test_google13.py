@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers.paper_files import wav, write_speech
 
-from bdistil.data import feature_cache, google13
-from bdistil.data.feature_cache import cached_features
+from bdistil.data import google13
 from bdistil.data.google13 import KEYWORDS, Google13, clip_features, label_of, read_split
-from bdistil.data.logmel import SPEC, left_padded, log_mel, mel_filters
-from bdistil.data.wav import read_wav
+from bdistil.data.readers import feature_cache
+from bdistil.data.readers.audio import SPEC, left_padded, log_mel, mel_filters, read_wav
+from bdistil.data.readers.feature_cache import cached_features
 from bdistil.errors import UserError
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from bdistil.data.indexing import sequential_loader, training_loader
-from bdistil.data.views import ViewPlan
+from bdistil.data.loaders.indexing import sequential_loader, training_loader
+from bdistil.data.loaders.views import ViewPlan
 
 LOADERS = ("train_dataloader", "val_dataloader")
 

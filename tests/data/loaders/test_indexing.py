@@ -20,16 +20,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from bdistil.data.attach import only
-from bdistil.data.indexing import (
-    IndexedDataset,
-    block_loader,
-    check_dataset,
-    distinct_samples,
-    is_random,
-    sequential_loader,
-    training_loader,
-)
+from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.checks import check_dataset, distinct_samples, is_random
+from bdistil.data.loaders.indexing import IndexedDataset, block_loader, sequential_loader, training_loader
 from bdistil.errors import UserError
 from bdistil.utils import distributed
 

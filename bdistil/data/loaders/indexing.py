@@ -6,25 +6,23 @@ workers and collate function, in an order that is a pure function of (seed, roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
     TensorDataset,
     default_collate,
 )
 
-from bdistil.data.views import ViewPlan, Views, ViewSampler
+from bdistil.data.loaders.views import ViewPlan, Views, ViewSampler
 from bdistil.errors import UserError
 from bdistil.utils.seeding import seed_of
 
@@ -192,63 +190,6 @@ def with_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[A
     return DataLoader(dataset, sampler=loader.sampler, **options)
 
 
-def check_dataset(loader: Any, name: str) -> int:
-    """Proves that a loader's dataset can be addressed by index and yields (x, y).
-
-    Args:
-        loader: what ``train_dataloader()`` or ``val_dataloader()`` of a user's data module gave.
-        name: of that method, for the messages.
-
-    Returns:
-        The number of samples.
-
-    Raises:
-        UserError: not one DataLoader; an iterable or empty dataset; items that are not (x, y).
-    """
-    if isinstance(loader, list | tuple) and len(loader) == 1:
-        loader = loader[0]
-    if not isinstance(loader, DataLoader):
-        raise UserError(f"Expected `{name}()` to return one torch DataLoader, got {type(loader).__name__}.")
-    if loader.batch_sampler is None:
-        raise UserError(
-            f"Expected the loader of `{name}()` to make batches, got batch_size=None. Give it a batch_size."
-        )
-    dataset = loader.dataset
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise UserError(
-            f"Expected the dataset of `{name}()` to be map-style (with __len__ and __getitem__), got the iterable "
-            f"{type(dataset).__name__}. The ledger addresses samples by index: read the data into a map-style dataset."
-        )
-    if len(dataset) == 0:
-        raise UserError(f"Expected the dataset of `{name}()` to hold samples, got an empty {type(dataset).__name__}.")
-    item = dataset[0]
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        got = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
-        raise UserError(
-            f"Expected items of the dataset of `{name}()` to be (x, y), got {got}. The index is added for you."
-        )
-    return len(dataset)
-
-
-def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
-    """Does reading a sample twice give two different x (random augmentation)?"""
-    for index in range(min(tries, len(cast(Sized, dataset)))):
-        if not _same(dataset[index][0], dataset[index][0]):
-            return True
-    return False
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Are two x equal, NaN and all?"""
-    if isinstance(first, Mapping):
-        return all(_same(first[key], second[key]) for key in first)
-    if isinstance(first, tuple | list):
-        return all(map(_same, first, second))
-    if isinstance(first, Tensor | np.ndarray):
-        return bool(np.array_equal(np.asarray(first), np.asarray(second), equal_nan=True))
-    return True  # of anything else equality says nothing
-
-
 class _Share(DistributedSampler[Any]):
     """The samples of one process in order, each of them in one process only.
 
@@ -278,14 +219,4 @@ def sequential_loader(
     return DataLoader(indexed, batch_size=loader.batch_size or 1, sampler=_Share(indexed, world_size, rank), **options)
 
 
-def distinct_samples(loader: Any, read: int) -> int:
-    """How many samples of an epoch were read, without those that a sampler repeats to give every process as many.
-
-    The repeated ones are the last of their processes, so that they are there only where all of an epoch was read.
-
-    Args:
-        loader: the training loader.
-        read: samples that all processes have read.
-    """
-    sampler = getattr(loader, "sampler", None)
-    return min(read, len(cast(Sized, sampler.dataset))) if isinstance(sampler, DistributedSampler) else read
+Index = np.ndarray[Any, np.dtype[np.int64]]
