@@ -19,8 +19,8 @@ from torch import nn
 from bdistil.api_endpoint import HttpEndpoint
 from bdistil.data.loaders.attach import indexed_loaders
 from bdistil.distiller import TeacherSpec, TeacherTraining
+from bdistil.storage.weights import load_weights, save_weights
 from bdistil.utils.seeding import reseed
-from bdistil.weight_files import load_weights, save_weights
 
 
 class ModelServer(ThreadingHTTPServer):

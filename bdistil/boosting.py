@@ -22,7 +22,6 @@ from bdistil.data.loaders.attach import indexed_loaders, only
 from bdistil.data.loaders.checks import is_random
 from bdistil.data.loaders.views import CANONICAL, ViewPlan
 from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
-from bdistil.environment import describe_start
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import accepts_margin, accepts_progress
 from bdistil.ledger_records import RoundEvidence
@@ -39,9 +38,10 @@ from bdistil.preflight import (
     loaders_of,
 )
 from bdistil.rounds import BoostingRound
-from bdistil.run_directory import RunDirectory
 from bdistil.scoring import Part, prefix_accuracies
 from bdistil.settings import BoostingSettings
+from bdistil.storage.provenance import describe_start
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.students import Rung, Student
 from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs
 from bdistil.teachers import FrozenTeacher

@@ -20,7 +20,7 @@ from bdistil.profiling import profile_run
 from bdistil.recipe_files import jobs, recipes, summary
 from bdistil.report import write_report
 from bdistil.run_data import loader_of
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 NO_LIMITS = Budget()
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.anytime import AnytimeFigures
-from bdistil.blueprint import rebuild
 from bdistil.budgets import Budget, Prediction, exits_of
 from bdistil.errors import UserError
 from bdistil.inputs import InputSpec
 from bdistil.metrics.task import Task
 from bdistil.prediction import predict_within
-from bdistil.run_directory import RunDirectory
 from bdistil.schedules import ONE, StackedBodies, run_bodies, stack
 from bdistil.stage_times import StageClock
+from bdistil.storage.blueprint import rebuild
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.students import Rung, Student, links_of
 from bdistil.walk import Stage, Walk
 

@@ -17,7 +17,7 @@ from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.metrics.regression import PrefixErrors
 from bdistil.run_data import first_samples, loader_of
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 Part = Literal["test", "val"]
 Sweep = Literal["stages", "macs", "seconds", "confidence"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bdistil.curve_picture import plot_curve
-from bdistil.disk import disk_errors, write_atomically
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.files import disk_errors, write_atomically
+from bdistil.storage.run_directory import RunDirectory
 
 
 def teacher_row(run: RunDirectory, part: str) -> dict[str, Any] | None:

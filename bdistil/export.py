@@ -17,7 +17,7 @@ from bdistil.export_folder import FORMAT, VERSION, check_output, new_folder
 from bdistil.export_formats import FORMATS
 from bdistil.export_graphs import Normalisation
 from bdistil.export_job import Export, ExportOptions, plain
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 __all__ = ["ExportOptions", "export_run"]
 

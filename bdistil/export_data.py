@@ -15,7 +15,7 @@ from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.export_graphs import Normalisation
 from bdistil.run_data import datamodule_of
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 SAMPLES = 256
 

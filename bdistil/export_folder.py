@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bdistil.disk import sync
 from bdistil.errors import RunError, UserError
 from bdistil.export_graphs import Segment
+from bdistil.storage.files import sync
 
 FORMAT, VERSION = "bdistil-export", 1
 

@@ -22,22 +22,22 @@ from bdistil.boosting import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.commands import say_end
 from bdistil.data.loaders.attach import indexed_loaders, only
-from bdistil.disk import disk_errors
 from bdistil.distiller import Distiller, TeacherTraining
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.mekd_run import Emulation, Mekd
 from bdistil.report import write_report
-from bdistil.run_directory import RunDirectory
 from bdistil.run_logger import RunLogger
 from bdistil.run_notes import RunNotes
+from bdistil.storage.files import disk_errors
+from bdistil.storage.run_directory import RunDirectory
+from bdistil.storage.weights import load_weights, save_weights
 from bdistil.strategies import check_strategy
 from bdistil.teachers import comes_trained
 from bdistil.tracking import Tracking, make_logger
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
 from bdistil.utils.signals import StopCallback
-from bdistil.weight_files import load_weights, save_weights
 
 # In place of what Lightning says of its keys.
 HELP = {

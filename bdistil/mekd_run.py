@@ -16,7 +16,6 @@ from torch import nn
 
 from bdistil.api_teacher import ApiTeacher
 from bdistil.data.loaders.attach import only
-from bdistil.disk import write_atomically
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.functional.mekd import statistics
@@ -36,6 +35,7 @@ from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.mekd_stage import MakeTrainer, run_stage
 from bdistil.preflight import check_outputs, loaders_of
 from bdistil.scoring import prefix_accuracies
+from bdistil.storage.files import write_atomically
 from bdistil.utils.seeding import reseed
 
 

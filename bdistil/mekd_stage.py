@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bdistil.data.loaders.attach import indexed_loaders
-from bdistil.disk import disk_errors, write_atomically
-from bdistil.epoch_saving import save_epoch
 from bdistil.errors import RunError
 from bdistil.mekd import Deprivatization, MappingEmulation
+from bdistil.storage.checkpoint import save_epoch
+from bdistil.storage.files import disk_errors, write_atomically
+from bdistil.storage.weights import load_weights, save_weights
 from bdistil.utils.seeding import seed_of
-from bdistil.weight_files import load_weights, save_weights
 
 Stage = Deprivatization | MappingEmulation
 MakeTrainer = Callable[..., pl.Trainer]

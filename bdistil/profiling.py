@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.metrics.cost import latency_ms, measure_cost
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.students import linked_features, links_of
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from bdistil.curve_picture import COLOURS, curve_figure, error_figure, plot_curve
 from bdistil.curve_table import COLUMNS, Row, label, of_task, shown, split
-from bdistil.disk import write_atomically
 from bdistil.errors import UserError
 from bdistil.metrics.task import score_name
 from bdistil.report_anytime import anytime_section
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.files import write_atomically
+from bdistil.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

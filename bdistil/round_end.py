@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from bdistil.blueprint import IndescribableError, describe
 from bdistil.boosting import Boosting
 from bdistil.curve_rows import Verdict, dtype_of, round_training_macs, shape_of, stage_row
-from bdistil.disk import disk_errors
 from bdistil.metrics.curve import curve_figures
 from bdistil.metrics.task import score_name
 from bdistil.round_state import RoundState
 from bdistil.rounds import BoostingRound
+from bdistil.storage.blueprint import IndescribableError, describe
+from bdistil.storage.files import disk_errors
 from bdistil.students import Rung, links_of
 from bdistil.utils import distributed
 

@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 
-from bdistil.run_directory import RunDirectory
 from bdistil.run_logger import RunLogger
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.tracking import CurveTracker
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bdistil.data.loaders.attach import only
 from bdistil.errors import UserError
 from bdistil.mekd_data import open_generated
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 
 def datamodule_of(run: RunDirectory) -> LightningDataModule:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdistil.blueprint import IndescribableError, describe
 from bdistil.errors import UserError
+from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.students import Student
 
 ONE = "one"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
+from bdistil.storage.weights import load_weights
 from bdistil.students import Student
 from bdistil.teachers import Expectation
-from bdistil.weight_files import load_weights
 
 
 class TimmTeacher(nn.Module):

@@ -25,10 +25,10 @@ from uuid import uuid4
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from bdistil.disk import write_atomically
 from bdistil.metrics.task import score_name
 from bdistil.run_logger import RunLogger
 from bdistil.run_notes import FLUSH_SECONDS, FLUSH_SETTING
+from bdistil.storage.files import write_atomically
 
 CONNECT_SECONDS, INIT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 60.0
 # A student that takes W&B as long as this to refuse is one for a server that has gone.

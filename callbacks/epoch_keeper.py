@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from bdistil.disk import disk_errors
-from bdistil.epoch_saving import save_epoch
+from bdistil.storage.checkpoint import save_epoch
+from bdistil.storage.files import disk_errors
 from bdistil.utils.seeding import reseed
 
 

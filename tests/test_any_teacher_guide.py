@@ -16,7 +16,7 @@ from test_teachers import scripted
 from torch import nn
 
 from bdistil import ProgressiveEnsemble
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "any-teacher.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", GUIDE, re.S)

@@ -10,7 +10,7 @@ import torch
 from bdistil.anytime import AnytimeFigures, BatchTimes, ExitFigures
 from bdistil.errors import RunError
 from bdistil.exit_rules import RULES, add_votes, sureness
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 FIGURES = AnytimeFigures(
     count=2,

@@ -10,7 +10,7 @@ from helpers.api_toys import OUTPUTS, inputs
 from helpers.toys import Toys, boost, curve, in_child, make_teacher
 
 from bdistil import ApiTeacher, FrozenTeacher, HttpEndpoint, RunError
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 
 def ask_toy_teacher(batch):

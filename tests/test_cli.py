@@ -16,7 +16,7 @@ from bdistil import ProgressiveEnsemble
 from bdistil.callbacks import RoundController
 from bdistil.cli import _overview, main
 from bdistil.commands import COMMANDS, EXAMPLES
-from bdistil.run_directory import CURVE_COLUMNS, RunDirectory
+from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
 
 SMALL = [
     "fit", "--config", "digits", "--model.boosting.rounds", "2", "--trainer.max_epochs", "1",

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from bdistil.blueprint import describe
 from bdistil.budgets import Budget
 from bdistil.ensemble import ProgressiveEnsemble, build_student
 from bdistil.errors import RunError, UserError
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.blueprint import describe
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.students import Rung, Student, run_student
 
 IN, L, T, B = 5, 4, 4, 40

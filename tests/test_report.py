@@ -14,7 +14,7 @@ from bdistil.curve_picture import plot_curve
 from bdistil.curve_table import curve_table
 from bdistil.errors import UserError
 from bdistil.report import write_report
-from bdistil.run_directory import CURVE_COLUMNS, RunDirectory
+from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
 
 TEACHER = {"stage": "teacher", "macs": 1_204_224, "params": 602_112, "val_accuracy": 0.965, "val_loss": 0.1123}
 ACCURACY = (0.794, 0.8765, 0.9001)

@@ -22,7 +22,7 @@ from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher,
 from bdistil.cli import main
 from bdistil.metrics.cost import measure_cost
 from bdistil.preflight import check_outputs
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
 from bdistil.teachers import comes_trained
 from bdistil.timm_models import TimmTeacher

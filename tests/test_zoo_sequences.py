@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from bdistil.blueprint import describe, rebuild
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
+from bdistil.storage.blueprint import describe, rebuild
 from bdistil.students import Rung, run_student
 from bdistil.zoo_sequences import (
     InputNoise,

@@ -15,7 +15,7 @@ from bdistil import ProgressiveEnsemble
 from bdistil.cli import main
 from bdistil.early import early_figures
 from bdistil.run_data import loader_of
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 

@@ -20,15 +20,15 @@ from bdistil import ApiTeacher, BoostingSettings
 from bdistil.callbacks import RoundController
 from bdistil.data.digits import Digits, LocalDigits
 from bdistil.data.loaders.attach import indexed_loaders
-from bdistil.disk import write_atomically
 from bdistil.distiller import TeacherSpec, TeacherTraining
 from bdistil.mekd import MappingEmulation
 from bdistil.mekd_data import AnsweredSamples, GeneratedSamples, answers_of, repeated
 from bdistil.mekd_run import Emulation, Mekd, agreement_score
 from bdistil.mekd_stage import run_stage
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.files import write_atomically
+from bdistil.storage.run_directory import RunDirectory
+from bdistil.storage.weights import load_weights, save_weights
 from bdistil.utils.seeding import seed_of
-from bdistil.weight_files import load_weights, save_weights
 from bdistil.zoo import ConvStudent, StridedConvNet
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bdistil.cli import main
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 SEEDS = 3
 

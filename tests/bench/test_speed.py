@@ -20,7 +20,7 @@ from bdistil import BoostingSettings, Student
 from bdistil.block_sums import BLOCK
 from bdistil.callbacks import RoundController
 from bdistil.data.loaders.attach import indexed_loaders
-from bdistil.epoch_saving import save_epoch
+from bdistil.storage.checkpoint import save_epoch
 from bdistil.zoo import ConvStudent
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from helpers.toys import boost, digests, settings_for
 
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

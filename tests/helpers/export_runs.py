@@ -5,10 +5,10 @@ import json
 import torch
 from torch import nn
 
-from bdistil.blueprint import describe
 from bdistil.ensemble import build_student
 from bdistil.export import export_run
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.blueprint import describe
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.students import Rung, Student, run_student
 from bdistil.zoo_sequences import RecurrentSegmentStudent
 

@@ -17,8 +17,8 @@ from bdistil.cli import main
 from bdistil.data.diabetes import Diabetes, read_diabetes
 from bdistil.export import export_run
 from bdistil.metrics.regression import PrefixErrors, output_figures, output_sums
-from bdistil.run_directory import RunDirectory
 from bdistil.runner import ExportedEnsemble
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.units import Units
 from bdistil.zoo_tables import MLPStudent
 

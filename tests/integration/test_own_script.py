@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import bdistil.report
-import bdistil.run_directory
+import bdistil.storage.run_directory
 from bdistil import BoostingSettings
 from bdistil.callbacks import RoundController, round_controller
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bdistil.blueprint import IndescribableError, describe, rebuild
 from bdistil.errors import UserError
+from bdistil.storage.blueprint import IndescribableError, describe, rebuild
 from bdistil.students import Rung, Student, run_student
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from bdistil import cli
 from bdistil.callbacks import round_controller
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.zoo import ConvStudent
 
 pytestmark = pytest.mark.slow

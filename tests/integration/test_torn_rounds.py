@@ -101,7 +101,7 @@ def test_a_round_of_a_stopped_run_can_be_trained_again(tmp_path):
 
 def called_safe_to_delete():
     """Names in the table of docs/cluster.md whose last column says yes."""
-    table = (Path(__file__).parents[1] / "docs/cluster.md").read_text().split("safe to delete? |")[1].split("\n\n")[0]
+    table = (Path(__file__).parents[2] / "docs/cluster.md").read_text().split("safe to delete? |")[1].split("\n\n")[0]
     rows = [row.split("|")[1:-1] for row in table.splitlines() if row.count("|") == 4]
     return [name for names, _, safe in rows if safe.strip().startswith("yes") for name in re.findall("`(.+?)`", names)]
 

@@ -27,8 +27,8 @@ from helpers.toys import (
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import bdistil.report
-import bdistil.run_directory
-from bdistil.run_directory import RunDirectory
+import bdistil.storage.run_directory
+from bdistil.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -208,7 +208,7 @@ def test_a_kill_before_the_last_row_of_the_curve_costs_nothing_without_a_test_pa
 @pytest.mark.parametrize(
     ("owner", "name", "when", "after"),
     [
-        (bdistil.run_directory, "write_atomically", lambda path, text: path.name == "rejected.json", True),
+        (bdistil.storage.run_directory, "write_atomically", lambda path, text: path.name == "rejected.json", True),
         (RunDirectory, "reject", lambda *_: True, True),
         (RunDirectory, "stop", lambda *_: True, False),
     ],

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bdistil.anytime import AnytimeFigures
-from bdistil.configurations import differences
-from bdistil.disk import digest, disk_errors, sync, write_atomically
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.task import Task
-from bdistil.run_places import RunPlaces
+from bdistil.storage.files import digest, disk_errors, sync, write_atomically
+from bdistil.storage.provenance import differences
+from bdistil.storage.run_paths import RunPlaces
 
 CURVE_COLUMNS = (
     "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",

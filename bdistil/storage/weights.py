@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bdistil.disk import sync
 from bdistil.errors import UserError
+from bdistil.storage.files import sync
 
 
 def read_weights(path: Path, argument: str) -> dict[str, Any]:

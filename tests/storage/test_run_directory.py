@@ -14,12 +14,13 @@ import pytest
 import torch
 import yaml
 
-from bdistil import disk, run_directory
-from bdistil.configurations import flatten
-from bdistil.disk import write_atomically
 from bdistil.errors import RunError, UserError
 from bdistil.ledger import ErrorLedger
-from bdistil.run_directory import CURVE_COLUMNS, RunDirectory
+from bdistil.storage import files as disk
+from bdistil.storage import run_directory
+from bdistil.storage.files import write_atomically
+from bdistil.storage.provenance import flatten
+from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.tensor([1, 2]), "scalar": torch.tensor(3.0)}
 
@@ -83,7 +84,7 @@ def test_a_commit_that_is_cut_off_leaves_the_rounds_before(run, step):
     run.commit(0, WEIGHTS, {"round": 0})
     before = everything_in(run.folder(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"bdistil.run_directory.{STEPS[step][0]}", STEPS[step][1])
+        patch.setattr(f"bdistil.storage.run_directory.{STEPS[step][0]}", STEPS[step][1])
         with pytest.raises(Killed):
             run.commit(1, WEIGHTS, {"round": 1})
     assert run.committed() == 1

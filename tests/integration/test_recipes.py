@@ -21,9 +21,9 @@ from bdistil import ProgressiveEnsemble
 from bdistil.callbacks import round_controller
 from bdistil.cli import main
 from bdistil.recipe_files import recipes, summary
-from bdistil.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 PAPERS = {
     "cifar10-resnet56", "cifar100-wrn40-2", "cifar100-resnet32x4", "tiny-imagenet-resnet50", "imagenet-resnet50",
     "google13-lstm", "dsa19-lstm", "har6-lstm",

@@ -9,8 +9,8 @@ from helpers.toys import Hook, boost, control, digests, fit, settings_for
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import nn
 
-from bdistil import epoch_saving
-from bdistil.epoch_saving import QuickIO, save_epoch
+from bdistil.storage import checkpoint as epoch_saving
+from bdistil.storage.checkpoint import QuickIO, save_epoch
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
