@@ -13,9 +13,9 @@ from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
 from bdistil.foreign_teachers import OnnxTeacher, TorchScriptTeacher
 from bdistil.ledger import ErrorLedger
+from bdistil.models.student import Rung, Student
 from bdistil.rounds import BoostingRound
 from bdistil.settings import BoostingSettings
-from bdistil.students import Rung, Student
 from bdistil.teachers import AdaptedTeacher, AveragedTeacher, FrozenTeacher
 
 __all__ = [

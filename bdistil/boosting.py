@@ -27,6 +27,7 @@ from bdistil.functional.boosting import accepts_margin, accepts_progress
 from bdistil.ledger_records import RoundEvidence
 from bdistil.metrics.cost import latency_ms
 from bdistil.metrics.task import score_name
+from bdistil.models.student import Rung, Student
 from bdistil.node_disks import claim
 from bdistil.preflight import (
     check_augmentation,
@@ -42,7 +43,6 @@ from bdistil.scoring import Part, prefix_accuracies
 from bdistil.settings import BoostingSettings
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.students import Rung, Student
 from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs
 from bdistil.teachers import FrozenTeacher
 from bdistil.utils import distributed

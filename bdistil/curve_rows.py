@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bdistil.api_teacher import ApiTeacher
 from bdistil.ledger_records import RoundEvidence
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
+from bdistil.models.student import linked_features, links_of
 from bdistil.preflight import first_of
-from bdistil.students import linked_features, links_of
 
 Uncounted = Literal["error", "record"]
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.exit_rules import sureness
-from bdistil.sequences import SegmentStudent
+from bdistil.models.segment_student import SegmentStudent
 
 # Parts of the sequence by which the share of decided samples is reported, as the literature does.
 PARTS = (0.55, 0.75)

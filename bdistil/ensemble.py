@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from bdistil.anytime import AnytimeFigures
 from bdistil.budgets import Budget, Prediction, exits_of
 from bdistil.errors import UserError
-from bdistil.inputs import InputSpec
 from bdistil.metrics.task import Task
+from bdistil.models.inputs import InputSpec
+from bdistil.models.student import Rung, Student, links_of
 from bdistil.prediction import predict_within
 from bdistil.schedules import ONE, StackedBodies, run_bodies, stack
 from bdistil.stage_times import StageClock
 from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.students import Rung, Student, links_of
 from bdistil.walk import Stage, Walk
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError
-from bdistil.students import Student, linked_numbers, links_of
+from bdistil.models.student import Student, linked_numbers, links_of
 
 OPSET = 17
 Normalisation = tuple[Tensor, Tensor]

@@ -21,8 +21,8 @@ from bdistil.data.loaders.views import Views
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.task import Task
+from bdistil.models.student import Rung, Student
 from bdistil.settings import BoostingSettings
-from bdistil.students import Rung, Student
 from bdistil.suspicions import warn_of_probabilities
 from bdistil.teachers import AdaptedTeacher, AveragedTeacher
 

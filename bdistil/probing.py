@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from bdistil.data.loaders.attach import LOADERS, only
 from bdistil.data.loaders.indexing import Index
 from bdistil.errors import UserError
-from bdistil.students import Student
+from bdistil.models.student import Student
 
 
 class Distilling(Protocol):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.metrics.cost import latency_ms, measure_cost
+from bdistil.models.student import linked_features, links_of
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.students import linked_features, links_of
 
 
 def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ from bdistil.boosting import Boosting
 from bdistil.curve_rows import Verdict, dtype_of, round_training_macs, shape_of, stage_row
 from bdistil.metrics.curve import curve_figures
 from bdistil.metrics.task import score_name
+from bdistil.models.student import Rung, links_of
 from bdistil.round_state import RoundState
 from bdistil.rounds import BoostingRound
 from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.storage.files import disk_errors
-from bdistil.students import Rung, links_of
 from bdistil.utils import distributed
 
 

@@ -16,9 +16,9 @@ from bdistil.data.loaders.indexing import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.metrics.regression import as_columns, output_figures, output_sums
+from bdistil.models.student import linked_numbers, links_of, run_student
 from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
-from bdistil.students import linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 
 # Makes of g, S, the labels and the index of a batch the target and the error of a round that mixes labels in.

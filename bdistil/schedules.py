@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
+from bdistil.models.student import Student
 from bdistil.storage.blueprint import IndescribableError, describe
-from bdistil.students import Student
 
 ONE = "one"
 GROUPS = {"pairs": 2, "all": None}  # schedule: students in a group

@@ -23,9 +23,9 @@ from bdistil.ledger_records import RoundEvidence
 from bdistil.metrics.classification import PrefixScores
 from bdistil.metrics.regression import PrefixErrors, output_figures
 from bdistil.metrics.task import Task
+from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
 from bdistil.row_files import FeatureCache, Storage
 from bdistil.settings import BoostingSettings
-from bdistil.students import Student, features_of, linked_features, linked_numbers, links_of, run_student
 from bdistil.units import Units
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from bdistil.errors import UserError
 from bdistil.functional.boosting import gamma_of
 from bdistil.metrics.task import Task
+from bdistil.models.student import Rung
 from bdistil.row_files import Storage
-from bdistil.students import Rung
 
 
 def _default_ladder() -> list[Rung]:

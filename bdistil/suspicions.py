@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from bdistil.teachers import AdaptedTeacher, expectation_of
+from bdistil.models.inputs import expectation_of
+from bdistil.teachers import AdaptedTeacher
 
 
 def some_inputs(loader: Any, count: int = 64) -> Any:

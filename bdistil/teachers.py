@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
+from bdistil.models.inputs import expectation_of
 
 Values = float | Sequence[float]
 
@@ -72,21 +72,6 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
 def comes_trained(network: nn.Module) -> bool:
     """Does a network say, by its attribute `trained`, that a recipe has nothing to train in it?"""
     return bool(getattr(network, "trained", False))
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """The images that a network was trained on: their mean and sd a channel, of pixels in 0 … 1, and (H, W)."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    size: tuple[int, int]
-
-
-def expectation_of(network: nn.Module) -> Expectation | None:
-    """What a network says, by its attribute `expects`, of the images that it was trained on."""
-    found = getattr(network, "expects", None)
-    return found if isinstance(found, Expectation) else None
 
 
 class AdaptedTeacher(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.exit_rules import add_votes
-from bdistil.students import Student
+from bdistil.models.student import Student
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from bdistil.calibration import calibration_error
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.exit_rules import RULES
+from bdistil.models.student import Rung, Student
 from bdistil.schedules import StackedBodies
-from bdistil.students import Rung, Student
 
 IN, L, T, N = 6, 4, 3, 400
 MACS = [100, 250, 450]

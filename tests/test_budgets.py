@@ -16,9 +16,9 @@ from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation import CONFIDENCES, sweep_budgets
 from bdistil.exit_rules import RULES, add_votes, sureness
-from bdistil.inputs import InputSpec
+from bdistil.models.inputs import InputSpec
+from bdistil.models.student import Rung, Student
 from bdistil.stage_times import Deadline, StageClock
-from bdistil.students import Rung, Student
 
 IN, L, T, B = 5, 4, 4, 40
 MACS = [10, 25, 45, 70]

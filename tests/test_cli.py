@@ -230,7 +230,7 @@ def test_print_config_shows_the_resolved_recipe(capsys):
         main([*SMALL, "--print_config"])
     assert end.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["model"]["student"]["class_path"] == "bdistil.zoo.ConvStudent"
+    assert shown["model"]["student"]["class_path"] == "bdistil.models.convnets.ConvStudent"
     assert shown["trainer"]["max_epochs"] == 1
 
 

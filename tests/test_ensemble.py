@@ -10,9 +10,9 @@ from torch import nn
 from bdistil.budgets import Budget
 from bdistil.ensemble import ProgressiveEnsemble, build_student
 from bdistil.errors import RunError, UserError
+from bdistil.models.student import Rung, Student, run_student
 from bdistil.storage.blueprint import describe
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.students import Rung, Student, run_student
 
 IN, L, T, B = 5, 4, 4, 40
 MACS = [10, 25, 45, 70]

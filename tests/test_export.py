@@ -9,9 +9,9 @@ from bdistil import Budget, ProgressiveEnsemble
 from bdistil.anytime import AnytimeFigures, ExitFigures
 from bdistil.exit_rules import RULES, sureness
 from bdistil.export import export_run
+from bdistil.models.student import Student
 from bdistil.runner import Budget as RunnerBudget
 from bdistil.runner import ExportedEnsemble
-from bdistil.students import Student
 
 
 @pytest.fixture(scope="module", params=KINDS)

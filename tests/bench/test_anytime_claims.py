@@ -21,9 +21,9 @@ from bdistil.anytime_fit import ExitTarget, fit_anytime
 from bdistil.cli import main
 from bdistil.data.digits import Digits
 from bdistil.exit_rules import sureness
+from bdistil.models.convnets import ConvStudent
 from bdistil.timing import measure_times
 from bdistil.utils.memory import keep_freed_memory
-from bdistil.zoo import ConvStudent
 
 pytestmark = pytest.mark.slow
 keep_freed_memory()  # as the command line does: whether the heap is given back between two calls is no figure of ours

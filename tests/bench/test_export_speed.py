@@ -15,9 +15,9 @@ from bdistil import ProgressiveEnsemble
 from bdistil.export import export_run
 from bdistil.export_exits import leaving, write_exits
 from bdistil.export_fuse import fused_runner
+from bdistil.models.convnets import ConvStudent
+from bdistil.models.recurrent import RecurrentStudent
 from bdistil.runner import Budget, ExitRule, ExportedEnsemble
-from bdistil.zoo import ConvStudent
-from bdistil.zoo_sequences import RecurrentStudent
 
 pytestmark = pytest.mark.slow
 

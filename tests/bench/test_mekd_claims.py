@@ -25,11 +25,11 @@ from bdistil.mekd import MappingEmulation
 from bdistil.mekd_data import AnsweredSamples, GeneratedSamples, answers_of, repeated
 from bdistil.mekd_run import Emulation, Mekd, agreement_score
 from bdistil.mekd_stage import run_stage
+from bdistil.models.convnets import ConvStudent, StridedConvNet
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.utils.seeding import seed_of
-from bdistil.zoo import ConvStudent, StridedConvNet
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from bdistil.data.label_noise import NoisyLabels
 from bdistil.data.loaders.attach import LOADERS, indexed_loaders
 from bdistil.distillation import Distillation
 from bdistil.functional.loss_mixing import MixingSettings
-from bdistil.zoo import ConvStudent, StridedConvNet
+from bdistil.models.convnets import ConvStudent, StridedConvNet
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from bdistil import BoostingSettings, Student
 from bdistil.block_sums import BLOCK
 from bdistil.callbacks import RoundController
 from bdistil.data.loaders.attach import indexed_loaders
+from bdistil.models.convnets import ConvStudent
 from bdistil.storage.checkpoint import save_epoch
-from bdistil.zoo import ConvStudent
 
 pytestmark = pytest.mark.slow
 

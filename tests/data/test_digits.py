@@ -14,9 +14,9 @@ from bdistil.data.digits import Digits, read_digits
 from bdistil.data.readers.sources import packaged_file
 from bdistil.data.readers.splits import stratified_split
 from bdistil.errors import UserError
+from bdistil.models.convnets import ConvStudent, StridedConvNet, conv_body
+from bdistil.models.student import Rung, run_student
 from bdistil.recipe_files import find_recipe, recipes, summary
-from bdistil.students import Rung, run_student
-from bdistil.zoo import ConvStudent, StridedConvNet, conv_body
 
 # ---- the digits
 

@@ -7,10 +7,10 @@ from torch import nn
 
 from bdistil.ensemble import build_student
 from bdistil.export import export_run
+from bdistil.models.recurrent import RecurrentSegmentStudent
+from bdistil.models.student import Rung, Student, run_student
 from bdistil.storage.blueprint import describe
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.students import Rung, Student, run_student
-from bdistil.zoo_sequences import RecurrentSegmentStudent
 
 L = 5
 RUNGS = [Rung(0), Rung(1), Rung(2, "hidden", 4), Rung(1, "residual")]

@@ -15,8 +15,8 @@ from torch import nn
 
 from bdistil import cli
 from bdistil.callbacks import round_controller
+from bdistil.models.convnets import ConvStudent
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.zoo import ConvStudent
 
 pytestmark = pytest.mark.slow
 

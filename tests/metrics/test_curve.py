@@ -10,8 +10,8 @@ import torch
 from bdistil.errors import UserError
 from bdistil.metrics.classification import PrefixScores
 from bdistil.metrics.curve import area_under_curve, violations_of_monotony
+from bdistil.models.student import Rung
 from bdistil.settings import BoostingSettings
-from bdistil.students import Rung
 
 # ---- settings
 

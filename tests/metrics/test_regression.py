@@ -17,10 +17,10 @@ from bdistil.cli import main
 from bdistil.data.diabetes import Diabetes, read_diabetes
 from bdistil.export import export_run
 from bdistil.metrics.regression import PrefixErrors, output_figures, output_sums
+from bdistil.models.mlp import MLPStudent
 from bdistil.runner import ExportedEnsemble
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.units import Units
-from bdistil.zoo_tables import MLPStudent
 
 OUTPUTS = 2
 UNITS = torch.tensor([[100.0, -3.0], [20.0, 0.5]])  # offset and size of each output

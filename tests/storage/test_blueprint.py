@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bdistil.errors import UserError
+from bdistil.models.student import Rung, Student, run_student
 from bdistil.storage.blueprint import IndescribableError, describe, rebuild
-from bdistil.students import Rung, Student, run_student
 
 
 def again(module):
@@ -287,7 +287,15 @@ def plan_of(module):
 
 @pytest.mark.parametrize(
     "path",
-    ["os.system", "builtins.eval", "builtins.object", "bdistil.students.Rung", "nowhere.Net", "bdistil.Net", "Net"],
+    [
+        "os.system",
+        "builtins.eval",
+        "builtins.object",
+        "bdistil.models.student.Rung",
+        "nowhere.Net",
+        "bdistil.Net",
+        "Net",
+    ],
 )
 def test_a_class_that_is_no_module(path):
     plan, tensors = plan_of(nn.Sequential(nn.Linear(2, 2)))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.students import Student
-from bdistil.zoo import scaled
+from bdistil.models.layers import scaled
+from bdistil.models.student import Student
 
 
 def mlp_body(features: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:

@@ -92,7 +92,7 @@ class Student(nn.Module):
         outputs: L; read off a linear head where it is not given.
 
     Attributes:
-        handed: how many of the linked features its body itself starts from, see `bdistil.sequences`.
+        handed: how many of the linked features its body itself starts from, see `bdistil.models.segment_student`.
         most_rounds: how many such students a run can have; None: any number.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bdistil.errors import UserError
-from bdistil.students import Rung, Student, linkable, linked_features, linked_numbers, links_of, run_student
+from bdistil.models.student import Rung, Student, linkable, linked_features, linked_numbers, links_of, run_student
 
 IN, L = 6, 3
 WIDTHS = [4, 5, 2]  # D differs from student to student

@@ -6,9 +6,9 @@ from torch import nn
 
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
+from bdistil.models.cifar import CifarResNet, PadShortcut, WideBlock, WideResNet
+from bdistil.models.student import Rung, run_student
 from bdistil.storage.blueprint import describe, rebuild
-from bdistil.students import Rung, run_student
-from bdistil.zoo_cifar import CifarResNet, PadShortcut, WideBlock, WideResNet
 
 WIDE = (32, 64, 128, 256)
 

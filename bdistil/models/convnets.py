@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from bdistil.errors import UserError
-from bdistil.students import Student
+from bdistil.models.layers import Classifier, scaled
+from bdistil.models.student import Student
 
 
 def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequential:
@@ -35,31 +36,6 @@ def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequ
         ]
     layers += [("pool", nn.AdaptiveAvgPool2d(pooled)), ("flat", nn.Flatten())]
     return nn.Sequential(OrderedDict(layers))
-
-
-def scaled(channels: Sequence[int], width: float) -> list[int]:
-    """Channels times a factor, one at least."""
-    return [max(1, round(count * width)) for count in channels]
-
-
-class Classifier(nn.Module):
-    """A body, dropout and a linear head.
-
-    Args:
-        body: maps x (B, ...) to features (B, D).
-        features: D.
-        outputs: L.
-        dropout: before the head.
-    """
-
-    def __init__(self, body: nn.Module, features: int, outputs: int, dropout: float) -> None:
-        super().__init__()
-        self.body, self.dropout, self.head = body, nn.Dropout(dropout), nn.Linear(features, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, L) of x (B, ...)."""
-        logits: Tensor = self.head(self.dropout(self.body(x)))
-        return logits
 
 
 class StridedConvNet(Classifier):

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ProgressiveEnsemble, Rung, UserError
+from bdistil.models.timm import TimmStudent, TimmTeacher
 from bdistil.storage.blueprint import describe, rebuild
 from bdistil.storage.weights import load_weights
-from bdistil.timm_models import TimmStudent, TimmTeacher
 
 SIDE, CLASSES = 32, 4
 SMALL_VIT = {"img_size": SIDE, "patch_size": 16}

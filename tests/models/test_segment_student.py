@@ -13,9 +13,9 @@ from bdistil import Budget, ProgressiveEnsemble, Rung, Student
 from bdistil.ensemble import build_student
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
-from bdistil.sequences import SegmentStudent, segment_of
-from bdistil.students import linked_features, run_student
-from bdistil.zoo_sequences import RecurrentNet, RecurrentSegmentStudent
+from bdistil.models.recurrent import RecurrentNet, RecurrentSegmentStudent
+from bdistil.models.segment_student import SegmentStudent, segment_of
+from bdistil.models.student import linked_features, run_student
 
 M, C, L, H, T = 13, 3, 4, 5, 4
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -334,7 +334,7 @@ def test_what_cannot_be(x):
 
 def test_the_guide_is_true():
     """Its Python runs word for word; a stage that is sure ends the stream."""
-    guide = (Path(__file__).parents[1] / "docs" / "sequences.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "sequences.md").read_text(encoding="utf-8")
     students, stream = re.findall(r"```python\n(.*?)```", guide, re.S)
     scope = {"__name__": "mine"}
     exec(students, scope)

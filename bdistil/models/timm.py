@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
+from bdistil.models.inputs import Expectation
+from bdistil.models.student import Student
 from bdistil.storage.weights import load_weights
-from bdistil.students import Student
-from bdistil.teachers import Expectation
 
 
 class TimmTeacher(nn.Module):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.students import Student
-from bdistil.zoo import scaled
+from bdistil.models.layers import scaled
+from bdistil.models.student import Student
 
 Shortcut = Literal["project", "pad"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.students import Rung, Student, linkable
+from bdistil.models.student import Rung, Student, linkable
 
 
 def segment_of(number: int, segments: int, steps: int) -> tuple[int, int]:

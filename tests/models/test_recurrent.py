@@ -6,17 +6,11 @@ from torch import nn
 
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
+from bdistil.models.layers import InputNoise
+from bdistil.models.recurrent import RecurrentBody, RecurrentNet, RecurrentStudent
+from bdistil.models.sequence_convnets import SequenceConvNet, SequenceConvStudent, sequence_conv_body
+from bdistil.models.student import Rung, run_student
 from bdistil.storage.blueprint import describe, rebuild
-from bdistil.students import Rung, run_student
-from bdistil.zoo_sequences import (
-    InputNoise,
-    RecurrentBody,
-    RecurrentNet,
-    RecurrentStudent,
-    SequenceConvNet,
-    SequenceConvStudent,
-    sequence_conv_body,
-)
 
 M, C, L = 20, 3, 5
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdistil.errors import UserError
 
@@ -59,3 +59,18 @@ def _refuse_nan(x: Tensor) -> None:
             f"Expected `x` without NaN or infinity, got {count} such samples of {len(x)}, the first at index "
             f"{int(wrong.nonzero()[0])}. Mend or leave out these samples."
         )
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The images that a network was trained on: their mean and sd a channel, of pixels in 0 … 1, and (H, W)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+
+
+def expectation_of(network: nn.Module) -> Expectation | None:
+    """What a network says, by its attribute `expects`, of the images that it was trained on."""
+    found = getattr(network, "expects", None)
+    return found if isinstance(found, Expectation) else None
