@@ -6,17 +6,17 @@ Letters in shapes, the same everywhere: N samples, L outputs (classes), T rounds
 g teacher logits, f_t student t, S running error.
 """
 
-from bdistil.api_endpoint import HttpEndpoint
-from bdistil.api_teacher import ApiTeacher
 from bdistil.budgets import Budget, Prediction
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
-from bdistil.foreign_teachers import OnnxTeacher, TorchScriptTeacher
 from bdistil.ledger import ErrorLedger
 from bdistil.models.student import Rung, Student
 from bdistil.rounds import BoostingRound
 from bdistil.settings import BoostingSettings
-from bdistil.teachers import AdaptedTeacher, AveragedTeacher, FrozenTeacher
+from bdistil.teachers.api import ApiTeacher
+from bdistil.teachers.exported import OnnxTeacher, TorchScriptTeacher
+from bdistil.teachers.http_endpoint import HttpEndpoint
+from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher, FrozenTeacher
 
 __all__ = [
     "AdaptedTeacher",

@@ -43,8 +43,8 @@ from bdistil.scoring import Part, prefix_accuracies
 from bdistil.settings import BoostingSettings
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs
-from bdistil.teachers import FrozenTeacher
+from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs
+from bdistil.teachers.wrappers import FrozenTeacher
 from bdistil.utils import distributed
 from bdistil.utils.seeding import reseed, seed_of
 

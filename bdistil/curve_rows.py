@@ -11,11 +11,11 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from bdistil.api_teacher import ApiTeacher
 from bdistil.ledger_records import RoundEvidence
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.models.student import linked_features, links_of
 from bdistil.preflight import first_of
+from bdistil.teachers.api import ApiTeacher
 
 Uncounted = Literal["error", "record"]
 

@@ -16,7 +16,7 @@ from bdistil.functional.distillation import at_least_float32, kd_terms
 from bdistil.functional.gradient_noise import scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
 from bdistil.probing import last_layers
-from bdistil.teachers import FrozenTeacher
+from bdistil.teachers.wrappers import FrozenTeacher
 
 # Where `auto` starts, before the first look at the gradient.
 CAUTIOUS = 0.1

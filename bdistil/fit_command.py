@@ -22,7 +22,7 @@ from bdistil.boosting import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.commands import say_end
 from bdistil.data.loaders.attach import indexed_loaders, only
-from bdistil.distiller import Distiller, TeacherTraining
+from bdistil.distiller import Distiller
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.mekd_run import Emulation, Mekd
@@ -33,7 +33,8 @@ from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.strategies import check_strategy
-from bdistil.teachers import comes_trained
+from bdistil.teachers.training import TeacherTraining
+from bdistil.teachers.wrappers import comes_trained
 from bdistil.tracking import Tracking, make_logger
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import row_files
-from bdistil.api_teacher import ApiTeacher
 from bdistil.mekd_deprivatization import latents
 from bdistil.mekd_networks import Generator
+from bdistil.teachers.api import ApiTeacher
 
 # Samples that are made at once: fixed, for the last bits of a batched product depend on the batch, and with them the
 # key under which an answer is remembered.

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bdistil.api_teacher import ApiTeacher
 from bdistil.errors import UserError
 from bdistil.functional.mekd import (
     balance,
@@ -21,6 +20,7 @@ from bdistil.functional.mekd import (
     narrow_distance,
 )
 from bdistil.mekd_networks import Discriminator, Generator
+from bdistil.teachers.api import ApiTeacher
 from bdistil.utils.seeding import reseed, seed_of
 
 PREVIEWS = 256  # generated samples of the validation's distance

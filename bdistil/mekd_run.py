@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from bdistil.api_teacher import ApiTeacher
 from bdistil.data.loaders.attach import only
 from bdistil.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
@@ -36,6 +35,7 @@ from bdistil.mekd_stage import MakeTrainer, run_stage
 from bdistil.preflight import check_outputs, loaders_of
 from bdistil.scoring import prefix_accuracies
 from bdistil.storage.files import write_atomically
+from bdistil.teachers.api import ApiTeacher
 from bdistil.utils.seeding import reseed
 
 

@@ -23,8 +23,8 @@ from bdistil.metrics.cost import as_written
 from bdistil.metrics.task import Task
 from bdistil.models.student import Rung, Student
 from bdistil.settings import BoostingSettings
-from bdistil.suspicions import warn_of_probabilities
-from bdistil.teachers import AdaptedTeacher, AveragedTeacher
+from bdistil.teachers.checks import warn_of_probabilities
+from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
 
 
 def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:

@@ -19,7 +19,8 @@ class ComputeCost(Callback):
     """Logs what a forward pass of one sample costs before the first step, and what the training cost at its end.
 
     Keys: ``cost/macs``, ``params``, ``weight_bytes``, ``activation_bytes``, ``latency_ms``, as in
-    `bdistil.metrics.cost`; then ``cost/train_macs`` and ``cost/seconds``, resumed parts included. They are in ``trainer.callback_metrics`` as well.
+    `bdistil.metrics.cost`; then ``cost/train_macs`` and ``cost/seconds``, resumed parts included. They
+    are in ``trainer.callback_metrics`` as well.
 
     Args:
         inputs: positional arguments of the pass, taken as they are. Default: the first row of the module's

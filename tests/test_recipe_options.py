@@ -13,11 +13,12 @@ from torch import nn
 from bdistil import ProgressiveEnsemble, rounds
 from bdistil.callbacks import round_controller
 from bdistil.cli import main
-from bdistil.distiller import Distiller, TeacherSpec, TeacherTraining
+from bdistil.distiller import Distiller
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written, measure_cost
 from bdistil.models.cifar import CifarResNet
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.teachers.training import TeacherSpec, TeacherTraining
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -16,18 +15,6 @@ UNCOUNTED = frozenset((
     "Attention", "ConvInteger", "DeformConv", "DFT", "Einsum", "If", "Loop", "MatMulInteger", "QLinearConv",
     "QLinearMatMul", "RNN", "GRU", "LSTM", "Scan",
 ))  # fmt: skip
-
-
-def digest(path: Path) -> str:
-    """Sha256 of an ONNX file and of the files beside it that hold its weights."""
-    import onnx
-
-    found = hashlib.sha256(path.read_bytes())
-    graph = onnx.load(path, load_external_data=False).graph
-    outside = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
-    for name in sorted(outside):
-        found.update((path.parent / name).read_bytes())
-    return found.hexdigest()
 
 
 def graph_cost(path: Path, shapes: Mapping[str, Sequence[int]]) -> OutsideCost:

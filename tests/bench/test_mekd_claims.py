@@ -20,7 +20,6 @@ from bdistil import ApiTeacher, BoostingSettings
 from bdistil.callbacks import RoundController
 from bdistil.data.digits import Digits, LocalDigits
 from bdistil.data.loaders.attach import indexed_loaders
-from bdistil.distiller import TeacherSpec, TeacherTraining
 from bdistil.mekd import MappingEmulation
 from bdistil.mekd_data import AnsweredSamples, GeneratedSamples, answers_of, repeated
 from bdistil.mekd_run import Emulation, Mekd, agreement_score
@@ -29,6 +28,7 @@ from bdistil.models.convnets import ConvStudent, StridedConvNet
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
+from bdistil.teachers.training import TeacherSpec, TeacherTraining
 from bdistil.utils.seeding import seed_of
 
 pytestmark = pytest.mark.slow

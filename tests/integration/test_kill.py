@@ -38,7 +38,7 @@ class Dropping(ConvStudent):
 
 # Stages of a run, and what is called in each: the process dies before or after one of these calls.
 WATCHED = {
-    "steps of the teacher": [("bdistil.distiller.TeacherTraining", "training_step")],
+    "steps of the teacher": [("bdistil.teachers.training.TeacherTraining", "training_step")],
     "steps of a round": [("bdistil.rounds.BoostingRound", "training_step")],
     "verdict": [("bdistil.ledger.ErrorLedger", "advance"), ("bdistil.ledger.ErrorLedger", "keep")],
     "files": [("os", "replace"), ("os", "fsync"), ("shutil", "rmtree")],

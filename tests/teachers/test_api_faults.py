@@ -117,7 +117,7 @@ def test_the_rate_is_kept(make, monkeypatch):
         waits.append(seconds)
         clock[0] += seconds
 
-    monkeypatch.setattr("bdistil.api_endpoint.time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr("bdistil.teachers.http_endpoint.time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     teacher = make(logits_of, rate=100, batch_size=5)
     teacher(inputs(18))
     assert waits == pytest.approx([0, 0.05, 0.05, 0.05])

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from bdistil.models.inputs import expectation_of
-from bdistil.teachers import AdaptedTeacher
+from bdistil.teachers.wrappers import AdaptedTeacher
 
 
 def some_inputs(loader: Any, count: int = 64) -> Any:

@@ -24,8 +24,8 @@ from bdistil.metrics.cost import measure_cost
 from bdistil.models.timm import TimmTeacher
 from bdistil.preflight import check_outputs
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.suspicions import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
-from bdistil.teachers import comes_trained
+from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
+from bdistil.teachers.wrappers import comes_trained
 
 SHAPE = (1, 8, 8)
 

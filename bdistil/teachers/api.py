@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdistil.api_cache import AnswerCache
-from bdistil.api_endpoint import ApiRefusedError, ApiUnavailableError, Pace
 from bdistil.errors import RunError, UserError
 from bdistil.functional.distillation import centre
+from bdistil.teachers.api_cache import AnswerCache
+from bdistil.teachers.http_endpoint import ApiRefusedError, ApiUnavailableError, Pace
 
 Answers = Literal["logits", "probabilities", "labels"]
 LONGEST_WAIT = 60.0  # seconds between two attempts

@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from bdistil.api_endpoint import HttpEndpoint
 from bdistil.data.loaders.attach import indexed_loaders
-from bdistil.distiller import TeacherSpec, TeacherTraining
 from bdistil.storage.weights import load_weights, save_weights
+from bdistil.teachers.http_endpoint import HttpEndpoint
+from bdistil.teachers.training import TeacherSpec, TeacherTraining
 from bdistil.utils.seeding import reseed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,6 @@ class OnnxTeacher(nn.Module):
     @property
     def identity(self) -> str:
         """Sha256 of the file and of those that it keeps weights in; the output's name."""
-        from bdistil.metrics.onnx_cost import digest
 
         return f"{digest(Path(self.path))} {self.output}"
 
@@ -136,3 +136,15 @@ def _session(path: str, providers: list[str]) -> Any:
         return onnxruntime.InferenceSession(path, providers=providers)
     except Exception as error:  # onnxruntime's own, which have no common class
         raise UserError(f"Expected `path` to be an ONNX file, got {path!r}: {error}") from error
+
+
+def digest(path: Path) -> str:
+    """Sha256 of an ONNX file and of the files beside it that hold its weights."""
+    import onnx
+
+    found = hashlib.sha256(path.read_bytes())
+    graph = onnx.load(path, load_external_data=False).graph
+    outside = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
+    for name in sorted(outside):
+        found.update((path.parent / name).read_bytes())
+    return found.hexdigest()
