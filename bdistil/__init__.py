@@ -6,8 +6,8 @@ Letters in shapes, the same everywhere: N samples, L outputs (classes), T rounds
 g teacher logits, f_t student t, S running error.
 """
 
-from bdistil.budgets import Budget, Prediction
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.budget import Budget, Prediction
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
 from bdistil.ledger import ErrorLedger
 from bdistil.models.student import Rung, Student

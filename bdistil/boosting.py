@@ -21,7 +21,9 @@ from bdistil.curve_rows import Uncounted, is_api, student_cost, student_inputs, 
 from bdistil.data.loaders.attach import indexed_loaders, only
 from bdistil.data.loaders.checks import is_random
 from bdistil.data.loaders.views import CANONICAL, ViewPlan
-from bdistil.ensemble import ProgressiveEnsemble, build_student, restore_student
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.restore import build_student, restore_student
+from bdistil.ensemble.scores import prefix_accuracies
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import accepts_margin, accepts_progress
 from bdistil.ledger_records import RoundEvidence
@@ -39,7 +41,7 @@ from bdistil.preflight import (
     loaders_of,
 )
 from bdistil.rounds import BoostingRound
-from bdistil.scoring import Part, prefix_accuracies
+from bdistil.scoring import Part
 from bdistil.settings import BoostingSettings
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory

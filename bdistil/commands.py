@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdistil.anytime_fit import ExitTarget, fit_anytime, told
-from bdistil.budgets import Budget, check_rule
 from bdistil.curve_table import curve_table
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.budget import Budget, check_rule
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.exit_rules import Rule
 from bdistil.evaluation import Part, Sweep, evaluate_budgets, sweep_budgets
 from bdistil.evaluation_files import table, teacher_row, write_csv, write_picture
-from bdistil.exit_rules import Rule
 from bdistil.export import ExportOptions, export_run
 from bdistil.export_summary import export_summary
 from bdistil.profiling import profile_run

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bdistil.anytime import AnytimeFigures
-from bdistil.budgets import Budget
 from bdistil.early import early_figures
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.budget import Budget
+from bdistil.ensemble.calibration import AnytimeFigures
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.metrics.regression import PrefixErrors
 from bdistil.run_data import first_samples, loader_of

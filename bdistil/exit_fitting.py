@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bdistil.ensemble.exit_rules import NEVER
 from bdistil.errors import UserError
-from bdistil.exit_rules import NEVER
 
 Array = np.ndarray[Any, Any]
 

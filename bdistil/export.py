@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.export_data import data_of
 from bdistil.export_folder import FORMAT, VERSION, check_output, new_folder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdistil.data.loaders.attach import only
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.export_graphs import Normalisation
 from bdistil.run_data import datamodule_of

@@ -10,9 +10,9 @@ import onnx
 import torch
 from torch import Tensor
 
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.exit_rules import NEVER, sureness
 from bdistil.errors import RunError, UserError
-from bdistil.exit_rules import NEVER, sureness
 from bdistil.export_branches import RULES, ExitsGraph
 from bdistil.export_folder import seal
 from bdistil.export_fuse import fused_runner, interleaved_ms, within_tolerance

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError
 from bdistil.export_parity import BATCHES, TOLERANCE, difference
 from bdistil.runner import ExportedEnsemble

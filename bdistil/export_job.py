@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.export_data import ExportData
 from bdistil.export_folder import graph_entry

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError
 
 TOLERANCE = 1e-4

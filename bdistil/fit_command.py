@@ -23,7 +23,7 @@ from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.commands import say_end
 from bdistil.data.loaders.attach import indexed_loaders, only
 from bdistil.distiller import Distiller
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.mekd_run import Emulation, Mekd
 from bdistil.report import write_report

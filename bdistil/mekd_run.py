@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from bdistil.data.loaders.attach import only
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.scores import prefix_accuracies
 from bdistil.errors import UserError
 from bdistil.functional.mekd import statistics
 from bdistil.mekd import Deprivatization, MappingEmulation
@@ -33,7 +34,6 @@ from bdistil.mekd_emulation import Optimizer
 from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.mekd_stage import MakeTrainer, run_stage
 from bdistil.preflight import check_outputs, loaders_of
-from bdistil.scoring import prefix_accuracies
 from bdistil.storage.files import write_atomically
 from bdistil.teachers.api import ApiTeacher
 from bdistil.utils.seeding import reseed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from bdistil.anytime import AnytimeFigures
-from bdistil.exit_rules import NEVER
+from bdistil.ensemble.calibration import AnytimeFigures
+from bdistil.ensemble.exit_rules import NEVER
 
 
 def anytime_section(figures: AnytimeFigures | None) -> str:

@@ -17,10 +17,9 @@ from bdistil.block_sums import BLOCK
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import block_loader
 from bdistil.data.loaders.views import Views
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.scores import Scores, _scores
 from bdistil.ledger import ErrorLedger
 from bdistil.ledger_records import RoundEvidence
-from bdistil.metrics.classification import PrefixScores
 from bdistil.metrics.regression import PrefixErrors, output_figures
 from bdistil.metrics.task import Task
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
@@ -231,16 +230,6 @@ class Part:
         return self.ledger.units.outward(g + (s + answer - g) / (self.ledger.version + 1))
 
 
-Scores = PrefixScores | PrefixErrors
-
-
-def _scores(task: Task, outputs: int, predictors: int = 1) -> Scores:
-    """What the answers of K predictors are measured by."""
-    if task == "regression":
-        return PrefixErrors(predictors, outputs, sync_on_compute=False)
-    return PrefixScores(predictors, sync_on_compute=False)
-
-
 def _summed(scores: Scores) -> tuple[float, float]:
     """Accuracy and loss of one predictor over all processes, of which some may have had no rows."""
     if isinstance(scores, PrefixErrors):
@@ -248,16 +237,3 @@ def _summed(scores: Scores) -> tuple[float, float]:
         return float(r2.sum()), float(rms.sum())
     right, entropy, samples = (distributed.all_sum(x) for x in (scores.right, scores.entropy, scores.samples))
     return float(right.sum() / samples), float(entropy.sum() / samples)
-
-
-@torch.no_grad()
-def prefix_accuracies(
-    ensemble: ProgressiveEnsemble, loader: DataLoader[Any], device: torch.device, task: Task = "classification"
-) -> list[float]:
-    """Accuracy in 0 … 1, or R², of every prefix, in one pass over a loader that yields (x, y)."""
-    scores: Scores | None = None
-    for x, y in loader:
-        answers = [stage.logits.cpu() for stage in ensemble.stages(move_data_to_device(x, device))]
-        scores = scores or _scores(task, answers[0].shape[-1], len(ensemble))
-        scores.update(torch.stack(answers), y)
-    return [] if scores is None else [float(a) for a in scores.compute()[0].flatten()]

@@ -11,7 +11,7 @@ from torch import nn
 
 from bdistil.boosting import Boosting
 from bdistil.curve_rows import Uncounted
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.report import write_report
 from bdistil.round_hooks import RoundHooks
 from bdistil.round_tracker import RoundTracker

@@ -5,15 +5,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bdistil import timing
 from bdistil.anytime_fit import ExitTarget, fit_anytime, told
-from bdistil.budgets import Budget
 from bdistil.calibration import calibration_error
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble import timing
+from bdistil.ensemble.budget import Budget
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.exit_rules import RULES
+from bdistil.ensemble.stacking import StackedBodies
 from bdistil.errors import UserError
-from bdistil.exit_rules import RULES
 from bdistil.models.student import Rung, Student
-from bdistil.schedules import StackedBodies
 
 IN, L, T, N = 6, 4, 3, 400
 MACS = [100, 250, 450]

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from bdistil.ensemble.exit_rules import NEVER
 from bdistil.errors import UserError
 from bdistil.exit_fitting import exit_stages, fit_thresholds, outcome
-from bdistil.exit_rules import NEVER
 
 MACS = [10, 25, 45, 70]
 

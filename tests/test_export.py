@@ -6,8 +6,8 @@ import torch
 from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble
-from bdistil.anytime import AnytimeFigures, ExitFigures
-from bdistil.exit_rules import RULES, sureness
+from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
+from bdistil.ensemble.exit_rules import RULES, sureness
 from bdistil.export import export_run
 from bdistil.models.student import Student
 from bdistil.runner import Budget as RunnerBudget

@@ -12,9 +12,9 @@ import torch
 from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble, UserError, export_exits
-from bdistil.anytime import AnytimeFigures, ExitFigures
+from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
+from bdistil.ensemble.exit_rules import sureness
 from bdistil.errors import RunError
-from bdistil.exit_rules import sureness
 from bdistil.export import ExportOptions, export_run
 from bdistil.export_exits import leaving
 from bdistil.models.convnets import ConvStudent

@@ -99,7 +99,7 @@ def test_imports_point_one_way():
         ({"surprise": ""}, {"surprise is not in the table"}),
         ({"callbacks/one": "from bdistil.cli import main"}, {"callbacks imports cli"}),
         (
-            {"mixing": "import bdistil.ensemble", "ensemble": "from bdistil import mixing"},
+            {"mixing": "import bdistil.ensemble.ensemble", "ensemble": "from bdistil import mixing"},
             {"circle of ensemble, mixing"},
         ),
         ({"data/image": "from ..functional import centre\nfrom bdistil.data.text import read"}, set()),

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bdistil.anytime import AnytimeFigures
+from bdistil.ensemble.calibration import AnytimeFigures
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.task import Task
 from bdistil.storage.files import digest, disk_errors, sync, write_atomically

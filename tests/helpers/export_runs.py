@@ -5,7 +5,7 @@ import json
 import torch
 from torch import nn
 
-from bdistil.ensemble import build_student
+from bdistil.ensemble.restore import build_student
 from bdistil.export import export_run
 from bdistil.models.recurrent import RecurrentSegmentStudent
 from bdistil.models.student import Rung, Student, run_student

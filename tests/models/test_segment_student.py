@@ -10,7 +10,7 @@ from helpers.toys import TIMES, Hook, Killed, Toys, boost, by_hand, control, cur
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
-from bdistil.ensemble import build_student
+from bdistil.ensemble.restore import build_student
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.recurrent import RecurrentNet, RecurrentSegmentStudent

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdistil.exit_rules import add_votes
+from bdistil.ensemble.exit_rules import add_votes
 from bdistil.models.student import Student
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil.budgets import Budget, Exits, Prediction
-from bdistil.exit_rules import sureness
-from bdistil.stage_times import Deadline, StageClock
-from bdistil.walk import Walk
+from bdistil.ensemble.budget import Budget, Exits, Prediction
+from bdistil.ensemble.exit_rules import sureness
+from bdistil.ensemble.stage_clock import Deadline, StageClock
+from bdistil.ensemble.stages import Walk
 
 Array = np.ndarray[Any, Any]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bdistil.exit_rules import Rule
+from bdistil.ensemble.exit_rules import Rule
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil.anytime import BatchTimes
-from bdistil.budgets import Exits
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.budget import Exits
+from bdistil.ensemble.calibration import BatchTimes
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.exit_rules import Rule
+from bdistil.ensemble.prediction import Answers
+from bdistil.ensemble.stacking import GROUPS, ONE
 from bdistil.errors import UserError
-from bdistil.exit_rules import Rule
-from bdistil.prediction import Answers
-from bdistil.schedules import GROUPS, ONE
 
 BATCHES = (1, 8, 64, 256)
 SECONDS = 0.3  # for the repeats of one batch size, beyond the first `LEAST`

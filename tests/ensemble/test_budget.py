@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from bdistil.anytime import AnytimeFigures, BatchTimes, ExitFigures
-from bdistil.budgets import Budget
-from bdistil.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.budget import Budget
+from bdistil.ensemble.calibration import AnytimeFigures, BatchTimes, ExitFigures
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.exit_rules import RULES, add_votes, sureness
+from bdistil.ensemble.stage_clock import Deadline, StageClock
 from bdistil.errors import UserError
 from bdistil.evaluation import CONFIDENCES, sweep_budgets
-from bdistil.exit_rules import RULES, add_votes, sureness
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, Student
-from bdistil.stage_times import Deadline, StageClock
 
 IN, L, T, B = 5, 4, 4, 40
 MACS = [10, 25, 45, 70]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from bdistil.budgets import Budget
-from bdistil.ensemble import ProgressiveEnsemble, build_student
+from bdistil.ensemble.budget import Budget
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.restore import build_student
 from bdistil.errors import RunError, UserError
 from bdistil.models.student import Rung, Student, run_student
 from bdistil.storage.blueprint import describe

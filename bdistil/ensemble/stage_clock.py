@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from bdistil.anytime import BatchTimes
+from bdistil.ensemble.calibration import BatchTimes
 
 # What asking an exit rule may cost beside a run of all stages, where nobody knows how many samples it will decide.
 ALLOWANCE = 0.02

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bdistil.anytime import AnytimeFigures, BatchTimes, ExitFigures
+from bdistil.ensemble.calibration import AnytimeFigures, BatchTimes, ExitFigures
+from bdistil.ensemble.exit_rules import RULES, add_votes, sureness
 from bdistil.errors import RunError
-from bdistil.exit_rules import RULES, add_votes, sureness
 from bdistil.storage.run_directory import RunDirectory
 
 FIGURES = AnytimeFigures(

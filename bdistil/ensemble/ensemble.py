@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdistil.anytime import AnytimeFigures
-from bdistil.budgets import Budget, Prediction, exits_of
+from bdistil.ensemble.budget import Budget, Prediction, exits_of
+from bdistil.ensemble.calibration import AnytimeFigures
+from bdistil.ensemble.prediction import predict_within
+from bdistil.ensemble.restore import restore_student
+from bdistil.ensemble.stacking import ONE, StackedBodies, run_bodies, stack
+from bdistil.ensemble.stage_clock import StageClock
+from bdistil.ensemble.stages import Stage, Walk
 from bdistil.errors import UserError
 from bdistil.metrics.task import Task
 from bdistil.models.inputs import InputSpec
-from bdistil.models.student import Rung, Student, links_of
-from bdistil.prediction import predict_within
-from bdistil.schedules import ONE, StackedBodies, run_bodies, stack
-from bdistil.stage_times import StageClock
-from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.walk import Stage, Walk
 
 
 class ProgressiveEnsemble(nn.Module):
@@ -226,53 +225,3 @@ class ProgressiveEnsemble(nn.Module):
         if self._known[0] is not figures:
             self._known = figures, StageClock(figures.times)
         return self._known[1]
-
-
-def restore_student(
-    run: RunDirectory, number: int, earlier: Sequence[nn.Module], make: Callable[..., nn.Module] | None
-) -> nn.Module:
-    """A committed student, in eval mode.
-
-    Args:
-        run: the run directory.
-        number: the round.
-        earlier: the students before it, in order.
-        make: `make_student`; without it the student is built from what round.json says of it.
-
-    Raises:
-        UserError: the classes cannot be imported and `make` was not given.
-        RunError: a file is missing or torn.
-    """
-    record, tensors = run.record(number), run.weights(number)
-    if make is None:
-        if record["blueprint"] is None:
-            raise UserError(
-                f"The student of round {number} cannot be built from its files ({record['indescribable']}). "
-                "Give ProgressiveEnsemble.load(run_dir, student=make_student)."
-            )
-        student = rebuild(record["blueprint"], tensors)
-    else:
-        with torch.random.fork_rng():
-            student = build_student(make, number, earlier, Rung(**record["rung"]))
-        try:
-            student.load_state_dict({name: tensors[name] for name in student.state_dict()})
-        except (KeyError, RuntimeError) as error:
-            raise UserError(
-                f"The student of round {number + 1} in {run.root} is another than `student` makes now ({error}). "
-                "Give the function that the run was started with, or choose another `run_dir`."
-            ) from error
-    return student.requires_grad_(False).train(False)
-
-
-def build_student(make: Callable[..., nn.Module], number: int, earlier: Sequence[nn.Module], rung: Rung) -> nn.Module:
-    """A new student of a class: made by the user's function, then linked.
-
-    Raises:
-        UserError: the function gave no module.
-    """
-    student = make(number) if rung.width == 1 else make(number, width=rung.width)
-    if not isinstance(student, nn.Module):
-        raise UserError(f"Expected `student` to return a torch.nn.Module, got {type(student).__name__}.")
-    if isinstance(student, Student) and not links_of(student):
-        student.link(earlier, rung)
-    return student

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bdistil.anytime import AnytimeFigures
+from bdistil.ensemble.calibration import AnytimeFigures
+from bdistil.ensemble.exit_rules import RULES, Rule
 from bdistil.errors import UserError
-from bdistil.exit_rules import RULES, Rule
 
 
 @dataclass(frozen=True)
