@@ -6,13 +6,13 @@ Letters in shapes, the same everywhere: N samples, L outputs (classes), T rounds
 g teacher logits, f_t student t, S running error.
 """
 
+from bdistil.boosting.ledger.ledger import ErrorLedger
+from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.ensemble.budget import Budget, Prediction
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
-from bdistil.ledger import ErrorLedger
 from bdistil.models.student import Rung, Student
-from bdistil.rounds import BoostingRound
-from bdistil.settings import BoostingSettings
 from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.exported import OnnxTeacher, TorchScriptTeacher
 from bdistil.teachers.http_endpoint import HttpEndpoint

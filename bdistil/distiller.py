@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.errors import UserError
 from bdistil.mekd_run import Mekd
-from bdistil.settings import BoostingSettings
 from bdistil.teachers.training import TeacherSpec
 
 

@@ -18,7 +18,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.anytime_fit import fit_anytime
-from bdistil.boosting import FREE_KEYS
+from bdistil.boosting.run import FREE_KEYS
+from bdistil.boosting.trainer_checks import check_strategy
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.commands import say_end
 from bdistil.data.loaders.attach import indexed_loaders, only
@@ -32,7 +33,6 @@ from bdistil.run_notes import RunNotes
 from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
-from bdistil.strategies import check_strategy
 from bdistil.teachers.training import TeacherTraining
 from bdistil.teachers.wrappers import comes_trained
 from bdistil.tracking import Tracking, make_logger

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bdistil import row_files
+from bdistil.boosting.ledger import rows as row_files
 from bdistil.mekd_deprivatization import latents
 from bdistil.mekd_networks import Generator
 from bdistil.teachers.api import ApiTeacher

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from bdistil.boosting.checks import check_outputs, loaders_of
 from bdistil.data.loaders.attach import only
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.scores import prefix_accuracies
@@ -33,7 +34,6 @@ from bdistil.mekd_data import (
 from bdistil.mekd_emulation import Optimizer
 from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.mekd_stage import MakeTrainer, run_stage
-from bdistil.preflight import check_outputs, loaders_of
 from bdistil.storage.files import write_atomically
 from bdistil.teachers.api import ApiTeacher
 from bdistil.utils.seeding import reseed

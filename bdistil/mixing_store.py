@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import row_files
-from bdistil.block_sums import BLOCK
+from bdistil.boosting.ledger import rows as row_files
+from bdistil.boosting.ledger.reductions import BLOCK
+from bdistil.boosting.ledger.rows import Rows
 from bdistil.errors import RunError
-from bdistil.row_files import Rows
 from bdistil.utils import distributed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bdistil.block_sums import BLOCK
+from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.functional.loss_mixing import MixingSettings, learn_mix, outer_loss
 from bdistil.mixing_store import MixingStore
 from bdistil.observing import View

@@ -11,14 +11,14 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.block_sums import BLOCK
+from bdistil.boosting.ledger.reductions import BLOCK
+from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import Index, rows_loader
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
 from bdistil.probing import last_layers, observe
-from bdistil.rounds import BoostingRound
 
 
 class Seen(NamedTuple):

@@ -8,17 +8,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from bdistil.boosting import Boosting
+from bdistil.boosting.commit import close_round
+from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.round_state import RoundState
+from bdistil.boosting.run import Boosting
+from bdistil.boosting.trainer_checks import check_precision, check_strategy
 from bdistil.data.loaders.checks import distinct_samples
 from bdistil.errors import UserError
-from bdistil.preflight import check_precision
-from bdistil.round_end import close_round
-from bdistil.round_state import RoundState
 from bdistil.round_tracker import RoundTracker
-from bdistil.rounds import BoostingRound
 from bdistil.storage.checkpoint import save_epoch
 from bdistil.storage.files import disk_errors
-from bdistil.strategies import check_strategy
 from bdistil.utils import distributed
 from bdistil.utils.seeding import reseed
 from bdistil.utils.signals import StopSignals

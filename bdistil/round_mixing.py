@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil.block_sums import BLOCK
+from bdistil.boosting.ledger.reductions import BLOCK
+from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders.indexing import Index
 from bdistil.errors import UserError
 from bdistil.functional.boosting import log_normaliser
 from bdistil.functional.loss_mixing import MixingSettings, label_target, mixed_target
 from bdistil.mixing_store import MixingStore
-from bdistil.rounds import BoostingRound
 
 
 def check_round(module: BoostingRound, settings: MixingSettings) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from bdistil.boosting.round import BoostingRound
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
 from bdistil.noise_look import Look, cosine_of, look
@@ -17,7 +18,6 @@ from bdistil.noise_report import draw_noise, noise_figures
 from bdistil.observing import view_of
 from bdistil.probing import check_distilling, prepared_loaders
 from bdistil.round_tracker import shown_step
-from bdistil.rounds import BoostingRound
 
 
 class GradientNoise(pl.Callback):

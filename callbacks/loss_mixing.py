@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from bdistil.boosting.round import BoostingRound
 from bdistil.data.label_noise import flipped_labels, labels_of
 from bdistil.data.loaders.attach import LOADERS, indexed_loaders
 from bdistil.data.loaders.indexing import Index
@@ -22,7 +23,6 @@ from bdistil.observing import view_of
 from bdistil.probing import check_distilling, looking, prepared_loaders
 from bdistil.round_mixing import RoundMix, check_round
 from bdistil.round_tracker import shown_step
-from bdistil.rounds import BoostingRound
 from bdistil.utils.seeding import seed_of
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from bdistil.boosting import Boosting
-from bdistil.curve_rows import Uncounted
+from bdistil.boosting.curve_rows import Uncounted
+from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.run import Boosting
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.report import write_report
 from bdistil.round_hooks import RoundHooks
 from bdistil.round_tracker import RoundTracker
-from bdistil.rounds import BoostingRound
-from bdistil.settings import BoostingSettings
 from bdistil.utils import distributed
 from bdistil.utils.signals import StopSignals
 

@@ -7,8 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
+from bdistil.boosting.round import BoostingRound
 from bdistil.metrics.task import score_name
-from bdistil.rounds import BoostingRound
 
 
 class RoundProgressBar(RichProgressBar):

@@ -91,7 +91,7 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize(
     ("sources", "wrong"),
     [
-        ({"functional": "from bdistil.rounds import BoostingRound"}, {"functional imports rounds"}),
+        ({"functional": "from bdistil.boosting.round import BoostingRound"}, {"functional imports rounds"}),
         ({"functional": "from . import rounds"}, {"functional imports rounds"}),
         ({"ledger": "def late():\n    import bdistil.callbacks.curves"}, {"ledger imports callbacks"}),
         ({"cli": "from bdistil import Student"}, {"cli imports __init__"}),
@@ -103,8 +103,8 @@ def test_imports_point_one_way():
             {"circle of ensemble, mixing"},
         ),
         ({"data/image": "from ..functional import centre\nfrom bdistil.data.text import read"}, set()),
-        ({"ledger": "if TYPE_CHECKING:\n    from bdistil.rounds import BoostingRound"}, set()),
-        ({"ledger": "if late:\n    from bdistil.rounds import BoostingRound"}, {"ledger imports rounds"}),
+        ({"ledger": "if TYPE_CHECKING:\n    from bdistil.boosting.round import BoostingRound"}, set()),
+        ({"ledger": "if late:\n    from bdistil.boosting.round import BoostingRound"}, {"ledger imports rounds"}),
         ({"rounds": "from bdistil.functional.boosting import centre\nimport torch, bdistil_extra"}, set()),
     ],
 )

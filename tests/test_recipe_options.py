@@ -10,7 +10,8 @@ from helpers.toys import FEATURES, boost, make_teacher, make_trainer, settings_f
 from safetensors.torch import load_file
 from torch import nn
 
-from bdistil import ProgressiveEnsemble, rounds
+from bdistil import ProgressiveEnsemble
+from bdistil.boosting import round as rounds
 from bdistil.callbacks import round_controller
 from bdistil.cli import main
 from bdistil.distiller import Distiller

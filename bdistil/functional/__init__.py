@@ -1,9 +1,8 @@
 """Formulas on tensors, without state. Every name is importable from here."""
 
+from bdistil.boosting.acceptance import accepts_margin, accepts_progress
 from bdistil.functional.boosting import (
     BARRIER_FLOOR,
-    accepts_margin,
-    accepts_progress,
     game_rows,
     game_weights,
     gamma_of,

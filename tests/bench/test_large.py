@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from bdistil import ErrorLedger
-from bdistil.block_sums import BLOCK
+from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.functional.boosting import game_rows
 from bdistil.utils.memory import keep_freed_memory
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import BoostingSettings, Student
-from bdistil.block_sums import BLOCK
+from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.callbacks import RoundController
 from bdistil.data.loaders.attach import indexed_loaders
 from bdistil.models.convnets import ConvStudent

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdistil import ErrorLedger, row_files
-from bdistil.block_sums import BLOCK
-from bdistil.large_rows import LargeRows
+from bdistil import ErrorLedger
+from bdistil.boosting.ledger import rows as row_files
+from bdistil.boosting.ledger.large_rows import LargeRows
+from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.utils import distributed
 
 pytestmark = pytest.mark.distributed

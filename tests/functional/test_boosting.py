@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdistil.block_sums import margin_sums
+from bdistil.boosting.ledger.reductions import margin_sums
 from bdistil.functional import boosting as bf
 from bdistil.functional import boosting_loss as round_loss
 

@@ -39,8 +39,11 @@ class Dropping(ConvStudent):
 # Stages of a run, and what is called in each: the process dies before or after one of these calls.
 WATCHED = {
     "steps of the teacher": [("bdistil.teachers.training.TeacherTraining", "training_step")],
-    "steps of a round": [("bdistil.rounds.BoostingRound", "training_step")],
-    "verdict": [("bdistil.ledger.ErrorLedger", "advance"), ("bdistil.ledger.ErrorLedger", "keep")],
+    "steps of a round": [("bdistil.boosting.round.BoostingRound", "training_step")],
+    "verdict": [
+        ("bdistil.boosting.ledger.ledger.ErrorLedger", "advance"),
+        ("bdistil.boosting.ledger.ledger.ErrorLedger", "keep"),
+    ],
     "files": [("os", "replace"), ("os", "fsync"), ("shutil", "rmtree")],
 }
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.errors import UserError
 from bdistil.metrics.classification import PrefixScores
 from bdistil.metrics.curve import area_under_curve, violations_of_monotony
 from bdistil.models.student import Rung
-from bdistil.settings import BoostingSettings
 
 # ---- settings
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import AveragedTeacher, BoostingSettings, Budget, ErrorLedger, ProgressiveEnsemble, RunError, UserError
+from bdistil.boosting.ledger.units import Units
 from bdistil.cli import main
 from bdistil.data.diabetes import Diabetes, read_diabetes
 from bdistil.export import export_run
@@ -20,7 +21,6 @@ from bdistil.metrics.regression import PrefixErrors, output_figures, output_sums
 from bdistil.models.mlp import MLPStudent
 from bdistil.runner import ExportedEnsemble
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.units import Units
 
 OUTPUTS = 2
 UNITS = torch.tensor([[100.0, -3.0], [20.0, 0.5]])  # offset and size of each output

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
+from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.errors import RunError, UserError
-from bdistil.ledger import ErrorLedger
 from bdistil.storage import files as disk
 from bdistil.storage import run_directory
 from bdistil.storage.files import write_atomically

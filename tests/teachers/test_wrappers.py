@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
+from bdistil.boosting.checks import check_outputs
 from bdistil.cli import main
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.timm import TimmTeacher
-from bdistil.preflight import check_outputs
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
 from bdistil.teachers.wrappers import comes_trained

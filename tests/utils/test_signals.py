@@ -9,9 +9,9 @@ from helpers.toys import Hook, boost, control, digests, fit, in_child, settings_
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 
+from bdistil.boosting.trainer_checks import check_strategy
 from bdistil.cli import main
 from bdistil.errors import UserError
-from bdistil.strategies import check_strategy
 from bdistil.utils.signals import Interrupted, StopSignals
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdistil.boosting.part import Part
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders.indexing import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.metrics.regression import as_columns, output_figures, output_sums
 from bdistil.models.student import linked_numbers, links_of, run_student
-from bdistil.scoring import Part
-from bdistil.settings import BoostingSettings
 from bdistil.utils import distributed
 
 # Makes of g, S, the labels and the index of a batch the target and the error of a round that mixes labels in.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders.attach import only
 from bdistil.data.loaders.checks import is_random
 from bdistil.data.loaders.views import Views
@@ -22,7 +23,6 @@ from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.task import Task
 from bdistil.models.student import Rung, Student
-from bdistil.settings import BoostingSettings
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
 
@@ -162,22 +162,6 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
     if task == "classification":
         warn_of_probabilities(goal)
     return int(goal.shape[1])
-
-
-def check_precision(precision: str) -> None:
-    """Weights stay float32: a student is judged, committed and linked to outside the Trainer's precision.
-
-    Args:
-        precision: of a Trainer.
-
-    Raises:
-        UserError: a Trainer that turns the weights into another type.
-    """
-    if precision not in ("32-true", "16-mixed", "bf16-mixed"):
-        raise UserError(
-            f"Expected `precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got {precision!r}. "
-            "With the mixed ones the network's products are in half precision; weights, loss and ledger are float32."
-        )
 
 
 def check_task(task: Task, teacher: nn.Module) -> None:

@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from bdistil.boosting import Boosting
-from bdistil.curve_rows import Verdict, dtype_of, round_training_macs, shape_of, stage_row
+from bdistil.boosting.acceptance import Verdict
+from bdistil.boosting.curve_rows import dtype_of, round_training_macs, shape_of, stage_row
+from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.round_state import RoundState
+from bdistil.boosting.run import Boosting
 from bdistil.metrics.curve import curve_figures
 from bdistil.metrics.task import score_name
 from bdistil.models.student import Rung, links_of
-from bdistil.round_state import RoundState
-from bdistil.rounds import BoostingRound
 from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.storage.files import disk_errors
 from bdistil.utils import distributed

@@ -13,19 +13,20 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.block_sums import BLOCK
+from bdistil.boosting.ledger.features import FeatureCache
+from bdistil.boosting.ledger.ledger import ErrorLedger
+from bdistil.boosting.ledger.records import RoundEvidence
+from bdistil.boosting.ledger.reductions import BLOCK
+from bdistil.boosting.ledger.rows import Storage
+from bdistil.boosting.ledger.units import Units
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import block_loader
 from bdistil.data.loaders.views import Views
 from bdistil.ensemble.scores import Scores, _scores
-from bdistil.ledger import ErrorLedger
-from bdistil.ledger_records import RoundEvidence
 from bdistil.metrics.regression import PrefixErrors, output_figures
 from bdistil.metrics.task import Task
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
-from bdistil.row_files import FeatureCache, Storage
-from bdistil.settings import BoostingSettings
-from bdistil.units import Units
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
 

@@ -34,3 +34,19 @@ def check_strategy(strategy: Strategy | str) -> None:
         "ddp_fork and ddp_notebook start new processes for every round. Give strategy='ddp': every process then holds "
         "one student in training, and the frozen ones and the teacher in eval mode."
     )
+
+
+def check_precision(precision: str) -> None:
+    """Weights stay float32: a student is judged, committed and linked to outside the Trainer's precision.
+
+    Args:
+        precision: of a Trainer.
+
+    Raises:
+        UserError: a Trainer that turns the weights into another type.
+    """
+    if precision not in ("32-true", "16-mixed", "bf16-mixed"):
+        raise UserError(
+            f"Expected `precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got {precision!r}. "
+            "With the mixed ones the network's products are in half precision; weights, loss and ledger are float32."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,25 +10,13 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from bdistil.ledger_records import RoundEvidence
+from bdistil.boosting.acceptance import Verdict
+from bdistil.boosting.checks import first_of
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.models.student import linked_features, links_of
-from bdistil.preflight import first_of
 from bdistil.teachers.api import ApiTeacher
 
 Uncounted = Literal["error", "record"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a trained student, and the figures behind it; accuracy and loss are the prefix's on validation."""
-
-    accepted: bool
-    reason: str
-    training: RoundEvidence
-    validation: RoundEvidence
-    accuracy: float
-    loss: float
 
 
 def student_inputs(

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import row_files
-from bdistil.block_sums import AGAIN, LOG2E, largest_finite, margin_sums, normaliser_sums, square_sum
-from bdistil.large_rows import LargeRows
+from bdistil.boosting.ledger import rows as row_files
+from bdistil.boosting.ledger.large_rows import LargeRows
+from bdistil.boosting.ledger.reductions import AGAIN, LOG2E, largest_finite, margin_sums, normaliser_sums, square_sum
 from bdistil.utils import distributed
 
 WITHOUT_NUMBA = (

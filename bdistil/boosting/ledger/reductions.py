@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdistil.boosting.ledger.rows import Array, Rows
+from bdistil.boosting.ledger.units import Units
 from bdistil.errors import RunError
 from bdistil.functional.boosting import game_rows, log_normaliser
 from bdistil.metrics.task import Task
-from bdistil.row_files import Array, Rows
-from bdistil.units import Units
 from bdistil.utils import distributed
 
 # Rows that are scored at once; whole blocks go to one process, whatever the number of processes.

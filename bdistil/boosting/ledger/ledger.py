@@ -16,14 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil import row_files
-from bdistil.advancing import Pass, Scratch, Sums
-from bdistil.block_sums import BLOCK, block_sums, joined, joined_normalisers, measured_units, refuse_nonfinite
+from bdistil.boosting.ledger import rows as row_files
+from bdistil.boosting.ledger.records import LedgerHead, RoundEvidence
+from bdistil.boosting.ledger.reductions import (
+    BLOCK,
+    block_sums,
+    joined,
+    joined_normalisers,
+    measured_units,
+    refuse_nonfinite,
+)
+from bdistil.boosting.ledger.units import Units
+from bdistil.boosting.ledger.update import Pass, Scratch, Sums
 from bdistil.errors import RunError, UserError
 from bdistil.functional.distillation import centre
-from bdistil.ledger_records import LedgerHead, RoundEvidence
 from bdistil.metrics.task import Task
-from bdistil.units import Units
 from bdistil.utils import distributed
 from bdistil.utils.threads import in_order
 

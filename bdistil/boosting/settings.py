@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from bdistil.boosting.ledger.rows import Storage
 from bdistil.errors import UserError
 from bdistil.functional.boosting import gamma_of
 from bdistil.metrics.task import Task
 from bdistil.models.student import Rung
-from bdistil.row_files import Storage
 
 
 def _default_ladder() -> list[Rung]:

@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil.large_rows import LargeRows
+from bdistil.boosting.ledger.large_rows import LargeRows
 from bdistil.utils import distributed
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -78,7 +78,7 @@ def flat(rows: Array) -> Array:
 def compiled() -> ModuleType | None:
     """What works on rows of 16-bit numbers in one pass, where Numba is installed and works: some 3 s to compile."""
     try:
-        from bdistil import row_kernels
+        from bdistil.boosting.ledger import int16_kernels as row_kernels
 
         row_kernels.trial()
     except ImportError:
@@ -189,58 +189,3 @@ def flushed_meanwhile(rows: Rows) -> Iterator[None]:
 def whole(path: Path, shape: tuple[int, int], dtype: Storage = "float32") -> bool:
     """Is the file there, of the right size?"""
     return path.exists() and path.stat().st_size == size_of(shape, dtype)
-
-
-class FeatureCache:
-    """Features (N, D) of recent students by sample index, for the links of later ones.
-
-    With them a step of round t costs the same in round 2 and in round 20, and no earlier body runs in training.
-
-    Args:
-        folder: where the files are.
-        samples: N.
-    """
-
-    def __init__(self, folder: Path, samples: int) -> None:
-        self.folder, self.samples = folder, samples
-        self._open: dict[int, Rows] = {}
-        self._next: Rows | None = None
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"features.{number:03d}.f32"
-
-    @property
-    def _beside(self) -> Path:
-        return self.folder / "features.next.tmp"
-
-    def begin(self, width: int) -> None:
-        """Starts the file of a student with features of that width."""
-        self._next = blank(self._beside, (self.samples, width))
-
-    def write(self, low: int, features: Tensor) -> None:
-        """Writes features (rows, D) from a row on."""
-        assert self._next is not None
-        self._next[low : low + len(features)] = features.detach().float().cpu().numpy()
-
-    def keep(self, number: int) -> None:
-        """Gives the file that was written its name."""
-        assert self._next is not None
-        self._next = None
-        name(self._beside, self._file(number))
-
-    def has(self, number: int, width: int) -> bool:
-        """Are a student's features here, whole?"""
-        return whole(self._file(number), (self.samples, width))
-
-    def use(self, widths: dict[int, int]) -> None:
-        """Opens the features of some students, by number and width; others are removed, as they can be made again."""
-        self._open = {number: mapped(self._file(number), (self.samples, width)) for number, width in widths.items()}
-        distributed.barrier()
-        if distributed.rank() == 0:
-            wanted = {self._file(number) for number in widths}
-            for path in set(self.folder.glob("features.*")) - wanted:
-                path.unlink(missing_ok=True)
-
-    def rows(self, numbers: Sequence[int], index: np.ndarray[Any, Any]) -> list[Tensor]:
-        """Features (B, D) of each of some students, in their order, on the CPU."""
-        return [torch.from_numpy(self._open[number].take(index, 0)) for number in numbers]

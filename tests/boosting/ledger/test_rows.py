@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from bdistil import ErrorLedger, RunError, UserError, row_files
-from bdistil import ledger as ledger_module
-from bdistil.block_sums import BLOCK, GROUP, column_sum
+from bdistil import ErrorLedger, RunError, UserError
+from bdistil.boosting.ledger import ledger as ledger_module
+from bdistil.boosting.ledger import rows as row_files
+from bdistil.boosting.ledger.large_rows import LargeRows
+from bdistil.boosting.ledger.reductions import BLOCK, GROUP, column_sum
 from bdistil.functional.boosting import game_rows
 from bdistil.functional.distillation import centre
-from bdistil.large_rows import LargeRows
 
 N, L, ETA = 2 * BLOCK + 7, 5, 0.5
 
@@ -117,8 +118,8 @@ def test_what_is_compiled_writes_the_same_files(tmp_path, monkeypatch):
 
 
 def test_without_numba_the_user_is_told_what_it_would_save(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bdistil.row_kernels", None)  # as where its import fails
-    monkeypatch.delattr("bdistil.row_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "bdistil.boosting.ledger.int16_kernels", None)  # as where its import fails
+    monkeypatch.delattr("bdistil.boosting.ledger.int16_kernels", raising=False)
     row_files.compiled.cache_clear()
     try:
         two_rounds(tmp_path / "small", "int16")

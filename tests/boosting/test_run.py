@@ -38,11 +38,12 @@ from helpers.toys import (
 from safetensors.torch import load_file
 from torch import nn
 
-from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserError, scoring
-from bdistil.boosting import Boosting
+from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserError
+from bdistil.boosting import part as scoring
+from bdistil.boosting.ledger.records import RoundEvidence
+from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.run import Boosting
 from bdistil.functional.boosting import margins
-from bdistil.ledger_records import RoundEvidence
-from bdistil.rounds import BoostingRound
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -17,21 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from bdistil.curve_rows import Uncounted, is_api, student_cost, student_inputs, teacher_row
-from bdistil.data.loaders.attach import indexed_loaders, only
-from bdistil.data.loaders.checks import is_random
-from bdistil.data.loaders.views import CANONICAL, ViewPlan
-from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.restore import build_student, restore_student
-from bdistil.ensemble.scores import prefix_accuracies
-from bdistil.errors import RunError, UserError
-from bdistil.functional.boosting import accepts_margin, accepts_progress
-from bdistil.ledger_records import RoundEvidence
-from bdistil.metrics.cost import latency_ms
-from bdistil.metrics.task import score_name
-from bdistil.models.student import Rung, Student
-from bdistil.node_disks import claim
-from bdistil.preflight import (
+from bdistil.boosting.acceptance import accepts_margin, accepts_progress
+from bdistil.boosting.checks import (
     check_augmentation,
     check_labels,
     check_outputs,
@@ -40,9 +27,22 @@ from bdistil.preflight import (
     check_widths,
     loaders_of,
 )
-from bdistil.rounds import BoostingRound
-from bdistil.scoring import Part
-from bdistil.settings import BoostingSettings
+from bdistil.boosting.curve_rows import Uncounted, is_api, student_cost, student_inputs, teacher_row
+from bdistil.boosting.ledger.records import RoundEvidence
+from bdistil.boosting.part import Part
+from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.scratch import claim
+from bdistil.boosting.settings import BoostingSettings
+from bdistil.data.loaders.attach import indexed_loaders, only
+from bdistil.data.loaders.checks import is_random
+from bdistil.data.loaders.views import CANONICAL, ViewPlan
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.restore import build_student, restore_student
+from bdistil.ensemble.scores import prefix_accuracies
+from bdistil.errors import RunError, UserError
+from bdistil.metrics.cost import latency_ms
+from bdistil.metrics.task import score_name
+from bdistil.models.student import Rung, Student
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs
@@ -251,7 +251,7 @@ class Boosting:
         what = score_name(self.settings.task)
         rank_zero_info(f"Teacher: {what} {accuracy:.4f} on validation, {cost}.")
 
-    # ---- the end of a round; `bdistil.round_end` does the rest
+    # ---- the end of a round; `bdistil.boosting.commit` does the rest
 
     def decide(self, number: int, training: RoundEvidence, validation: RoundEvidence) -> tuple[bool, str]:
         """Accept the student? The decision and its reason; the same on all ranks, as the evidence is."""
