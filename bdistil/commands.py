@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdistil.anytime_fit import ExitTarget, fit_anytime, told
-from bdistil.curve_table import curve_table
 from bdistil.ensemble.budget import Budget, check_rule
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import Rule
@@ -18,7 +17,8 @@ from bdistil.export import ExportOptions, export_run
 from bdistil.export_summary import export_summary
 from bdistil.profiling import profile_run
 from bdistil.recipe_files import jobs, recipes, summary
-from bdistil.report import write_report
+from bdistil.reporting.curve_table import curve_table
+from bdistil.reporting.report import write_report
 from bdistil.run_data import loader_of
 from bdistil.storage.run_directory import RunDirectory
 

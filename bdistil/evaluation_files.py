@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bdistil.curve_picture import plot_curve
+from bdistil.reporting.curve_plot import plot_curve
 from bdistil.storage.files import disk_errors, write_atomically
 from bdistil.storage.run_directory import RunDirectory
 

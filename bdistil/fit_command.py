@@ -27,15 +27,15 @@ from bdistil.distiller import Distiller
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.mekd_run import Emulation, Mekd
-from bdistil.report import write_report
-from bdistil.run_logger import RunLogger
-from bdistil.run_notes import RunNotes
+from bdistil.reporting.report import write_report
+from bdistil.reporting.tracking import Tracking, make_logger
+from bdistil.reporting.wandb_logger import RunLogger
+from bdistil.reporting.wandb_state import RunNotes
 from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.teachers.training import TeacherTraining
 from bdistil.teachers.wrappers import comes_trained
-from bdistil.tracking import Tracking, make_logger
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
 from bdistil.utils.signals import StopCallback

@@ -15,7 +15,7 @@ from bdistil.boosting.run import Boosting
 from bdistil.boosting.trainer_checks import check_precision, check_strategy
 from bdistil.data.loaders.checks import distinct_samples
 from bdistil.errors import UserError
-from bdistil.round_tracker import RoundTracker
+from bdistil.reporting.curve_tracker import RoundTracker
 from bdistil.storage.checkpoint import save_epoch
 from bdistil.storage.files import disk_errors
 from bdistil.utils import distributed

@@ -17,7 +17,7 @@ from bdistil.noise_look import Look, cosine_of, look
 from bdistil.noise_report import draw_noise, noise_figures
 from bdistil.observing import view_of
 from bdistil.probing import check_distilling, prepared_loaders
-from bdistil.round_tracker import shown_step
+from bdistil.reporting.curve_tracker import shown_step
 
 
 class GradientNoise(pl.Callback):

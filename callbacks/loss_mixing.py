@@ -21,8 +21,8 @@ from bdistil.mixing_store import MixingStore
 from bdistil.mixing_update import update_mix
 from bdistil.observing import view_of
 from bdistil.probing import check_distilling, looking, prepared_loaders
+from bdistil.reporting.curve_tracker import shown_step
 from bdistil.round_mixing import RoundMix, check_round
-from bdistil.round_tracker import shown_step
 from bdistil.utils.seeding import seed_of
 
 

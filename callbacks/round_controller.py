@@ -14,9 +14,9 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.boosting.run import Boosting
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.report import write_report
+from bdistil.reporting.curve_tracker import RoundTracker
+from bdistil.reporting.report import write_report
 from bdistil.round_hooks import RoundHooks
-from bdistil.round_tracker import RoundTracker
 from bdistil.utils import distributed
 from bdistil.utils.signals import StopSignals
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bdistil.wandb_log import records
+from bdistil.reporting.wandb_file import records
 
 
 @dataclass

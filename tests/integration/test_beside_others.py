@@ -21,7 +21,7 @@ from helpers.wandb_offline import finished_runs
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from bdistil.tracking import Tracking, make_logger
+from bdistil.reporting.tracking import Tracking, make_logger
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

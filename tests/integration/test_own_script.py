@@ -34,7 +34,7 @@ from helpers.toys import (
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-import bdistil.report
+import bdistil.reporting.report
 import bdistil.storage.run_directory
 from bdistil import BoostingSettings
 from bdistil.callbacks import RoundController, round_controller
@@ -168,7 +168,7 @@ def here(tmp_path, monkeypatch):
 
 @defaults
 def test_the_script_of_five_lines(here, monkeypatch):
-    monkeypatch.setattr(round_controller, "write_report", bdistil.report.write_report)
+    monkeypatch.setattr(round_controller, "write_report", bdistil.reporting.report.write_report)
     names = start()
     stages = len(names.ensemble)
     assert stages >= 2

@@ -26,7 +26,7 @@ from helpers.toys import (
 )
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
-import bdistil.report
+import bdistil.reporting.report
 import bdistil.storage.run_directory
 from bdistil.storage.run_directory import RunDirectory
 

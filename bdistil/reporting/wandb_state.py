@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bdistil.wandb_log import last_time, rows, rows_from
+from bdistil.reporting.wandb_file import last_time, rows, rows_from
 
 # A row is noted before it is logged, and W&B's own process writes it within FLUSH_SECONDS. What of the notes is not in
 # its file after a kill, the next start logs; a process that is held up may be later than that, hence so many.

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from bdistil.run_notes import FLUSH_SETTING, KEPT_SECONDS_WITHOUT, RunNotes
+from bdistil.reporting.wandb_state import FLUSH_SETTING, KEPT_SECONDS_WITHOUT, RunNotes
 
 
 class RunLogger(WandbLogger):

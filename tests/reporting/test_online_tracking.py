@@ -12,9 +12,11 @@ from helpers.toys import in_child
 from helpers.wandb_offline import finished_runs
 from test_killed_tracking import descendants
 
-from bdistil import cli, tracking
-from bdistil.run_notes import RunNotes
-from bdistil.tracking import CurveTracker, Tracking, make_logger
+from bdistil import cli
+from bdistil.reporting import tracking
+from bdistil.reporting.curve_tracker import CurveTracker
+from bdistil.reporting.tracking import Tracking, make_logger
+from bdistil.reporting.wandb_state import RunNotes
 from bdistil.utils.signals import StopSignals
 
 ROWS, ROUNDS, EPOCHS = 100, 2, 3

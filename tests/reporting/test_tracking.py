@@ -18,8 +18,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from bdistil import tracking
-from bdistil.tracking import CurveTracker, Tracking, make_logger
+from bdistil.reporting import tracking
+from bdistil.reporting.curve_tracker import CurveTracker
+from bdistil.reporting.tracking import Tracking, make_logger
 
 STEPS, KEY = 3, "0123456789" * 4
 CURVE = [

@@ -1,137 +1,86 @@
-"""Tracking: one run of Weights & Biases for all rounds, and plain scalars for any other logger of Lightning.
-
-A tracker only watches: it asks nothing, never ends a run, and holds one up for seconds, or for two minutes where its
-server goes away meanwhile.
-"""
+"""Shows a boosting run in the loggers of its Trainers, round after round."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from socket import create_connection
-from typing import Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
-from uuid import uuid4
+from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from bdistil.metrics.task import score_name
-from bdistil.run_logger import RunLogger
-from bdistil.run_notes import FLUSH_SECONDS, FLUSH_SETTING
-from bdistil.storage.files import write_atomically
-
-CONNECT_SECONDS, INIT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 60.0
-# A student that takes W&B as long as this to refuse is one for a server that has gone.
-SLOW_SECONDS = 5.0
+from bdistil.reporting.wandb_logger import RunLogger
+from bdistil.storage.run_directory import RunDirectory
 
 
-@dataclass(frozen=True)
-class Tracking:
-    """How a run is shown in Weights & Biases. WANDB_MODE=offline or disabled goes before `mode`.
-
-    Attributes:
-        mode: `auto` is online where a key is configured and the server answers, else offline. `online` is the same,
-            with a warning where it cannot be. `offline` is for `wandb sync` later. `disabled` makes no run.
-        project: the project of the run.
-        group: runs that belong together, such as the seeds of one recipe.
-        name: of the run; W&B invents one otherwise.
-        tags: labels to search by, such as data set, teacher and student.
-        job_type: what the run does: fit, evaluate or profile.
-    """
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "bdistil"
-    group: str | None = None
-    name: str | None = None
-    tags: list[str] = field(default_factory=list)
-    job_type: str = "fit"
+def shown_step(trainer: pl.Trainer) -> int:
+    """Where the step axis of the loggers is: it goes on over the rounds of a run, `trainer.global_step` does not."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def make_logger(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> RunLogger | None:
-    """The W&B logger that all rounds share, with a run behind it on rank zero. None, with a warning, if that fails.
+class RoundTracker:
+    """One curve over the fits of all rounds.
 
     Args:
-        tracking: how the run is shown; None is returned where it is disabled.
-        folder: the run directory. ``wandb_id.txt`` in it keeps the id of the W&B run, so that a folder started again
-            goes on with its run; W&B writes to ``wandb/`` in it, or in WANDB_DIR.
-        config: the resolved configuration, nested plain values.
+        run: the run directory.
     """
-    if "disabled" in (tracking.mode, os.environ.get("WANDB_MODE")):
-        return None
-    try:
-        run = rank_zero_only(_start)(tracking, folder, config)
-        return RunLogger(folder, project=tracking.project, experiment=run)
-    except Exception as error:
-        rank_zero_warn(f"W&B did not start, this run is not tracked there. {type(error).__name__}: {error}")
-        return None
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self._tracker: CurveTracker | None = None
+        self._loggers: list[Logger] | None = None
+
+    def start(self, trainer: pl.Trainer, number: int) -> None:
+        """Takes the loggers of this round's Trainer; after a restart the committed rounds are shown again."""
+        records = [self.run.record(t) for t in range(number)]
+        first = self._tracker is None
+        if self._loggers != trainer.loggers:
+            self._tracker, self._loggers = CurveTracker(trainer.loggers), trainer.loggers
+        assert self._tracker is not None
+        for logger in trainer.loggers:
+            self._tracker.define(logger)
+        if first:
+            self._tracker.restore(records)
+        # Each Trainer counts its steps from 0; the step axis of the loggers goes on where the rounds before ended.
+        # There is no public way to say so, or to ask for it (lightning 2.6).
+        trainer.fit_loop.epoch_loop._batches_that_stepped = sum(record["steps"] for record in records)
+
+    def catch_up(self, logger: RunLogger) -> None:
+        """Shows the rounds of a finished run that the server of W&B lacks; nothing where it is out of reach."""
+        tracker = CurveTracker([logger])
+        if logger.lost or logger.experiment.offline:
+            tracker.finish()
+            return
+        self._tracker, self._loggers = tracker, [logger]
+        tracker.define(logger)
+        tracker.restore([self.run.record(t) for t in range(self.run.committed())])
+
+    def committed(self, trainer: pl.Trainer, row: Mapping[str, Any], number: int) -> None:
+        """Shows a committed round: its row, and its student as an artifact."""
+        assert self._tracker is not None
+        self._tracker.round(row, number + 1, shown_step(trainer))
+        if trainer.is_global_zero:
+            self._tracker.student(self.run.folder(number), number + 1, row)
+
+    def finish(self) -> None:
+        """Shows table and plot of the whole curve."""
+        if self._tracker is not None and self.run.curve.exists():
+            self._tracker.curve(self.run.read_curve(), self.run.task)
+
+    def close(self) -> None:
+        """Ends the tracker's run."""
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
-def _start(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> Any:
-    import wandb
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (id_file := folder / "wandb_id.txt").exists():
-        write_atomically(id_file, uuid4().hex[:8])
-    settings, root = wandb.setup().settings, os.environ.get("WANDB_DIR", str(folder))
-    # Quiet, as W&B would first ask the server for the name of the user, and wait for that as well.
-    bounds = wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, quiet=True)
-    if hasattr(bounds, FLUSH_SETTING):
-        setattr(bounds, FLUSH_SETTING, FLUSH_SECONDS)
-    init = partial(
-        wandb.init, project=tracking.project, group=tracking.group, name=tracking.name, tags=tracking.tags, dir=root,
-        job_type=tracking.job_type, config=dict(config), id=id_file.read_text(), resume="allow", settings=bounds,
-    )  # fmt: skip
-    obstacle, tell = _obstacle(tracking.mode, settings)
-    if not obstacle:
-        try:
-            run = init()
-        except Exception as error:
-            wandb.teardown()  # or the id stays taken
-            obstacle, tell = f"{settings.base_url} did not start the run ({error})", rank_zero_warn
-    if obstacle:
-        bounds.silent = True  # online it says where the run is, and what it could not upload
-        run = init(mode="offline")  # WandbLogger(offline=True) would set WANDB_MODE for the rest of the process
-        tell(f"W&B is offline: {obstacle}. `wandb sync {root}/wandb/offline-run-*` uploads the run later.")
-    run.define_metric("trainer/global_step")  # this and the next as WandbLogger does for the runs that it makes
-    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return run
-
-
-def _obstacle(mode: str, settings: Any) -> tuple[str, Callable[[str], object]]:
-    """Why a run cannot be online, or "", and how to tell: what the user will not have expected is a warning."""
-    from wandb.sdk.lib.wbauth import authenticate_session
-
-    if settings.mode == "disabled":  # by the command `wandb disabled`
-        return "", rank_zero_info
-    if mode == "offline" or settings.mode in ("offline", "dryrun"):
-        return "as asked for", rank_zero_info
-    try:
-        if not authenticate_session(host=settings.base_url, source="bdistil", prompt=False, update_session=False):
-            return "no API key is configured, see `wandb login`", rank_zero_info if mode == "auto" else rank_zero_warn
-        _knock(settings.base_url, CONNECT_SECONDS)
-    except Exception as error:
-        return f"{settings.base_url} is out of reach ({type(error).__name__} {error})", rank_zero_warn
-    return "", rank_zero_info
-
-
-def _knock(server: str, seconds: float) -> None:
-    """Connects to a server, or to the proxy on the way to it, or raises."""
-    parts = urlsplit(server)
-    proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
-    parts = urlsplit(proxy if "//" in proxy else f"http://{proxy}") if proxy else parts
-    address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-    with ThreadPool(1) as pool:  # the time-out of a connection does not bound the look-up of the name
-        pool.apply_async(create_connection, (address, seconds)).get(seconds).close()
+# A student that takes W&B as long as this to refuse is one for a server that has gone.
+SLOW_SECONDS = 5.0
 
 
 def _runs(loggers: Sequence[Logger]) -> list[Any]:

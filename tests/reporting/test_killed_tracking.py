@@ -12,12 +12,14 @@ import pytest
 from helpers.toys import in_child
 from helpers.wandb_offline import offline_runs
 
-from bdistil import tracking, wandb_log
-from bdistil.run_logger import RunLogger
-from bdistil.run_notes import FLUSH_SECONDS, KEPT_SECONDS, ROOM, RunNotes
-from bdistil.tracking import CurveTracker, Tracking, make_logger
+from bdistil.reporting import tracking
+from bdistil.reporting import wandb_file as wandb_log
+from bdistil.reporting.curve_tracker import CurveTracker
+from bdistil.reporting.tracking import Tracking, make_logger
+from bdistil.reporting.wandb_file import last_time
+from bdistil.reporting.wandb_logger import RunLogger
+from bdistil.reporting.wandb_state import FLUSH_SECONDS, KEPT_SECONDS, ROOM, RunNotes
 from bdistil.utils.signals import StopSignals
-from bdistil.wandb_log import last_time
 
 ROWS, NEVER = 100, 60.0  # rows that W&B's process would not write before it is killed, were it not for our interval
 ENVIRON = {"WANDB_SILENT": "true", "WANDB_MODE": "offline"}

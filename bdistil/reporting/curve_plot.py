@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdistil.curve_table import Row, number, of_task, plain, short, shown, split
+from bdistil.reporting.curve_table import Row, number, of_task, plain, short, shown, split
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

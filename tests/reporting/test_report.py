@@ -10,10 +10,10 @@ import matplotlib
 import pytest
 from matplotlib._pylab_helpers import Gcf
 
-from bdistil.curve_picture import plot_curve
-from bdistil.curve_table import curve_table
 from bdistil.errors import UserError
-from bdistil.report import write_report
+from bdistil.reporting.curve_plot import plot_curve
+from bdistil.reporting.curve_table import curve_table
+from bdistil.reporting.report import write_report
 from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
 
 TEACHER = {"stage": "teacher", "macs": 1_204_224, "params": 602_112, "val_accuracy": 0.965, "val_loss": 0.1123}
