@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from bdistil.boosting.settings import BoostingSettings
+from bdistil.distillation.mekd.settings import Mekd
 from bdistil.errors import UserError
-from bdistil.mekd_run import Mekd
 from bdistil.teachers.training import TeacherSpec
 
 

@@ -23,10 +23,11 @@ from bdistil.boosting.trainer_checks import check_strategy
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.commands import say_end
 from bdistil.data.loaders.attach import indexed_loaders, only
+from bdistil.distillation.mekd.run import Emulation
+from bdistil.distillation.mekd.settings import Mekd
 from bdistil.distiller import Distiller
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
-from bdistil.mekd_run import Emulation, Mekd
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tracking import Tracking, make_logger
 from bdistil.reporting.wandb_logger import RunLogger

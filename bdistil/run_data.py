@@ -11,8 +11,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from bdistil.data.loaders.attach import only
+from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
-from bdistil.mekd_data import open_generated
 from bdistil.storage.run_directory import RunDirectory
 
 

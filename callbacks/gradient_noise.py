@@ -11,19 +11,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.boosting.round import BoostingRound
+from bdistil.distillation.gradient_noise import Look, cosine_of, draw_noise, look, noise_figures
+from bdistil.distillation.last_layer import check_distilling, prepared_loaders
+from bdistil.distillation.probes import view_of
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
-from bdistil.noise_look import Look, cosine_of, look
-from bdistil.noise_report import draw_noise, noise_figures
-from bdistil.observing import view_of
-from bdistil.probing import check_distilling, prepared_loaders
 from bdistil.reporting.curve_tracker import shown_step
 
 
 class GradientNoise(pl.Callback):
     """Measures the noise of the gradient now and then, from the last linear layer and without a backward pass.
 
-    In distillation (`bdistil.probing.Distilling`) it compares label and teacher gradient, and suggests a distillation
+    In distillation (`bdistil.distillation.last_layer.Distilling`) it compares label and teacher gradient, and suggests a distillation
     weight, which a `Distillation` of ``distillation_weight="auto"`` follows. In a boosting run it says how noisy the
     gradient of each round is, without the game (lambda = 0 of the curve) and with it (lambda = 1). A look changes no
     weight, buffer or random state.

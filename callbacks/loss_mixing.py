@@ -15,21 +15,20 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.data.label_noise import flipped_labels, labels_of
 from bdistil.data.loaders.attach import LOADERS, indexed_loaders
 from bdistil.data.loaders.indexing import Index
-from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
-from bdistil.mixing_report import draw_weights, log_weights, weight_figures
-from bdistil.mixing_store import MixingStore
-from bdistil.mixing_update import update_mix
-from bdistil.observing import view_of
-from bdistil.probing import check_distilling, looking, prepared_loaders
+from bdistil.distillation.last_layer import check_distilling, looking, prepared_loaders
+from bdistil.distillation.loss_mixing import MixingSettings, RoundMix, check_round, start_mix, update_mix
+from bdistil.distillation.mixing_report import draw_weights, log_weights, weight_figures
+from bdistil.distillation.mixing_store import MixingStore
+from bdistil.distillation.probes import view_of
+from bdistil.functional.loss_mixing import loss_weights
 from bdistil.reporting.curve_tracker import shown_step
-from bdistil.round_mixing import RoundMix, check_round
 from bdistil.utils.seeding import seed_of
 
 
 class LossMixing(pl.Callback):
     """Learns the weights of label loss and teacher losses of every sample on the clean validation part.
 
-    In anyone's LightningModule that offers what `bdistil.probing.Distilling` says: batches of its training loader carry
+    In anyone's LightningModule that offers what `bdistil.distillation.last_layer.Distilling` says: batches of its training loader carry
     the index, (x, y, index), and the module gets ``sample_weights(index)``: weights (B, K) for `mixing.mixed_loss`.
     In a boosting run, beside the RoundController: the target of a round becomes a mix of label and teacher.
 

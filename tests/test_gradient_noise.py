@@ -15,11 +15,11 @@ from torch import nn
 
 from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing
-from bdistil.distillation import Distillation, generations
+from bdistil.distillation.loss_mixing import MixingSettings
+from bdistil.distillation.module import Distillation, generations
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.gradient_noise import gradient_moments, noise_to_signal, variance_at
-from bdistil.functional.loss_mixing import MixingSettings
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil import RunError, UserError
 from bdistil.callbacks import LossMixing, RoundController
 from bdistil.data.label_noise import LabelNoise, NoisyLabels, flip_labels
-from bdistil.distillation import Distillation
+from bdistil.distillation.loss_mixing import MixingSettings
+from bdistil.distillation.mixing_store import MixingStore
+from bdistil.distillation.module import Distillation
 from bdistil.functional.distillation import kd_terms
-from bdistil.functional.loss_mixing import MixingSettings, mixed_loss
-from bdistil.mixing_store import MixingStore
+from bdistil.functional.loss_mixing import mixed_loss
 
 SOON = MixingSettings(mode="convex", warmup=1, every=1, inner=2)
 

@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.cli import main
 from bdistil.data.label_noise import flip_labels
-from bdistil.distillation import Distillation
-from bdistil.functional.loss_mixing import MixingSettings
+from bdistil.distillation.loss_mixing import MixingSettings
+from bdistil.distillation.module import Distillation
 
 DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = {"label_weight", "teacher_weight", "clean", "flipped", "auc"}

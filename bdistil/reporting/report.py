@@ -150,7 +150,7 @@ def anytime_section(figures: AnytimeFigures | None) -> str:
     return f"<h2>Stopping early</h2>{_exits_told(figures)}{_stages_table(figures)}{_times_table(figures)}"
 
 
-def _table(head: list[str], rows: list[list[str]], told: str) -> str:
+def _figures_table(head: list[str], rows: list[list[str]], told: str) -> str:
     lines = ["".join(f'<th scope="col">{escape(name)}</th>' for name in head)]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -184,7 +184,7 @@ def _stages_table(figures: AnytimeFigures) -> str:
     head = ["stage"]
     head += ["temperature", "calibration error before", "after"] if figures.calibration_error else []
     head += ["threshold", "decided"] if figures.exits else []
-    return _table(head + (["weight"] if figures.weights else []), rows, "exits and calibration of each stage")
+    return _figures_table(head + (["weight"] if figures.weights else []), rows, "exits and calibration of each stage")
 
 
 def _times_table(figures: AnytimeFigures) -> str:
@@ -202,4 +202,4 @@ def _times_table(figures: AnytimeFigures) -> str:
         f"<p>All stages on {escape(figures.device)} by schedule: one after the other, bodies in pairs, all bodies "
         "together. Leaving the batch is done where the stages to come save more.</p>"
     )
-    return _table(head, rows, "measured times") + note
+    return _figures_table(head, rows, "measured times") + note

@@ -90,7 +90,6 @@ class OnnxTeacher(nn.Module):
     @property
     def identity(self) -> str:
         """Sha256 of the file and of those that it keeps weights in; the output's name."""
-
         return f"{digest(Path(self.path))} {self.output}"
 
     def forward(self, x: Tensor) -> Tensor:

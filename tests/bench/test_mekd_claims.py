@@ -20,10 +20,11 @@ from bdistil import ApiTeacher, BoostingSettings
 from bdistil.callbacks import RoundController
 from bdistil.data.digits import Digits, LocalDigits
 from bdistil.data.loaders.attach import indexed_loaders
-from bdistil.mekd import MappingEmulation
-from bdistil.mekd_data import AnsweredSamples, GeneratedSamples, answers_of, repeated
-from bdistil.mekd_run import Emulation, Mekd, agreement_score
-from bdistil.mekd_stage import run_stage
+from bdistil.distillation.mekd import MappingEmulation
+from bdistil.distillation.mekd.run import Emulation, agreement_score
+from bdistil.distillation.mekd.samples import AnsweredSamples, GeneratedSamples, answers_of, repeated
+from bdistil.distillation.mekd.settings import Mekd
+from bdistil.distillation.mekd.stage import run_stage
 from bdistil.models.convnets import ConvStudent, StridedConvNet
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bdistil import UserError
+from bdistil.distillation.mekd.networks import Discriminator, Generator, shifted
 from bdistil.functional.mekd import (
     balance,
     confidence,
@@ -20,7 +21,6 @@ from bdistil.functional.mekd import (
     soft_latent,
     statistics,
 )
-from bdistil.mekd_networks import Discriminator, Generator, shifted
 
 M, L = 6, 4
 

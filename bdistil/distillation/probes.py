@@ -15,10 +15,10 @@ from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import Index, rows_loader
+from bdistil.distillation.last_layer import last_layers, observe
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
-from bdistil.probing import last_layers, observe
 
 
 class Seen(NamedTuple):

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdistil.distillation.mekd.networks import Generator
 from bdistil.errors import UserError
 from bdistil.functional.mekd import hard_emulation, soft_emulation
-from bdistil.mekd_networks import Generator
 from bdistil.utils.seeding import reseed
 
 Optimizer = Literal["sgd", "adamw"]

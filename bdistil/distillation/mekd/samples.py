@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil.boosting.ledger import rows as row_files
-from bdistil.mekd_deprivatization import latents
-from bdistil.mekd_networks import Generator
+from bdistil.distillation.mekd.deprivatization import latents
+from bdistil.distillation.mekd.networks import Generator
 from bdistil.teachers.api import ApiTeacher
 
 # Samples that are made at once: fixed, for the last bits of a batched product depend on the batch, and with them the

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bdistil.data.loaders.attach import indexed_loaders
+from bdistil.distillation.mekd import Deprivatization, MappingEmulation
 from bdistil.errors import RunError
-from bdistil.mekd import Deprivatization, MappingEmulation
 from bdistil.storage.checkpoint import save_epoch
 from bdistil.storage.files import disk_errors, write_atomically
 from bdistil.storage.weights import load_weights, save_weights

@@ -11,11 +11,11 @@ from helpers.toys import Hook, logged, make_trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from bdistil import RunError, UserError
-from bdistil.mekd import Deprivatization, MappingEmulation
-from bdistil.mekd_data import AnsweredSamples
-from bdistil.mekd_networks import Discriminator, Generator
-from bdistil.mekd_run import agreement_score
-from bdistil.mekd_stage import StageKeeper, run_stage, sample_grid
+from bdistil.distillation.mekd import Deprivatization, MappingEmulation
+from bdistil.distillation.mekd.networks import Discriminator, Generator
+from bdistil.distillation.mekd.run import agreement_score
+from bdistil.distillation.mekd.samples import AnsweredSamples
+from bdistil.distillation.mekd.stage import StageKeeper, run_stage, sample_grid
 
 # ---- stage 1
 

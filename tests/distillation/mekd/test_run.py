@@ -22,8 +22,9 @@ from helpers.toys import Hook, in_child, make_trainer
 from torch import nn
 
 from bdistil import UserError
-from bdistil.mekd_data import open_generated, repeated
-from bdistil.mekd_run import Emulation, Mekd
+from bdistil.distillation.mekd.run import Emulation
+from bdistil.distillation.mekd.samples import open_generated, repeated
+from bdistil.distillation.mekd.settings import Mekd
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ApiTeacher
+from bdistil.distillation.mekd.networks import Discriminator, Generator
+from bdistil.distillation.mekd.run import Emulation
+from bdistil.distillation.mekd.settings import Mekd
 from bdistil.functional.mekd import discriminator_loss, kernel_distance, narrow_distance
-from bdistil.mekd_networks import Discriminator, Generator
-from bdistil.mekd_run import Emulation, Mekd
 
 KINDS, STEPS, CHANNELS = 3, 16, 2
 TURNS = torch.tensor([1, 2, 4])  # of the waves of each kind in a sample

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bdistil.distillation import Distillation
+from bdistil.distillation.module import Distillation
 from bdistil.errors import UserError
 
 TAU = 2.0

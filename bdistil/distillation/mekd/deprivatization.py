@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bdistil.distillation.mekd.networks import Discriminator, Generator
 from bdistil.errors import UserError
 from bdistil.functional.mekd import (
     balance,
@@ -19,7 +20,6 @@ from bdistil.functional.mekd import (
     kernel_distance,
     narrow_distance,
 )
-from bdistil.mekd_networks import Discriminator, Generator
 from bdistil.teachers.api import ApiTeacher
 from bdistil.utils.seeding import reseed, seed_of
 

@@ -4,7 +4,7 @@ Stage 1, `Deprivatization`, trains a GAN on local unlabelled samples. Stage 2, `
 and trains a student so that its answers and the teacher's become the same samples when they are put through it.
 """
 
-from bdistil.mekd_deprivatization import Deprivatization
-from bdistil.mekd_emulation import MappingEmulation
+from bdistil.distillation.mekd.deprivatization import Deprivatization
+from bdistil.distillation.mekd.mapping_emulation import MappingEmulation
 
 __all__ = ["Deprivatization", "MappingEmulation"]

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.data.loaders.indexing import Index
+from bdistil.distillation.last_layer import last_layers
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32, kd_terms
 from bdistil.functional.gradient_noise import scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
-from bdistil.probing import last_layers
 from bdistil.teachers.wrappers import FrozenTeacher
 
 # Where `auto` starts, before the first look at the gradient.
