@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from bdistil.anytime_fit import ExitTarget, fit_anytime, told
 from bdistil.ensemble.budget import Budget, check_rule
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import Rule
-from bdistil.evaluation import Part, Sweep, evaluate_budgets, sweep_budgets
-from bdistil.evaluation_files import table, teacher_row, write_csv, write_picture
+from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, told
+from bdistil.evaluation.evaluate import Part, Sweep, evaluate_budgets, sweep_budgets
+from bdistil.evaluation.profile import profile_run
+from bdistil.evaluation.run_data import loader_of
+from bdistil.evaluation.tables import table, teacher_row, write_csv, write_picture
 from bdistil.export import ExportOptions, export_run
 from bdistil.export_summary import export_summary
-from bdistil.profiling import profile_run
 from bdistil.recipe_files import jobs, recipes, summary
 from bdistil.reporting.curve_table import curve_table
 from bdistil.reporting.report import write_report
-from bdistil.run_data import loader_of
 from bdistil.storage.run_directory import RunDirectory
 
 NO_LIMITS = Budget()

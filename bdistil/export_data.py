@@ -13,8 +13,8 @@ from torch import Tensor
 from bdistil.data.loaders.attach import only
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.evaluation.run_data import datamodule_of
 from bdistil.export_graphs import Normalisation
-from bdistil.run_data import datamodule_of
 from bdistil.storage.run_directory import RunDirectory
 
 SAMPLES = 256

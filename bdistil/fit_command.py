@@ -17,7 +17,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from bdistil.anytime_fit import fit_anytime
 from bdistil.boosting.run import FREE_KEYS
 from bdistil.boosting.trainer_checks import check_strategy
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
@@ -28,6 +27,7 @@ from bdistil.distillation.mekd.settings import Mekd
 from bdistil.distiller import Distiller
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.evaluation.calibrate import fit_anytime
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tracking import Tracking, make_logger
 from bdistil.reporting.wandb_logger import RunLogger

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
-from bdistil.anytime_fit import ExitTarget, fit_anytime
 from bdistil.cli import main
 from bdistil.data.digits import Digits
 from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
 from bdistil.ensemble.exit_rules import sureness
 from bdistil.ensemble.timing import measure_times
+from bdistil.evaluation.calibrate import ExitTarget, fit_anytime
 from bdistil.models.convnets import ConvStudent
 from bdistil.utils.memory import keep_freed_memory
 

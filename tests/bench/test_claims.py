@@ -13,8 +13,8 @@ import pytest
 
 from bdistil import ProgressiveEnsemble
 from bdistil.cli import main
-from bdistil.early import early_figures
-from bdistil.run_data import loader_of
+from bdistil.evaluation.early import early_figures
+from bdistil.evaluation.run_data import loader_of
 from bdistil.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import RULES, add_votes, sureness
 from bdistil.ensemble.stage_clock import Deadline, StageClock
 from bdistil.errors import UserError
-from bdistil.evaluation import CONFIDENCES, sweep_budgets
+from bdistil.evaluation.evaluate import CONFIDENCES, sweep_budgets
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, Student
 

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil.calibration import calibration_error, temperatures_of, weighted_prefixes, winning_weights
 from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import NEVER, Rule, add_votes, sureness
 from bdistil.ensemble.timing import measure_times
 from bdistil.errors import UserError
-from bdistil.exit_fitting import Array, exit_stages, fit_thresholds, outcome
-from bdistil.run_data import first_samples
+from bdistil.evaluation.run_data import first_samples
+from bdistil.evaluation.temperature import calibration_error, temperatures_of, weighted_prefixes, winning_weights
+from bdistil.evaluation.thresholds import Array, exit_stages, fit_thresholds, outcome
 
 TIMED_SAMPLES = 256
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdistil.calibration import (
+from bdistil.evaluation.temperature import (
     HIGHEST,
     LOWEST,
     calibration_error,

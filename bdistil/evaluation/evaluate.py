@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bdistil.early import early_figures
 from bdistil.ensemble.budget import Budget
 from bdistil.ensemble.calibration import AnytimeFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
+from bdistil.evaluation.early import early_figures
+from bdistil.evaluation.run_data import first_samples, loader_of
 from bdistil.metrics.regression import PrefixErrors
-from bdistil.run_data import first_samples, loader_of
 from bdistil.storage.run_directory import RunDirectory
 
 Part = Literal["test", "val"]
@@ -31,7 +31,7 @@ def evaluate_budgets(
 ) -> list[dict[str, Any]]:
     """Accuracy, average cost, latency and the share of samples decided at each stage, for each of some budgets.
 
-    Students that read segments of a sequence also get the figures of early classification (`bdistil.early`).
+    Students that read segments of a sequence also get the figures of early classification (`bdistil.evaluation.early`).
 
     Args:
         run: a run of a recipe.

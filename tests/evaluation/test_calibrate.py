@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bdistil.anytime_fit import ExitTarget, fit_anytime, told
-from bdistil.calibration import calibration_error
 from bdistil.ensemble import timing
 from bdistil.ensemble.budget import Budget
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import RULES
 from bdistil.ensemble.stacking import StackedBodies
 from bdistil.errors import UserError
+from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, told
+from bdistil.evaluation.temperature import calibration_error
 from bdistil.models.student import Rung, Student
 
 IN, L, T, N = 6, 4, 3, 400

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ProgressiveEnsemble, Rung
-from bdistil.early import early_figures, early_row, first_sure, share_decided_by, steps_saved
 from bdistil.ensemble.restore import build_student
+from bdistil.evaluation.early import early_figures, early_row, first_sure, share_decided_by, steps_saved
 from bdistil.models.convnets import ConvStudent
 from bdistil.models.recurrent import RecurrentSegmentStudent
 

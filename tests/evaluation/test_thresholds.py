@@ -7,7 +7,7 @@ import pytest
 
 from bdistil.ensemble.exit_rules import NEVER
 from bdistil.errors import UserError
-from bdistil.exit_fitting import exit_stages, fit_thresholds, outcome
+from bdistil.evaluation.thresholds import exit_stages, fit_thresholds, outcome
 
 MACS = [10, 25, 45, 70]
 
