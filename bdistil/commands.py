@@ -15,8 +15,7 @@ from bdistil.evaluation.evaluate import Part, Sweep, evaluate_budgets, sweep_bud
 from bdistil.evaluation.profile import profile_run
 from bdistil.evaluation.run_data import loader_of
 from bdistil.evaluation.tables import table, teacher_row, write_csv, write_picture
-from bdistil.export import ExportOptions, export_run
-from bdistil.export_summary import export_summary
+from bdistil.export.run import ExportOptions, export_run, export_summary
 from bdistil.recipe_files import jobs, recipes, summary
 from bdistil.reporting.curve_table import curve_table
 from bdistil.reporting.report import write_report

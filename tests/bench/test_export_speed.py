@@ -12,12 +12,12 @@ import torch
 from helpers.export_runs import write_run
 
 from bdistil import ProgressiveEnsemble
-from bdistil.export import export_run
-from bdistil.export_exits import leaving, write_exits
-from bdistil.export_fuse import fused_runner
+from bdistil.export.exits import leaving, write_exits
+from bdistil.export.fusion import fused_runner
+from bdistil.export.run import export_run
+from bdistil.export.runner import Budget, ExitRule, ExportedEnsemble
 from bdistil.models.convnets import ConvStudent
 from bdistil.models.recurrent import RecurrentStudent
-from bdistil.runner import Budget, ExitRule, ExportedEnsemble
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bdistil.ensemble.restore import build_student
-from bdistil.export import export_run
+from bdistil.export.run import export_run
 from bdistil.models.recurrent import RecurrentSegmentStudent
 from bdistil.models.student import Rung, Student, run_student
 from bdistil.storage.blueprint import describe

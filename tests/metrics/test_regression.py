@@ -16,10 +16,10 @@ from bdistil import AveragedTeacher, BoostingSettings, Budget, ErrorLedger, Prog
 from bdistil.boosting.ledger.units import Units
 from bdistil.cli import main
 from bdistil.data.diabetes import Diabetes, read_diabetes
-from bdistil.export import export_run
+from bdistil.export.run import export_run
+from bdistil.export.runner import ExportedEnsemble
 from bdistil.metrics.regression import PrefixErrors, output_figures, output_sums
 from bdistil.models.mlp import MLPStudent
-from bdistil.runner import ExportedEnsemble
 from bdistil.storage.run_directory import RunDirectory
 
 OUTPUTS = 2

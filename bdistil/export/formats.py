@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bdistil.errors import RunError
-from bdistil.export_folder import copy_runner, graph_entry
-from bdistil.export_graphs import EXPORTERS, opset_of, quiet_exporters, require_symbolic, torch_file
-from bdistil.export_job import Export
-from bdistil.export_parity import Run
+from bdistil.export.folder import copy_runner, graph_entry
+from bdistil.export.graphs import EXPORTERS, opset_of, quiet_exporters, require_symbolic, torch_file
+from bdistil.export.job import Export
+from bdistil.export.parity import Run
 
 
 def torch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def torch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
 
 def executorch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """One program with a method a stage."""
-    from bdistil.export_executorch import method_name, program_run, write_program
+    from bdistil.export.executorch import method_name, program_run, write_program
 
     path, segments = folder / "ensemble.pte", [export.segment([number]) for number in range(len(export.ensemble))]
     write_program(segments, export.values, path)
@@ -46,7 +46,7 @@ def executorch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) 
 
 def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The graphs of the first exporter whose graphs are equal to PyTorch, the runner, and what it measures here."""
-    from bdistil.runner import ExportedEnsemble
+    from bdistil.export.runner import ExportedEnsemble
 
     quiet_exporters()
     problems = []
@@ -68,7 +68,7 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
     }
     manifest, options = {**manifest, **found}, export.options
     if options.quantise:
-        from bdistil.export_int8 import int8_stages
+        from bdistil.export.int8 import int8_stages
 
         found |= int8_stages(folder, manifest, options.quantise, export.data.datamodule, export.to_raw)
     if options.fuse:
@@ -80,10 +80,10 @@ def _fused(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[st
     """Graphs of several stages: the part `fused` of the manifest."""
     kind, given = export.options.fuse, (export.ensemble, export.data.x, export.raw)
     if kind == "exits":
-        from bdistil.export_exits import fused_exits
+        from bdistil.export.exits import fused_exits
 
         return fused_exits(folder, manifest, *given)
-    from bdistil.export_fuse import fused_spans, spans
+    from bdistil.export.fusion import fused_spans, spans
 
     assert kind
     graphs = [
@@ -101,7 +101,7 @@ def onnx_run(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Run:
     Raises:
         RunError: a graph is fixed at one batch size.
     """
-    from bdistil.runner import Graph
+    from bdistil.export.runner import Graph
 
     graphs = [Graph(folder, entry, threads=1) for entry in entries]
     for graph in graphs:

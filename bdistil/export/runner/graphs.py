@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from .budgets import Array
+from .budget import Array
 from .files import ExportError, read_file
 
 SPARE = 8  # batch sizes whose arrays are kept

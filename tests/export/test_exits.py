@@ -11,15 +11,16 @@ import pytest
 import torch
 from helpers.export_runs import KINDS, MACS, write_run
 
-from bdistil import Budget, ProgressiveEnsemble, UserError, export_exits
+from bdistil import Budget, ProgressiveEnsemble, UserError
 from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
 from bdistil.ensemble.exit_rules import sureness
 from bdistil.errors import RunError
-from bdistil.export import ExportOptions, export_run
-from bdistil.export_exits import leaving
+from bdistil.export import exits as export_exits
+from bdistil.export.exits import leaving
+from bdistil.export.run import ExportOptions, export_run
+from bdistil.export.runner import Budget as RunnerBudget
+from bdistil.export.runner import ExportedEnsemble
 from bdistil.models.convnets import ConvStudent
-from bdistil.runner import Budget as RunnerBudget
-from bdistil.runner import ExportedEnsemble
 
 CASES = [("conv", "margin"), ("gru", "entropy"), ("mlp", "max_prob"), ("segments", "margin"), ("plain", "agreement")]
 
@@ -211,7 +212,7 @@ def test_stages_after_the_exit_do_not_run(convolutions, leave, tmp_path):
 
 def test_a_graph_that_leaves_elsewhere_than_pytorch_is_refused(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", *KINDS["mlp"], figures("margin"))
-    monkeypatch.setattr("bdistil.export_exits.write_exits", swapped_rule)
+    monkeypatch.setattr("bdistil.export.exits.write_exits", swapped_rule)
     with pytest.raises(RunError, match="left after stage"):
         export_run(run, tmp_path / "out", ExportOptions(fuse="exits"))
     assert not (tmp_path / "out").exists()

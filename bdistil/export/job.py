@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
-from bdistil.export_data import ExportData
-from bdistil.export_folder import graph_entry
-from bdistil.export_graphs import Exporter, Normalisation, Segment, links_by_stage
-from bdistil.export_parity import BATCHES, Parity, Run, prove_parity, reference
+from bdistil.export.folder import graph_entry
+from bdistil.export.graphs import Exporter, Normalisation, Segment, links_by_stage
+from bdistil.export.parity import BATCHES, Parity, Run, prove_parity, reference
+from bdistil.export.samples import ExportData
 
 EXAMPLE = 3  # samples; a batch of one may silently become a constant
 

@@ -6,12 +6,12 @@ Nothing that is loaded is executed as code: a folder holds JSON and ONNX graphs.
 sha256 that the manifest gives, and must lie in the folder itself. Who can change the manifest can change the answers.
 """
 
-from .budgets import RULES, Array, Budget, Prediction, Stage, sureness
-from .clock import Clock, Times
+from .budget import RULES, Array, Budget, Prediction, Stage, sureness
 from .ensemble import ExportedEnsemble
 from .files import ExportError
 from .graphs import Graph
-from .walk import ALWAYS, ExitRule
+from .stage_clock import Clock, Times
+from .stages import ALWAYS, ExitRule
 
 __all__ = [
     "ALWAYS",

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .budgets import Array, sureness
+from .budget import Array, sureness
 from .graphs import Chain, Graph
-from .walk import Walk
+from .stages import Walk
 
 
 def example(batch: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:

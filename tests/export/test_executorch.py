@@ -9,8 +9,8 @@ from helpers.export_runs import KINDS, MACS, write_run
 from bdistil import ProgressiveEnsemble, UserError
 from bdistil.cli import main
 from bdistil.errors import RunError
-from bdistil.export import ExportOptions, export_run
-from bdistil.runner import ExportedEnsemble, ExportError
+from bdistil.export.run import ExportOptions, export_run
+from bdistil.export.runner import ExportedEnsemble, ExportError
 
 needed = pytest.mark.skipif(
     find_spec("executorch") is None, reason="needs ExecuTorch: pip install 'bdistil[executorch]'"
@@ -55,7 +55,7 @@ def test_a_method_a_stage_gives_the_numbers_of_pytorch(kind, tmp_path):
 @theirs
 def test_a_program_of_other_numbers_is_refused(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", *KINDS["mlp"])
-    monkeypatch.setattr("bdistil.export_parity.TOLERANCE", -1.0)
+    monkeypatch.setattr("bdistil.export.parity.TOLERANCE", -1.0)
     with pytest.raises(RunError, match="Stage 1 as exported differs"):
         export_run(run, tmp_path / "out", ExportOptions(format="executorch"))
     assert not (tmp_path / "out").exists()
@@ -63,7 +63,7 @@ def test_a_program_of_other_numbers_is_refused(tmp_path, monkeypatch):
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", *KINDS["mlp"])
-    monkeypatch.setattr("bdistil.export._version", lambda name: None)
+    monkeypatch.setattr("bdistil.export.run._version", lambda name: None)
     given = ["export", "--run_dir", str(run.root), "--output", str(tmp_path / "out"), "--format"]
     assert main([*given, "executorch"]) == 2
     assert "`executorch`, which is not installed. pip install 'bdistil[executorch]'" in capsys.readouterr().err

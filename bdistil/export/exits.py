@@ -13,11 +13,11 @@ from torch import Tensor
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import NEVER, sureness
 from bdistil.errors import RunError, UserError
-from bdistil.export_branches import RULES, ExitsGraph
-from bdistil.export_folder import seal
-from bdistil.export_fuse import fused_runner, interleaved_ms, within_tolerance
-from bdistil.export_parity import difference
-from bdistil.runner import ALWAYS, ExitRule
+from bdistil.export.exit_graph import RULES, ExitsGraph
+from bdistil.export.folder import seal
+from bdistil.export.fusion import fused_runner, interleaved_ms, within_tolerance
+from bdistil.export.parity import difference
+from bdistil.export.runner import ALWAYS, ExitRule
 
 COMPARED = 32  # samples, each at every exit
 NEAR = 1e-4  # of a threshold: such a sample may be decided either way

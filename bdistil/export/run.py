@@ -6,17 +6,20 @@ The export is checked before it says done: every stage against PyTorch on 256 sa
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
-from bdistil.export_data import data_of
-from bdistil.export_folder import FORMAT, VERSION, check_output, new_folder
-from bdistil.export_formats import FORMATS
-from bdistil.export_graphs import Normalisation
-from bdistil.export_job import Export, ExportOptions, plain
+from bdistil.export.folder import FORMAT, VERSION, check_output, new_folder
+from bdistil.export.formats import FORMATS
+from bdistil.export.graphs import Normalisation
+from bdistil.export.job import Export, ExportOptions, plain
+from bdistil.export.samples import data_of
 from bdistil.storage.run_directory import RunDirectory
 
 __all__ = ["ExportOptions", "export_run"]
@@ -102,3 +105,32 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def export_summary(manifest: Mapping[str, Any], output: Path) -> str:
+    """What was exported, as a table: a stage a row."""
+    parity = manifest["parity"]
+    lines = [f"{'stage':>5} {'macs':>12} {'bytes':>10} {'difference':>11}"]
+    for number, (stage, found) in enumerate(zip(manifest["stages"], parity["differences"], strict=True), 1):
+        lines.append(f"{number:>5} {stage['macs']:>12,} {stage['bytes']:>10,} {found:>11.1e}")
+    lines.append(f"\nDifferences to PyTorch on {parity['samples']} samples of {parity['source']}.")
+    if manifest["kind"] == "executorch":
+        lines.append("The bytes are those of the one file in which each stage is a method; it reads one sample a call.")
+    if int8 := manifest["quantised"]:
+        lines.append("Accuracy of the prefixes on the validation part, and bytes of all stages:")
+        for name in ("float", "int8"):
+            figures = "  ".join(f"{accuracy:.4f}" for accuracy in int8[name]["accuracy"])
+            lines.append(f"  {name:<6} {figures}  {int8[name]['bytes']:>12,}")
+    if fused := manifest["fused"]:
+        lines += _fused_lines(fused)
+    return "\n".join([*lines, f"{output}"])
+
+
+def _fused_lines(fused: Mapping[str, Any]) -> list[str]:
+    """Latency of the stages and of the graphs of several."""
+    lines = []
+    for batch, found in fused["latency"].items():
+        plain, together = (" ".join(f"{v:.3f}" for v in np.atleast_1d(found[k])) for k in ("stages_ms", "fused_ms"))
+        lines.append(f"Batch {batch}: {plain} ms by stages, {together} ms by --fuse {fused['kind']}.")
+    when = "one sample that may leave" if fused["kind"] == "exits" else "a whole run"
+    return [*lines, f"For {when} the runner takes {fused['kind'] if fused['faster'] else 'stages'}."]

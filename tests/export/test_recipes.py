@@ -12,9 +12,9 @@ import yaml
 
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.cli import main
+from bdistil.export.runner import Budget as RunnerBudget
+from bdistil.export.runner import ExportedEnsemble, ExportError
 from bdistil.recipe_files import recipes
-from bdistil.runner import Budget as RunnerBudget
-from bdistil.runner import ExportedEnsemble, ExportError
 
 SHORT = [
     "--model.boosting.rounds", "2", "--trainer.max_epochs", "1", "--model.teacher.epochs", "1",

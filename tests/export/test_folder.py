@@ -8,9 +8,9 @@ import onnx
 import pytest
 from helpers.export_runs import L, change_manifest, exported_mlps
 
-from bdistil.export import ExportOptions, export_run
-from bdistil.export_folder import seal
-from bdistil.runner import ExportedEnsemble, ExportError
+from bdistil.export.folder import seal
+from bdistil.export.run import ExportOptions, export_run
+from bdistil.export.runner import ExportedEnsemble, ExportError
 
 
 @pytest.fixture(scope="module")

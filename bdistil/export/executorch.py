@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdistil.export_graphs import Segment
-from bdistil.export_parity import Run, Values
+from bdistil.export.graphs import Segment
+from bdistil.export.parity import Run, Values
 
 
 def method_name(number: int) -> str:

@@ -12,9 +12,9 @@ import torch
 from helpers.export_runs import change_manifest, exported_mlps
 
 from bdistil import Budget, ProgressiveEnsemble
-from bdistil.runner import Budget as RunnerBudget
-from bdistil.runner import ExportedEnsemble, ExportError
-from bdistil.runner.command import main
+from bdistil.export.runner import Budget as RunnerBudget
+from bdistil.export.runner import ExportedEnsemble, ExportError
+from bdistil.export.runner.command import main
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from helpers.toys import Toys
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Student, UserError
-from bdistil.export import ExportOptions, export_run
-from bdistil.runner import Budget as RunnerBudget
-from bdistil.runner import Clock, ExportedEnsemble, Times
+from bdistil.export.run import ExportOptions, export_run
+from bdistil.export.runner import Budget as RunnerBudget
+from bdistil.export.runner import Clock, ExportedEnsemble, Times
 
 QUICK = (("mlp", mlp_student, (6,)), ("gru", *KINDS["gru"]), ("segments", *KINDS["segments"]))
 

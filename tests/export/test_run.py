@@ -8,10 +8,10 @@ from helpers.export_runs import KINDS, MACS, write_run
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
 from bdistil.ensemble.exit_rules import RULES, sureness
-from bdistil.export import export_run
+from bdistil.export.run import export_run
+from bdistil.export.runner import Budget as RunnerBudget
+from bdistil.export.runner import ExportedEnsemble
 from bdistil.models.student import Student
-from bdistil.runner import Budget as RunnerBudget
-from bdistil.runner import ExportedEnsemble
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -14,7 +14,7 @@ from bdistil.data.loaders.attach import only
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.run_data import datamodule_of
-from bdistil.export_graphs import Normalisation
+from bdistil.export.graphs import Normalisation
 from bdistil.storage.run_directory import RunDirectory
 
 SAMPLES = 256

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .budgets import RULES, Budget
+from .budget import RULES, Budget
 from .ensemble import ExportedEnsemble
 from .files import ExportError
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError
-from bdistil.export_parity import BATCHES, TOLERANCE, difference
-from bdistil.runner import ExportedEnsemble
+from bdistil.export.parity import BATCHES, TOLERANCE, difference
+from bdistil.export.runner import ExportedEnsemble
 
 MEASURED = (1, 64)  # batch sizes
 TURNS = 100

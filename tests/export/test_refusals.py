@@ -8,10 +8,10 @@ from torch import nn
 
 from bdistil import ProgressiveEnsemble, UserError
 from bdistil.errors import RunError
-from bdistil.export import ExportOptions, export_run
-from bdistil.export_graphs import EXPORTERS, require_symbolic
+from bdistil.export.graphs import EXPORTERS, require_symbolic
+from bdistil.export.run import ExportOptions, export_run
+from bdistil.export.runner import ExportedEnsemble, ExportError
 from bdistil.models.student import Student
-from bdistil.runner import ExportedEnsemble, ExportError
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def test_an_export_is_only_replaced_when_told_to(run, tmp_path):
 def test_a_failed_export_leaves_nothing_and_the_older_one(run, tmp_path, monkeypatch):
     export_run(run, tmp_path / "out")
     before = (tmp_path / "out" / "manifest.json").read_bytes()
-    monkeypatch.setattr("bdistil.export_parity.TOLERANCE", -1.0)
-    monkeypatch.setattr("bdistil.export_formats.EXPORTERS", {"torchscript": EXPORTERS["torchscript"]})
+    monkeypatch.setattr("bdistil.export.parity.TOLERANCE", -1.0)
+    monkeypatch.setattr("bdistil.export.formats.EXPORTERS", {"torchscript": EXPORTERS["torchscript"]})
     with pytest.raises(RunError, match=r"Stage 1 as exported differs from PyTorch by .* at batch 1"):
         export_run(run, tmp_path / "out", ExportOptions(overwrite=True))
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
@@ -97,7 +97,7 @@ def test_a_graph_that_is_fixed_at_one_batch_is_refused():
 def test_both_exporters_give_graphs_with_open_batch(kind, exporter, tmp_path, monkeypatch):
     make, shape = KINDS[kind]
     run = write_run(tmp_path / "run", make, shape)
-    monkeypatch.setattr("bdistil.export_formats.EXPORTERS", {exporter: EXPORTERS[exporter]})
+    monkeypatch.setattr("bdistil.export.formats.EXPORTERS", {exporter: EXPORTERS[exporter]})
     manifest = export_run(run, tmp_path / "out")
     assert manifest["exporter"] == exporter
     for stage in manifest["stages"]:

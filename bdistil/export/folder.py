@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from bdistil.errors import RunError, UserError
-from bdistil.export_graphs import Segment
+from bdistil.export.graphs import Segment
 from bdistil.storage.files import sync
 
 FORMAT, VERSION = "bdistil-export", 1

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .budgets import Array
+from .budget import Array
 from .files import ExportError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .budgets import Array, sureness
+from .budget import Array, sureness
 from .graphs import Chain, Graph
 
 ALWAYS = -1.0  # a threshold that every sample reaches

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bdistil.data.loaders.attach import only
 from bdistil.errors import UserError
-from bdistil.export_folder import seal
-from bdistil.runner import Array, ExportedEnsemble
+from bdistil.export.folder import seal
+from bdistil.export.runner import Array, ExportedEnsemble
 
 Kind = Literal["dynamic", "static"]
 CALIBRATION = 256  # samples

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from .budgets import Array, Budget, Prediction, Stage
-from .clock import Clock, Deadline, Times
+from .budget import Array, Budget, Prediction, Stage
 from .files import ExportError, read_manifest
 from .graphs import Chains, Graph, require_order
 from .inputs import check_input
-from .measuring import example, stage_times
-from .walk import ALWAYS, ExitRule, Walk
+from .stage_clock import Clock, Deadline, Times
+from .stages import ALWAYS, ExitRule, Walk
+from .timing import example, stage_times
 
 
 def _factor(value: float | list[float]) -> float | Array:
