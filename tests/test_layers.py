@@ -97,7 +97,7 @@ def test_imports_point_one_way():
         ({"cli": "from bdistil import Student"}, {"cli imports __init__"}),
         ({"errors": "import bdistil"}, {"errors imports __init__"}),
         ({"surprise": ""}, {"surprise is not in the table"}),
-        ({"callbacks/one": "from bdistil.cli import main"}, {"callbacks imports cli"}),
+        ({"callbacks/one": "from bdistil.cli.app import main"}, {"callbacks imports cli"}),
         (
             {"mixing": "import bdistil.ensemble.ensemble", "ensemble": "from bdistil import mixing"},
             {"circle of ensemble, mixing"},

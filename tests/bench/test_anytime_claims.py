@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
-from bdistil.cli import main
+from bdistil.cli.app import main
 from bdistil.data.digits import Digits
 from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
 from bdistil.ensemble.exit_rules import sureness

@@ -12,7 +12,7 @@ import statistics
 import pytest
 
 from bdistil import ProgressiveEnsemble
-from bdistil.cli import main
+from bdistil.cli.app import main
 from bdistil.evaluation.early import early_figures
 from bdistil.evaluation.run_data import loader_of
 from bdistil.storage.run_directory import RunDirectory

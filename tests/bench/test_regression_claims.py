@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bdistil.cli import main
+from bdistil.cli.app import main
 from bdistil.storage.run_directory import RunDirectory
 
 SEEDS = 3

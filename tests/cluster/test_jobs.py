@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bdistil.cli import main
-from bdistil.recipe_files import jobs
+from bdistil.cli.app import main
+from bdistil.cli.recipe_files import jobs
 
 NAMES = ["one_node", "several_nodes", "torchrun"]
 

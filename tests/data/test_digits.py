@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 
+from bdistil.cli.recipe_files import find_recipe, recipes, summary
 from bdistil.data import digits as digits_module
 from bdistil.data.digits import Digits, read_digits
 from bdistil.data.readers.sources import packaged_file
@@ -16,7 +17,6 @@ from bdistil.data.readers.splits import stratified_split
 from bdistil.errors import UserError
 from bdistil.models.convnets import ConvStudent, StridedConvNet, conv_body
 from bdistil.models.student import Rung, run_student
-from bdistil.recipe_files import find_recipe, recipes, summary
 
 # ---- the digits
 

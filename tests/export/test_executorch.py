@@ -7,7 +7,7 @@ import torch
 from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import ProgressiveEnsemble, UserError
-from bdistil.cli import main
+from bdistil.cli.app import main
 from bdistil.errors import RunError
 from bdistil.export.run import ExportOptions, export_run
 from bdistil.export.runner import ExportedEnsemble, ExportError

@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from bdistil import Budget, ProgressiveEnsemble
-from bdistil.cli import main
+from bdistil.cli.app import main
+from bdistil.cli.recipe_files import recipes
 from bdistil.export.runner import Budget as RunnerBudget
 from bdistil.export.runner import ExportedEnsemble, ExportError
-from bdistil.recipe_files import recipes
 
 SHORT = [
     "--model.boosting.rounds", "2", "--trainer.max_epochs", "1", "--model.teacher.epochs", "1",

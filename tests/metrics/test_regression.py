@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import AveragedTeacher, BoostingSettings, Budget, ErrorLedger, ProgressiveEnsemble, RunError, UserError
 from bdistil.boosting.ledger.units import Units
-from bdistil.cli import main
+from bdistil.cli.app import main
 from bdistil.data.diabetes import Diabetes, read_diabetes
 from bdistil.export.run import export_run
 from bdistil.export.runner import ExportedEnsemble

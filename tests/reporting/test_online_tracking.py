@@ -12,7 +12,7 @@ from helpers.toys import in_child
 from helpers.wandb_offline import finished_runs
 from test_killed_tracking import descendants
 
-from bdistil import cli
+from bdistil.cli import app as cli
 from bdistil.reporting import tracking
 from bdistil.reporting.curve_tracker import CurveTracker
 from bdistil.reporting.tracking import Tracking, make_logger

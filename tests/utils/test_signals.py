@@ -10,7 +10,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 
 from bdistil.boosting.trainer_checks import check_strategy
-from bdistil.cli import main
+from bdistil.cli.app import main
 from bdistil.errors import UserError
 from bdistil.utils.signals import Interrupted, StopSignals
 

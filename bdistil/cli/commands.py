@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from bdistil.cli.recipe_files import jobs, recipes, summary
 from bdistil.ensemble.budget import Budget, check_rule
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import Rule
@@ -16,7 +17,6 @@ from bdistil.evaluation.profile import profile_run
 from bdistil.evaluation.run_data import loader_of
 from bdistil.evaluation.tables import table, teacher_row, write_csv, write_picture
 from bdistil.export.run import ExportOptions, export_run, export_summary
-from bdistil.recipe_files import jobs, recipes, summary
 from bdistil.reporting.curve_table import curve_table
 from bdistil.reporting.report import write_report
 from bdistil.storage.run_directory import RunDirectory

@@ -14,8 +14,8 @@ import yaml
 
 from bdistil import ProgressiveEnsemble
 from bdistil.callbacks import RoundController
-from bdistil.cli import _overview, main
-from bdistil.commands import COMMANDS, EXAMPLES
+from bdistil.cli.app import _overview, main
+from bdistil.cli.commands import COMMANDS, EXAMPLES
 from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
 
 SMALL = [
@@ -326,7 +326,7 @@ def test_a_strategy_of_its_own_class_is_made_anew_for_every_round(tmp_path):
         "0:01:00",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "bdistil.cli", *SMALL, "--run_dir", str(tmp_path / "run"), *strategy],
+        [sys.executable, "-m", "bdistil.cli.app", *SMALL, "--run_dir", str(tmp_path / "run"), *strategy],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

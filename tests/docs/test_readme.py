@@ -7,9 +7,9 @@ import lightning as L
 import pytest
 
 from bdistil.callbacks import ComputeCost, MetricCurves
-from bdistil.cli import COMMANDS
+from bdistil.cli.app import COMMANDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 

@@ -18,7 +18,7 @@ from torch import nn
 from bdistil import ProgressiveEnsemble
 from bdistil.storage.run_directory import RunDirectory
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "any-teacher.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[2] / "docs" / "any-teacher.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
 QUIET = 'max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False'
 OUTPUTS, PIXELS = 5, 3 * 32 * 32
@@ -78,4 +78,4 @@ def test_its_recipe_is_one(folder, monkeypatch):
 
 
 def test_its_figures_of_the_recipe_are_there():
-    assert (Path(__file__).parents[1] / "recipes" / "diabetes.yaml").is_file()
+    assert (Path(__file__).parents[2] / "recipes" / "diabetes.yaml").is_file()

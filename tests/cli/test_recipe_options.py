@@ -13,8 +13,8 @@ from torch import nn
 from bdistil import ProgressiveEnsemble
 from bdistil.boosting import round as rounds
 from bdistil.callbacks import round_controller
-from bdistil.cli import main
-from bdistil.distiller import Distiller
+from bdistil.cli.app import main
+from bdistil.cli.distiller import Distiller
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written, measure_cost
 from bdistil.models.cifar import CifarResNet

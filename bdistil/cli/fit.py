@@ -20,11 +20,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from bdistil.boosting.run import FREE_KEYS
 from bdistil.boosting.trainer_checks import check_strategy
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
-from bdistil.commands import say_end
+from bdistil.cli.commands import say_end
+from bdistil.cli.distiller import Distiller
 from bdistil.data.loaders.attach import indexed_loaders, only
 from bdistil.distillation.mekd.run import Emulation
 from bdistil.distillation.mekd.settings import Mekd
-from bdistil.distiller import Distiller
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import fit_anytime

@@ -17,12 +17,12 @@ from helpers.wandb_offline import finished_runs
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from bdistil.callbacks import GradientNoise, LossMixing
-from bdistil.cli import main
+from bdistil.cli.app import main
 from bdistil.data.label_noise import flip_labels
 from bdistil.distillation.loss_mixing import MixingSettings
 from bdistil.distillation.module import Distillation
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = {"label_weight", "teacher_weight", "clean", "flipped", "auc"}
 STEPS = 7  # of an epoch, at 500 of 3,500 digits a batch
 

@@ -13,12 +13,12 @@ from importlib.metadata import version
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
-from bdistil.cli_parser import Parser
-from bdistil.commands import COMMANDS, EXAMPLES
-from bdistil.distiller import Distiller
+from bdistil.cli.commands import COMMANDS, EXAMPLES
+from bdistil.cli.distiller import Distiller
+from bdistil.cli.fit import BoostCLI, RoundTrainer
+from bdistil.cli.parser import Parser
+from bdistil.cli.recipe_files import find_recipe
 from bdistil.errors import RunError, UserError
-from bdistil.fit_command import BoostCLI, RoundTrainer
-from bdistil.recipe_files import find_recipe
 from bdistil.utils.memory import keep_freed_memory
 from bdistil.utils.signals import Interrupted
 

@@ -9,7 +9,7 @@ import torch
 from helpers.api_toys import SECRET, serving
 from helpers.wandb_offline import finished_runs
 
-from bdistil.cli import main
+from bdistil.cli.app import main
 from bdistil.data.digits import Digits, LocalDigits, read_other_digits
 from bdistil.errors import UserError
 from bdistil.functional.mekd import kernel_distance

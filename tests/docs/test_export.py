@@ -9,7 +9,7 @@ from helpers.export_runs import conv_student, write_run
 
 from bdistil.export.run import export_run
 
-DOCS = Path(__file__).parents[1] / "docs/export.md"
+DOCS = Path(__file__).parents[2] / "docs/export.md"
 PYTHON = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
 
 

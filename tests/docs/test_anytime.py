@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from helpers.toys import Toys, boost
 
-from bdistil.cli import COMMANDS
+from bdistil.cli.app import COMMANDS
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "anytime.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[2] / "docs" / "anytime.md").read_text(encoding="utf-8")
 
 
 def test_its_python_runs(tmp_path, monkeypatch, capsys):
