@@ -1,4 +1,4 @@
-"""Imports between the modules of bdistil point one way: down this table, or along a line of it without a circle."""
+"""Imports of the package point one way: folder by folder down this list, and without a circle inside a folder."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -8,35 +8,34 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bdistil"
-LAYERS = """
-    functional round_loss mac_rules units regression errors seeding distributed disk configurations
-    run_places run_directory row_kernels large_rows row_files weight_files exit_rules anytime environment
-    stopping strategies wandb_log run_notes run_logger workers allocator epoch_saving
-    api_cache api_endpoint api_teacher
-    settings block_sums ledger_records advancing ledger teachers students sequences blueprint cost metrics budgets
-    indexing data zoo zoo_cifar zoo_sequences zoo_tables timm_models onnx_graphs foreign_teachers suspicions preflight
-    recipe_files curve_rows curve_table curve_picture
-    schedules
-    ensemble walk prediction stage_times inputs mekd_losses mekd_networks mixing variance
-    sample_gradients mixing_store mixing_report mekd_deprivatization mekd_emulation mekd mekd_data
-    exit_fitting calibration timing
-    rounds scoring node_disks boosting probing observing round_mixing distillation
-    noise_look noise_report mixing_update
-    tracking report report_anytime round_tracker round_state round_end round_hooks mekd_stage mekd_run
-    callbacks
-    compare distiller api_server early evaluation run_data anytime_fit
-    runner export_graphs export_folder export_parity export_data export_fuse export_branches export_exits export_int8
-    export_executorch export_job export_formats export_summary export
-    evaluation_files profiling commands cli_parser fit_command cli
-    __init__ __main__
-""".strip().splitlines()
-LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
+# From low to high. Folders of one line do not import each other.
+FLOORS = (
+    "errors",
+    "utils",
+    "functional metrics",
+    "data",
+    "storage",
+    "models",
+    "teachers ensemble",
+    "boosting reporting",
+    "distillation",
+    "callbacks evaluation",
+    "export",
+    "cli",
+    "__init__",
+)
+FLOOR = {name: floor for floor, line in enumerate(FLOORS) for name in line.split()}
+ON_TOP = {"__init__.py", "errors.py", "py.typed", "callbacks", "recipes", *FLOOR} - {"errors", "__init__"}
 
 
-def modules(package):
-    """Files of a package by the name that the table has for them; pathlib follows no links, hence the second search."""
-    files = {*package.rglob("*.py"), *(package / "callbacks").rglob("*.py")}
-    return {file: file.relative_to(package).with_suffix("").parts[0] for file in sorted(files)}
+def files(package):
+    """Python files of a package; pathlib does not follow links, hence the second search."""
+    return sorted({*package.rglob("*.py"), *(package / "callbacks").rglob("*.py")})
+
+
+def module_name(package, file):
+    """Dotted name of a file without the package's own: ("boosting", "ledger", "rows"); a folder is its __init__."""
+    return file.relative_to(package).with_suffix("").parts
 
 
 class Imports(ast.NodeVisitor):
@@ -58,54 +57,96 @@ class Imports(ast.NodeVisitor):
         self.found |= {f"{module}.{alias.name}" for alias in node.names}
 
 
-def imports(package, file):
-    """What a file imports of bdistil, by the names of the table; `from bdistil import Student` is `__init__`."""
+def imports(package, file, known):
+    """Modules of the package that a file imports, as `module_name` has them."""
     visitor = Imports(".".join([package.name, *file.relative_to(package).parent.parts]))
     visitor.visit(ast.parse(file.read_text(encoding="utf-8")))
-    paths = [[*name.split("."), "__init__"] for name in visitor.found if name.split(".")[0] == package.name]
-    return {path[1] if path[1] in LEVEL else "__init__" for path in paths}
+    found = set()
+    for name in visitor.found:
+        top, *parts = name.split(".")
+        if top == package.name:
+            folder = parts[0] if parts and parts[0] in FLOOR else "__init__"
+            while parts and tuple(parts) not in known and (*parts, "__init__") not in known:
+                parts.pop()  # a name inside a module
+            known_as = tuple(parts) if tuple(parts) in known else (*parts, "__init__")
+            found.add(known_as if parts else (folder,))
+    return found
 
 
 def violations(package):
+    names = {module_name(package, file): file for file in files(package)}
     graph, wrong = {}, set()
-    for file, name in modules(package).items():
-        targets = imports(package, file) - {name}
-        graph.setdefault(name, set()).update(targets)
-        if name not in LEVEL:
-            wrong.add(f"{name} is not in the table")
-        else:
-            wrong |= {f"{name} imports {target}" for target in targets if LEVEL[target] > LEVEL[name]}
+    for name, file in names.items():
+        if name[0] not in FLOOR:
+            wrong.add(f"{name[0]} is not in the list")
+            continue
+        targets = imports(package, file, set(names)) - {name}
+        graph[name] = {target for target in targets if target[0] == name[0]}
+        for target in targets - graph[name]:
+            if FLOOR.get(target[0], -1) >= FLOOR[name[0]]:
+                wrong.add(f"{'.'.join(name)} imports {'.'.join(target)}")
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        wrong.add(f"circle of {', '.join(sorted(set(error.args[1])))}")
+        wrong.add(f"circle of {', '.join(sorted({'.'.join(name) for name in error.args[1]}))}")
     return wrong
 
 
 def test_imports_point_one_way():
-    found = set(modules(PACKAGE).values())
-    assert {"functional", "callbacks"} <= found, f"the search is broken, it found only {found}"
+    found = {module_name(PACKAGE, file)[0] for file in files(PACKAGE)}
+    assert {"functional", "callbacks", "cli"} <= found, f"the search is broken, it found only {found}"
     assert not violations(PACKAGE)
+
+
+def test_nothing_else_lies_on_top():
+    found = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert found == ON_TOP
+
+
+def test_no_folder_has_many_files():
+    folders = {}
+    for file in files(PACKAGE):
+        folders.setdefault(file.parent, []).append(file.name)
+    assert {str(folder): len(names) for folder, names in folders.items() if len(names) > 15} == {}  # 14 and __init__
+
+
+def test_every_folder_lists_its_public_names():
+    for name in set(FLOOR) - {"errors", "__init__", "utils", "data"}:
+        tree = ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))
+        assert any("__all__" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)), name
 
 
 @pytest.mark.parametrize(
     ("sources", "wrong"),
     [
-        ({"functional": "from bdistil.boosting.round import BoostingRound"}, {"functional imports rounds"}),
-        ({"functional": "from . import rounds"}, {"functional imports rounds"}),
-        ({"ledger": "def late():\n    import bdistil.callbacks.curves"}, {"ledger imports callbacks"}),
-        ({"cli": "from bdistil import Student"}, {"cli imports __init__"}),
-        ({"errors": "import bdistil"}, {"errors imports __init__"}),
-        ({"surprise": ""}, {"surprise is not in the table"}),
-        ({"callbacks/one": "from bdistil.cli.app import main"}, {"callbacks imports cli"}),
         (
-            {"mixing": "import bdistil.ensemble.ensemble", "ensemble": "from bdistil import mixing"},
-            {"circle of ensemble, mixing"},
+            {"functional/one": "from bdistil.boosting import BoostingRound"},
+            {"functional.one imports boosting"},
         ),
-        ({"data/image": "from ..functional import centre\nfrom bdistil.data.text import read"}, set()),
-        ({"ledger": "if TYPE_CHECKING:\n    from bdistil.boosting.round import BoostingRound"}, set()),
-        ({"ledger": "if late:\n    from bdistil.boosting.round import BoostingRound"}, {"ledger imports rounds"}),
-        ({"rounds": "from bdistil.functional.boosting import centre\nimport torch, bdistil_extra"}, set()),
+        (
+            {"functional/one": "from ..boosting import round", "boosting/round": ""},
+            {"functional.one imports boosting.round"},
+        ),
+        ({"storage/one": "def late():\n    import bdistil.callbacks.curves"}, {"storage.one imports callbacks"}),
+        (
+            {"functional/one": "import bdistil.metrics.cost", "metrics/cost": ""},
+            {"functional.one imports metrics.cost"},
+        ),
+        ({"cli/one": "from bdistil import Student"}, {"cli.one imports __init__"}),
+        ({"errors": "import bdistil"}, {"errors imports __init__"}),
+        ({"surprise": ""}, {"surprise is not in the list"}),
+        ({"callbacks/one": "from bdistil.cli.app import main", "cli/app": ""}, {"callbacks.one imports cli.app"}),
+        (
+            {"models/one": "import bdistil.models.two", "models/two": "from bdistil.models import one"},
+            {"circle of models.one, models.two"},
+        ),
+        (
+            {"models/__init__": "from bdistil.models.one import A", "models/one": "from bdistil.models import A"},
+            {"circle of models.__init__, models.one"},
+        ),
+        ({"data/image": "from ..functional.one import centre", "functional/one": ""}, set()),
+        ({"storage/one": "if TYPE_CHECKING:\n    from bdistil.boosting import BoostingRound"}, set()),
+        ({"boosting/one": "from bdistil.functional import centre\nimport torch, bdistil_extra"}, set()),
     ],
 )
 def test_the_search_finds_what_points_the_other_way(tmp_path, sources, wrong):

@@ -1,1 +1,18 @@
-"""TODO."""
+"""B-DISTIL: boosting rounds, the ledger of errors, acceptance and commit."""
+
+from bdistil.boosting.acceptance import accepts_margin, accepts_progress
+from bdistil.boosting.ledger import ErrorLedger
+from bdistil.boosting.part import Part
+from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.run import Boosting
+from bdistil.boosting.settings import BoostingSettings
+
+__all__ = [
+    "Boosting",
+    "BoostingRound",
+    "BoostingSettings",
+    "ErrorLedger",
+    "Part",
+    "accepts_margin",
+    "accepts_progress",
+]

@@ -1,1 +1,5 @@
-"""TODO."""
+"""The command line."""
+
+from bdistil.cli.app import main
+
+__all__ = ["main"]

@@ -130,7 +130,3 @@ def _known(error: BaseException | None) -> UserError | RunError | None:
     while error is not None and not isinstance(error, UserError | RunError):
         error = error.__cause__ or error.__context__
     return error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,1 @@
-"""Data modules of the shipped recipes, and the index that travels with each sample."""
+"""Data modules of the shipped recipes; each is imported from its own file."""

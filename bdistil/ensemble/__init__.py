@@ -1,1 +1,25 @@
-"""TODO."""
+"""Anytime inference with an ordered ensemble of students."""
+
+from bdistil.ensemble.budget import Budget, Prediction
+from bdistil.ensemble.calibration import AnytimeFigures, BatchTimes, ExitFigures
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.exit_rules import sureness
+from bdistil.ensemble.restore import build_student, restore_student
+from bdistil.ensemble.scores import prefix_accuracies
+from bdistil.ensemble.stages import Stage
+from bdistil.ensemble.timing import measure_times
+
+__all__ = [
+    "AnytimeFigures",
+    "BatchTimes",
+    "Budget",
+    "ExitFigures",
+    "Prediction",
+    "ProgressiveEnsemble",
+    "Stage",
+    "build_student",
+    "measure_times",
+    "prefix_accuracies",
+    "restore_student",
+    "sureness",
+]

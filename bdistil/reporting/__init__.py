@@ -1,1 +1,13 @@
-"""TODO."""
+"""What people see of a run: tables, pictures, the HTML report, Weights & Biases."""
+
+from bdistil.reporting.curve_table import curve_table
+from bdistil.reporting.report import write_report
+from bdistil.reporting.tracking import Tracking
+from bdistil.reporting.wandb_logger import RunLogger
+
+__all__ = [
+    "RunLogger",
+    "Tracking",
+    "curve_table",
+    "write_report",
+]

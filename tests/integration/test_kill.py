@@ -133,7 +133,7 @@ def test_a_kill_from_outside_at_any_time(whole, tmp_path, turn):
     wanted, _ = whole
     run_dir, draw, kills = tmp_path / "run", random.Random(turn), 0
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "bdistil.cli.app", *SMALL, "--run_dir", str(run_dir)]
+    command = [sys.executable, "-m", "bdistil.cli", *SMALL, "--run_dir", str(run_dir)]
     while kills < 4:
         with (
             open(tmp_path / "log", "a") as log,
