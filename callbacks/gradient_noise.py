@@ -22,8 +22,8 @@ from bdistil.reporting.curve_tracker import shown_step
 class GradientNoise(pl.Callback):
     """Measures the noise of the gradient now and then, from the last linear layer and without a backward pass.
 
-    In distillation (`distillation.last_layer.Distilling`) it compares label and teacher gradient, and suggests a distillation
-    weight, which a `Distillation` of ``distillation_weight="auto"`` follows. In a boosting run it says how noisy the
+    In distillation (`distillation.last_layer.Distilling`) it compares label and teacher gradient, and suggests a
+    distillation weight, which a `Distillation` of ``distillation_weight="auto"`` follows. In a boosting run it says how noisy the
     gradient of each round is, without the game (lambda = 0 of the curve) and with it (lambda = 1). A look changes no
     weight, buffer or random state.
 

@@ -28,8 +28,8 @@ from bdistil.utils.seeding import seed_of
 class LossMixing(pl.Callback):
     """Learns the weights of label loss and teacher losses of every sample on the clean validation part.
 
-    In anyone's LightningModule that offers what `distillation.last_layer.Distilling` says: batches of its training loader carry
-    the index, (x, y, index), and the module gets ``sample_weights(index)``: weights (B, K) for `mixing.mixed_loss`.
+    In anyone's LightningModule that offers what `distillation.last_layer.Distilling` says: batches of its training
+    loader carry the index, (x, y, index), and the module gets ``sample_weights(index)``: weights (B, K) for `mixing.mixed_loss`.
     In a boosting run, beside the RoundController: the target of a round becomes a mix of label and teacher.
 
     Weights are kept by sample index in files: in ``mixing`` of a run directory, else in `folder`.

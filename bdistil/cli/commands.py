@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from bdistil.cli.recipe_files import jobs, recipes, summary
 from bdistil.ensemble.budget import Budget, check_rule
+from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import Rule
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, told
@@ -52,7 +53,7 @@ def evaluate(
     budgets = [budget]
     if sweep is not None:
         macs = ProgressiveEnsemble.load(run_dir).macs
-        budgets = sweep_budgets(sweep, budget, macs, run.anytime_figures(), batch_size)
+        budgets = sweep_budgets(sweep, budget, macs, load_calibration(run), batch_size)
     rows = evaluate_budgets(run, budgets, part, batch_size)
     teacher = teacher_row(run, part)
     beside = [*([teacher] if teacher else []), *rows]
@@ -94,9 +95,9 @@ def calibrate(
     target, run = ExitTarget(rule, max_loss, average_macs), RunDirectory(run_dir)
     ensemble = ProgressiveEnsemble.load(run_dir, figures=False)
     figures = fit_anytime(ensemble, loader_of(run, "val"), target, weights=weights)
-    run.keep_anytime(figures)
+    save_calibration(run, figures)
     write_report(run)
-    print(json.dumps(figures.plain()) if as_json else told(figures, ensemble.macs))
+    print(json.dumps(figures.to_dict()) if as_json else told(figures, ensemble.macs))
 
 
 def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:

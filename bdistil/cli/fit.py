@@ -25,6 +25,7 @@ from bdistil.cli.distiller import Distiller
 from bdistil.data.loaders.attach import indexed_loaders, only
 from bdistil.distillation.mekd.run import Emulation
 from bdistil.distillation.mekd.settings import Mekd
+from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import fit_anytime
@@ -214,12 +215,12 @@ class BoostCLI(LightningCLI):
 
 def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
     """Fits and measures what stopping early needs, once a run; a run whose data allow none goes without."""
-    if distributed.early_rank() != 0 or run.anytime_figures() is not None or run.task == "regression":
+    if distributed.early_rank() != 0 or load_calibration(run) is not None or run.task == "regression":
         return
     try:
         figures = fit_anytime(ProgressiveEnsemble.load(run.root), only(datamodule.val_dataloader()))
     except UserError as error:
         rank_zero_info(f"No thresholds were fitted: {error}")
         return
-    run.keep_anytime(figures)
+    save_calibration(run, figures)
     write_report(run)

@@ -1,7 +1,7 @@
 """Anytime inference with an ordered ensemble of students."""
 
 from bdistil.ensemble.budget import Budget, Prediction
-from bdistil.ensemble.calibration import AnytimeFigures, BatchTimes, ExitFigures
+from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import sureness
 from bdistil.ensemble.restore import build_student, restore_student
@@ -10,9 +10,9 @@ from bdistil.ensemble.stages import Stage
 from bdistil.ensemble.timing import measure_times
 
 __all__ = [
-    "AnytimeFigures",
     "BatchTimes",
     "Budget",
+    "Calibration",
     "ExitFigures",
     "Prediction",
     "ProgressiveEnsemble",

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bdistil.ensemble.calibration import AnytimeFigures
+from bdistil.ensemble.calibration import Calibration
 from bdistil.ensemble.exit_rules import RULES, Rule
 from bdistil.errors import UserError
 
@@ -88,7 +88,7 @@ def check_rule(budget: Budget) -> None:
         )
 
 
-def exits_of(budget: Budget, figures: AnytimeFigures) -> Exits | None:
+def exits_of(budget: Budget, figures: Calibration) -> Exits | None:
     """The exits that a budget asks for; None where it knows no confidence.
 
     Raises:

@@ -5,12 +5,15 @@ The figures are of one ensemble: a further round makes them stale, so the commit
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bdistil.ensemble.exit_rules import Rule
+from bdistil.errors import RunError
+from bdistil.storage.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class BatchTimes:
 
 
 @dataclass(frozen=True)
-class AnytimeFigures:
+class Calibration:
     """Everything that an ensemble knows of stopping early. Empty tuples stand for what was not fitted or measured.
 
     Attributes:
@@ -95,13 +98,13 @@ class AnytimeFigures:
             return "one"
         return min(self.times, key=lambda t: abs(math.log(t.batch / max(batch, 1)))).schedule
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> AnytimeFigures:
-        """What `plain` gave, also after JSON made lists of the tuples.
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """What `to_dict` gave, also after JSON made lists of the tuples.
 
         Raises:
             TypeError: a key is missing or unknown.
@@ -130,3 +133,29 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tuple(value: Any) -> Any:
     return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def save_calibration(run: RunDirectory, calibration: Calibration) -> None:
+    """Writes the calibration of the ensemble of the committed rounds to the run directory."""
+    run.keep_calibration(calibration.to_dict())
+
+
+def load_calibration(run: RunDirectory) -> Calibration | None:
+    """Reads the calibration of the ensemble of the committed rounds; None where there is none.
+
+    Raises:
+        RunError: the file is torn, or of an ensemble of another number of stages.
+    """
+    path = run.calibration
+    if not path.exists():
+        return None
+    try:
+        calibration = Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if calibration.count != run.committed():
+            raise ValueError(f"it is of {calibration.count} stages, {run.committed()} are committed")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} cannot be used ({error}). Remove it: the ensemble works without it, and "
+            f"`bdistil calibrate --run_dir {run.root}` makes it again."
+        ) from error
+    return calibration

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.ensemble.budget import Budget, Prediction, exits_of
-from bdistil.ensemble.calibration import AnytimeFigures
+from bdistil.ensemble.calibration import Calibration, load_calibration
 from bdistil.ensemble.prediction import predict_within
 from bdistil.ensemble.restore import restore_student
 from bdistil.ensemble.stacking import ONE, StackedBodies, run_bodies, stack
@@ -45,7 +45,7 @@ class ProgressiveEnsemble(nn.Module):
         *,
         scale: float | Sequence[float] = 1.0,
         macs: Sequence[int] = (),
-        figures: AnytimeFigures | None = None,
+        figures: Calibration | None = None,
         inputs: InputSpec | None = None,
         offset: Sequence[float] | None = None,
     ) -> None:
@@ -57,9 +57,9 @@ class ProgressiveEnsemble(nn.Module):
             self.register_buffer("scale", torch.tensor(scale), persistent=False)
             self.register_buffer("offset", torch.tensor(offset), persistent=False)
         self.macs = list(macs) or [0] * len(self.students)
-        self.figures, self.inputs = figures or AnytimeFigures(len(self.students)), inputs or InputSpec()
+        self.figures, self.inputs = figures or Calibration(len(self.students)), inputs or InputSpec()
         self._groups: dict[str, list[StackedBodies]] = {}
-        self._known: tuple[AnytimeFigures | None, StageClock | None] = (None, None)
+        self._known: tuple[Calibration | None, StageClock | None] = (None, None)
         self.requires_grad_(False).train(False)
 
     @classmethod
@@ -93,7 +93,7 @@ class ProgressiveEnsemble(nn.Module):
             students.append(restore_student(run, t, students, student))
         records = [run.record(t) for t in range(number)]
         macs = [record["curve"]["macs"] for record in records]
-        known, inputs = run.anytime_figures() if figures else None, InputSpec.of(records[0])
+        known, inputs = load_calibration(run) if figures else None, InputSpec.of(records[0])
         units = {"scale": records[0]["scale"], "offset": records[0].get("offset")}
         return cls(students, macs=macs, figures=known, inputs=inputs, **units)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
+from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import NEVER, Rule, add_votes, sureness
 from bdistil.ensemble.timing import measure_times
@@ -79,7 +79,7 @@ def own_answers(ensemble: ProgressiveEnsemble, loader: Iterable[Any], device: to
 
 def fit_figures(
     own: Tensor, labels: Tensor, macs: Sequence[int], target: ExitTarget, *, weights: bool = False
-) -> AnytimeFigures:
+) -> Calibration:
     """Temperatures, thresholds and, where they are asked for and win, weights; nothing is measured.
 
     Args:
@@ -99,7 +99,7 @@ def fit_figures(
         (calibration_error(logits, labels), calibration_error(logits, labels, t))
         for logits, t in zip(prefixes, temperatures, strict=True)
     ]
-    return AnytimeFigures(
+    return Calibration(
         len(own),
         exits=_fit_exits(own, prefixes, labels, macs, target, temperatures),
         temperatures=tuple(temperatures),
@@ -157,7 +157,7 @@ def fit_anytime(
     *,
     weights: bool = False,
     device: str | torch.device = "cpu",
-) -> AnytimeFigures:
+) -> Calibration:
     """Fits and measures all figures of an ensemble, and gives them to it.
 
     Args:
@@ -171,7 +171,7 @@ def fit_anytime(
         UserError: the labels are no class numbers, or no stage fits the target.
     """
     target, device = target or ExitTarget(), torch.device(device)
-    ensemble.to(device).figures = AnytimeFigures(len(ensemble))
+    ensemble.to(device).figures = Calibration(len(ensemble))
     own, labels = own_answers(ensemble, loader, device)
     figures = fit_figures(own, labels, ensemble.macs, target, weights=weights)
     ensemble.figures = replace(figures, temperatures=(), exits=None)  # only the weights: what a stage has to do
@@ -181,7 +181,7 @@ def fit_anytime(
     return ensemble.figures
 
 
-def told(figures: AnytimeFigures, macs: Sequence[int]) -> str:
+def told(figures: Calibration, macs: Sequence[int]) -> str:
     """Figures for the terminal: a table by stage, and what the exits gave on the validation part."""
     lines = [f"{'stage':>5}  {'temperature':>11}  {'ECE before':>10}  {'after':>6}  {'threshold':>9}  {'decided':>7}"]
     exits = figures.exits

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdistil.ensemble.budget import Budget
-from bdistil.ensemble.calibration import AnytimeFigures
+from bdistil.ensemble.calibration import Calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.early import early_figures
@@ -125,7 +125,7 @@ def _latency(ensemble: ProgressiveEnsemble, calls: Sequence[Tensor], budget: Bud
 
 
 def sweep_budgets(
-    sweep: Sweep, budget: Budget, macs: Sequence[int], figures: AnytimeFigures | None, batch_size: int
+    sweep: Sweep, budget: Budget, macs: Sequence[int], figures: Calibration | None, batch_size: int
 ) -> list[Budget]:
     """Budgets that differ in one limit; the other limits are those of `budget`.
 

@@ -72,7 +72,7 @@ def _manifest(export: Export) -> dict[str, Any]:
     if data.labels is not None and len(data.labels) != outputs:
         raise UserError(f"Expected `labels` of the data module to be {outputs} names, got {len(data.labels)}.")
     names = ("bdistil", "torch", "onnx", "onnxruntime", "executorch")
-    known = figures.plain()
+    known = figures.to_dict()
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -11,7 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdistil.ensemble.calibration import AnytimeFigures
+from bdistil.ensemble.calibration import Calibration, load_calibration
 from bdistil.ensemble.exit_rules import NEVER
 from bdistil.errors import UserError
 from bdistil.metrics.task import score_name
@@ -129,7 +129,7 @@ def write_report(run: RunDirectory) -> Path:
 <h2>Prefix by prefix</h2>{_table([teacher, *stages])}
 <p>MACs and parameters are those of the whole prefix; links, activations, latency, margins, training and time those of
 its last student. Errors are those of the prefix to the teacher's logits. The exact value of a cell is its tooltip.</p>
-{anytime_section(run.anytime_figures())}
+{anytime_section(load_calibration(run))}
 <h2>Decisions</h2>{_decisions(run, stages)}
 <h2>Behind the figures</h2><details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>
 <details><summary>curve.csv</summary><pre>{escape(run.curve.read_text(encoding="utf-8"))}</pre></details>
@@ -139,7 +139,7 @@ its last student. Errors are those of the prefix to the teacher's logits. The ex
     return run.report
 
 
-def anytime_section(figures: AnytimeFigures | None) -> str:
+def anytime_section(figures: Calibration | None) -> str:
     """A heading, tables and two sentences as HTML; nothing where nothing was fitted.
 
     Args:
@@ -157,7 +157,7 @@ def _figures_table(head: list[str], rows: list[list[str]], told: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{told}"><table>{body}</table></div>'
 
 
-def _exits_told(figures: AnytimeFigures) -> str:
+def _exits_told(figures: Calibration) -> str:
     exits = figures.exits
     if exits is None:
         return ""
@@ -169,7 +169,7 @@ def _exits_told(figures: AnytimeFigures) -> str:
     )
 
 
-def _stages_table(figures: AnytimeFigures) -> str:
+def _stages_table(figures: Calibration) -> str:
     rows = []
     for number in range(figures.count):
         row = [str(number + 1)]
@@ -187,7 +187,7 @@ def _stages_table(figures: AnytimeFigures) -> str:
     return _figures_table(head + (["weight"] if figures.weights else []), rows, "exits and calibration of each stage")
 
 
-def _times_table(figures: AnytimeFigures) -> str:
+def _times_table(figures: Calibration) -> str:
     if not figures.times:
         return ""
     names = sorted({name for times in figures.times for name in times.schedules}, key=["one", "pairs", "all"].index)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -19,7 +20,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bdistil.ensemble.calibration import AnytimeFigures
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.task import Task
 from bdistil.storage.files import digest, disk_errors, sync, write_atomically
@@ -211,29 +211,14 @@ class RunDirectory(RunPlaces):
 
     # ---- stopping early
 
-    def keep_anytime(self, figures: AnytimeFigures) -> None:
-        """Keeps what was fitted and measured of the ensemble of the committed rounds."""
-        self._keep("anytime.json", figures.plain(), "the figures of stopping early")
+    def keep_calibration(self, values: Mapping[str, Any]) -> None:
+        """Keeps the calibration of the committed ensemble, see `ensemble.calibration.save_calibration`."""
+        self._keep("anytime.json", dict(values), "the calibration")
 
-    def anytime_figures(self) -> AnytimeFigures | None:
-        """What was fitted and measured of the ensemble of the committed rounds, if anything was.
-
-        Raises:
-            RunError: the file is torn, or of an ensemble of another number of stages.
-        """
-        path = self.root / "anytime.json"
-        if not path.exists():
-            return None
-        try:
-            figures = AnytimeFigures.from_plain(json.loads(path.read_text(encoding="utf-8")))
-            if figures.count != self.committed():
-                raise ValueError(f"it is of {figures.count} stages, {self.committed()} are committed")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise RunError(
-                f"{path} cannot be used ({error}). Remove it: the ensemble works without it, and "
-                f"`bdistil calibrate --run_dir {self.root}` makes it again."
-            ) from error
-        return figures
+    @property
+    def calibration(self) -> Path:
+        """The calibration of the committed ensemble; a commit of a further round removes it."""
+        return self.root / "anytime.json"
 
     # ---- tries of the round under way, and the end
 

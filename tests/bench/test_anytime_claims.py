@@ -18,7 +18,7 @@ from torch import nn
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
 from bdistil.cli.app import main
 from bdistil.data.digits import Digits
-from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
+from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.exit_rules import sureness
 from bdistil.ensemble.timing import measure_times
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime
@@ -137,7 +137,7 @@ def forced(ensemble, x, share):
         left = left[order[leaving:]]
     shares = [share * (1 - share) ** k for k in range(T - 1)]
     exits = ExitFigures("max_prob", (*thresholds[:-1], 0.0), "", (*shares, 1 - sum(shares)), 0, 0, 0)
-    return AnytimeFigures(T, exits=exits)
+    return Calibration(T, exits=exits)
 
 
 def of_ready_batches(students, x, stages):
@@ -197,7 +197,7 @@ def test_the_guard_is_never_much_slower_than_all_stages(make, batch):
     """Nobody is ever sure enough; 1 in 20 leaves at each stage, which is known; half leave, which is known."""
     ensemble, x = ensemble_of(make), torch.randn(batch, *SHAPES[make])
     times = measure_times(ensemble, x)
-    cases = {"0 %, not known": (AnytimeFigures(T), Budget(confidence=1.0))}
+    cases = {"0 %, not known": (Calibration(T), Budget(confidence=1.0))}
     if batch >= 64:
         cases |= {f"{s:.0%}": (forced(ensemble, x, s), Budget(confidence="fitted")) for s in (0.05, 0.5)}
     for name, (figures, budget) in cases.items():
@@ -223,7 +223,7 @@ def test_deadlines_are_met_within_the_jitter_of_a_stage(make, monkeypatch):
     for module in ("prediction", "ensemble", "timing"):
         monkeypatch.setattr(f"bdistil.{module}.time", SimpleNamespace(perf_counter=time.process_time))
     ensemble, x = ensemble_of(make), torch.randn(64, *SHAPES[make])
-    figures = AnytimeFigures(T, times=measure_times(ensemble, x, batches=(1, 64)))
+    figures = Calibration(T, times=measure_times(ensemble, x, batches=(1, 64)))
     ensemble.figures = figures
     times = figures.times[-1]
     jitter = max(late - typical for late, typical in zip(times.late, times.stages, strict=True))

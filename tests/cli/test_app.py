@@ -16,6 +16,7 @@ from bdistil import ProgressiveEnsemble
 from bdistil.callbacks import RoundController
 from bdistil.cli.app import _overview, main
 from bdistil.cli.commands import COMMANDS, EXAMPLES
+from bdistil.ensemble.calibration import load_calibration
 from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
 
 SMALL = [
@@ -88,7 +89,7 @@ def test_evaluate_within_budgets(run, capsys):
 
 
 def test_fit_leaves_what_stopping_early_needs(run, capsys):
-    figures = run.anytime_figures()
+    figures = load_calibration(run)
     assert (figures.count, figures.exits.rule, figures.exits.target) == (2, "max_prob", "lose at most 0.2 points")
     assert (
         main(["evaluate", "--run_dir", str(run.root), "--budget.confidence", "fitted", "--part", "val", "--json"]) == 0
@@ -100,7 +101,7 @@ def test_fit_leaves_what_stopping_early_needs(run, capsys):
 def test_calibrate_fits_again(run, capsys):
     args = ["calibrate", "--run_dir", str(run.root), "--rule", "margin"]
     assert main([*args, "--average_macs", "20000", "--json"]) == 0
-    figures = run.anytime_figures()
+    figures = load_calibration(run)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(figures.plain()))
     assert (figures.exits.rule, figures.exits.target) == ("margin", "average at most 20,000 MACs")
     assert "average at most 20,000 MACs" in run.report.read_text()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bdistil.ensemble.budget import Budget
-from bdistil.ensemble.calibration import AnytimeFigures, BatchTimes, ExitFigures
+from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import RULES, add_votes, sureness
 from bdistil.ensemble.stage_clock import Deadline, StageClock
@@ -85,7 +85,7 @@ def test_each_rule_decides_where_it_says(ensemble, x, rule, fitted):
     level = LEVELS[rule]
     thresholds = (0.9 * level, 0.8 * level, 1.1 * level, 0.0) if fitted else (level,) * T
     exits = ExitFigures(rule, thresholds, "", (0.25,) * T, 0.0, 0.0, 0.0)
-    ensemble.figures = AnytimeFigures(T, exits=exits, temperatures=TEMPERATURES)
+    ensemble.figures = Calibration(T, exits=exits, temperatures=TEMPERATURES)
     expected = stages_by_hand(ensemble, x, rule, thresholds, TEMPERATURES)
     assert len(set(expected)) >= 2 + (rule != "agreement")
     for student in ensemble.students:
@@ -101,15 +101,15 @@ def test_each_rule_decides_where_it_says(ensemble, x, rule, fitted):
 @pytest.mark.parametrize(
     ("budget", "figures", "message"),
     [
-        ({"confidence": "fitted"}, AnytimeFigures(T), "bdistil calibrate"),
+        ({"confidence": "fitted"}, Calibration(T), "bdistil calibrate"),
         (
             {"confidence": "fitted", "rule": "entropy"},
-            AnytimeFigures(T, exits=ExitFigures("margin", (0.5,) * T, "", (0.25,) * T, 0, 0, 0)),
+            Calibration(T, exits=ExitFigures("margin", (0.5,) * T, "", (0.25,) * T, 0, 0, 0)),
             "rule 'margin', but the budget says rule='entropy'",
         ),
-        ({"rule": "margin"}, AnytimeFigures(T), "without confidence"),
-        ({"confidence": 0.5, "rule": "luck"}, AnytimeFigures(T), "max_prob, margin, entropy, agreement, got 'luck'"),
-        ({"confidence": "sure"}, AnytimeFigures(T), "or 'fitted', got sure"),
+        ({"rule": "margin"}, Calibration(T), "without confidence"),
+        ({"confidence": 0.5, "rule": "luck"}, Calibration(T), "max_prob, margin, entropy, agreement, got 'luck'"),
+        ({"confidence": "sure"}, Calibration(T), "or 'fitted', got sure"),
     ],
 )
 def test_budgets_that_contradict_themselves_or_the_ensemble(ensemble, x, budget, figures, message):
@@ -129,7 +129,7 @@ def test_weights_are_those_of_the_students_in_each_prefix(ensemble, x):
     totals = [stage.total for stage in ensemble.stages(x)]
     own = [now - before for now, before in zip(totals, [0.0, *totals], strict=False)]
     weights = (1.0, 0.5, 2.0, 1.5)
-    ensemble.figures = AnytimeFigures(T, weights=weights)
+    ensemble.figures = Calibration(T, weights=weights)
     for k, stage in enumerate(ensemble.stages(x), 1):
         expected = 2.5 * sum(w * f for w, f in zip(weights[:k], own, strict=False)) / sum(weights[:k])
         torch.testing.assert_close(stage.logits, expected)
@@ -143,9 +143,9 @@ def test_a_batch_shrinks_where_that_saves_and_stays_whole_where_it_costs(ensembl
     budget = Budget(confidence=0.6)
     free = ensemble.predict(x, budget)
     assert len(free.stages.unique()) > 1
-    ensemble.figures = AnytimeFigures(T, times=times())
+    ensemble.figures = Calibration(T, times=times())
     assert torch.equal(ensemble.predict(x, budget).stages, free.stages)
-    ensemble.figures = AnytimeFigures(T, times=times(compact=1.0))
+    ensemble.figures = Calibration(T, times=times(compact=1.0))
     whole = ensemble.predict(x, budget)
     assert whole.stages.tolist() == [T] * B
     assert whole.macs.tolist() == [MACS[-1]] * B
@@ -154,12 +154,12 @@ def test_a_batch_shrinks_where_that_saves_and_stays_whole_where_it_costs(ensembl
 
 def test_times_of_another_device_decide_nothing(ensemble, x):
     free = ensemble.predict(x, Budget(confidence=0.6)).stages
-    ensemble.figures = AnytimeFigures(T, times=times(compact=1.0), device="cuda")
+    ensemble.figures = Calibration(T, times=times(compact=1.0), device="cuda")
     assert torch.equal(ensemble.predict(x, Budget(confidence=0.6)).stages, free)
 
 
 def test_all_decided_is_the_end_whatever_compaction_costs(ensemble, x):
-    ensemble.figures = AnytimeFigures(T, times=times(compact=1.0))
+    ensemble.figures = Calibration(T, times=times(compact=1.0))
     assert ensemble.predict(x, Budget(confidence=1e-6)).stages.tolist() == [1] * B
 
 
@@ -339,6 +339,6 @@ def test_finite_numbers_whose_sum_is_not_are_an_input(ensemble):
 
 
 def test_figures_of_another_rule_leave_the_others_alone(ensemble, x):
-    ensemble.figures = replace(AnytimeFigures(T), temperatures=TEMPERATURES)
+    ensemble.figures = replace(Calibration(T), temperatures=TEMPERATURES)
     expected = stages_by_hand(ensemble, x, "max_prob", (0.6,) * T, TEMPERATURES)
     assert ensemble.predict(x, Budget(confidence=0.6)).stages.tolist() == expected

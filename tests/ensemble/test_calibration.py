@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bdistil.ensemble.calibration import AnytimeFigures, BatchTimes, ExitFigures
+from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures, load_calibration, save_calibration
 from bdistil.ensemble.exit_rules import RULES, add_votes, sureness
 from bdistil.errors import RunError
 from bdistil.storage.run_directory import RunDirectory
 
-FIGURES = AnytimeFigures(
+FIGURES = Calibration(
     count=2,
     exits=ExitFigures("margin", (0.5, 0.0), "lose at most 0.2 points", (0.75, 0.25), 0.9, 0.91, 12.5),
     temperatures=(1.5, 0.7),
@@ -30,17 +30,17 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("figures", [FIGURES, AnytimeFigures(2)], ids=["all", "none"])
+@pytest.mark.parametrize("figures", [FIGURES, Calibration(2)], ids=["all", "none"])
 def test_figures_come_back_as_they_were(run, figures):
-    assert run.anytime_figures() is None
-    run.keep_anytime(figures)
-    assert run.anytime_figures() == figures
+    assert load_calibration(run) is None
+    save_calibration(run, figures)
+    assert load_calibration(run) == figures
 
 
 def test_another_round_makes_them_stale(run):
-    run.keep_anytime(FIGURES)
+    save_calibration(run, FIGURES)
     run.commit(2, {"w": torch.zeros(1)}, {})
-    assert run.anytime_figures() is None
+    assert load_calibration(run) is None
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_another_round_makes_them_stale(run):
     [
         ("", "Expecting value"),
         ("[]", "cannot be used"),
-        (json.dumps(FIGURES.plain())[:-9], "anytime.json cannot be used"),
+        (json.dumps(FIGURES.to_dict())[:-9], "anytime.json cannot be used"),
         (json.dumps({"count": 2, "surprise": 1}), "surprise"),
-        (json.dumps({**FIGURES.plain(), "temperatures": [1.0]}), "1 numbers for 2 stages"),
-        (json.dumps(replace(FIGURES, count=3, exits=None, temperatures=(), calibration_error=(), times=()).plain()),
+        (json.dumps({**FIGURES.to_dict(), "temperatures": [1.0]}), "1 numbers for 2 stages"),
+        (json.dumps(replace(FIGURES, count=3, exits=None, temperatures=(), calibration_error=(), times=()).to_dict()),
          "of 3 stages, 2 are committed"),
     ],
     ids=["empty", "no object", "torn", "unknown key", "too few", "another ensemble"],
@@ -59,7 +59,7 @@ def test_another_round_makes_them_stale(run):
 def test_a_file_that_is_not_to_be_used_is_named(run, text, names):
     (run.root / "anytime.json").write_text(text)
     with pytest.raises(RunError, match=names) as error:
-        run.anytime_figures()
+        load_calibration(run)
     assert "bdistil calibrate" in str(error.value)
 
 

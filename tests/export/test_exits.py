@@ -12,7 +12,7 @@ import torch
 from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble, UserError
-from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
+from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.exit_rules import sureness
 from bdistil.errors import RunError
 from bdistil.export import exits as export_exits
@@ -27,7 +27,7 @@ CASES = [("conv", "margin"), ("gru", "entropy"), ("mlp", "max_prob"), ("segments
 
 def figures(rule, thresholds=(0.2, 0.3, 0.1, 0.0)):
     exits = ExitFigures(rule, thresholds, "", (0.4, 0.3, 0.2, 0.1), 0.9, 0.9, 200.0)
-    return AnytimeFigures(4, exits, temperatures=(0.5, 0.7, 0.9, 1.1), weights=(1.0, 0.5, 2.0, 0.7))
+    return Calibration(4, exits, temperatures=(0.5, 0.7, 0.9, 1.1), weights=(1.0, 0.5, 2.0, 0.7))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{kind}-{rule}" for kind, rule in CASES])

@@ -6,7 +6,7 @@ import torch
 from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble
-from bdistil.ensemble.calibration import AnytimeFigures, ExitFigures
+from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.exit_rules import RULES, sureness
 from bdistil.export.run import export_run
 from bdistil.export.runner import Budget as RunnerBudget
@@ -21,7 +21,7 @@ def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(1)
     exits = ExitFigures("margin", (0.2, 0.3, 0.1, 0.0), "", (0.4, 0.3, 0.2, 0.1), 0.9, 0.9, 200.0)
-    figures = AnytimeFigures(4, exits, temperatures=(0.5, 0.7, 0.9, 1.1), weights=(1.0, 0.5, 2.0, 0.7))
+    figures = Calibration(4, exits, temperatures=(0.5, 0.7, 0.9, 1.1), weights=(1.0, 0.5, 2.0, 0.7))
     run = write_run(folder / "run", make, shape, figures)
     export_run(run, folder / "out")
     ensemble, runner = ProgressiveEnsemble.load(run.root), ExportedEnsemble.load(folder / "out")

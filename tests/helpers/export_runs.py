@@ -5,6 +5,7 @@ import json
 import torch
 from torch import nn
 
+from bdistil.ensemble.calibration import save_calibration
 from bdistil.ensemble.restore import build_student
 from bdistil.export.run import export_run
 from bdistil.models.recurrent import RecurrentSegmentStudent
@@ -76,7 +77,7 @@ def write_run(root, make, shape, figures=None, rounds=4):
         run.commit(number, *committed(student, rung, number, shape))
         students.append(student)
     if figures:
-        run.keep_anytime(figures)
+        save_calibration(run, figures)
     return run
 
 
