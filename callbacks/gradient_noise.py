@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.boosting.round import BoostingRound
-from bdistil.distillation.gradient_noise import Look, cosine_of, draw_noise, look, noise_figures
+from bdistil.distillation.gradient_noise import NoiseEstimate, cosine_of, draw_noise, look, noise_figures
 from bdistil.distillation.last_layer import check_distilling, prepared_loaders
 from bdistil.distillation.probes import view_of
 from bdistil.errors import UserError
@@ -23,9 +23,9 @@ class GradientNoise(pl.Callback):
     """Measures the noise of the gradient now and then, from the last linear layer and without a backward pass.
 
     In distillation (`distillation.last_layer.Distilling`) it compares label and teacher gradient, and suggests a
-    distillation weight, which a `Distillation` of ``distillation_weight="auto"`` follows. In a boosting run it says how noisy the
-    gradient of each round is, without the game (lambda = 0 of the curve) and with it (lambda = 1). A look changes no
-    weight, buffer or random state.
+    distillation weight, which a `Distillation` of ``distillation_weight="auto"`` follows. In a boosting run it reports
+    the gradient noise of each round, without the game (lambda = 0 of the curve) and with it (lambda = 1). Measuring
+    changes no weight, buffer or random state.
 
     Args:
         every: epochs between two looks; there is one more at the end of a fit.
@@ -126,7 +126,7 @@ class GradientNoise(pl.Callback):
         self.history.append({"epoch": trainer.current_epoch, **figures})
         return seen.moments
 
-    def look(self, module: pl.LightningModule) -> Look:
+    def look(self, module: pl.LightningModule) -> NoiseEstimate:
         """What is seen of a module in training."""
         return look(self.view, module, self.samples, full=self.full)
 

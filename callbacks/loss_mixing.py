@@ -15,7 +15,7 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.data.label_noise import flipped_labels, labels_of
 from bdistil.data.loaders.attach import LOADERS, indexed_loaders
 from bdistil.data.loaders.indexing import Index
-from bdistil.distillation.last_layer import check_distilling, looking, prepared_loaders
+from bdistil.distillation.last_layer import check_distilling, eval_no_grad, prepared_loaders
 from bdistil.distillation.loss_mixing import MixingSettings, RoundMix, check_round, start_mix, update_mix
 from bdistil.distillation.mixing_report import draw_weights, log_weights, weight_figures
 from bdistil.distillation.mixing_store import MixingStore
@@ -29,7 +29,8 @@ class LossMixing(pl.Callback):
     """Learns the weights of label loss and teacher losses of every sample on the clean validation part.
 
     In anyone's LightningModule that offers what `distillation.last_layer.Distilling` says: batches of its training
-    loader carry the index, (x, y, index), and the module gets ``sample_weights(index)``: weights (B, K) for `mixing.mixed_loss`.
+    loader carry the index, (x, y, index), and the module gets ``sample_weights(index)``: weights (B, K) for
+    `functional.mixed_loss`.
     In a boosting run, beside the RoundController: the target of a round becomes a mix of label and teacher.
 
     Weights are kept by sample index in files: in ``mixing`` of a run directory, else in `folder`.
@@ -94,7 +95,7 @@ class LossMixing(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the weights: those of the checkpoint, of the round before, or the authors' start."""
-        with looking(pl_module):
+        with eval_no_grad(pl_module):
             self.view = view_of(pl_module, self._loaders)
             first = next(self.view.batches([[0]]))
             teachers = len(self.view.mixing(first).residuals) - 1
@@ -120,7 +121,7 @@ class LossMixing(pl.Callback):
         """Learns, where an update is due; logs what was learned."""
         if not self.settings.due(trainer.current_epoch):
             return
-        with looking(pl_module):
+        with eval_no_grad(pl_module):
             lr = trainer.optimizers[0].param_groups[0]["lr"]
             update_mix(self.view, self.store, self.settings, lr=lr, seed=self.seed)
         self.store.forget(self._saved)

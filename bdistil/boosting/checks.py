@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.attach import single_loader
 from bdistil.data.loaders.checks import is_random
 from bdistil.data.loaders.views import Views
 from bdistil.errors import UserError
@@ -48,7 +48,7 @@ def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
     rank_zero_only(datamodule.prepare_data)()
     datamodule.setup("fit")
     try:
-        return only(datamodule.train_dataloader()), only(datamodule.val_dataloader())
+        return single_loader(datamodule.train_dataloader()), single_loader(datamodule.val_dataloader())
     except ValueError as error:
         if "num_samples" not in str(error):
             raise

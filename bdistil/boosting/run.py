@@ -33,7 +33,7 @@ from bdistil.boosting.part import Part
 from bdistil.boosting.round import BoostingRound
 from bdistil.boosting.scratch import claim
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders.attach import indexed_loaders, only
+from bdistil.data.loaders.attach import indexed_loaders, single_loader
 from bdistil.data.loaders.checks import is_random
 from bdistil.data.loaders.views import CANONICAL, ViewPlan
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
@@ -279,7 +279,7 @@ class Boosting:
             return
         if self.run.test_figures() is None and is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
             datamodule.setup("test")
-            loader, task = only(datamodule.test_dataloader()), self.settings.task
+            loader, task = single_loader(datamodule.test_dataloader()), self.settings.task
             teacher: list[float | None] = [None]  # an API is not asked: its queries are for training
             if not is_api(self.teacher):
                 teacher = [*prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device, task)]

@@ -12,7 +12,7 @@ from bdistil.ensemble.budget import Budget, check_rule
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import Rule
-from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, told
+from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
 from bdistil.evaluation.evaluate import Part, Sweep, evaluate_budgets, sweep_budgets
 from bdistil.evaluation.profile import profile_run
 from bdistil.evaluation.run_data import loader_of
@@ -86,7 +86,7 @@ def calibrate(
 
     Args:
         run_dir: the run directory; its config.yaml names the data.
-        rule: how sureness is read.
+        rule: how confidence is read.
         max_loss: points of accuracy that the exits may lose; 0.2 where nothing is said.
         average_macs: multiply-adds that a sample may cost on average, instead of `max_loss`.
         weights: let the students of a prefix weigh differently, where that wins on held-out halves.
@@ -97,7 +97,7 @@ def calibrate(
     figures = fit_anytime(ensemble, loader_of(run, "val"), target, weights=weights)
     save_calibration(run, figures)
     write_report(run)
-    print(json.dumps(figures.to_dict()) if as_json else told(figures, ensemble.macs))
+    print(json.dumps(figures.to_dict()) if as_json else format_calibration(figures, ensemble.macs))
 
 
 def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:

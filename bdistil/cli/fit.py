@@ -22,7 +22,7 @@ from bdistil.boosting.trainer_checks import check_strategy
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.cli.commands import say_end
 from bdistil.cli.distiller import Distiller
-from bdistil.data.loaders.attach import indexed_loaders, only
+from bdistil.data.loaders.attach import indexed_loaders, single_loader
 from bdistil.distillation.mekd.run import Emulation
 from bdistil.distillation.mekd.settings import Mekd
 from bdistil.ensemble.calibration import load_calibration, save_calibration
@@ -218,7 +218,7 @@ def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
     if distributed.early_rank() != 0 or load_calibration(run) is not None or run.task == "regression":
         return
     try:
-        figures = fit_anytime(ProgressiveEnsemble.load(run.root), only(datamodule.val_dataloader()))
+        figures = fit_anytime(ProgressiveEnsemble.load(run.root), single_loader(datamodule.val_dataloader()))
     except UserError as error:
         rank_zero_info(f"No thresholds were fitted: {error}")
         return

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.attach import single_loader
 from bdistil.data.loaders.indexing import with_dataset
 from bdistil.errors import UserError
 
@@ -157,7 +157,7 @@ class LabelNoise(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training part with wrong labels, read as before."""
-        loader = only(self.data.train_dataloader())
+        loader = single_loader(self.data.train_dataloader())
         if self.noisy is None:
             self.noisy = NoisyLabels(
                 loader.dataset, self.rate, classes=self.classes, seed=self.seed, kind=self.kind, to=self.to

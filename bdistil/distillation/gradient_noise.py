@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 
-from bdistil.distillation.last_layer import looking
+from bdistil.distillation.last_layer import eval_no_grad
 from bdistil.distillation.probes import Batch, RoundView, View
 from bdistil.functional.gradient_noise import (
     STEPS,
@@ -28,7 +28,7 @@ from bdistil.functional.sample_gradients import control_cosine, sample_gradients
 CHUNK = 512
 
 
-class Look(NamedTuple):
+class NoiseEstimate(NamedTuple):
     """What is seen.
 
     Attributes:
@@ -49,7 +49,7 @@ def spread_batches(view: View, samples: int) -> Iterator[Batch]:
     return view.batches([rows[low : low + CHUNK] for low in range(0, count, CHUNK)])
 
 
-def look(view: View, module: pl.LightningModule, samples: int, *, full: bool = False) -> Look:
+def look(view: View, module: pl.LightningModule, samples: int, *, full: bool = False) -> NoiseEstimate:
     """Looks at a module in training; changes no weight, buffer or random state of it.
 
     Args:
@@ -58,14 +58,14 @@ def look(view: View, module: pl.LightningModule, samples: int, *, full: bool = F
         samples: training samples that are looked at, at most.
         full: at all parameters, by per-sample gradients; else at the last layer, without a backward pass.
     """
-    with looking(module):
+    with eval_no_grad(module):
         seen = [view.noise(batch) for batch in spread_batches(view, samples)]
         activations, logits = torch.cat([s.activations for s in seen]), torch.cat([s.logits for s in seen])
         g, k = torch.cat([s.residuals for s in seen], 1)
         entropy = sum(s.entropy * len(s.logits) for s in seen) / len(logits)
         curvature = None if isinstance(view, RoundView) else pull_curvature(activations, logits, g, k)
         moments = _full(view, module, samples) if full else last_layer_moments(activations, g, k, view.samples)
-    return Look(moments, entropy, curvature)
+    return NoiseEstimate(moments, entropy, curvature)
 
 
 def _full(view: View, module: Any, samples: int) -> GradientMoments:
@@ -81,7 +81,7 @@ def _full(view: View, module: Any, samples: int) -> GradientMoments:
 
 def cosine_of(view: View, module: Any, samples: int) -> float:
     """`control_cosine` of a `Distillation` and its first teacher, on the first of the samples that are looked at."""
-    with looking(module):
+    with eval_no_grad(module):
         x, y, _ = next(spread_batches(view, samples))
         return control_cosine(module.student, module.teachers[0].module, x, y, temperature=module.temperature)
 
@@ -89,7 +89,7 @@ def cosine_of(view: View, module: Any, samples: int) -> float:
 POINTS = [i / 50 for i in range(51)]
 
 
-def noise_figures(seen: Look) -> dict[str, float]:
+def noise_figures(seen: NoiseEstimate) -> dict[str, float]:
     """What is logged of a look; of a round, the noise without the game and with it."""
     moments, figures = seen.moments, {"label_loss": seen.entropy}
     if seen.curvature is None:

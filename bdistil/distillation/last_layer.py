@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.data.loaders.attach import LOADERS, only
+from bdistil.data.loaders.attach import LOADERS, single_loader
 from bdistil.data.loaders.indexing import Index
 from bdistil.errors import UserError
 from bdistil.models.student import Student
@@ -73,7 +73,7 @@ def prepared_loaders(trainer: pl.Trainer, asked_by: str) -> tuple[DataLoader[Any
     for name in LOADERS:
         if not is_overridden(name, datamodule, pl.LightningDataModule):
             raise UserError(f"{asked_by} expected `{type(datamodule).__name__}` to define `{name}()`.")
-    return only(datamodule.train_dataloader()), only(datamodule.val_dataloader())
+    return single_loader(datamodule.train_dataloader()), single_loader(datamodule.val_dataloader())
 
 
 def last_layers(student: nn.Module) -> list[nn.Linear]:
@@ -97,7 +97,7 @@ def last_layers(student: nn.Module) -> list[nn.Linear]:
     return linear
 
 
-def observe(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def capture_last_layer(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Runs a student and keeps what went into its last layers.
 
     Args:
@@ -133,7 +133,7 @@ def observe(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -> tuple[Ten
 
 
 @contextmanager
-def looking(module: nn.Module) -> Iterator[None]:
+def eval_no_grad(module: nn.Module) -> Iterator[None]:
     """In eval mode and without a graph; every submodule gets its own mode back."""
     modes = {part: part.training for part in module.modules()}
     module.eval()

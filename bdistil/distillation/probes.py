@@ -15,13 +15,13 @@ from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import Index, rows_loader
-from bdistil.distillation.last_layer import last_layers, observe
+from bdistil.distillation.last_layer import capture_last_layer, last_layers
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
 
 
-class Seen(NamedTuple):
+class LastLayerBatch(NamedTuple):
     """A batch, as the last layer sees it.
 
     Attributes:
@@ -49,13 +49,13 @@ class View(Protocol):
     def batches(self, groups: Groups) -> Iterator[Batch]:
         """(x, y, index) of groups of rows of the training part."""
 
-    def mixing(self, batch: Batch) -> Seen:
+    def mixing(self, batch: Batch) -> LastLayerBatch:
         """A batch with the residuals that mixing weighs: those of the labels first."""
 
-    def noise(self, batch: Batch) -> Seen:
+    def noise(self, batch: Batch) -> LastLayerBatch:
         """A batch with the two residuals whose noise is compared."""
 
-    def outer(self, batch: Batch, seen: Seen) -> OuterLoss:
+    def outer(self, batch: Batch, seen: LastLayerBatch) -> OuterLoss:
         """Cross entropy of a training batch, as part of the outer loss."""
 
     def validation(self) -> OuterLoss:
@@ -99,20 +99,20 @@ class PlainView:
         """(x, y, index) of groups of rows of the training part."""
         return _read(self.train, groups, self.module.device)
 
-    def mixing(self, batch: Batch) -> Seen:
+    def mixing(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the labels and of each teacher."""
         x, y, index = batch
-        activations, logits = observe([self.module.last_layer], lambda: self.module(x))
+        activations, logits = capture_last_layer([self.module.last_layer], lambda: self.module(x))
         teachers = self.module.teacher_logits(x, index).float()
         terms = kd_terms(logits, teachers, y, temperature=self.module.temperature)
-        return Seen(activations, logits, residuals_of(terms), float(terms.ce.mean()))
+        return LastLayerBatch(activations, logits, residuals_of(terms), float(terms.ce.mean()))
 
-    def noise(self, batch: Batch) -> Seen:
+    def noise(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the labels and of the teachers' mean loss."""
         seen = self.mixing(batch)
         return seen._replace(residuals=torch.stack((seen.residuals[0], seen.residuals[1:].mean(0))))
 
-    def outer(self, batch: Batch, seen: Seen) -> OuterLoss:
+    def outer(self, batch: Batch, seen: LastLayerBatch) -> OuterLoss:
         """Cross entropy of a training batch."""
         return OuterLoss(seen.activations, seen.logits, batch[1], _even(len(batch[1]), batch[1].device))
 
@@ -121,7 +121,7 @@ class PlainView:
         assert self.val is not None
         parts = []
         for x, y, _ in _read(self.val, _in_order(check_dataset(self.val, "val_dataloader")), self.module.device):
-            activations, logits = observe([self.module.last_layer], lambda x=x: self.module(x))  # type: ignore[misc]
+            activations, logits = capture_last_layer([self.module.last_layer], lambda x=x: self.module(x))  # type: ignore[misc]
             parts.append(OuterLoss(activations, logits, y, _even(len(y), y.device)))
         return _joined(parts)
 
@@ -149,21 +149,21 @@ class RoundView:
     def _state(self, batch: Batch, part: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Activations, answer f, g and S of a batch of a part."""
         x, _, index = batch
-        activations, answer = observe(self.layers, lambda: self.module.answer(x, index, part))
+        activations, answer = capture_last_layer(self.layers, lambda: self.module.answer(x, index, part))
         target, error = (rows.to(self.module.device) for rows in part.ledger.rows(index))
         return activations, answer, target, error
 
     def _prefix(self, answer: Tensor, target: Tensor, error: Tensor) -> Tensor:
         return self.module.ledger.units.outward(target + (error + answer - target) / (self.module.number + 1))
 
-    def mixing(self, batch: Batch) -> Seen:
+    def mixing(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the round's loss where its target is the labels, and where it is the teacher."""
         activations, answer, target, error = self._state(batch, self.module.train_part)
         labels = label_target(batch[1], answer.shape[1])
         found = round_residuals(answer, target, error, labels, kappa=self.kappa, rounds=self.module.number)
         return self._seen(batch, activations, answer, target, error, found)
 
-    def noise(self, batch: Batch) -> Seen:
+    def noise(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the squared error alone, and with the game."""
         activations, answer, target, error = self._state(batch, self.module.train_part)
         if self.module.mix is not None:
@@ -177,12 +177,12 @@ class RoundView:
 
     def _seen(
         self, batch: Batch, activations: Tensor, answer: Tensor, target: Tensor, error: Tensor, residuals: Tensor
-    ) -> Seen:
+    ) -> LastLayerBatch:
         logits = self._prefix(answer, target, error)
         entropy = float(nn.functional.cross_entropy(logits, batch[1])) if self.classes else float("nan")
-        return Seen(activations, logits, residuals, entropy)
+        return LastLayerBatch(activations, logits, residuals, entropy)
 
-    def outer(self, batch: Batch, seen: Seen) -> OuterLoss:
+    def outer(self, batch: Batch, seen: LastLayerBatch) -> OuterLoss:
         """Cross entropy of the prefix on a training batch."""
         return OuterLoss(seen.activations, seen.logits, batch[1], _even(len(batch[1]), batch[1].device), self.gain)
 

@@ -3,7 +3,7 @@
 from bdistil.ensemble.budget import Budget, Prediction
 from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import sureness
+from bdistil.ensemble.exit_rules import confidence_of
 from bdistil.ensemble.restore import build_student, restore_student
 from bdistil.ensemble.scores import prefix_accuracies
 from bdistil.ensemble.stages import Stage
@@ -18,8 +18,8 @@ __all__ = [
     "ProgressiveEnsemble",
     "Stage",
     "build_student",
+    "confidence_of",
     "measure_times",
     "prefix_accuracies",
     "restore_student",
-    "sureness",
 ]

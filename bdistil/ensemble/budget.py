@@ -22,9 +22,9 @@ class Budget:
         stages: at most this many students.
         macs: at most this many multiply-adds a sample.
         seconds: no student is started that would end later than this after the call, by the measured stage times.
-        confidence: a sample is decided as soon as its sureness reaches this; ``fitted`` takes the thresholds that were
-            fitted on the validation part, one a stage.
-        rule: how sureness is read: ``max_prob`` (the default), ``margin``, ``entropy`` or ``agreement``.
+        confidence: a sample is decided as soon as its confidence reaches this; ``fitted`` takes the thresholds that
+            were fitted on the validation part, one value per stage.
+        rule: how confidence is read: ``max_prob`` (the default), ``margin``, ``entropy`` or ``agreement``.
     """
 
     stages: int | None = None
@@ -63,7 +63,7 @@ class Exits:
     """Where samples are decided.
 
     Attributes:
-        rule: of sureness.
+        rule: of confidence.
         thresholds: one a stage.
         temperatures: one a stage, of the logits.
         shares: of samples that are decided at each stage, where that is known from the validation part.

@@ -22,7 +22,7 @@ class ExitFigures:
 
     Attributes:
         rule: exit rule that the thresholds are of.
-        thresholds: one a stage; a sample is decided where its sureness reaches it. That of the last stage is 0, and a
+        thresholds: one a stage; a sample is decided where its confidence reaches it. That of the last stage is 0, and a
             stage of `exit_rules.NEVER` decides nobody.
         target: what was asked for, in words: "lose at most 0.2 points".
         decided_share: of the validation samples, one a stage; sums to 1.

@@ -17,7 +17,7 @@ from bdistil.ensemble.prediction import predict_within
 from bdistil.ensemble.restore import restore_student
 from bdistil.ensemble.stacking import ONE, StackedBodies, run_bodies, stack
 from bdistil.ensemble.stage_clock import StageClock
-from bdistil.ensemble.stages import Stage, Walk
+from bdistil.ensemble.stages import Stage, StageRunner
 from bdistil.errors import UserError
 from bdistil.metrics.task import Task
 from bdistil.models.inputs import InputSpec
@@ -109,7 +109,7 @@ class ProgressiveEnsemble(nn.Module):
         """Stays in eval mode: students are finished."""
         return super().train(False)
 
-    def walk(self, x: Any, *, count_votes: bool = False) -> Walk:
+    def walk(self, x: Any, *, count_votes: bool = False) -> StageRunner:
         """A batch before its first stage.
 
         Args:
@@ -120,7 +120,7 @@ class ProgressiveEnsemble(nn.Module):
             UserError: x is not of the shape or dtype of training, or holds NaN or infinity.
         """
         self.inputs.check(x)
-        return Walk(
+        return StageRunner(
             list(self.students),
             x,
             scale=self.scale,

@@ -1,4 +1,4 @@
-"""Exit rules: how sure an answer is, and at which sureness a sample is decided.
+"""Exit rules: how sure an answer is, and at which confidence a sample is decided.
 
 A rule gives each sample a number in 0 … 1, larger where the answer is surer; a sample is decided at a stage where the
 number reaches the stage's threshold. The last stage decides all that is left.
@@ -18,7 +18,7 @@ NEVER = 2.0  # a threshold that no sample reaches
 REGISTER = 16  # float32 in 512 bits
 
 
-def sureness(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: Tensor | None = None) -> Tensor:
+def confidence_of(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: Tensor | None = None) -> Tensor:
     """How sure the answers of a prefix are.
 
     ``max_prob`` is the largest softmax probability, ``margin`` its distance to the second, ``entropy`` is 1 - H / ln L,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bdistil.ensemble.budget import Budget, Exits, Prediction
-from bdistil.ensemble.exit_rules import sureness
+from bdistil.ensemble.exit_rules import confidence_of
 from bdistil.ensemble.stage_clock import Deadline, StageClock
-from bdistil.ensemble.stages import Walk
+from bdistil.ensemble.stages import StageRunner
 
 Array = np.ndarray[Any, Any]
 
@@ -27,7 +27,7 @@ class Answers:
         walk: the batch, before its first stage.
     """
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: StageRunner) -> None:
         self.walk = walk
         self.rows: Array | None = None  # of the samples that are still on their way; None: all
         self.gone: list[tuple[Array, Tensor, int]] = []  # rows, their logits, the stage
@@ -38,7 +38,7 @@ class Answers:
         assert walk.total is not None
         # the logits are total * factor: one pass for that and the temperature
         temperature = exits.temperatures[number] / float(walk.factor)
-        sure = sureness(walk.total, exits.rule, temperature, walk.votes)
+        sure = confidence_of(walk.total, exits.rule, temperature, walk.votes)
         reached: Array = sure.cpu().numpy() >= exits.thresholds[number]
         return reached
 
@@ -70,7 +70,7 @@ class Answers:
 
 
 def predict_within(
-    walk: Walk, budget: Budget, exits: Exits | None, clock: StageClock | None, started: float
+    walk: StageRunner, budget: Budget, exits: Exits | None, clock: StageClock | None, started: float
 ) -> Prediction:
     """Answers within a budget; work beyond it is not done.
 

@@ -79,7 +79,7 @@ def stack(students: Sequence[nn.Module], schedule: str) -> list[StackedBodies]:
 
 
 def _of_one_shape(students: Sequence[nn.Module]) -> bool:
-    if not all(isinstance(student, Student) and not student.handed for student in students):
+    if not all(isinstance(student, Student) and not student.states_read for student in students):
         return False
     try:
         shapes = [_shape(student) for student in students if isinstance(student, Student)]

@@ -41,7 +41,7 @@ def _in_units(total: Tensor, factor: float | Tensor, offset: Tensor | None) -> T
     return total * factor if offset is None else total * factor + offset
 
 
-class Walk:
+class StageRunner:
     """A batch and what the students so far have made of it.
 
     Args:

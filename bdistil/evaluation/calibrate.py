@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import NEVER, Rule, add_votes, sureness
+from bdistil.ensemble.exit_rules import NEVER, Rule, add_votes, confidence_of
 from bdistil.ensemble.timing import measure_times
 from bdistil.errors import UserError
 from bdistil.evaluation.run_data import first_samples
@@ -135,7 +135,7 @@ def _sureness(own: Tensor, logits: Tensor, rule: Rule, temperatures: Sequence[fl
     rows, votes = [], None
     for answer, prefix, temperature in zip(own, logits, temperatures, strict=True):
         votes = add_votes(votes, answer)
-        rows.append(sureness(prefix, rule, temperature, votes))
+        rows.append(confidence_of(prefix, rule, temperature, votes))
     sure: Array = torch.stack(rows).double().numpy()
     return sure
 
@@ -181,7 +181,7 @@ def fit_anytime(
     return ensemble.figures
 
 
-def told(figures: Calibration, macs: Sequence[int]) -> str:
+def format_calibration(figures: Calibration, macs: Sequence[int]) -> str:
     """Figures for the terminal: a table by stage, and what the exits gave on the validation part."""
     lines = [f"{'stage':>5}  {'temperature':>11}  {'ECE before':>10}  {'after':>6}  {'threshold':>9}  {'decided':>7}"]
     exits = figures.exits

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import sureness
+from bdistil.ensemble.exit_rules import confidence_of
 from bdistil.models.segment_student import SegmentStudent
 
 # Parts of the sequence by which the share of decided samples is reported, as the literature does.
@@ -27,7 +27,7 @@ def first_sure(sure: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """The stage at which each sample is answered, and whether it was decided there.
 
     Args:
-        sure: sureness of each stage's answer, (T, N).
+        sure: confidence of each stage's answer, (T, N).
         threshold: from which on a sample is decided.
 
     Returns:
@@ -64,7 +64,7 @@ def early_row(sure: Tensor, right: Tensor, ends: Sequence[int], steps: int, thre
     """The early-decision figures at one threshold; the accuracy is that of all samples.
 
     Args:
-        sure: sureness of each stage's answer, (T, N).
+        sure: confidence of each stage's answer, (T, N).
         right: is that answer right, (T, N) bool.
         ends: steps read after each stage.
         steps: M, of the whole sequence.
@@ -98,7 +98,7 @@ def early_figures(
     for x, y in loader:
         steps = x.shape[1]
         logits = [stage.logits.cpu() for stage in ensemble.stages(x)]
-        sure.append(torch.stack([sureness(answer, "max_prob") for answer in logits]))
+        sure.append(torch.stack([confidence_of(answer, "max_prob") for answer in logits]))
         right.append(torch.stack([answer.argmax(-1) == y for answer in logits]))
     ends = [student.span(steps)[1] for student in students]
     thresholds = sorted({*THRESHOLDS, *([confidence] if isinstance(confidence, float) else [])})

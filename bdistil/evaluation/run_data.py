@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.attach import single_loader
 from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
 from bdistil.storage.run_directory import RunDirectory
@@ -43,7 +43,7 @@ def loader_of(run: RunDirectory, part: Literal["test", "val"]) -> Any:
     datamodule = datamodule_of(run)
     datamodule.prepare_data()
     datamodule.setup("test" if part == "test" else "fit")
-    return only(datamodule.test_dataloader() if part == "test" else datamodule.val_dataloader())
+    return single_loader(datamodule.test_dataloader() if part == "test" else datamodule.val_dataloader())
 
 
 def first_samples(loader: Iterable[Any], samples: int) -> Tensor:

@@ -21,14 +21,14 @@ class Outcome(NamedTuple):
     leaving: Array
 
 
-def exit_stages(sureness: Array, thresholds: Array) -> Array:
+def exit_stages(confidence: Array, thresholds: Array) -> Array:
     """The stage, from 0, at which each sample is decided; what no stage decides, the last one does.
 
     Args:
-        sureness: (T, N).
+        confidence: (T, N).
         thresholds: (T,).
     """
-    decided = sureness >= thresholds[:, None]
+    decided = confidence >= thresholds[:, None]
     decided[-1] = True
     stages: Array = decided.argmax(0)
     return stages
@@ -47,7 +47,7 @@ def outcome(stages: Array, right: Array, macs: Array) -> Outcome:
 
 
 def fit_thresholds(
-    sureness: Array,
+    confidence: Array,
     right: Array,
     macs: Sequence[int],
     *,
@@ -61,7 +61,7 @@ def fit_thresholds(
     all its values while that helps. So no change of a single threshold is better; a change of several may be.
 
     Args:
-        sureness: (T, N).
+        confidence: (T, N).
         right: (T, N) bool, is the answer of a prefix right?
         macs: cumulative, of one sample, one number a stage.
         max_loss: points of accuracy that may be lost against all stages.
@@ -80,7 +80,7 @@ def fit_thresholds(
         raise UserError(f"Expected `max_loss` in points >= 0, got {max_loss}.")
     if average_macs is not None and not average_macs >= macs[0]:
         raise UserError(f"Expected `average_macs` >= {macs[0]:,}, the cost of the first stage, got {average_macs}.")
-    problem = _Problem(sureness.astype(np.float64), right.astype(bool), np.asarray(macs), max_loss, average_macs)
+    problem = _Problem(confidence.astype(np.float64), right.astype(bool), np.asarray(macs), max_loss, average_macs)
     best = problem.shared()
     while not shared and (better := problem.improved(best)) is not None:
         best = better
@@ -91,9 +91,9 @@ class _Problem:
     """Samples and a target; larger values of `value` are better, lexicographically."""
 
     def __init__(
-        self, sureness: Array, right: Array, macs: Array, max_loss: float | None, average_macs: float | None
+        self, confidence: Array, right: Array, macs: Array, max_loss: float | None, average_macs: float | None
     ) -> None:
-        self.sureness, self.right, self.macs = sureness, right, macs
+        self.confidence, self.right, self.macs = confidence, right, macs
         self.samples = right.shape[1]
         self.most_macs = None if average_macs is None else average_macs * self.samples
         # 0.2 points of 500 samples are one sample, whatever the rounding of 0.2 says
@@ -109,12 +109,12 @@ class _Problem:
         return met, np.where(met, right, -macs), np.where(met, -macs, right)
 
     def of(self, thresholds: Array) -> tuple[float, ...]:
-        result = outcome(exit_stages(self.sureness, thresholds), self.right, self.macs)
+        result = outcome(exit_stages(self.confidence, thresholds), self.right, self.macs)
         return tuple(float(v) for v in self.value(result.right, result.macs))
 
     def shared(self) -> Array:
         """The best threshold for all stages, of 200 quantiles."""
-        quantiles = np.quantile(self.sureness, np.linspace(0, 1, 200))
+        quantiles = np.quantile(self.confidence, np.linspace(0, 1, 200))
         tries = [np.full(len(self.macs), t) for t in (NEVER, 0.0, *np.unique(quantiles))]
         return max(tries, key=self.of)
 
@@ -132,11 +132,11 @@ class _Problem:
         """The best threshold of one stage, those of the others given: all its values in one pass, sorted."""
         place = np.arange(len(thresholds))
         closed = np.where(place == number, NEVER, thresholds)  # nobody leaves at this stage
-        everybody = outcome(exit_stages(self.sureness, closed), self.right, self.macs)
-        later = exit_stages(self.sureness, np.where(place <= number, NEVER, thresholds))
-        reaching = np.flatnonzero((self.sureness < closed[:, None])[:number].all(0))
-        order = reaching[np.argsort(-self.sureness[number, reaching], kind="stable")]
-        sure = self.sureness[number, order]
+        everybody = outcome(exit_stages(self.confidence, closed), self.right, self.macs)
+        later = exit_stages(self.confidence, np.where(place <= number, NEVER, thresholds))
+        reaching = np.flatnonzero((self.confidence < closed[:, None])[:number].all(0))
+        order = reaching[np.argsort(-self.confidence[number, reaching], kind="stable")]
+        sure = self.confidence[number, order]
         gain = self.right[number, order].astype(int) - self.right[later[order], order]
         spared = self.macs[number] - self.macs[later[order]]
         right = everybody.right + np.concatenate(([0], gain.cumsum()))

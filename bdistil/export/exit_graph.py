@@ -29,7 +29,7 @@ class ExitsGraph:
         folder: with the stages.
         stages: their entries in the manifest.
         temperatures: one a stage; none: 1.
-        rule: how sureness is read, of `RULES`.
+        rule: how confidence is read, of `RULES`.
     """
 
     def __init__(

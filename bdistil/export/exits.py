@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import NEVER, sureness
+from bdistil.ensemble.exit_rules import NEVER, confidence_of
 from bdistil.errors import RunError, UserError
 from bdistil.export.exit_graph import RULES, ExitsGraph
 from bdistil.export.folder import seal
@@ -71,7 +71,7 @@ def prove_exits(
     runner, count, largest = fused_runner(folder, manifest, fused), len(ensemble), 0.0
     answers = [stage.logits for stage in ensemble.stages(x[:COMPARED])]
     sure = torch.stack(
-        [sureness(logits, fused["rule"], ensemble.figures.temperature(n)) for n, logits in enumerate(answers)]
+        [confidence_of(logits, fused["rule"], ensemble.figures.temperature(n)) for n, logits in enumerate(answers)]
     )
     medians = sure.median(1).values
     for row in range(len(answers[0])):

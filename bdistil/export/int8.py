@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
-from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.attach import single_loader
 from bdistil.errors import UserError
 from bdistil.export.folder import seal
 from bdistil.export.runner import Array, ExportedEnsemble
@@ -60,7 +60,7 @@ def int8_stages(
             f"`--quantise {kind}` is judged on the run's own data, but this run names none: it was not written by "
             "`bdistil fit`. Export it without."
         )
-    train, validation = only(datamodule.train_dataloader()), only(datamodule.val_dataloader())
+    train, validation = single_loader(datamodule.train_dataloader()), single_loader(datamodule.val_dataloader())
     count = min(CALIBRATION, len(train.dataset))
     samples = to_raw(train.collate_fn([train.dataset[number] for number in range(count)])[0]).numpy()
     batches = [(to_raw(batch[0]).numpy(), batch[1].numpy()) for batch in validation]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.attach import single_loader
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.run_data import datamodule_of
@@ -78,7 +78,7 @@ def random_samples(ensemble: ProgressiveEnsemble) -> Tensor:
 
 def first_samples(loader: Any, count: int) -> tuple[Tensor, Tensor]:
     """x (n, ...) and y (n,) of the first samples of a loader, n at most `count`."""
-    loader = only(loader)
+    loader = single_loader(loader)
     batches: Iterable[Any] = islice(loader, -(-count // (loader.batch_size or 1)))
     xs, ys = zip(*((batch[0], batch[1]) for batch in batches), strict=True)
     return torch.cat(xs)[:count], torch.cat(ys)[:count]

@@ -81,7 +81,7 @@ class SegmentStudent(Student):
         if len(states) > 1 or (states and rung.kind != "concat"):
             super().link(earlier, rung)
         self.links = len(states)
-        self.handed = min(1, self.links)
+        self.states_read = min(1, self.links)
         if states and states[0].width != self.width:
             self.adapt = nn.Linear(states[0].width, self.width)
         return self
@@ -102,7 +102,7 @@ class SegmentStudent(Student):
                 "Give fewer `segments`."
             )
         low, high = self.span(x.shape[1])
-        state = linked[0] if self.handed else None
+        state = linked[0] if self.states_read else None
         if state is not None and self.adapt is not None:
             state = self.adapt(state)
         return self._checked(self.body(x[:, low:high], state))

@@ -92,14 +92,14 @@ class Student(nn.Module):
         outputs: L; read off a linear head where it is not given.
 
     Attributes:
-        handed: how many of the linked features its body itself starts from, see `bdistil.models.segment_student`.
+        states_read: how many of the linked features its body itself starts from, see `bdistil.models.segment_student`.
         most_rounds: how many such students a run can have; None: any number.
 
     Raises:
         UserError: D or L can not be read off the head and was not given.
     """
 
-    handed = 0
+    states_read = 0
     most_rounds: int | None = None
 
     def __init__(
@@ -136,7 +136,7 @@ class Student(nn.Module):
         return self
 
     def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
-        """Features (B, D) of the body, before links join: what later students read; `handed` of `linked` go into it."""
+        """Features (B, D) of the body, before links join; later students read them. `states_read` of `linked` enter."""
         return self._checked(self.body(x))
 
     def _checked(self, features: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def features_of(students: Sequence[nn.Module], number: int, x: Any) -> Tensor:
     student = students[number]
     assert isinstance(student, Student)
     earlier = students[:number]
-    return student.features(x, [features_of(earlier, n, x) for n in linked_numbers(earlier, student.handed)])
+    return student.features(x, [features_of(earlier, n, x) for n in linked_numbers(earlier, student.states_read)])
 
 
 def run_student(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> Tensor:

@@ -19,7 +19,7 @@ from bdistil import Budget, ProgressiveEnsemble, Rung, Student
 from bdistil.cli.app import main
 from bdistil.data.digits import Digits
 from bdistil.ensemble.calibration import Calibration, ExitFigures
-from bdistil.ensemble.exit_rules import sureness
+from bdistil.ensemble.exit_rules import confidence_of
 from bdistil.ensemble.timing import measure_times
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime
 from bdistil.models.convnets import ConvStudent
@@ -130,7 +130,7 @@ def forced(ensemble, x, share):
     """Figures by which a share of the samples that reach a stage leaves there, on this very batch."""
     thresholds, left = [], torch.arange(len(x))
     for stage in ensemble.stages(x):
-        sure = sureness(stage.logits, "max_prob")[left]
+        sure = confidence_of(stage.logits, "max_prob")[left]
         order = sure.argsort(descending=True)
         leaving = min(round(share * len(left)), len(left) - 1)
         thresholds.append(float((sure[order[leaving - 1]] + sure[order[leaving]]) / 2) if leaving else 2.0)

@@ -13,7 +13,7 @@ from torch import nn
 from bdistil.ensemble.budget import Budget
 from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import RULES, add_votes, sureness
+from bdistil.ensemble.exit_rules import RULES, add_votes, confidence_of
 from bdistil.ensemble.stage_clock import Deadline, StageClock
 from bdistil.errors import UserError
 from bdistil.evaluation.evaluate import CONFIDENCES, sweep_budgets
@@ -66,12 +66,12 @@ def rows_seen(ensemble):
 
 
 def stages_by_hand(ensemble, x, rule, thresholds, temperatures):
-    """The first stage, sample by sample, at which its sureness reaches the threshold."""
+    """The first stage, sample by sample, at which its confidence reaches the threshold."""
     found, votes, before = [T] * len(x), None, 0.0
     for number, stage in enumerate(ensemble.stages(x)):
         own, before = stage.total - before, stage.total
         votes = add_votes(votes, own)
-        sure = sureness(stage.logits, rule, temperatures[number], votes)
+        sure = confidence_of(stage.logits, rule, temperatures[number], votes)
         found = [min(f, number + 1) if s >= thresholds[number] else f for f, s in zip(found, sure, strict=True)]
     return found
 

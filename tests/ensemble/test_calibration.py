@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures, load_calibration, save_calibration
-from bdistil.ensemble.exit_rules import RULES, add_votes, sureness
+from bdistil.ensemble.exit_rules import RULES, add_votes, confidence_of
 from bdistil.errors import RunError
 from bdistil.storage.run_directory import RunDirectory
 
@@ -89,7 +89,7 @@ def test_sureness_is_its_formula(rule, students, classes):
         by_hand(row.tolist(), rule, 1.7, answers.argmax(-1).tolist())
         for row, answers in zip(logits, own.transpose(0, 1), strict=True)
     ]
-    found = sureness(logits, rule, 1.7, votes)
+    found = confidence_of(logits, rule, 1.7, votes)
     torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
     assert found.min() >= 0
     assert found.max() <= 1

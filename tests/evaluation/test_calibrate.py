@@ -11,7 +11,7 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.exit_rules import RULES
 from bdistil.ensemble.stacking import StackedBodies
 from bdistil.errors import UserError
-from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, told
+from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
 from bdistil.evaluation.temperature import calibration_error
 from bdistil.models.student import Rung, Student
 
@@ -65,7 +65,7 @@ def test_an_average_of_macs_is_kept(ensemble, data):
     figures = fit_anytime(ensemble, data[2], ExitTarget(average_macs=200))
     assert figures.exits.average_macs <= 200
     assert figures.exits.target == "average at most 200 MACs"
-    assert "200 MACs" in told(figures, MACS)
+    assert "200 MACs" in format_calibration(figures, MACS)
 
 
 def test_temperatures_make_every_stage_mean_what_it_says(ensemble, data):

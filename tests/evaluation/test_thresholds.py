@@ -20,21 +20,21 @@ def drawn(seed, stages, samples, levels=None):
     return sure, rng.random((stages, samples)) < 0.4 + 0.4 * sure + 0.1 * np.arange(stages)[:, None]
 
 
-def every_choice(sureness, right, macs):
+def every_choice(confidence, right, macs):
     """(right, MACs) of every way to choose thresholds: sample by sample, in plain Python."""
-    stages, samples = sureness.shape
-    cuts = [[NEVER, *sorted(set(row))] for row in sureness[:-1].tolist()]
+    stages, samples = confidence.shape
+    cuts = [[NEVER, *sorted(set(row))] for row in confidence[:-1].tolist()]
     for thresholds in itertools.product(*cuts):
         hits = spent = 0
         for i in range(samples):
-            exit = next((k for k, t in enumerate(thresholds) if sureness[k, i] >= t), stages - 1)
+            exit = next((k for k, t in enumerate(thresholds) if confidence[k, i] >= t), stages - 1)
             hits, spent = hits + right[exit, i], spent + macs[exit]
         yield int(hits), int(spent)
 
 
-def reached(sureness, right, macs, **target):
-    thresholds = np.array(fit_thresholds(sureness, right, macs, **target))
-    return outcome(exit_stages(sureness, thresholds), right, np.array(macs))
+def reached(confidence, right, macs, **target):
+    thresholds = np.array(fit_thresholds(confidence, right, macs, **target))
+    return outcome(exit_stages(confidence, thresholds), right, np.array(macs))
 
 
 @pytest.mark.parametrize("levels", [None, 4])

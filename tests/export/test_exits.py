@@ -13,7 +13,7 @@ from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble, UserError
 from bdistil.ensemble.calibration import Calibration, ExitFigures
-from bdistil.ensemble.exit_rules import sureness
+from bdistil.ensemble.exit_rules import confidence_of
 from bdistil.errors import RunError
 from bdistil.export import exits as export_exits
 from bdistil.export.exits import leaving
@@ -57,7 +57,7 @@ def test_it_leaves_where_pytorch_does(exported, monkeypatch):
     """Sample by sample, at thresholds between the samples, within limits on stages and MACs."""
     ensemble, runner, x = exported
     rule = runner.manifest["fused"]["rule"]
-    sure = torch.stack([sureness(s.logits, rule, ensemble.figures.temperature(n))
+    sure = torch.stack([confidence_of(s.logits, rule, ensemble.figures.temperature(n))
                         for n, s in enumerate(ensemble.stages(x))])  # fmt: skip
     confidence = float(sure[0].quantile(0.45))
     monkeypatch.setattr(runner, "_stages", None)  # nothing can run stage by stage
@@ -103,7 +103,9 @@ def test_a_batch_leaves_with_its_least_sure_sample(exported):
     """As a program of somebody else would run it."""
     ensemble, runner, x = exported
     rule, answers = runner.manifest["fused"]["rule"], [stage.logits for stage in ensemble.stages(x)]
-    least = [float(sureness(logits, rule, ensemble.figures.temperature(n)).min()) for n, logits in enumerate(answers)]
+    least = [
+        float(confidence_of(logits, rule, ensemble.figures.temperature(n)).min()) for n, logits in enumerate(answers)
+    ]
     session = runner._exits.graphs[0].session
     for number in range(4):
         thresholds = [value + 1e-5 for value in least[:number]] + [value - 1e-5 for value in least[number:]]

@@ -7,7 +7,7 @@ from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.ensemble.calibration import Calibration, ExitFigures
-from bdistil.ensemble.exit_rules import RULES, sureness
+from bdistil.ensemble.exit_rules import RULES, confidence_of
 from bdistil.export.run import export_run
 from bdistil.export.runner import Budget as RunnerBudget
 from bdistil.export.runner import ExportedEnsemble
@@ -60,7 +60,7 @@ def test_the_runner_keeps_limits_as_pytorch_does(exported, limits, stages):
 def test_the_runner_exits_as_pytorch_does(exported, rule):
     ensemble, _, x = exported
     first = next(ensemble.stages(x)).logits
-    median = 0.6 if rule == "agreement" else float(sureness(first, rule, 0.5).quantile(0.5))  # between two samples
+    median = 0.6 if rule == "agreement" else float(confidence_of(first, rule, 0.5).quantile(0.5))  # between two samples
     assert len(set(assert_same_prediction(exported, confidence=median, rule=rule).stages)) >= 2
 
 

@@ -93,7 +93,7 @@ def test_a_wider_class_joins_states_at_the_head_as_well(x):
     hidden = students[2].join.project[0](torch.cat((own, *linked), 1)).clamp_min(0)
     expected = students[2].head(own) + students[2].join.project[2](hidden)
     torch.testing.assert_close(run_student(students[2], students[:2], x), expected)
-    assert (students[2].links, students[2].handed) == (2, 1)
+    assert (students[2].links, students[2].states_read) == (2, 1)
 
 
 def test_no_gradient_reaches_an_earlier_student(x):

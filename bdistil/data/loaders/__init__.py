@@ -1,6 +1,6 @@
 """DataLoaders that carry each sample's index, checks of datasets, and fixed random views."""
 
-from bdistil.data.loaders.attach import indexed_loaders, only
+from bdistil.data.loaders.attach import indexed_loaders, single_loader
 from bdistil.data.loaders.checks import check_dataset, distinct_samples, is_random
 from bdistil.data.loaders.indexing import (
     Index,
@@ -24,9 +24,9 @@ __all__ = [
     "distinct_samples",
     "indexed_loaders",
     "is_random",
-    "only",
     "rows_loader",
     "sequential_loader",
+    "single_loader",
     "training_loader",
     "with_dataset",
 ]

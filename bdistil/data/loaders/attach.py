@@ -16,7 +16,7 @@ from bdistil.data.loaders.views import ViewPlan
 LOADERS = ("train_dataloader", "val_dataloader")
 
 
-def only(loader: Any) -> Any:
+def single_loader(loader: Any) -> Any:
     """The loader of a list of one, as some data modules return."""
     return loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
 
@@ -58,7 +58,7 @@ def _train(
     assert trainer is not None
     progress: Any = trainer.fit_loop.epoch_progress
     return training_loader(
-        only(original()),
+        single_loader(original()),
         seed=seed,
         epoch=progress.current.processed,  # current_epoch is one behind in a fit that goes on
         rank=trainer.global_rank,
@@ -70,4 +70,5 @@ def _train(
 def _val(original: Callable[[], Any], datamodule: pl.LightningDataModule, plan: ViewPlan | None) -> DataLoader[Any]:
     trainer = datamodule.trainer
     assert trainer is not None
-    return sequential_loader(only(original()), rank=trainer.global_rank, world_size=trainer.world_size, plan=plan)
+    loader = single_loader(original())
+    return sequential_loader(loader, rank=trainer.global_rank, world_size=trainer.world_size, plan=plan)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from bdistil.boosting.checks import check_outputs, loaders_of
-from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.attach import single_loader
 from bdistil.distillation.mekd import Deprivatization, MappingEmulation
 from bdistil.distillation.mekd.networks import Discriminator, Generator
 from bdistil.distillation.mekd.samples import (
@@ -164,7 +164,7 @@ class Emulation:
         if not is_overridden("test_dataloader", self.local, pl.LightningDataModule):
             return {}
         self.local.setup("test")
-        loader = only(self.local.test_dataloader())
+        loader = single_loader(self.local.test_dataloader())
         return {"test_accuracy": prefix_accuracies(ProgressiveEnsemble([student]), loader, torch.device("cpu"))[0]}
 
     def run(self, make_student: Callable[[int], nn.Module]) -> AnsweredSamples:

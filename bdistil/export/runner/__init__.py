@@ -6,7 +6,7 @@ Nothing that is loaded is executed as code: a folder holds JSON and ONNX graphs.
 sha256 that the manifest gives, and must lie in the folder itself. Who can change the manifest can change the answers.
 """
 
-from .budget import RULES, Array, Budget, Prediction, Stage, sureness
+from .budget import RULES, Array, Budget, Prediction, Stage, confidence_of
 from .ensemble import ExportedEnsemble
 from .files import ExportError
 from .graphs import Graph
@@ -26,5 +26,5 @@ __all__ = [
     "Prediction",
     "Stage",
     "Times",
-    "sureness",
+    "confidence_of",
 ]

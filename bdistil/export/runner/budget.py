@@ -24,8 +24,9 @@ class Budget:
         stages: at most this many students.
         macs: at most this many multiply-adds a sample.
         seconds: no student is started that would end later than this after the call, by the measured stage times.
-        confidence: a sample is decided as soon as its sureness reaches this; "fitted" takes the manifest's thresholds.
-        rule: how sureness is read: max_prob (the default), margin, entropy or agreement.
+        confidence: a sample is decided as soon as its confidence reaches this; "fitted" takes the
+            manifest's thresholds.
+        rule: how confidence is read: max_prob (the default), margin, entropy or agreement.
     """
 
     stages: int | None = None
@@ -84,7 +85,7 @@ class Prediction:
     macs: Array
 
 
-def sureness(logits: Array, rule: str, temperature: float = 1.0, votes: Array | None = None) -> Array:
+def confidence_of(logits: Array, rule: str, temperature: float = 1.0, votes: Array | None = None) -> Array:
     """How sure answers (B, L) are, (B,) in 0 … 1; `votes` (B, L) counts the students that answer each class."""
     if rule == "agreement":
         assert votes is not None

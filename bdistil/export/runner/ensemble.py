@@ -14,7 +14,7 @@ from .files import ExportError, read_manifest
 from .graphs import Chains, Graph, require_order
 from .inputs import check_input
 from .stage_clock import Clock, Deadline, Times
-from .stages import ALWAYS, ExitRule, Walk
+from .stages import ALWAYS, ExitRule, StageRunner
 from .timing import example, stage_times
 
 
@@ -158,7 +158,7 @@ class ExportedEnsemble:
         if exits:
             asked = clock.stages_to_ask(len(x), allowed, exits.shares) if clock else allowed - 1
         chain = self._stages.take(len(x))
-        walk, stages = Walk(self.graphs, chain, x), np.zeros(len(x), np.int64)
+        walk, stages = StageRunner(self.graphs, chain, x), np.zeros(len(x), np.int64)
         logits: Array | None = None
         for number in range(allowed):
             if not deadline.allows(number, len(walk.rows)):

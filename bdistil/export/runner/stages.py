@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .budget import Array, sureness
+from .budget import Array, confidence_of
 from .graphs import Chain, Graph
 
 ALWAYS = -1.0  # a threshold that every sample reaches
 
 
-class Walk:
+class StageRunner:
     """A batch before its first stage.
 
     Args:
@@ -65,8 +65,8 @@ class ExitRule:
     """How samples are decided.
 
     Attributes:
-        rule: how sureness is read.
-        thresholds: one a stage; a sample is decided where its sureness reaches it.
+        rule: how confidence is read.
+        thresholds: one a stage; a sample is decided where its confidence reaches it.
         temperatures: one a stage.
         shares: of samples that are expected to be decided at each stage, where that is known.
     """
@@ -76,8 +76,8 @@ class ExitRule:
     temperatures: Sequence[float]
     shares: Sequence[float] | None = None
 
-    def decides(self, number: int, answer: Array, walk: Walk) -> Array:
+    def decides(self, number: int, answer: Array, walk: StageRunner) -> Array:
         """Which samples (n,) are decided by a stage's answers (n, L)."""
         if self.rule == "agreement":
             walk.count_votes(number)
-        return sureness(answer, self.rule, self.temperatures[number], walk.votes) >= self.thresholds[number]
+        return confidence_of(answer, self.rule, self.temperatures[number], walk.votes) >= self.thresholds[number]

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .budget import Array, sureness
+from .budget import Array, confidence_of
 from .graphs import Chain, Graph
-from .stages import Walk
+from .stages import StageRunner
 
 
 def example(batch: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
@@ -32,13 +32,13 @@ def stage_times(graphs: Sequence[Graph], chain: Chain, x: Array, repeats: int) -
     taken, count = np.zeros((repeats + 3, len(graphs) + 2)), len(graphs)
     half = np.arange(0, len(x), 2)
     for row in taken:
-        walk = Walk(graphs, chain, x)
+        walk = StageRunner(graphs, chain, x)
         for number in range(count):
             begun = time.perf_counter()
             total = walk.run(number)
             row[number] = time.perf_counter() - begun
         begun = time.perf_counter()
-        sureness(total, "max_prob")
+        confidence_of(total, "max_prob")
         row[-2] = time.perf_counter() - begun
         walk.keep(half)
         row[-1] = time.perf_counter() - begun - row[-2]

@@ -20,7 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from bdistil.data.loaders.attach import only
+from bdistil.data.loaders.attach import single_loader
 from bdistil.data.loaders.checks import check_dataset, distinct_samples, is_random
 from bdistil.data.loaders.indexing import IndexedDataset, block_loader, sequential_loader, training_loader
 from bdistil.errors import UserError
@@ -310,7 +310,7 @@ def test_blocks_are_batches():
 def test_a_dataset_that_will_do(wrap):
     loader = wrap(DataLoader(TENSORS, batch_size=B))
     assert check_dataset(loader, "train_dataloader") == N
-    assert isinstance(only(loader), DataLoader)
+    assert isinstance(single_loader(loader), DataLoader)
     assert check_dataset(DataLoader(Items([X[0], 1])), "val_dataloader") == 1
 
 
@@ -343,8 +343,8 @@ def test_a_loader_that_makes_no_batches():
 
 
 def test_only_takes_a_list_of_one():
-    assert only([5]) == only((5,)) == only(5) == 5
-    assert only([5, 6]) == [5, 6]
+    assert single_loader([5]) == single_loader((5,)) == single_loader(5) == 5
+    assert single_loader([5, 6]) == [5, 6]
 
 
 @pytest.mark.parametrize(
