@@ -106,7 +106,7 @@ def test_a_ledger_of_the_size_of_imagenet(tmp_path_factory, storage):
     root = tmp_path_factory.getbasetemp() / "large"
     folder = root / storage
     folder.mkdir(parents=True)
-    program = f"import sys; sys.path[:0] = {sys.path!r}; from pathlib import Path; import test_large as t; "
+    program = f"import sys; sys.path[:0] = {sys.path!r}; from pathlib import Path; import tests.bench.test_large as t; "
     program += f"t.in_process_of_its_own(Path({str(folder)!r}), {storage!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,9 @@ def rank_of_a_run(run_dir: Path, count: int) -> None:
 
 def run(folder: Path, count: int) -> int:
     """A whole run; gives the most bytes that one of its processes held."""
-    program = f"import sys; sys.path[:0] = {sys.path!r}; from pathlib import Path; import test_large_run as t; "
+    program = (
+        f"import sys; sys.path[:0] = {sys.path!r}; from pathlib import Path; import tests.bench.test_large_run as t; "
+    )
     program += f"t.rank_of_a_run(Path({str(folder)!r}), {count})"
     script = folder.with_suffix(".py")
     script.write_text(program)

@@ -102,7 +102,7 @@ def test_calibrate_fits_again(run, capsys):
     args = ["calibrate", "--run_dir", str(run.root), "--rule", "margin"]
     assert main([*args, "--average_macs", "20000", "--json"]) == 0
     figures = load_calibration(run)
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(figures.plain()))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(figures.to_dict()))
     assert (figures.exits.rule, figures.exits.target) == ("margin", "average at most 20,000 MACs")
     assert "average at most 20,000 MACs" in run.report.read_text()
     assert main(args) == 0
@@ -231,7 +231,7 @@ def test_print_config_shows_the_resolved_recipe(capsys):
         main([*SMALL, "--print_config"])
     assert end.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["model"]["student"]["class_path"] == "bdistil.models.convnets.ConvStudent"
+    assert shown["model"]["student"]["class_path"] == "bdistil.models.ConvStudent"
     assert shown["trainer"]["max_epochs"] == 1
 
 

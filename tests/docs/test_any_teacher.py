@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers.teachers import scripted
 from jsonargparse import ArgumentParser
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
-from test_teachers import scripted
 from torch import nn
 
 from bdistil import ProgressiveEnsemble

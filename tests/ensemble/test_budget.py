@@ -214,7 +214,7 @@ def test_seconds_count_from_the_call_and_not_from_the_first_stage(ensemble, x, m
     """The look at x takes 1 s, a student 1 s: of 3.5 s one student has used 2, and the next would end at 3."""
     now = [0.0]
     for module in ("ensemble", "prediction"):
-        monkeypatch.setattr(f"bdistil.{module}.time", SimpleNamespace(perf_counter=lambda: now[0]))
+        monkeypatch.setattr(f"bdistil.ensemble.{module}.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(InputSpec, "check", lambda *_: now.__setitem__(0, now[0] + 1))
     for student in ensemble.students:
         student.head.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1))

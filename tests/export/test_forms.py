@@ -30,7 +30,7 @@ def run(tmp_path_factory):
     """A run that names its data."""
     torch.manual_seed(3)
     run = write_run(tmp_path_factory.mktemp("toy") / "run", toy_student, (8,))
-    run.config.write_text(yaml.safe_dump({"data": {"class_path": "toys.Toys"}}))
+    run.config.write_text(yaml.safe_dump({"data": {"class_path": "helpers.toys.Toys"}}))
     return run
 
 

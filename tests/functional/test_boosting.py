@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bdistil import functional as bf
+from bdistil.boosting.acceptance import accepts_margin, accepts_progress
 from bdistil.boosting.ledger.reductions import margin_sums
-from bdistil.functional import boosting as bf
 from bdistil.functional import boosting_loss as round_loss
 
 SHAPES = [(1, 1), (7, 3), (64, 100), (2000, 10)]
@@ -284,7 +285,7 @@ def test_centre_takes_away_what_softmax_does_not_see():
     ],
 )
 def test_accepts_progress(before, after, accepted, parts):
-    decision, reason = bf.accepts_progress(before, after, 0.002)
+    decision, reason = accepts_progress(before, after, 0.002)
     assert decision is accepted
     assert all(part in reason for part in parts), reason
 
@@ -299,7 +300,7 @@ def test_accepts_progress(before, after, accepted, parts):
     ],
 )
 def test_accepts_margin(share, accepted, sentence):
-    decision, reason = bf.accepts_margin(share, 0.5)
+    decision, reason = accepts_margin(share, 0.5)
     assert decision is accepted
     assert sentence in reason
 

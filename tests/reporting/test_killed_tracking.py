@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.processes import descendants
 from helpers.toys import in_child
 from helpers.wandb_offline import offline_runs
 
@@ -23,13 +24,6 @@ from bdistil.utils.signals import StopSignals
 
 ROWS, NEVER = 100, 60.0  # rows that W&B's process would not write before it is killed, were it not for our interval
 ENVIRON = {"WANDB_SILENT": "true", "WANDB_MODE": "offline"}
-
-
-def descendants(pid):
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield int(child)
-            yield from descendants(int(child))
 
 
 def name(pid):

@@ -8,9 +8,9 @@ from threading import Thread
 
 import pytest
 from helpers import wandb_server
+from helpers.processes import descendants
 from helpers.toys import in_child
 from helpers.wandb_offline import finished_runs
-from test_killed_tracking import descendants
 
 from bdistil.cli import app as cli
 from bdistil.reporting import tracking

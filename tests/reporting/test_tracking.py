@@ -18,7 +18,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from bdistil.reporting import tracking
+from bdistil.reporting import curve_tracker, tracking
 from bdistil.reporting.curve_tracker import CurveTracker
 from bdistil.reporting.tracking import Tracking, make_logger
 
@@ -435,7 +435,7 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path):
 @pytest.mark.parametrize(("slow", "tried"), [(100.0, 4), (0.0, 2)])
 def test_a_student_that_is_refused_is_a_warning_and_the_last_where_that_took_long(monkeypatch, tmp_path, slow, tried):
     """Each would wait for a minute for a server that has gone."""
-    monkeypatch.setattr(tracking, "SLOW_SECONDS", slow)
+    monkeypatch.setattr(curve_tracker, "SLOW_SECONDS", slow)
     taken = []
 
     class Run:

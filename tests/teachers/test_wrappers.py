@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.teachers import SHAPE, scripted
 from helpers.toys import CLASSES, FEATURES, Toys, boost, control, curve, make_teacher, settings_for
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
@@ -27,22 +28,12 @@ from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
 from bdistil.teachers.wrappers import comes_trained
 
-SHAPE = (1, 8, 8)
-
 
 def conv_net():
     torch.manual_seed(4)
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
     ).eval()  # fmt: skip
-
-
-def scripted(module, path, *, example=None, frozen=False):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = torch.jit.trace(module, torch.randn(2, *SHAPE) if example is None else example)
-        torch.jit.save(torch.jit.freeze(made.eval()) if frozen else made, path)
-    return str(path)
 
 
 def graph(path, nodes, weights, *, inputs=FEATURES, outputs=CLASSES, batch="n", domains=("",), external=False):

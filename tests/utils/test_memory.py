@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ALLOCATOR = Path(__file__).parents[2] / "bdistil" / "allocator.py"
+ALLOCATOR = Path(__file__).parents[2] / "bdistil" / "utils" / "memory.py"
 # 20 blocks of 8 MiB, each freed before the next, and the pages of 4 KiB that they took
 PROGRAM = f"""
 import ctypes, json, resource, runpy

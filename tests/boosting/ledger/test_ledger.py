@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bdistil import functional as bf
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.ledger.units import Units
 from bdistil.errors import RunError, UserError
-from bdistil.functional import boosting as bf
 from bdistil.utils import distributed
 
 N, L, ETA = 2 * BLOCK + 76, 3, 0.5  # the last block is short
