@@ -93,7 +93,7 @@ def calibrate(
         as_json: print one JSON object.
     """
     target, run = ExitTarget(rule, max_loss, average_macs), RunDirectory(run_dir)
-    ensemble = ProgressiveEnsemble.load(run_dir, figures=False)
+    ensemble = ProgressiveEnsemble.load(run_dir, calibration=False)
     figures = fit_anytime(ensemble, loader_of(run, "val"), target, weights=weights)
     save_calibration(run, figures)
     write_report(run)

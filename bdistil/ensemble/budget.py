@@ -88,7 +88,7 @@ def check_rule(budget: Budget) -> None:
         )
 
 
-def exits_of(budget: Budget, figures: Calibration) -> Exits | None:
+def exits_of(budget: Budget, calibration: Calibration) -> Exits | None:
     """The exits that a budget asks for; None where it knows no confidence.
 
     Raises:
@@ -98,10 +98,10 @@ def exits_of(budget: Budget, figures: Calibration) -> Exits | None:
     check_rule(budget)
     if budget.confidence is None:
         return None
-    temperatures = tuple(figures.temperature(number) for number in range(figures.count))
+    temperatures = tuple(calibration.temperature(number) for number in range(calibration.count))
     if budget.confidence != "fitted":
-        return Exits(budget.rule or "max_prob", (budget.confidence,) * figures.count, temperatures)
-    fitted = figures.exits
+        return Exits(budget.rule or "max_prob", (budget.confidence,) * calibration.count, temperatures)
+    fitted = calibration.exits
     if fitted is None:
         raise UserError(
             "Expected thresholds fitted on the validation part for confidence='fitted', but this ensemble has none. "

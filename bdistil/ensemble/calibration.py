@@ -114,9 +114,9 @@ class Calibration:
         if given.get("exits") is not None:
             given["exits"] = ExitFigures(**_tuples(given["exits"]))
         given["times"] = tuple(BatchTimes(**_tuples(times)) for times in given.get("times", ()))
-        figures = cls(**_tuples(given))
-        figures._check()
-        return figures
+        calibration = cls(**_tuples(given))
+        calibration._check()
+        return calibration
 
     def _check(self) -> None:
         exits = self.exits

@@ -31,7 +31,7 @@ class ProgressiveEnsemble(nn.Module):
         students: in order.
         scale: what one unit of the students' logits is in the teacher's units; of real outputs one an output.
         macs: cumulative multiply-adds per sample, one number a stage.
-        figures: what was fitted and measured for stopping early.
+        calibration: what was fitted and measured for stopping early.
         inputs: what a sample of x is like, where that is known.
         offset: of real outputs, one an output.
     """
@@ -45,7 +45,7 @@ class ProgressiveEnsemble(nn.Module):
         *,
         scale: float | Sequence[float] = 1.0,
         macs: Sequence[int] = (),
-        figures: Calibration | None = None,
+        calibration: Calibration | None = None,
         inputs: InputSpec | None = None,
         offset: Sequence[float] | None = None,
     ) -> None:
@@ -57,7 +57,7 @@ class ProgressiveEnsemble(nn.Module):
             self.register_buffer("scale", torch.tensor(scale), persistent=False)
             self.register_buffer("offset", torch.tensor(offset), persistent=False)
         self.macs = list(macs) or [0] * len(self.students)
-        self.figures, self.inputs = figures or Calibration(len(self.students)), inputs or InputSpec()
+        self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
         self._groups: dict[str, list[StackedBodies]] = {}
         self._known: tuple[Calibration | None, StageClock | None] = (None, None)
         self.requires_grad_(False).train(False)
@@ -68,7 +68,7 @@ class ProgressiveEnsemble(nn.Module):
         run_dir: str | os.PathLike[str],
         *,
         student: Callable[[int], nn.Module] | None = None,
-        figures: bool = True,
+        calibration: bool = True,
     ) -> ProgressiveEnsemble:
         """The ensemble of a run: needs no recipe, no teacher, no data.
 
@@ -78,7 +78,7 @@ class ProgressiveEnsemble(nn.Module):
         Args:
             run_dir: the run directory.
             student: the run's `make_student`, needed only where a student's classes cannot be imported by name.
-            figures: load what was fitted and measured for stopping early, where there is any.
+            calibration: load what was fitted and measured for stopping early, where there is any.
 
         Raises:
             UserError: no round is committed there, or a student's class cannot be imported.
@@ -93,9 +93,9 @@ class ProgressiveEnsemble(nn.Module):
             students.append(restore_student(run, t, students, student))
         records = [run.record(t) for t in range(number)]
         macs = [record["curve"]["macs"] for record in records]
-        known, inputs = load_calibration(run) if figures else None, InputSpec.of(records[0])
+        known, inputs = load_calibration(run) if calibration else None, InputSpec.of(records[0])
         units = {"scale": records[0]["scale"], "offset": records[0].get("offset")}
-        return cls(students, macs=macs, figures=known, inputs=inputs, **units)
+        return cls(students, macs=macs, calibration=known, inputs=inputs, **units)
 
     def __len__(self) -> int:
         return len(self.students)
@@ -109,7 +109,7 @@ class ProgressiveEnsemble(nn.Module):
         """Stays in eval mode: students are finished."""
         return super().train(False)
 
-    def walk(self, x: Any, *, count_votes: bool = False) -> StageRunner:
+    def stage_runner(self, x: Any, *, count_votes: bool = False) -> StageRunner:
         """A batch before its first stage.
 
         Args:
@@ -125,7 +125,7 @@ class ProgressiveEnsemble(nn.Module):
             x,
             scale=self.scale,
             macs=self.macs,
-            weights=self.figures.weights,
+            weights=self.calibration.weights,
             count_votes=count_votes,
             offset=self.offset,
         )
@@ -138,9 +138,9 @@ class ProgressiveEnsemble(nn.Module):
         Args:
             x: a batch (B, ...), on the device of the ensemble.
         """
-        walk = self.walk(x)
+        runner = self.stage_runner(x)
         for _ in range(len(self)):
-            yield walk.step()
+            yield runner.step()
 
     async def astages(self, x: Any) -> AsyncIterator[Stage]:
         """`stages` for asyncio: each student runs in a thread, and the loop is free meanwhile.
@@ -151,9 +151,9 @@ class ProgressiveEnsemble(nn.Module):
         Args:
             x: a batch (B, ...), on the device of the ensemble.
         """
-        walk = self.walk(x)
+        runner = self.stage_runner(x)
         for _ in range(len(self)):
-            yield await asyncio.to_thread(walk.step)
+            yield await asyncio.to_thread(runner.step)
 
     def forward(self, x: Any, stages: int | None = None, schedule: str | None = None) -> Tensor:
         """Logits (B, L) of the prefix of `stages` students, in the teacher's units; all of them by default.
@@ -170,16 +170,16 @@ class ProgressiveEnsemble(nn.Module):
         count = len(self) if stages is None else stages
         if not 1 <= count <= len(self):
             raise UserError(f"Expected `stages` to be in 1 … {len(self)}, got {stages}.")
-        walk = self.walk(x)
-        walk.bodies = self._bodies(x, count, schedule)
+        runner = self.stage_runner(x)
+        runner.bodies = self._bodies(x, count, schedule)
         for _ in range(count - 1):
-            walk.advance()
-        return walk.step().logits
+            runner.advance()
+        return runner.step().logits
 
     def _bodies(self, x: Any, count: int, schedule: str | None) -> Sequence[Tensor]:
         """Features of the first students' bodies, where they are to run together; else none."""
         if schedule is None:
-            schedule = self.figures.schedule(len(x), x.device.type) if self.figures.times else ONE
+            schedule = self.calibration.schedule(len(x), x.device.type) if self.calibration.times else ONE
         if schedule == ONE:
             return ()
         if schedule not in self._groups:
@@ -213,15 +213,15 @@ class ProgressiveEnsemble(nn.Module):
                 f"Expected a budget without `confidence` for real outputs, which have no classes to be sure of, got "
                 f"{budget.confidence!r}. Limit `stages`, `macs` or `seconds`."
             )
-        exits = exits_of(budget, self.figures)
-        walk = self.walk(x, count_votes=exits is not None and exits.rule == "agreement")
-        return predict_within(walk, budget, exits, self._clock(x.device), started)
+        exits = exits_of(budget, self.calibration)
+        runner = self.stage_runner(x, count_votes=exits is not None and exits.rule == "agreement")
+        return predict_within(runner, budget, exits, self._clock(x.device), started)
 
     def _clock(self, device: torch.device) -> StageClock | None:
         """The measured times, where they are of this device; kept, as is what was decided by them."""
-        figures = self.figures
-        if not figures.times or figures.device != device.type:
+        calibration = self.calibration
+        if not calibration.times or calibration.device != device.type:
             return None
-        if self._known[0] is not figures:
-            self._known = figures, StageClock(figures.times)
+        if self._known[0] is not calibration:
+            self._known = calibration, StageClock(calibration.times)
         return self._known[1]

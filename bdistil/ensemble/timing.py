@@ -48,9 +48,9 @@ def _at(ensemble: ProgressiveEnsemble, x: Tensor, rule: Rule) -> BatchTimes:
     exits = Exits(rule, (0.5,) * len(ensemble), (1.5,) * len(ensemble))
     began = time.perf_counter()
     with torch.no_grad():
-        _walk_through(ensemble, x, exits)  # warm
+        _time_once(ensemble, x, exits)  # warm
         while len(rows) < LEAST or (len(rows) < MOST and time.perf_counter() - began < SECONDS):
-            rows.append(_walk_through(ensemble, x, exits))
+            rows.append(_time_once(ensemble, x, exits))
         *stages, check, compact = zip(*rows, strict=True)
         typical, late = (tuple(_quantile(stage, part) for stage in stages) for part in (TYPICAL, LATE))
         schedules = _schedules(ensemble, x)
@@ -72,17 +72,17 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _walk_through(ensemble: ProgressiveEnsemble, x: Tensor, exits: Exits) -> list[float]:
+def _time_once(ensemble: ProgressiveEnsemble, x: Tensor, exits: Exits) -> list[float]:
     """Seconds of each stage, of one question, of taking half of the batch out."""
-    walk = ensemble.walk(x, count_votes=exits.rule == "agreement")  # the check of x belongs to no stage
-    seconds = [_timed(lambda: walk.step().logits, x.device) for _ in range(len(ensemble))]
+    runner = ensemble.stage_runner(x, count_votes=exits.rule == "agreement")  # the check of x belongs to no stage
+    seconds = [_timed(lambda: runner.step().logits, x.device) for _ in range(len(ensemble))]
     # The question comes right after a student, when its own code and numbers are no longer in the cache.
-    walk = ensemble.walk(x, count_votes=exits.rule == "agreement")
-    walk.advance()
-    answers = Answers(walk)
+    runner = ensemble.stage_runner(x, count_votes=exits.rule == "agreement")
+    runner.advance()
+    answers = Answers(runner)
     seconds.append(_timed(lambda: answers.decided(exits), x.device))
     half = np.arange(len(x)) % 2 == 0
-    seconds.append(_timed(lambda: answers.leave(half), x.device))
+    seconds.append(_timed(lambda: answers.compact(half), x.device))
     return seconds
 
 

@@ -171,14 +171,14 @@ def fit_anytime(
         UserError: the labels are no class numbers, or no stage fits the target.
     """
     target, device = target or ExitTarget(), torch.device(device)
-    ensemble.to(device).figures = Calibration(len(ensemble))
+    ensemble.to(device).calibration = Calibration(len(ensemble))
     own, labels = own_answers(ensemble, loader, device)
     figures = fit_figures(own, labels, ensemble.macs, target, weights=weights)
-    ensemble.figures = replace(figures, temperatures=(), exits=None)  # only the weights: what a stage has to do
+    ensemble.calibration = replace(figures, temperatures=(), exits=None)  # only the weights: what a stage has to do
     x = first_samples(loader, TIMED_SAMPLES).to(device)
     times = measure_times(ensemble, x, rule=target.rule)
-    ensemble.figures = replace(figures, times=times, device=device.type)
-    return ensemble.figures
+    ensemble.calibration = replace(figures, times=times, device=device.type)
+    return ensemble.calibration
 
 
 def format_calibration(figures: Calibration, macs: Sequence[int]) -> str:

@@ -71,7 +71,7 @@ def prove_exits(
     runner, count, largest = fused_runner(folder, manifest, fused), len(ensemble), 0.0
     answers = [stage.logits for stage in ensemble.stages(x[:COMPARED])]
     sure = torch.stack(
-        [confidence_of(logits, fused["rule"], ensemble.figures.temperature(n)) for n, logits in enumerate(answers)]
+        [confidence_of(logits, fused["rule"], ensemble.calibration.temperature(n)) for n, logits in enumerate(answers)]
     )
     medians = sure.median(1).values
     for row in range(len(answers[0])):

@@ -48,7 +48,7 @@ class Segment(nn.Module):
         self.numbers = list(numbers)
         self.students = nn.ModuleList(ensemble.students[number] for number in numbers)
         self.links = [links[number] for number in numbers]
-        self.weights = [(ensemble.figures.weights or (1.0,) * len(ensemble))[number] for number in numbers]
+        self.weights = [(ensemble.calibration.weights or (1.0,) * len(ensemble))[number] for number in numbers]
         outside = sorted({n for linked in self.links for n in linked} - set(self.numbers))
         later = {n for linked in links[self.numbers[-1] + 1 :] for n in linked}
         first, last = self.numbers[0], self.numbers[-1]

@@ -94,7 +94,7 @@ class Export:
 
     def about(self, number: int) -> dict[str, Any]:
         """What the manifest says of a stage beside its file."""
-        weights = self.ensemble.figures.weights or (1.0,) * len(self.ensemble)
+        weights = self.ensemble.calibration.weights or (1.0,) * len(self.ensemble)
         links = links_by_stage(list(self.ensemble.students))[number]
         return {
             "links": [n + 1 for n in links],

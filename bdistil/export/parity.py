@@ -37,11 +37,11 @@ class Parity:
 @torch.no_grad()
 def reference(ensemble: ProgressiveEnsemble, x: Tensor) -> Values:
     """Sums `total_k` and features `features_k` of every stage, by PyTorch."""
-    walk, values, found = ensemble.walk(x), {}, 0
+    runner, values, found = ensemble.stage_runner(x), {}, 0
     for number in range(len(ensemble)):
-        values[f"total_{number + 1}"] = walk.step().total
-        if len(walk.features) > found:
-            values[f"features_{number + 1}"], found = walk.features[-1], len(walk.features)
+        values[f"total_{number + 1}"] = runner.step().total
+        if len(runner.features) > found:
+            values[f"features_{number + 1}"], found = runner.features[-1], len(runner.features)
     return values
 
 

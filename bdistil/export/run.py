@@ -67,7 +67,7 @@ def _require(format: str) -> None:
 
 def _manifest(export: Export) -> dict[str, Any]:
     """What does not depend on the files."""
-    ensemble, data, figures = export.ensemble, export.data, export.ensemble.figures
+    ensemble, data, figures = export.ensemble, export.data, export.ensemble.calibration
     outputs = export.values["total_1"].shape[1]
     if data.labels is not None and len(data.labels) != outputs:
         raise UserError(f"Expected `labels` of the data module to be {outputs} names, got {len(data.labels)}.")

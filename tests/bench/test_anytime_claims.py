@@ -162,7 +162,7 @@ def shrinking(make, share):
     """By what a batch of 256 that shrinks is faster: measured, on batches that are ready, and ideal."""
     ensemble, x = ensemble_of(make), torch.randn(256, *SHAPES[make])
     figures = forced(ensemble, x, share)
-    ensemble.figures = replace(figures, times=measure_times(ensemble, x))
+    ensemble.calibration = replace(figures, times=measure_times(ensemble, x))
     stages = ensemble.predict(x, Budget(confidence="fitted")).stages
     ideal = T / stages.double().mean().item()
     ready = of_ready_batches(list(ensemble.students), x, stages)
@@ -204,7 +204,7 @@ def test_the_guard_is_never_much_slower_than_all_stages(make, batch):
         guarded, bare = replace(figures, times=times), figures
 
         def run(figures, budget=budget):
-            ensemble.figures = figures
+            ensemble.calibration = figures
             return ensemble.predict(x, budget)
 
         whole, with_guard, without = seconds(
@@ -221,10 +221,10 @@ def test_the_guard_is_never_much_slower_than_all_stages(make, batch):
 def test_deadlines_are_met_within_the_jitter_of_a_stage(make, monkeypatch):
     """200 deadlines from one stage to all, by CPU time: by the clock on the wall other programs would be measured."""
     for module in ("prediction", "ensemble", "timing"):
-        monkeypatch.setattr(f"bdistil.{module}.time", SimpleNamespace(perf_counter=time.process_time))
+        monkeypatch.setattr(f"bdistil.ensemble.{module}.time", SimpleNamespace(perf_counter=time.process_time))
     ensemble, x = ensemble_of(make), torch.randn(64, *SHAPES[make])
     figures = Calibration(T, times=measure_times(ensemble, x, batches=(1, 64)))
-    ensemble.figures = figures
+    ensemble.calibration = figures
     times = figures.times[-1]
     jitter = max(late - typical for late, typical in zip(times.late, times.stages, strict=True))
     met, strictly, used = 0, 0, []

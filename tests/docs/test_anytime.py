@@ -20,8 +20,8 @@ def test_its_python_runs(tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(block, scope)
     assert scope["stage"].index == 3
-    assert scope["ensemble"].figures is scope["figures"]
-    assert len(scope["figures"].exits.decided_share) == 3
+    assert scope["ensemble"].calibration is scope["calibration"]
+    assert len(scope["calibration"].exits.decided_share) == 3
     assert "tensor" in capsys.readouterr().out
 
 

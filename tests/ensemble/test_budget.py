@@ -85,7 +85,7 @@ def test_each_rule_decides_where_it_says(ensemble, x, rule, fitted):
     level = LEVELS[rule]
     thresholds = (0.9 * level, 0.8 * level, 1.1 * level, 0.0) if fitted else (level,) * T
     exits = ExitFigures(rule, thresholds, "", (0.25,) * T, 0.0, 0.0, 0.0)
-    ensemble.figures = Calibration(T, exits=exits, temperatures=TEMPERATURES)
+    ensemble.calibration = Calibration(T, exits=exits, temperatures=TEMPERATURES)
     expected = stages_by_hand(ensemble, x, rule, thresholds, TEMPERATURES)
     assert len(set(expected)) >= 2 + (rule != "agreement")
     for student in ensemble.students:
@@ -99,7 +99,7 @@ def test_each_rule_decides_where_it_says(ensemble, x, rule, fitted):
 
 
 @pytest.mark.parametrize(
-    ("budget", "figures", "message"),
+    ("budget", "calibration", "message"),
     [
         ({"confidence": "fitted"}, Calibration(T), "bdistil calibrate"),
         (
@@ -112,8 +112,8 @@ def test_each_rule_decides_where_it_says(ensemble, x, rule, fitted):
         ({"confidence": "sure"}, Calibration(T), "or 'fitted', got sure"),
     ],
 )
-def test_budgets_that_contradict_themselves_or_the_ensemble(ensemble, x, budget, figures, message):
-    ensemble.figures = figures
+def test_budgets_that_contradict_themselves_or_the_ensemble(ensemble, x, budget, calibration, message):
+    ensemble.calibration = calibration
     with pytest.raises(UserError, match=message):
         ensemble.predict(x, Budget(**budget))
     assert rows_seen(ensemble) == [0] * T
@@ -129,7 +129,7 @@ def test_weights_are_those_of_the_students_in_each_prefix(ensemble, x):
     totals = [stage.total for stage in ensemble.stages(x)]
     own = [now - before for now, before in zip(totals, [0.0, *totals], strict=False)]
     weights = (1.0, 0.5, 2.0, 1.5)
-    ensemble.figures = Calibration(T, weights=weights)
+    ensemble.calibration = Calibration(T, weights=weights)
     for k, stage in enumerate(ensemble.stages(x), 1):
         expected = 2.5 * sum(w * f for w, f in zip(weights[:k], own, strict=False)) / sum(weights[:k])
         torch.testing.assert_close(stage.logits, expected)
@@ -143,9 +143,9 @@ def test_a_batch_shrinks_where_that_saves_and_stays_whole_where_it_costs(ensembl
     budget = Budget(confidence=0.6)
     free = ensemble.predict(x, budget)
     assert len(free.stages.unique()) > 1
-    ensemble.figures = Calibration(T, times=times())
+    ensemble.calibration = Calibration(T, times=times())
     assert torch.equal(ensemble.predict(x, budget).stages, free.stages)
-    ensemble.figures = Calibration(T, times=times(compact=1.0))
+    ensemble.calibration = Calibration(T, times=times(compact=1.0))
     whole = ensemble.predict(x, budget)
     assert whole.stages.tolist() == [T] * B
     assert whole.macs.tolist() == [MACS[-1]] * B
@@ -154,12 +154,12 @@ def test_a_batch_shrinks_where_that_saves_and_stays_whole_where_it_costs(ensembl
 
 def test_times_of_another_device_decide_nothing(ensemble, x):
     free = ensemble.predict(x, Budget(confidence=0.6)).stages
-    ensemble.figures = Calibration(T, times=times(compact=1.0), device="cuda")
+    ensemble.calibration = Calibration(T, times=times(compact=1.0), device="cuda")
     assert torch.equal(ensemble.predict(x, Budget(confidence=0.6)).stages, free)
 
 
 def test_all_decided_is_the_end_whatever_compaction_costs(ensemble, x):
-    ensemble.figures = Calibration(T, times=times(compact=1.0))
+    ensemble.calibration = Calibration(T, times=times(compact=1.0))
     assert ensemble.predict(x, Budget(confidence=1e-6)).stages.tolist() == [1] * B
 
 
@@ -232,17 +232,17 @@ def test_those_who_stay_take_along_what_is_still_read(x, links):
         student = nn.Linear(IN, L) if plain else Student(Body(), nn.Linear(6, L)).link(students, Rung(number))
         students.append(student)
     ensemble = ProgressiveEnsemble(students, macs=MACS)
-    walk, rows = ensemble.walk(x), torch.arange(0, B, 3)
+    runner, rows = ensemble.stage_runner(x), torch.arange(0, B, 3)
     expected = [stage.logits[rows] for stage in ensemble.stages(x)]
     for number in range(T):
-        stage = walk.step()
+        stage = runner.step()
         torch.testing.assert_close(stage.logits, expected[number] if number else next(ensemble.stages(x)).logits)
         if number == 0:
-            walk.keep(rows)
+            runner.keep(rows)
         elif number < T - 1:
-            walk.keep(torch.arange(len(rows)))
+            runner.keep(torch.arange(len(rows)))
             reads = [n or 0 for n in links[number + 1 :]]
-            assert len(walk.features) <= max(reads)
+            assert len(runner.features) <= max(reads)
 
 
 # ---- asyncio and interruption
@@ -338,7 +338,7 @@ def test_finite_numbers_whose_sum_is_not_are_an_input(ensemble):
     assert ensemble(torch.full((2, IN), 3e38)).shape == (2, L)
 
 
-def test_figures_of_another_rule_leave_the_others_alone(ensemble, x):
-    ensemble.figures = replace(Calibration(T), temperatures=TEMPERATURES)
+def test_temperatures_alone_leave_the_others_alone(ensemble, x):
+    ensemble.calibration = replace(Calibration(T), temperatures=TEMPERATURES)
     expected = stages_by_hand(ensemble, x, "max_prob", (0.6,) * T, TEMPERATURES)
     assert ensemble.predict(x, Budget(confidence=0.6)).stages.tolist() == expected

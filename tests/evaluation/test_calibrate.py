@@ -52,7 +52,9 @@ def test_thresholds_hold_on_the_samples_that_they_were_fitted_on(ensemble, data,
     figures = fit_anytime(ensemble, loader, ExitTarget(rule, max_loss=1.0))
     exits = figures.exits
     assert exits.accuracy >= exits.full_accuracy - 0.01 - 1e-9
-    ensemble.figures = type(figures)(T, exits=exits, temperatures=figures.temperatures)  # without times: all may leave
+    ensemble.calibration = type(figures)(
+        T, exits=exits, temperatures=figures.temperatures
+    )  # without times: all may leave
     prediction = ensemble.predict(x, Budget(confidence="fitted"))
     assert (prediction.logits.argmax(-1) == y).double().mean().item() == pytest.approx(exits.accuracy)
     assert prediction.macs.double().mean().item() == pytest.approx(exits.average_macs)

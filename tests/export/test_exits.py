@@ -57,7 +57,7 @@ def test_it_leaves_where_pytorch_does(exported, monkeypatch):
     """Sample by sample, at thresholds between the samples, within limits on stages and MACs."""
     ensemble, runner, x = exported
     rule = runner.manifest["fused"]["rule"]
-    sure = torch.stack([confidence_of(s.logits, rule, ensemble.figures.temperature(n))
+    sure = torch.stack([confidence_of(s.logits, rule, ensemble.calibration.temperature(n))
                         for n, s in enumerate(ensemble.stages(x))])  # fmt: skip
     confidence = float(sure[0].quantile(0.45))
     monkeypatch.setattr(runner, "_stages", None)  # nothing can run stage by stage
@@ -104,7 +104,8 @@ def test_a_batch_leaves_with_its_least_sure_sample(exported):
     ensemble, runner, x = exported
     rule, answers = runner.manifest["fused"]["rule"], [stage.logits for stage in ensemble.stages(x)]
     least = [
-        float(confidence_of(logits, rule, ensemble.figures.temperature(n)).min()) for n, logits in enumerate(answers)
+        float(confidence_of(logits, rule, ensemble.calibration.temperature(n)).min())
+        for n, logits in enumerate(answers)
     ]
     session = runner._exits.graphs[0].session
     for number in range(4):

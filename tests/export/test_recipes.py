@@ -45,7 +45,10 @@ def test_a_recipe_is_exported_with_parity(recipe, tmp_path, capsys):
     manifest = json.loads((out / "manifest.json").read_text())
     assert max(manifest["parity"]["differences"]) <= 1e-4
     ensemble, runner = ProgressiveEnsemble.load(run), ExportedEnsemble.load(out)
-    ensemble.figures, runner.clock = replace(ensemble.figures, times=()), None  # whom leaving pays depends on the clock
+    ensemble.calibration, runner.clock = (
+        replace(ensemble.calibration, times=()),
+        None,
+    )  # whom leaving pays depends on the clock
     x = torch.randn(8, *ensemble.inputs.shape)
     real = manifest["task"] == "regression"
     if real:

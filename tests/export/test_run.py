@@ -71,7 +71,7 @@ def test_the_runner_exits_at_fitted_thresholds(exported):
 def test_the_manifest_says_what_is_there(exported):
     ensemble, runner, _ = exported
     manifest = runner.manifest
-    assert manifest["temperatures"] == list(ensemble.figures.temperatures)
+    assert manifest["temperatures"] == list(ensemble.calibration.temperatures)
     assert manifest["exits"]["thresholds"] == [0.2, 0.3, 0.1, 0.0]
     assert [stage["macs"] for stage in manifest["stages"]] == MACS
     assert manifest["parity"]["samples"] == 256
