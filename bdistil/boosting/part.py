@@ -24,6 +24,7 @@ from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import block_loader
 from bdistil.data.loaders.views import Views
 from bdistil.ensemble.scores import Scores, _scores
+from bdistil.functional.boosting import prefix_error
 from bdistil.metrics.regression import PrefixErrors, output_figures
 from bdistil.metrics.task import Task
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
@@ -228,7 +229,7 @@ class Part:
     def _prefix(self, answer: Tensor, index: np.ndarray[Any, Any]) -> Tensor:
         """Logits of the prefix that ends with a student, in the teacher's units."""
         g, s = self.ledger.rows(index)
-        return self.ledger.units.outward(g + (s + answer - g) / (self.ledger.version + 1))
+        return self.ledger.units.outward(g + prefix_error(answer, g, s, self.ledger.version))
 
 
 def _summed(scores: Scores) -> tuple[float, float]:

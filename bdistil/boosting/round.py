@@ -16,6 +16,7 @@ from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders.indexing import Index
 from bdistil.errors import RunError, UserError
+from bdistil.functional.boosting import prefix_error
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.metrics.regression import as_columns, output_figures, output_sums
 from bdistil.models.student import linked_numbers, links_of, run_student
@@ -189,7 +190,7 @@ class BoostingRound(pl.LightningModule):
         """Scores the prefix that ends with this student."""
         x, y, index = batch
         target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
-        miss = (error + self.answer(x, index, self.val_part) - target) / (self.number + 1)
+        miss = prefix_error(self.answer(x, index, self.val_part), target, error, self.number)
         self._label_sums += self._against_labels(target + miss, y)
         self._teacher_sums += torch.stack((miss.square().sum(), miss.new_full((), miss.numel())))
 

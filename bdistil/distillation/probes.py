@@ -16,6 +16,7 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import Index, rows_loader
 from bdistil.distillation.last_layer import capture_last_layer, last_layers
+from bdistil.functional.boosting import prefix_error
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
@@ -154,7 +155,7 @@ class RoundView:
         return activations, answer, target, error
 
     def _prefix(self, answer: Tensor, target: Tensor, error: Tensor) -> Tensor:
-        return self.module.ledger.units.outward(target + (error + answer - target) / (self.module.number + 1))
+        return self.module.ledger.units.outward(target + prefix_error(answer, target, error, self.module.number))
 
     def mixing(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the round's loss where its target is the labels, and where it is the teacher."""

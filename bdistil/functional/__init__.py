@@ -8,6 +8,7 @@ from bdistil.functional.boosting import (
     log_barrier_loss,
     log_normaliser,
     margins,
+    prefix_error,
 )
 from bdistil.functional.boosting_loss import SIGNS, SMALL, round_loss
 from bdistil.functional.distillation import KDTerms, at_least_float32, centre, kd_terms
@@ -101,6 +102,7 @@ __all__ = [
     "neighbourhood",
     "noise_to_signal",
     "outer_loss",
+    "prefix_error",
     "pull_curvature",
     "residuals_of",
     "round_loss",

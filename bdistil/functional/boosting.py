@@ -78,6 +78,27 @@ def margins(error: Tensor, deviation: Tensor, eta: float) -> Tensor:
     return ((up - down) * deviation).sum(0)
 
 
+def prefix_error(answer: Tensor, target: Tensor, error: Tensor, earlier: int) -> Tensor:
+    """Error of the prefix that ends with a new student: the mean of its students less g, (S + f - g) / (t + 1).
+
+    Adding g gives the logits of that prefix.
+
+    Args:
+        answer: f, logits of the new student, shape (B, L).
+        target: g, shape (B, L).
+        error: S before the student, shape (B, L).
+        earlier: t, the number of students before it.
+
+    Returns:
+        Shape (B, L).
+
+    Example:
+        >>> prefix_error(torch.tensor([[3.0]]), torch.tensor([[1.0]]), torch.tensor([[2.0]]), earlier=1)
+        tensor([[2.]])
+    """
+    return (error + answer - target) / (earlier + 1)
+
+
 def _log_with_tangent(value: Tensor) -> Tensor:
     """log(value), continued below `BARRIER_FLOOR` by its tangent: finite, and its gradient never vanishes.
 

@@ -101,6 +101,14 @@ def test_margins_equal_their_definition(eta):
     assert torch.equal(bf.margins(error, -deviation, eta), -ours)
 
 
+def test_the_error_of_a_prefix_is_that_of_the_mean_of_its_students():
+    answers, target = normal(5, 40, 6), normal(40, 6)
+    for count in range(5):
+        error = (answers[:count] - target).sum(0)
+        found = target + bf.prefix_error(answers[count], target, error, count)
+        torch.testing.assert_close(found, answers[: count + 1].mean(0))
+
+
 @pytest.mark.parametrize("size", [0.1, 3.0, 500.0])
 def test_margin_sums_of_parts_add_up_to_the_margins(size):
     """Of errors of any size: those over 80 / eta overflow a plain exponential."""
