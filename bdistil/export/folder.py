@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bdistil.errors import RunError, UserError
 from bdistil.export.graphs import Segment
-from bdistil.storage.files import sync
+from bdistil.storage.files import atomic
 
 FORMAT, VERSION = "bdistil-export", 1
 
@@ -51,17 +51,13 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk refused.
     """
-    beside, old = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        for path in beside.rglob("*"):
-            sync(path)
-        sync(beside)
-        if output.exists():
-            os.replace(output, old)
-        os.replace(beside, output)
-        sync(output.parent)
+        with atomic(output) as temporary:
+            temporary.mkdir(parents=True)
+            yield temporary
+            if output.exists():
+                os.replace(output, old)
     except OSError as error:
         raise RunError(
             f"Could not write the export {output}: {error}. Free some space or mend the permission."
@@ -69,8 +65,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     finally:
         if old.exists() and not output.exists():
             os.replace(old, output)
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_runner(folder: Path) -> list[dict[str, Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdistil.reporting.curve_table import Row, number, of_task, plain, short, shown, split
+from bdistil.storage.files import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,11 +163,10 @@ def plot_curve(rows: Sequence[Row], path: Path, *, title: str = "", task: str = 
 
     Args:
         rows: the rows of curve.csv, the teacher first; any cell may be empty.
-        path: the PNG; written beside and renamed, so that a reader never sees half of it.
+        path: the PNG, written atomically.
         title: over the picture.
         task: of the run.
     """
     rows = of_task(rows, task)
-    beside = path.with_name(f".{path.name}.tmp")
-    curve_figure(rows, (7.2, 4.2), title).savefig(beside, format="png", dpi=150)
-    os.replace(beside, path)
+    with atomic(path) as temporary:
+        curve_figure(rows, (7.2, 4.2), title).savefig(temporary, format="png", dpi=150)

@@ -2,13 +2,14 @@
 
 from bdistil.storage.blueprint import describe, rebuild
 from bdistil.storage.checkpoint import save_epoch
-from bdistil.storage.files import disk_errors, write_atomically
+from bdistil.storage.files import atomic, disk_errors, write_atomically
 from bdistil.storage.provenance import describe_start, differences
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, read_weights, save_weights
 
 __all__ = [
     "RunDirectory",
+    "atomic",
     "describe",
     "describe_start",
     "differences",

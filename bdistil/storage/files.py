@@ -1,17 +1,21 @@
-"""Files that are on the disk whole or not at all, and what to say when the disk refuses."""
+"""Atomic file writes, checksums and disk error messages."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from bdistil.errors import RunError
+
+# Errors of file systems, among them network mounts and those of Windows, on which a folder cannot be flushed.
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
@@ -37,22 +41,60 @@ def disk_errors(doing: str, root: Path) -> Iterator[None]:
         ) from error
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Writes a file or a folder atomically: yields a temporary path beside it, which is renamed when the block ends.
+
+    After a kill or a power cut, a reader finds the old content or all of the new one. An exception in the block removes
+    the temporary and leaves the old content.
+
+    Args:
+        path: a file; or a folder that does not exist yet.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    _remove(temporary)  # left by a killed process
     try:
-        os.fsync(handle)
+        yield temporary
+        publish(temporary, path)
     finally:
-        os.close(handle)
+        _remove(temporary)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Flushes a finished file or folder to the disk and renames it, in the same folder, to its final name."""
+    for inner in temporary.rglob("*"):
+        sync(inner)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, or a restart, sees all of it or what was there before."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
-    sync(path.parent)
+    """Writes a text file with `atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk; a folder only where the file system allows it."""
+    folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not folder or error.errno not in UNSUPPORTED:
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def digest(path: Path) -> str:

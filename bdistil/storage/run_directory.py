@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.task import Task
-from bdistil.storage.files import digest, disk_errors, sync, write_atomically
+from bdistil.storage.files import atomic, digest, disk_errors, write_atomically
 from bdistil.storage.provenance import differences
 from bdistil.storage.run_paths import RunPlaces
 
@@ -135,19 +135,15 @@ class RunDirectory(RunPlaces):
         Raises:
             RunError: the disk refused.
         """
-        with disk_errors(f"the commit of round {number}", self.root):
-            beside = self.folder(number).with_name(f".{number:03d}.tmp")
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            file = beside / "student.safetensors"
+        with disk_errors(f"the commit of round {number}", self.root), atomic(self.folder(number)) as folder:
+            folder.mkdir(parents=True)
+            file = folder / "student.safetensors"
             save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, file)
-            sync(file)
             seal = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest(file)}
-            write_atomically(beside / "round.json", json.dumps({**record, "weights": seal}, indent=1))
+            text = json.dumps({**record, "weights": seal}, indent=1)
+            (folder / "round.json").write_text(text, encoding="utf-8")
             for stale in ("test.json", "anytime.json"):  # of other students
                 (self.root / stale).unlink(missing_ok=True)
-            os.replace(beside, self.folder(number))
-            sync(self.folder(number).parent)
         shutil.rmtree(self.work(number), ignore_errors=True)
 
     def record(self, number: int) -> dict[str, Any]:

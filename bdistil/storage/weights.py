@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bdistil.errors import UserError
-from bdistil.storage.files import sync
+from bdistil.storage.files import atomic
 
 
 def read_weights(path: Path, argument: str) -> dict[str, Any]:
@@ -64,11 +63,8 @@ def load_weights(network: nn.Module, path: Path, argument: str, *, new: Collecti
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """Writes weights as safetensors; the file is there whole or not at all, also after the power was cut."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Writes weights as safetensors, atomically."""
     state = network.state_dict()
     plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    save_file(plain, beside)
-    sync(beside)
-    os.replace(beside, path)
-    sync(path.parent)
+    with atomic(path) as temporary:
+        save_file(plain, temporary)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bdistil.errors import RunError, UserError
+from bdistil.storage.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class LedgerHead:
             ) from error
 
     def write(self, path: Path) -> None:
-        """Writes a file that is there whole or not at all."""
-        beside = path.with_name(f"{path.name}.tmp")
-        beside.write_text(json.dumps(asdict(self), indent=1))
-        os.replace(beside, path)
+        """Writes the file atomically."""
+        write_atomically(path, json.dumps(asdict(self), indent=1))
 
     def refuse_others(self, folder: Path, samples: int, teacher: str) -> None:
         """Refuses the ledger of another dataset or teacher.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bdistil.boosting.ledger.large_rows import LargeRows
+from bdistil.storage.files import publish
 from bdistil.utils import distributed
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -157,10 +158,7 @@ def name(beside: Path, path: Path) -> None:
     """Flushes a file that all processes wrote to, and gives it its name."""
     distributed.barrier()
     if distributed.rank() == 0:
-        handle = os.open(beside, os.O_RDWR)
-        os.fsync(handle)
-        os.close(handle)
-        os.replace(beside, path)
+        publish(beside, path)
     distributed.barrier()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil.boosting.ledger import rows as row_files
 from bdistil.distillation.mekd.deprivatization import latents
 from bdistil.distillation.mekd.networks import Generator
+from bdistil.storage.files import atomic
 from bdistil.teachers.api import ApiTeacher
 
 # Samples that are made at once: fixed, for the last bits of a batched product depend on the batch, and with them the
@@ -115,9 +115,8 @@ def generate(generator: Generator, count: int, local: Tensor, folder: Path, seed
 
 def keep_answers(folder: Path, answers: Tensor, held_out: Answered) -> None:
     """Writes the teacher's answers beside the generated samples, for those who have no teacher."""
-    beside = folder / ".answers.tmp"
-    save_file({"answers": answers, "held_out": held_out[0].contiguous(), "held_out_answers": held_out[1]}, beside)
-    os.replace(beside, folder / "answers.safetensors")
+    with atomic(folder / "answers.safetensors") as path:
+        save_file({"answers": answers, "held_out": held_out[0].contiguous(), "held_out_answers": held_out[1]}, path)
 
 
 def open_generated(folder: Path, local: pl.LightningDataModule) -> pl.LightningDataModule:
