@@ -1,4 +1,4 @@
-"""The callback that measures how noisy the gradient is, and says what distillation weight would help."""
+"""Callback that measures the gradient noise and suggests a distillation weight."""
 
 from __future__ import annotations
 
@@ -11,33 +11,61 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.boosting.round import BoostingRound
-from bdistil.distillation.gradient_noise import NoiseEstimate, cosine_of, draw_noise, look, noise_figures
+from bdistil.distillation.gradient_noise import (
+    NoiseEstimate,
+    draw_noise,
+    estimate_noise,
+    noise_figures,
+    teacher_cosine,
+)
 from bdistil.distillation.last_layer import check_distilling, prepared_loaders
-from bdistil.distillation.probes import view_of
+from bdistil.distillation.probes import probe_of
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
 from bdistil.reporting.curve_tracker import shown_step
 
 
 class GradientNoise(pl.Callback):
-    """Measures the noise of the gradient now and then, from the last linear layer and without a backward pass.
+    """Measures the gradient noise every few epochs, from the last linear layer and without a backward pass.
 
-    In distillation (`distillation.last_layer.Distilling`) it compares label and teacher gradient, and suggests a
-    distillation weight, which a `Distillation` of ``distillation_weight="auto"`` follows. In a boosting run it reports
-    the gradient noise of each round, without the game (lambda = 0 of the curve) and with it (lambda = 1). Measuring
-    changes no weight, buffer or random state.
+    In distillation (`bdistil.distillation.Distilling`) it compares label and teacher gradient, and suggests a
+    distillation weight, which a `Distillation` with ``distillation_weight="auto"`` uses. In a boosting run it reports
+    the gradient noise of each round, without the game (lambda = 0 of the curve) and with it (lambda = 1). A
+    measurement changes no weight, buffer or random state.
 
     Args:
-        every: epochs between two looks; there is one more at the end of a fit.
-        samples: training samples of a look, spread evenly.
-        full: looks at all parameters, by per-sample gradients, where the default looks at the last layer.
-        cosine: also measures how far the teacher's loss is the control variate of the theory; needs a teacher of the
-            student's architecture.
-        lowest, highest: what a followed weight is clipped to.
-        step: of the theory, for SGD the learning rate times ``pull_curvature`` over the batch size; the suggestion is
-            made for it.
-        folder: of ``noise.json`` and ``noise.png``; ``noise`` in the Trainer's default_root_dir by default. A boosting
-            run has its own.
+        every: epochs between two measurements; there is one more at the end of a fit.
+        samples: training samples per measurement, evenly spread.
+        full: measures at all parameters, by per-sample gradients, instead of at the last layer.
+        cosine: also measures how well the teacher's loss is the control variate of the theory; needs a teacher with
+            the student's architecture.
+        lowest: lower bound of the suggested weight.
+        highest: upper bound of the suggested weight.
+        step: step size of the theory, for SGD the learning rate times ``pull_curvature`` over the batch size.
+        folder: of ``noise.json`` and ``noise.png``; ``noise`` in the Trainer's default_root_dir by default. In a
+            boosting run it is ``noise`` in the run directory.
+
+    Raises:
+        UserError: an argument is out of its range; `full` or `cosine` in a boosting run; a module or data that lack
+            what is required.
+
+    Example:
+        >>> import lightning, tempfile, torch
+        >>> from torch import nn
+        >>> from bdistil.distillation import Distillation
+        >>> part = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(3, (64,)))
+        >>> class Data(lightning.LightningDataModule):
+        ...     def train_dataloader(self):
+        ...         return torch.utils.data.DataLoader(part, batch_size=16)
+        ...     val_dataloader = train_dataloader
+        >>> noise = GradientNoise(every=1, folder=tempfile.mkdtemp())
+        >>> options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = lightning.Trainer(max_epochs=2, callbacks=[noise], enable_model_summary=False, **options)
+        >>> trainer.fit(Distillation(nn.Linear(4, 3), nn.Linear(4, 3), distillation_weight="auto"), datamodule=Data())
+        >>> [row["epoch"] for row in noise.history]
+        [0, 1, 2]
+        >>> 0 <= noise.history[-1]["suggested_weight"] <= 0.9
+        True
     """
 
     def __init__(
@@ -59,24 +87,25 @@ class GradientNoise(pl.Callback):
         self.every, self.samples, self.full, self.cosine = every, samples, full, cosine
         self.lowest, self.highest, self.step, self.folder = lowest, highest, step, folder
         self.history: list[dict[str, Any]] = []
+        self._loaders: Any = None
 
     @property
     def state_key(self) -> str:
-        """Two instances may look at the last layer and at all parameters."""
+        """Two instances may measure in one fit, at the last layer and at all parameters."""
         return f"GradientNoise[every={self.every},full={self.full}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures so far."""
+        """The figures measured so far."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with them."""
+        """Restores the figures measured so far."""
         self.history = list(state_dict["history"])
 
     # ---- hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Proves that module and data offer what is needed."""
+        """Checks module and data."""
         if stage != "fit":
             return
         if not isinstance(pl_module, BoostingRound):
@@ -88,17 +117,17 @@ class GradientNoise(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the view."""
-        self.view = view_of(pl_module, getattr(self, "_loaders", (None, None)))
+        """Opens the probe."""
+        self.probe = probe_of(pl_module, self._loaders)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks, where it is time."""
+        """Measures every few epochs."""
         if trainer.current_epoch % self.every == 0:
-            self._look(trainer, pl_module)
+            self._measure_and_log(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A last look; leaves figures and picture."""
-        moments = self._look(trainer, pl_module)
+        """Measures once more; writes figures and picture."""
+        moments = self._measure_and_log(trainer, pl_module)
         folder, name = Path(self.folder or Path(trainer.default_root_dir) / "noise"), "noise"
         title = "label gradient and teacher"
         if isinstance(pl_module, BoostingRound):
@@ -109,32 +138,32 @@ class GradientNoise(pl.Callback):
             (folder / f"{name}.json").write_text(json.dumps(self.history, indent=1))
             draw_noise(folder / f"{name}.png", moments, title)
 
-    # ---- what it does
+    # ---- measurements
 
-    def _look(self, trainer: pl.Trainer, module: Any) -> GradientMoments:
-        """Looks, logs the figures, and says what weight would help."""
-        seen = self.look(module)
-        figures: dict[str, Any] = noise_figures(seen)
-        if seen.curvature is not None:
-            advice = suggest(seen.moments, label_loss=seen.entropy, step=self.step, highest=self.highest)
-            figures |= {"suggested_weight": self._follow(module, advice), "reason": advice.reason}
-        if self.cosine:
-            figures["cosine"] = cosine_of(self.view, module, self.samples)
-        shown = {f"noise/{key}": value for key, value in figures.items() if key != "reason"}
-        for logger in trainer.loggers:
-            logger.log_metrics(shown, step=shown_step(trainer))
-        self.history.append({"epoch": trainer.current_epoch, **figures})
-        return seen.moments
+    def measure(self, module: pl.LightningModule) -> NoiseEstimate:
+        """Measures the gradient noise of the module in training."""
+        return estimate_noise(self.probe, module, self.samples, full=self.full)
 
-    def look(self, module: pl.LightningModule) -> NoiseEstimate:
-        """What is seen of a module in training."""
-        return look(self.view, module, self.samples, full=self.full)
-
-    def _follow(self, module: Any, advice: Suggestion) -> float:
-        weight = max(advice.weight, self.lowest)
+    def set_weight(self, module: Any, suggestion: Suggestion) -> float:
+        """Clips the suggested weight, sets it where the module's ``distillation_weight`` is "auto", and returns it."""
+        weight = max(suggestion.weight, self.lowest)
         follows = getattr(module, "distillation_weight", None) == "auto"
         if follows:
             module.weight = weight
-        verb = "follows" if follows else "suggests"
-        rank_zero_info(f"GradientNoise {verb} distillation weight {weight:.2f}: {advice.reason}.")
+        verb = "sets" if follows else "suggests"
+        rank_zero_info(f"GradientNoise {verb} distillation weight {weight:.2f}: {suggestion.reason}.")
         return weight
+
+    def _measure_and_log(self, trainer: pl.Trainer, module: pl.LightningModule) -> GradientMoments:
+        estimate = self.measure(module)
+        figures: dict[str, Any] = noise_figures(estimate)
+        if estimate.curvature is not None:
+            advice = suggest(estimate.moments, label_loss=estimate.entropy, step=self.step, highest=self.highest)
+            figures |= {"suggested_weight": self.set_weight(module, advice), "reason": advice.reason}
+        if self.cosine:
+            figures["cosine"] = teacher_cosine(self.probe, module, self.samples)
+        row = {f"noise/{key}": value for key, value in figures.items() if key != "reason"}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=shown_step(trainer))
+        self.history.append({"epoch": trainer.current_epoch, **figures})
+        return estimate.moments

@@ -1,4 +1,4 @@
-"""The callback that learns, sample by sample, how far labels and teachers are to be trusted."""
+"""Callback that learns per-sample weights of the label loss and the teacher losses on a clean validation part."""
 
 from __future__ import annotations
 
@@ -14,35 +14,60 @@ from torch import Tensor
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.label_noise import flipped_labels, labels_of
 from bdistil.data.loaders.attach import LOADERS, indexed_loaders
+from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import Index
 from bdistil.distillation.last_layer import check_distilling, eval_no_grad, prepared_loaders
-from bdistil.distillation.loss_mixing import MixingSettings, RoundMix, check_round, start_mix, update_mix
-from bdistil.distillation.mixing_report import draw_weights, log_weights, weight_figures
+from bdistil.distillation.loss_mixing import (
+    RoundMix,
+    check_round,
+    draw_weights,
+    log_weights,
+    update_mix,
+    weight_figures,
+)
 from bdistil.distillation.mixing_store import MixingStore
-from bdistil.distillation.probes import view_of
-from bdistil.functional.loss_mixing import loss_weights
+from bdistil.distillation.probes import probe_of
+from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
 from bdistil.reporting.curve_tracker import shown_step
 from bdistil.utils.seeding import seed_of
 
 
 class LossMixing(pl.Callback):
-    """Learns the weights of label loss and teacher losses of every sample on the clean validation part.
+    """Learns the weights of label loss and teacher losses, sample by sample, on the clean validation part.
 
-    In anyone's LightningModule that offers what `distillation.last_layer.Distilling` says: batches of its training
-    loader carry the index, (x, y, index), and the module gets ``sample_weights(index)``: weights (B, K) for
-    `functional.mixed_loss`.
-    In a boosting run, beside the RoundController: the target of a round becomes a mix of label and teacher.
+    In a LightningModule that implements `bdistil.distillation.Distilling`, batches of the training loader become
+    (x, y, index), and the module gets the method ``sample_weights(index)``, which returns weights (B, K) for
+    `bdistil.functional.mixed_loss`. In a boosting run, beside the RoundController, the target of a round becomes a mix
+    of label and teacher.
 
-    Weights are kept by sample index in files: in ``mixing`` of a run directory, else in `folder`.
+    Weights are stored by sample index in files: in ``mixing`` of a run directory, else in `folder`.
 
     Args:
-        settings: how they are learned.
-        folder: of the files; ``mixing`` in the Trainer's default_root_dir by default. A boosting run has its own.
-        seed: of the start of `convex`, and of the order of samples in a module of anyone's.
+        settings: mode, schedule and step sizes of the updates.
+        folder: of the files; ``mixing`` in the Trainer's default_root_dir by default. Ignored in a boosting run.
+        seed: of the initial weights of `convex`, and of the order of samples outside a boosting run.
 
-    Example::
+    Raises:
+        UserError: a module or data that lack what is required, or a boosting run that cannot mix labels in.
 
-        def training_step(self, batch, batch_idx):
+    Example:
+        >>> import lightning, tempfile, torch
+        >>> from torch import nn
+        >>> from bdistil.distillation import Distillation
+        >>> part = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(3, (64,)))
+        >>> class Data(lightning.LightningDataModule):
+        ...     def train_dataloader(self):
+        ...         return torch.utils.data.DataLoader(part, batch_size=16)
+        ...     val_dataloader = train_dataloader
+        >>> mixing = LossMixing(MixingSettings(warmup=0, every=1), folder=tempfile.mkdtemp())
+        >>> options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = lightning.Trainer(max_epochs=2, callbacks=[mixing], enable_model_summary=False, **options)
+        >>> trainer.fit(Distillation(nn.Linear(4, 3), nn.Linear(4, 3)), datamodule=Data())
+        >>> mixing.weights().shape  # labels and one teacher
+        torch.Size([64, 2])
+
+        A training step in your own module::
+
             x, y, index = batch
             terms = kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
             return mixed_loss(terms, self.sample_weights(index))
@@ -67,13 +92,13 @@ class LossMixing(pl.Callback):
         return {"version": self.store.version, "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the weights that the checkpoint was written with."""
+        """Restores the version of the weights that the checkpoint was written with, and the figures."""
         self._resumed, self.history = int(state_dict["version"]), list(state_dict["history"])
 
     # ---- hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Proves that module and data offer what is needed; adds the index to the training batches of anyone's."""
+        """Checks module and data; outside a boosting run adds the index to the training batches."""
         if stage != "fit":
             return
         if isinstance(pl_module, BoostingRound):
@@ -82,49 +107,43 @@ class LossMixing(pl.Callback):
             return
         check_distilling(pl_module, "LossMixing")
         self._loaders = prepared_loaders(trainer, "LossMixing")
+        check_dataset(self._loaders[1], "val_dataloader")
         datamodule: pl.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._open.enter_context(indexed_loaders(datamodule, seed_of(self.seed, "mixing"), names=LOADERS[:1]))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the data module its loaders back."""
+        """Restores the loaders of the data module."""
         self._open.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Gives the data module its loaders back."""
+        """Restores the loaders of the data module."""
         self._open.close()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the weights: those of the checkpoint, of the round before, or the authors' start."""
+        """Opens the weights of the checkpoint or of the round before, or initialises them."""
         with eval_no_grad(pl_module):
-            self.view = view_of(pl_module, self._loaders)
-            first = next(self.view.batches([[0]]))
-            teachers = len(self.view.mixing(first).residuals) - 1
+            self.probe = probe_of(pl_module, self._loaders)
+            first = next(self.probe.batches([[0]]))
+            teachers = len(self.probe.mixing(first).residuals) - 1
         folder, number = Path(self.folder or Path(trainer.default_root_dir) / "mixing"), 0
         if isinstance(pl_module, BoostingRound):
             folder, number = pl_module.run_dir / "mixing", pl_module.number
-        self.store = MixingStore(folder, self.view.samples, self.settings.columns(teachers))
+        self.store = MixingStore(folder, self.probe.samples, self.settings.columns(teachers))
         if self._resumed is not None:
             self.store.resume(number, self._resumed)
         else:
-            self.store.start(number, start_mix(self.view.samples, teachers, self.settings.mode, self.seed))
+            self.store.start(number, start_mix(self.probe.samples, teachers, self.settings.mode, self.seed))
         self.flipped = flipped_labels(self._loaders[0].dataset)
-        self._hand_over(pl_module)
-
-    def _hand_over(self, module: Any) -> None:
-        if isinstance(module, BoostingRound):
-            self._mix = RoundMix(module, self.store, labels_of(self._loaders[0].dataset))
-            self._mix.install()
-        else:
-            module.sample_weights = lambda index: self.weights(index).to(module.device)
+        self._attach(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Learns, where an update is due; logs what was learned."""
+        """Updates the weights when an update is due, and logs them."""
         if not self.settings.due(trainer.current_epoch):
             return
         with eval_no_grad(pl_module):
             lr = trainer.optimizers[0].param_groups[0]["lr"]
-            update_mix(self.view, self.store, self.settings, lr=lr, seed=self.seed)
-        self.store.forget(self._saved)
+            update_mix(self.probe, self.store, self.settings, lr=lr, seed=self.seed)
+        self.store.remove_before(self._saved)
         if isinstance(pl_module, BoostingRound):
             self._mix.install()
         weights = self.weights()
@@ -137,6 +156,13 @@ class LossMixing(pl.Callback):
             draw_weights(self.store.folder / "mixing.png", self.weights(), self.flipped)
 
     def weights(self, index: Index | None = None) -> Tensor:
-        """Weights (B, K) of samples, the labels' first; of all N by default."""
-        rows = self.store.rows(index if index is not None else torch.arange(self.view.samples))
+        """Weights (B, K) of samples, the labels' first; of all N samples by default."""
+        rows = self.store.rows(index if index is not None else torch.arange(self.probe.samples))
         return loss_weights(rows, self.settings.mode)
+
+    def _attach(self, module: Any) -> None:
+        if isinstance(module, BoostingRound):
+            self._mix = RoundMix(module, self.store, labels_of(self._loaders[0].dataset))
+            self._mix.install()
+        else:
+            module.sample_weights = lambda index: self.weights(index).to(module.device)

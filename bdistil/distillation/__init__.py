@@ -1,16 +1,18 @@
-"""Distillation of a single student, without rounds; diagnostics and per-sample loss mixing."""
+"""Distillation of a single student, per-sample loss mixing and measurement of the gradient noise."""
 
-from bdistil.distillation.gradient_noise import noise_figures
+from bdistil.distillation.gradient_noise import estimate_noise, noise_figures
 from bdistil.distillation.last_layer import Distilling
-from bdistil.distillation.loss_mixing import MixingSettings
 from bdistil.distillation.mixing_store import MixingStore
-from bdistil.distillation.module import Distillation, generations
+from bdistil.distillation.module import Distillation, WeightSetter, generations
+from bdistil.functional.loss_mixing import MixingSettings
 
 __all__ = [
     "Distillation",
     "Distilling",
     "MixingSettings",
     "MixingStore",
+    "WeightSetter",
+    "estimate_noise",
     "generations",
     "noise_figures",
 ]

@@ -1,4 +1,4 @@
-"""One look at how noisy the gradient of a training is."""
+"""Measures the gradient noise of a module in training, as figures and as a picture."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
 from bdistil.distillation.last_layer import eval_no_grad
-from bdistil.distillation.probes import Batch, RoundView, View
+from bdistil.distillation.probes import Batch, Probe, RoundProbe
 from bdistil.functional.gradient_noise import (
     STEPS,
     GradientMoments,
@@ -25,16 +26,16 @@ from bdistil.functional.gradient_noise import (
 )
 from bdistil.functional.sample_gradients import control_cosine, sample_gradients
 
-CHUNK = 512
+CHUNK = 512  # samples per forward pass
 
 
 class NoiseEstimate(NamedTuple):
-    """What is seen.
+    """One measurement of the gradient noise.
 
     Attributes:
-        moments: of label and teacher gradient; of a round, of its gradient without the game and with it.
+        moments: of label and teacher gradient; in a boosting round of its gradient without the game and with it.
         entropy: mean cross entropy of the labels.
-        curvature: mu in the direction of the teacher's pull, of the last layer; None of a round.
+        curvature: mu of the last layer in the direction of the teacher's pull; None in a boosting round.
     """
 
     moments: GradientMoments
@@ -42,57 +43,52 @@ class NoiseEstimate(NamedTuple):
     curvature: float | None
 
 
-def spread_batches(view: View, samples: int) -> Iterator[Batch]:
-    """The same training samples at every look and on every process, evenly spread."""
-    count = min(samples, view.samples)
-    rows = [i * view.samples // count for i in range(count)]
-    return view.batches([rows[low : low + CHUNK] for low in range(0, count, CHUNK)])
+def spread_batches(probe: Probe, samples: int) -> Iterator[Batch]:
+    """Batches of at most `samples` training samples, evenly spread; the same at every call and on every process."""
+    count = min(samples, probe.samples)
+    rows = [i * probe.samples // count for i in range(count)]
+    return probe.batches([rows[low : low + CHUNK] for low in range(0, count, CHUNK)])
 
 
-def look(view: View, module: pl.LightningModule, samples: int, *, full: bool = False) -> NoiseEstimate:
-    """Looks at a module in training; changes no weight, buffer or random state of it.
+def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = False) -> NoiseEstimate:
+    """Measures the gradient noise; changes no weight, buffer, mode or random state of the module.
 
     Args:
-        view: of the module.
+        probe: of the module.
         module: in training.
-        samples: training samples that are looked at, at most.
-        full: at all parameters, by per-sample gradients; else at the last layer, without a backward pass.
+        samples: training samples to measure on, at most.
+        full: measure at all parameters, by per-sample gradients; else at the last layer, without a backward pass.
     """
     with eval_no_grad(module):
-        seen = [view.noise(batch) for batch in spread_batches(view, samples)]
+        seen = [probe.noise(batch) for batch in spread_batches(probe, samples)]
         activations, logits = torch.cat([s.activations for s in seen]), torch.cat([s.logits for s in seen])
         g, k = torch.cat([s.residuals for s in seen], 1)
         entropy = sum(s.entropy * len(s.logits) for s in seen) / len(logits)
-        curvature = None if isinstance(view, RoundView) else pull_curvature(activations, logits, g, k)
-        moments = _full(view, module, samples) if full else last_layer_moments(activations, g, k, view.samples)
-    return NoiseEstimate(moments, entropy, curvature)
+        curvature = None if isinstance(probe, RoundProbe) else pull_curvature(activations, logits, g, k)
+        if not full:
+            return NoiseEstimate(last_layer_moments(activations, g, k, probe.samples), entropy, curvature)
+        gradients = []
+        for x, y, index in spread_batches(probe, samples):
+            teachers = module.teacher_logits(x, index)
+            teachers = teachers if teachers.ndim == 3 else teachers[None]
+            pairs = [sample_gradients(module, x, y, z, temperature=module.temperature) for z in teachers]
+            gradients.append((pairs[0][0], torch.stack([k for _, k in pairs]).mean(0)))
+        labels, pulls = (torch.cat(part) for part in zip(*gradients, strict=True))
+        return NoiseEstimate(gradient_moments(labels, pulls, probe.samples), entropy, curvature)
 
 
-def _full(view: View, module: Any, samples: int) -> GradientMoments:
-    found = []
-    for x, y, index in spread_batches(view, samples):
-        teacher = module.teacher_logits(x, index)
-        teacher = teacher if teacher.ndim == 3 else teacher[None]
-        pairs = [sample_gradients(module, x, y, z, temperature=module.temperature) for z in teacher]
-        found.append((pairs[0][0], torch.stack([k for _, k in pairs]).mean(0)))
-    labels, teachers = (torch.cat(part) for part in zip(*found, strict=True))
-    return gradient_moments(labels, teachers, view.samples)
-
-
-def cosine_of(view: View, module: Any, samples: int) -> float:
-    """`control_cosine` of a `Distillation` and its first teacher, on the first of the samples that are looked at."""
+def teacher_cosine(probe: Probe, module: pl.LightningModule, samples: int) -> float:
+    """`control_cosine` of a `Distillation` and its first teacher, on the first batch of a measurement."""
+    owner: Any = module
     with eval_no_grad(module):
-        x, y, _ = next(spread_batches(view, samples))
-        return control_cosine(module.student, module.teachers[0].module, x, y, temperature=module.temperature)
+        x, y, _ = next(spread_batches(probe, samples))
+        return control_cosine(owner.student, owner.teachers[0].module, x, y, temperature=owner.temperature)
 
 
-POINTS = [i / 50 for i in range(51)]
-
-
-def noise_figures(seen: NoiseEstimate) -> dict[str, float]:
-    """What is logged of a look; of a round, the noise without the game and with it."""
-    moments, figures = seen.moments, {"label_loss": seen.entropy}
-    if seen.curvature is None:
+def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
+    """Figures of a measurement by name, for logs; for a boosting round the noise without the game and with it."""
+    moments, figures = estimate.moments, {"label_loss": estimate.entropy}
+    if estimate.curvature is None:
         for name, weight in (("plain", 0.0), ("game", 1.0)):
             figures[f"variance_{name}"] = variance_at(moments, weight)
             figures[f"nsr_{name}"] = noise_to_signal(moments, weight)
@@ -103,28 +99,29 @@ def noise_figures(seen: NoiseEstimate) -> dict[str, float]:
         "nsr_teacher": noise_to_signal(moments, 1.0),
         "least_variance_weight": least_variance_weight(moments),
         "explained": explained_share(moments),
-        "pull_curvature": seen.curvature,
+        "pull_curvature": estimate.curvature,
         **{f"best_weight_{step:g}": best_weight(moments, step) for step in STEPS},
     }
 
 
 def draw_noise(path: str | os.PathLike[str], moments: GradientMoments, title: str) -> None:
-    """Draws noise to signal, and the variance, over lambda; where the signal is lost there is no line.
+    """Draws noise to signal and variance over lambda; where the noise to signal is infinite there is no line.
 
     Args:
         path: of the PNG.
         moments: of the two gradients.
-        title: says which they are.
+        title: names the two gradients.
     """
     from matplotlib.figure import Figure
 
-    # Margins by hand: to find them, matplotlib draws everything twice.
     figure = Figure(figsize=(7, 2.8))
     left, right = figure.subplots(1, 2)
+    # An automatic layout would draw it twice.
     figure.subplots_adjust(left=0.11, right=0.98, bottom=0.18, top=0.89, wspace=0.32)
-    left.plot(POINTS, [noise_to_signal(moments, weight) for weight in POINTS])
+    weights = np.linspace(0, 1, 51).tolist()
+    left.plot(weights, [noise_to_signal(moments, weight) for weight in weights])
     left.set(xlabel="λ", ylabel="noise to signal of one sample", title=title)
-    right.plot(POINTS, [variance_at(moments, weight) for weight in POINTS])
+    right.plot(weights, [variance_at(moments, weight) for weight in weights])
     right.axvline(least_variance_weight(moments), linestyle=":", color="grey")
     right.set(xlabel="λ", ylabel="variance", title=f"R² = {explained_share(moments):.2f}")
     figure.savefig(path, dpi=90)

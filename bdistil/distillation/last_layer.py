@@ -1,4 +1,4 @@
-"""Looking at a module in training from its last linear layer, as `LossMixing` and `GradientNoise` do."""
+"""The last linear layer of a module in training: checks of the interface, and capture of its inputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from bdistil.models.student import Student
 
 
 class Distilling(Protocol):
-    """What a LightningModule of anyone's has to offer, beside ``forward(x)``, which gives logits (B, L).
+    """Interface of a LightningModule for `LossMixing` and `GradientNoise`; its ``forward(x)`` returns logits (B, L).
 
     Attributes:
-        temperature: tau of the teacher's loss.
+        temperature: tau, of the teacher's loss.
         last_layer: the linear layer whose output is the logits.
     """
 
@@ -33,33 +33,33 @@ class Distilling(Protocol):
         """Logits (B, L)."""
 
     def teacher_logits(self, x: Any, index: Index) -> Tensor:
-        """Logits of the teacher (B, L), or of M teachers (M, B, L), for samples with these numbers."""
+        """Logits of the teacher (B, L), or of M teachers (M, B, L), for the samples with these indices."""
 
 
-def check_distilling(module: pl.LightningModule, asked_by: str) -> None:
-    """Refuses a module that does not offer what `Distilling` says.
+def check_distilling(module: pl.LightningModule, callback: str) -> None:
+    """Checks that a module implements `Distilling`.
 
     Raises:
-        UserError: names what is missing.
+        UserError: names the callback and what is missing.
     """
     layer = getattr(module, "last_layer", None)
     if not isinstance(layer, nn.Linear):
         raise UserError(
-            f"{asked_by} expected `{type(module).__name__}.last_layer` to be the nn.Linear that gives the logits, got "
-            f"{type(layer).__name__}. Set it in `__init__`, or give a property."
+            f"{callback} expected `{type(module).__name__}.last_layer` to be the nn.Linear that outputs the logits, "
+            f"got {type(layer).__name__}. Set it in `__init__`, or define a property."
         )
     if not callable(getattr(module, "teacher_logits", None)):
         raise UserError(
-            f"{asked_by} expected `{type(module).__name__}` to define `teacher_logits(x, index)`, which gives the "
-            "teacher's logits (B, L), or (M, B, L) of M teachers."
+            f"{callback} expected `{type(module).__name__}` to define `teacher_logits(x, index)`, which returns "
+            "the teacher's logits (B, L), or (M, B, L) for M teachers."
         )
     temperature = getattr(module, "temperature", None)
     if not isinstance(temperature, int | float) or temperature <= 0:
-        raise UserError(f"{asked_by} expected `{type(module).__name__}.temperature` to be > 0, got {temperature!r}.")
+        raise UserError(f"{callback} expected `{type(module).__name__}.temperature` to be > 0, got {temperature!r}.")
 
 
-def prepared_loaders(trainer: pl.Trainer, asked_by: str) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training and validation loader of the data module that is being fitted.
+def prepared_loaders(trainer: pl.Trainer, callback: str) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Training and validation loader of the Trainer's data module.
 
     Raises:
         UserError: there is no data module, or it lacks one of the two.
@@ -67,58 +67,58 @@ def prepared_loaders(trainer: pl.Trainer, asked_by: str) -> tuple[DataLoader[Any
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None:
         raise UserError(
-            f"{asked_by} reads the training part in an order of its own, so it expects a data module, got loaders. "
+            f"{callback} reads the training part in its own order, so it expects a data module, got loaders. "
             "Fit with trainer.fit(module, datamodule=...)."
         )
     for name in LOADERS:
         if not is_overridden(name, datamodule, pl.LightningDataModule):
-            raise UserError(f"{asked_by} expected `{type(datamodule).__name__}` to define `{name}()`.")
+            raise UserError(f"{callback} expected `{type(datamodule).__name__}` to define `{name}()`.")
     return single_loader(datamodule.train_dataloader()), single_loader(datamodule.val_dataloader())
 
 
 def last_layers(student: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a student whose outputs add up to its logits.
+    """The linear layers of a student whose outputs sum to its logits.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not end with a linear layer.
     """
     if isinstance(student, Student):
         joined = student.join.project if student.join is not None and student.join.kind != "residual" else None
         ends = [student.head, joined[-1] if isinstance(joined, nn.Sequential) else joined]
-        layers: Sequence[nn.Module | None] = [layer for layer in ends if layer is not None]
+        layers: Sequence[nn.Module] = [layer for layer in ends if layer is not None]
     else:
         layers = [layer for layer in student.modules() if isinstance(layer, nn.Linear)][-1:]
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if not linear or len(linear) != len(layers):
         raise UserError(
-            f"Expected the student to end with a linear layer, whose inputs are looked at; {type(student).__name__} "
-            "does not. Give it a head that is nn.Linear."
+            f"Expected the student to end with a linear layer, got {type(student).__name__}. Give it a head that is "
+            "nn.Linear: its inputs are read."
         )
     return linear
 
 
 def capture_last_layer(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Runs a student and keeps what went into its last layers.
+    """Runs a student and records the inputs of its last layers.
 
     Args:
-        layers: whose outputs add up to what `run` gives.
-        run: gives logits (B, L).
+        layers: their outputs sum to the logits.
+        run: returns logits (B, L).
 
     Returns:
         Activations (B, D), with a column of ones for each bias, and the logits (B, L), both float32.
 
     Raises:
-        UserError: the outputs of the layers do not add up to the logits.
+        UserError: the outputs of the layers do not sum to the logits.
     """
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
-    def keep(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        ones = [given[0].new_ones(len(given[0]), 1)] if getattr(layer, "bias", None) is not None else []
-        inputs.append(torch.cat([given[0], *ones], 1))
+    def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        ones = [args[0].new_ones(len(args[0]), 1)] if getattr(layer, "bias", None) is not None else []
+        inputs.append(torch.cat([args[0], *ones], 1))
         outputs.append(output)
 
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
     try:
         logits = run()
     finally:
@@ -134,7 +134,7 @@ def capture_last_layer(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -
 
 @contextmanager
 def eval_no_grad(module: nn.Module) -> Iterator[None]:
-    """In eval mode and without a graph; every submodule gets its own mode back."""
+    """Eval mode without a graph; afterwards every submodule has the mode it had before."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

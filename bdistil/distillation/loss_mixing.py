@@ -1,186 +1,76 @@
-"""TODO."""
+"""Updates, targets and reports of per-sample loss mixing; the formulas are in `bdistil.functional.loss_mixing`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders.indexing import Index
 from bdistil.distillation.mixing_store import MixingStore
-from bdistil.distillation.probes import View
+from bdistil.distillation.probes import Probe
 from bdistil.errors import UserError
 from bdistil.functional.boosting import log_normaliser
-from bdistil.functional.loss_mixing import (
-    HIGHEST,
-    Mode,
-    OuterLoss,
-    label_target,
-    meta_gradient,
-    mixed_target,
-    outer_loss,
-)
+from bdistil.functional.loss_mixing import MixingSettings, label_target, learn_mix, mixed_target, outer_loss
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
 
-TRAIN_SHARE: dict[str, float] = {"convex": 0.25, "independent": 0.0}
+# ---- updates
 
 
-INNER: dict[str, int] = {"convex": 10, "independent": 5}
+def shuffled_groups(samples: int, *key: object) -> list[list[int]]:
+    """The samples of this process in shuffled groups of 512, which therefore mix the classes.
 
-
-@dataclass(frozen=True)
-class MixingSettings:
-    """How the weights of each sample are learned.
-
-    Attributes:
-        mode: `convex` (ALM-KD) gives (1 - lambda) to the labels and lambda to the teacher, of several teachers
-            1 - max lambda to the labels; `independent` (AMAL) a weight in 0 … 2 to each loss.
-        warmup: epochs before the first update.
-        every: epochs between two updates.
-        inner: steps of an update on each block of samples; 10 of `convex`, 5 of `independent` by default.
-        rate: how far an inner step moves the average weight.
-        look_ahead: step of the last layer that is looked ahead, as part of the one that would take all of a residual
-            away; `lr` takes the student's learning rate as it is, as the authors do. Without `normalise` their updates
-            are proportional to it, so the weights freeze when it decays.
-        normalise: divide the gradient by its mean size over the block, so that `rate` means the same for any
-            network. Without it `rate` multiplies B times the gradient.
-        train_share: share of the training part in the outer loss; 0.25 of `convex`, 0 of `independent` by default.
-    """
-
-    mode: Mode = "independent"
-    warmup: int = 10
-    every: int = 10
-    inner: int | None = None
-    rate: float = 0.05
-    look_ahead: float | Literal["lr"] = 1.0
-    normalise: bool = True
-    train_share: float | None = None
-
-    def __post_init__(self) -> None:
-        _require(self, "mode", self.mode in HIGHEST, "'convex' or 'independent'")
-        _require(self, "warmup", self.warmup >= 0, ">= 0")
-        _require(self, "every", self.every >= 1, ">= 1")
-        _require(self, "inner", self.inner is None or self.inner >= 1, ">= 1")
-        _require(self, "rate", self.rate > 0, "> 0")
-        given = self.look_ahead
-        _require(self, "look_ahead", given == "lr" if isinstance(given, str) else given > 0, "> 0, or 'lr'")
-        _require(self, "train_share", self.train_share is None or 0 <= self.train_share < 1, "in [0, 1)")
-
-    @property
-    def steps(self) -> int:
-        """Inner steps of an update."""
-        return self.inner or INNER[self.mode]
-
-    @property
-    def share(self) -> float:
-        """Share of the training part in the outer loss."""
-        return TRAIN_SHARE[self.mode] if self.train_share is None else self.train_share
-
-    def columns(self, teachers: int) -> int:
-        """C, numbers a sample that are learned."""
-        return teachers + (self.mode == "independent")
-
-    def due(self, epoch: int) -> bool:
-        """Is an update due before this epoch, from 0?"""
-        return epoch >= self.warmup and (epoch - self.warmup) % self.every == 0
-
-
-def _require(settings: MixingSettings, name: str, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"Expected `{name}` of the mixing settings to be {allowed}, got {getattr(settings, name)!r}.")
-
-
-def start_mix(samples: int, teachers: int, mode: Mode, seed: int) -> Tensor:
-    """Where the authors start: U(0, 1) of `convex`, 0.1 for the labels and 0.9 for each teacher of `independent`.
+    The groups, and so the learned weights, do not depend on the number of processes.
 
     Args:
         samples: N.
-        teachers: M.
-        mode: of the weights.
-        seed: of the draw.
-
-    Returns:
-        Shape (N, C).
-    """
-    if mode == "convex":
-        return torch.rand(samples, teachers, generator=torch.Generator().manual_seed(seed))
-    return torch.tensor([0.1] + [0.9] * teachers).repeat(samples, 1)
-
-
-def move_mix(mix: Tensor, gradient: Tensor, settings: MixingSettings) -> Tensor:
-    """One inner step of (B, C) downhill, kept in the range of the mode."""
-    scale = gradient.abs().mean().clamp_min(torch.finfo(gradient.dtype).tiny) if settings.normalise else 1 / len(mix)
-    return (mix - settings.rate * gradient / scale).clamp(0.0, HIGHEST[settings.mode])
-
-
-def look_ahead_step(activations: Tensor, settings: MixingSettings, lr: float) -> float:
-    """Step of the last layer: with `look_ahead` = 1 a residual of a typical sample moves its own logits by its size.
-
-    Args:
-        activations: (B, D).
-        settings: of mixing.
-        lr: learning rate of the student.
-    """
-    ahead = settings.look_ahead
-    return lr if isinstance(ahead, str) else ahead / float(activations.square().sum(1).mean().clamp_min(1e-12))
-
-
-def learn_mix(
-    mix: Tensor, residuals: Tensor, activations: Tensor, outer: OuterLoss, settings: MixingSettings, lr: float
-) -> Tensor:
-    """All inner steps of an update on a block of samples, (B, C); arguments as of `meta_gradient` and above."""
-    step = look_ahead_step(activations, settings, lr)
-    for _ in range(settings.steps):
-        gradient = meta_gradient(mix, residuals, activations, outer, mode=settings.mode, step=step)
-        mix = move_mix(mix, gradient, settings)
-    return mix
-
-
-def mixed_groups(samples: int, *key: object) -> list[list[int]]:
-    """The samples of this process in groups of mixed classes, whatever the order of the dataset.
-
-    Groups are the same for any number of processes, so what is learned is too.
-
-    Args:
-        samples: N.
-        key: of the draw.
+        key: seed of the order.
     """
     generator = torch.Generator().manual_seed(seed_of(*key))
     order = torch.randperm(samples, generator=generator).tolist()
     return [order[low:high] for low, high in distributed.my_blocks(samples, BLOCK)]
 
 
-def update_mix(view: View, store: MixingStore, settings: MixingSettings, *, lr: float, seed: int) -> None:
+def update_mix(probe: Probe, store: MixingStore, settings: MixingSettings, *, lr: float, seed: int) -> None:
     """Learns the next version of the numbers of all samples, group by group.
 
     Args:
-        view: of a module in eval mode.
+        probe: of a module in eval mode.
         store: of the numbers (N, C).
-        settings: how they are learned.
-        lr: learning rate of the module.
+        settings: of the update.
+        lr: learning rate of the student.
         seed: of the groups.
     """
-    validation = view.validation()
-    store.begin()
-    for batch in view.batches(mixed_groups(view.samples, seed, store.round, store.version)):
-        seen, index = view.mixing(batch), batch[2]
-        outer = outer_loss(validation, view.outer(batch, seen), settings.share)
-        mix = store.rows(index).to(seen.logits.device)
-        store.write(index, learn_mix(mix, seen.residuals, seen.activations, outer, settings, lr))
-    store.keep()
+    validation = probe.validation()
+
+    def learned() -> Iterator[tuple[Index, Tensor]]:
+        for batch in probe.batches(shuffled_groups(probe.samples, seed, store.round, store.version)):
+            _, target, index = batch
+            seen = probe.mixing(batch)
+            outer = outer_loss(validation, probe.outer(seen.activations, seen.logits, target), settings.share)
+            mix = store.rows(index).to(seen.logits.device)
+            yield index, learn_mix(mix, seen.residuals, seen.activations, outer, settings, lr)
+
+    store.add_version(learned())
+
+
+# ---- the target of a boosting round
 
 
 def check_round(module: BoostingRound, settings: MixingSettings) -> None:
-    """Refuses what the target of a round can not be mixed of.
+    """Checks that the target of a round can be a mix of label and teacher.
 
     Raises:
-        UserError: weights that do not sum to 1, or real outputs.
+        UserError: the weights do not sum to 1, or the task is a regression.
     """
     if settings.mode != "convex":
         raise UserError(
@@ -188,15 +78,15 @@ def check_round(module: BoostingRound, settings: MixingSettings) -> None:
             f"label and teacher, got {settings.mode!r}."
         )
     if module.settings.task == "regression":
-        raise UserError("Expected a boosting run of classes beside LossMixing, got task='regression'.")
+        raise UserError("Expected a classification beside LossMixing, got a boosting run with task='regression'.")
 
 
 class RoundMix:
-    """Target and error of a round, given what was learned of each sample (`functional.loss_mixing.mixed_target`).
+    """Mixed target and running error of a round, see `bdistil.functional.mixed_target`.
 
     Args:
         module: the round, once its ledger is open.
-        store: of one number a sample, the teacher's share.
+        store: of one number per sample, the teacher's share.
         labels: of all samples, (N,) on the CPU.
     """
 
@@ -204,12 +94,12 @@ class RoundMix:
         self.module, self.store, self.labels = module, store, labels
 
     def __call__(self, target: Tensor, error: Tensor, labels: Tensor, index: Index) -> tuple[Tensor, Tensor]:
-        """g' and S' (B, L) of a batch."""
+        """g' and S', both (B, L), of a batch with target g, error S and labels (B,)."""
         share = self.store.rows(index)[:, 0].to(target.device)
         return mixed_target(target, error, label_target(labels, target.shape[1]), share, self.module.number)
 
     def install(self) -> None:
-        """Makes it the target of the round, and the game that of the errors to it: one pass over the ledger."""
+        """Makes it the target of the round, with the game's normaliser over S': one pass over the ledger."""
         ledger, total = self.module.ledger, torch.full((self.module.ledger.outputs,), -torch.inf, dtype=torch.float64)
         for low in range(0, ledger.samples, 8 * BLOCK):
             index = np.arange(low, min(low + 8 * BLOCK, ledger.samples))
@@ -217,3 +107,71 @@ class RoundMix:
             total = torch.logaddexp(total, log_normaliser(error.double(), self.module.settings.eta))
         self.module.log_z = total.float().to(self.module.device)
         self.module.mix = self
+
+
+# ---- reports
+
+
+def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, float]:
+    """Mean weights of labels and teachers; with known label noise, how well the label weights detect it.
+
+    Args:
+        weights: (N, K), the labels' first.
+        flipped: (N,) bool, the samples with a wrong label.
+
+    Returns:
+        `label_weight` and `teacher_weight`; with `flipped` also the mean label weight of `clean` and `flipped` samples
+        and `auc`, the area under the ROC curve with which a low label weight finds the flipped ones.
+    """
+    from torchmetrics.functional.classification import binary_auroc
+
+    labels = weights[:, 0]
+    figures = {"label_weight": float(labels.mean()), "teacher_weight": float(weights[:, 1:].mean())}
+    if flipped is not None and flipped.any():
+        figures["clean"], figures["flipped"] = float(labels[~flipped].mean()), float(labels[flipped].mean())
+        figures["auc"] = float(binary_auroc(1.0 - labels / labels.max().clamp_min(1e-12), flipped.long()))
+    return figures
+
+
+def log_weights(loggers: Iterable[Any], weights: Tensor, figures: Mapping[str, float], step: int) -> None:
+    """Logs figures, and a histogram of the label weights where the logger has histograms (W&B, TensorBoard).
+
+    Args:
+        loggers: of a Trainer.
+        weights: (N, K), the labels' first.
+        figures: of `weight_figures`.
+        step: x of the row.
+    """
+    labels = weights[:, 0].numpy()
+    for logger in loggers:
+        row: dict[str, Any] = {f"mixing/{key}": value for key, value in figures.items()}
+        if "wandb" in sys.modules and isinstance(logger, WandbLogger):
+            row["mixing/histogram"] = sys.modules["wandb"].Histogram(np_histogram=np.histogram(labels, 20))
+        elif hasattr(getattr(logger, "experiment", None), "add_histogram"):
+            logger.experiment.add_histogram("mixing/histogram", labels, step)
+        logger.log_metrics(row, step=step)
+
+
+def draw_weights(path: str | os.PathLike[str], weights: Tensor, flipped: Tensor | None = None) -> None:
+    """Draws the histogram of the label weights, with known label noise one of clean and one of flipped samples.
+
+    Args:
+        path: of the PNG.
+        weights: (N, K), the labels' first.
+        flipped: (N,) bool, the samples with a wrong label.
+    """
+    from matplotlib.figure import Figure
+
+    labels = weights[:, 0]
+    groups = {"all samples": labels}
+    if flipped is not None and flipped.any():
+        groups = {"clean labels": labels[~flipped], "flipped labels": labels[flipped]}
+    figure = Figure(figsize=(5, 3))
+    axes = figure.subplots()
+    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.17, top=0.96)  # an automatic layout would draw it twice
+    bins = np.linspace(0, float(labels.max()), 31).tolist()
+    for name, values in groups.items():
+        axes.hist(values.numpy(), bins=bins, alpha=0.6, label=f"{name} ({len(values):,})")
+    axes.set(xlabel="weight of the label in the loss of a sample", ylabel="samples")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=90)

@@ -1,48 +1,67 @@
-"""Distillation of one student, without boosting: what `LossMixing` and `GradientNoise` are at home in."""
+"""Distillation of a single student as a LightningModule, without boosting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from bdistil.data.loaders.indexing import Index
-from bdistil.distillation.last_layer import last_layers
+from bdistil.distillation.last_layer import eval_no_grad, last_layers
 from bdistil.errors import UserError
-from bdistil.functional.distillation import at_least_float32, kd_terms
-from bdistil.functional.gradient_noise import scheduled_weight
+from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
+from bdistil.functional.gradient_noise import Suggestion, scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
 from bdistil.teachers.wrappers import FrozenTeacher
 
-# Where `auto` starts, before the first look at the gradient.
-CAUTIOUS = 0.1
+CAUTIOUS = 0.1  # weight of `auto` before the first suggestion
+
+
+@runtime_checkable
+class WeightSetter(Protocol):
+    """A callback that sets `Distillation.weight` where ``distillation_weight`` is "auto", such as GradientNoise."""
+
+    def set_weight(self, module: Any, suggestion: Suggestion) -> float:
+        """Sets the weight of a module and returns it."""
 
 
 class Distillation(pl.LightningModule):
-    """One student, one or several teachers: (1 - w) CE + w tau^2 KL, or the weights of `LossMixing` sample by sample.
+    """Distils one or several teachers into a student with the loss (1 - w) CE + w tau^2 KL.
+
+    The KL of several teachers is their mean. Beside `LossMixing`, its per-sample weights replace w.
 
     Args:
         student: maps x to logits (B, L), and ends with a linear layer.
         teacher: a module (x -> logits), or several.
-        distillation_weight: w in 0 … 1; `auto` follows what `GradientNoise` suggests.
-        weight_factor: w decays (< 1) or grows (> 1) by this factor an epoch.
+        distillation_weight: w in 0 … 1; `auto` follows the suggestions of `GradientNoise`.
+        weight_factor: w decays (< 1) or grows (> 1) by this factor per epoch.
         temperature: tau.
-        unbiased: adds w times the mean control variate of an epoch's start, as SVRG does: the teacher then takes noise
-            away and pulls to no fault of its own. Costs a pass over the training part an epoch.
-        lr: learning rate of AdamW, on a cosine over the epochs. Override `configure_optimizers` for another one.
+        unbiased: adds w times the mean control variate at the start of the epoch, as SVRG does: the teacher reduces
+            the noise without a bias towards its own errors. Costs a pass over the training part per epoch.
+        lr: learning rate of AdamW, on a cosine over the epochs. Override `configure_optimizers` for another optimizer.
         weight_decay: of AdamW.
 
     Raises:
-        UserError: a weight, factor or temperature that cannot be.
+        UserError: a weight, factor or temperature out of its range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> module = Distillation(nn.Linear(4, 3), teacher=nn.Linear(4, 3), distillation_weight=0.5, temperature=2.0)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> module.training_step((x, y), 0).shape
+        torch.Size([])
+        >>> [name for name, _ in module.named_parameters()]  # the teacher is frozen, and in no checkpoint
+        ['student.weight', 'student.bias']
     """
 
     teachers: list[FrozenTeacher]
-    # Weights (B, K) of samples, set by LossMixing.
-    sample_weights: Callable[[Index], Tensor] | None = None
+    sample_weights: Callable[[Index], Tensor] | None = None  # set by LossMixing, returns weights (B, K)
 
     def __init__(
         self,
@@ -57,9 +76,9 @@ class Distillation(pl.LightningModule):
         weight_decay: float = 1e-4,
     ) -> None:
         super().__init__()
-        given = distillation_weight
-        if given != "auto" and (isinstance(given, str) or not 0 <= given <= 1):
-            raise UserError(f"Expected `distillation_weight` to be in 0 … 1, or 'auto', got {given!r}.")
+        weight = CAUTIOUS if distillation_weight == "auto" else distillation_weight
+        if isinstance(weight, str) or not 0 <= weight <= 1:
+            raise UserError(f"Expected `distillation_weight` to be in 0 … 1, or 'auto', got {weight!r}.")
         if weight_factor <= 0 or temperature <= 0:
             raise UserError(f"Expected `weight_factor` and `temperature` > 0, got {weight_factor} and {temperature}.")
         self.student, self.last_layer = student, last_layers(student)[-1]
@@ -68,7 +87,7 @@ class Distillation(pl.LightningModule):
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
         self.distillation_weight, self.weight_factor, self.temperature = distillation_weight, weight_factor, temperature
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
-        self.weight = CAUTIOUS if isinstance(distillation_weight, str) else float(distillation_weight)
+        self.weight = float(weight)
         self._control: list[Tensor] = []
 
     def forward(self, x: Any) -> Tensor:
@@ -82,15 +101,16 @@ class Distillation(pl.LightningModule):
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """The loss of a batch (x, y), or (x, y, index) beside LossMixing."""
-        x, y = batch[0], batch[1]
-        index: Any = batch[2] if len(batch) > 2 else None
-        terms = kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
+        terms = self._terms(batch)
         if self.sample_weights is not None:
-            return mixed_loss(terms, self.sample_weights(index))
-        kl = terms.kl if terms.kl.ndim == 1 else terms.kl.mean(0)
-        loss = ((1.0 - self.weight) * terms.ce + self.weight * kl).mean()
+            return mixed_loss(terms, self.sample_weights(batch[2]))
+        loss = ((1.0 - self.weight) * terms.ce + self.weight * _mean_kl(terms)).mean()
         pull = zip(self._control, self.student.parameters(), strict=False)
         return loss + self.weight * sum(((c * p).sum() for c, p in pull), torch.zeros((), device=self.device))
+
+    def _terms(self, batch: Sequence[Any]) -> KDTerms:
+        index = batch[2] if len(batch) > 2 else None
+        return kd_terms(self(batch[0]), self.teacher_logits(batch[0], index), batch[1], temperature=self.temperature)
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Logs accuracy and cross entropy."""
@@ -102,49 +122,45 @@ class Distillation(pl.LightningModule):
     # ---- hooks
 
     def on_fit_start(self) -> None:
-        """Moves the teachers to the device; `auto` needs somebody to follow."""
+        """Moves the teachers to the device; checks that a callback sets the weight of `auto`."""
         for teacher in self.teachers:
             teacher.to(self.device)
-        # By name: callbacks import this module's layer, not the other way round.
-        seen = [type(callback).__name__ for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
-        if self.distillation_weight == "auto" and "GradientNoise" not in seen:
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.distillation_weight == "auto" and not any(isinstance(c, WeightSetter) for c in callbacks):
             raise UserError(
                 "`distillation_weight: auto` follows the GradientNoise callback, which this Trainer lacks. "
                 "Add bdistil.callbacks.GradientNoise(), or give a number."
             )
 
     def on_train_epoch_start(self) -> None:
-        """The weight of this epoch, and the control variate that is taken for its mean."""
+        """Sets the weight and the mean control variate of this epoch."""
         if not isinstance(self.distillation_weight, str):
             self.weight = scheduled_weight(self.distillation_weight, self.weight_factor, self.current_epoch)
         if self.unbiased:
             self._control = self.control_variate()
 
     def control_variate(self) -> list[Tensor]:
-        """Mean over the training part of grad CE - grad KL, one tensor a parameter of the student."""
-        loader: Any = self.trainer.train_dataloader
-        total, samples = [torch.zeros_like(p) for p in self.student.parameters()], 0
-        training = self.student.training
-        self.student.eval()
-        for batch in torch.utils.data.DataLoader(
-            loader.dataset, batch_size=512, collate_fn=loader.collate_fn, generator=torch.Generator()
-        ):
-            x, y = batch[0], batch[1]
-            x, y = self.trainer.strategy.batch_to_device((x, y), self.device)
-            index: Any = batch[2] if len(batch) > 2 else None
-            terms = kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
-            kl = terms.kl if terms.kl.ndim == 1 else terms.kl.mean(0)
-            gradients = torch.autograd.grad((terms.ce - kl).sum(), list(self.student.parameters()))
-            total, samples = [t + g for t, g in zip(total, gradients, strict=True)], samples + len(y)
-        self.student.train(training)
+        """Mean over the training part of grad CE - grad KL, one tensor per parameter of the student."""
+        given: Any = self.trainer.train_dataloader
+        loader: DataLoader[Any] = DataLoader(
+            given.dataset, batch_size=512, collate_fn=given.collate_fn, generator=torch.Generator()
+        )
+        parameters, samples = list(self.student.parameters()), 0
+        total = [torch.zeros_like(p) for p in parameters]
+        with eval_no_grad(self.student), torch.enable_grad():
+            for x, y, *index in loader:
+                x, y = self.trainer.strategy.batch_to_device((x, y), self.device)
+                terms = self._terms((x, y, *index))
+                gradients = torch.autograd.grad((terms.ce - _mean_kl(terms)).sum(), parameters)
+                total, samples = [t + g for t, g in zip(total, gradients, strict=True)], samples + len(y)
         return [part / samples for part in total]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the weight that `auto` has come to."""
+        """Saves the current weight, which `auto` changes."""
         checkpoint["distillation_weight"] = self.weight
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with it."""
+        """Restores the weight."""
         self.weight = float(checkpoint["distillation_weight"])
 
     def configure_optimizers(self) -> Any:
@@ -154,19 +170,24 @@ class Distillation(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)] if epochs > 0 else []
 
 
+def _mean_kl(terms: KDTerms) -> Tensor:
+    """Per-sample KL (B,), the mean over the teachers."""
+    return terms.kl if terms.kl.ndim == 1 else terms.kl.mean(0)
+
+
 def generations(
     make_student: Callable[[], nn.Module], teacher: nn.Module, times: int, **options: Any
 ) -> Iterator[Distillation]:
     """Repeated self-distillation: each student is the teacher of the next one.
 
     Args:
-        make_student: makes a student.
+        make_student: returns a new student.
         teacher: of the first student.
-        times: how many students.
+        times: number of students.
         options: of `Distillation`.
 
     Yields:
-        A module; fit it before the next one is asked for.
+        A module per student; fit it before you take the next one.
     """
     for _ in range(times):
         student = make_student()

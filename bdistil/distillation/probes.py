@@ -1,14 +1,16 @@
-"""The trainings that can be looked at from their last layer: distillation in anyone's module, a round of boosting."""
+"""Last-layer activations, logits and residuals of a student in training, in distillation or in a boosting round."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bdistil.boosting.ledger.reductions import BLOCK
@@ -21,15 +23,17 @@ from bdistil.functional.boosting_loss import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
 
+Batch = tuple[Any, Tensor, Index]  # x, y, index
+
 
 class LastLayerBatch(NamedTuple):
-    """A batch, as the last layer sees it.
+    """A forward pass through the last linear layer.
 
     Attributes:
-        activations: what goes in, (B, D), with a column of ones where the layer has a bias.
-        logits: what comes out, (B, L).
-        residuals: gradients of the losses with respect to the logits, (K, B, L).
-        entropy: mean cross entropy of the labels.
+        activations: its inputs (B, D), with a column of ones where it has a bias.
+        logits: (B, L).
+        residuals: gradients of K losses with respect to its outputs, (K, B, L).
+        entropy: mean cross entropy of the labels; NaN for real outputs.
     """
 
     activations: Tensor
@@ -38,72 +42,74 @@ class LastLayerBatch(NamedTuple):
     entropy: float
 
 
-Batch = tuple[Any, Tensor, Index]
-Groups = Sequence[Sequence[int]]
-
-
-class View(Protocol):
-    """The training of one student, whatever module it is in."""
-
-    samples: int
-
-    def batches(self, groups: Groups) -> Iterator[Batch]:
-        """(x, y, index) of groups of rows of the training part."""
-
-    def mixing(self, batch: Batch) -> LastLayerBatch:
-        """A batch with the residuals that mixing weighs: those of the labels first."""
-
-    def noise(self, batch: Batch) -> LastLayerBatch:
-        """A batch with the two residuals whose noise is compared."""
-
-    def outer(self, batch: Batch, seen: LastLayerBatch) -> OuterLoss:
-        """Cross entropy of a training batch, as part of the outer loss."""
-
-    def validation(self) -> OuterLoss:
-        """Cross entropy of the validation part."""
-
-
-def _read(loader: DataLoader[Any], groups: Groups, device: torch.device) -> Iterator[Batch]:
-    for x, y, index in rows_loader(loader, groups):
-        yield move_data_to_device(x, device), y.to(device), index
-
-
-def _in_order(samples: int) -> Groups:
-    return [range(low, min(low + BLOCK, samples)) for low in range(0, samples, BLOCK)]
-
-
-def _even(count: int, device: torch.device) -> Tensor:
-    return torch.full((count,), 1.0 / count, device=device)
-
-
-def _joined(parts: list[OuterLoss]) -> OuterLoss:
-    """The mean cross entropy over several batches."""
-    activations, logits, target = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
-    return OuterLoss(activations, logits, target, _even(len(target), target.device), parts[0].gain)
-
-
-class PlainView:
-    """Distillation in anyone's LightningModule (`Distilling`).
+class Probe(ABC):
+    """Forward passes of a student in training; the module must be in eval mode and without a graph.
 
     Args:
-        module: is distilled.
+        module: in training.
+        samples: N, of the training part.
         train: the user's training loader, yields (x, y).
-        val: the user's validation loader, if it is needed.
+        val: the user's validation loader.
+
+    Attributes:
+        gain: change of the logits per unit of the last layer's output.
     """
 
-    def __init__(self, module: pl.LightningModule, train: DataLoader[Any], val: DataLoader[Any] | None = None) -> None:
-        self.module: Any = module
-        self.train, self.val = train, val
-        self.samples = check_dataset(train, "train_dataloader")
+    gain = 1.0
 
-    def batches(self, groups: Groups) -> Iterator[Batch]:
-        """(x, y, index) of groups of rows of the training part."""
-        return _read(self.train, groups, self.module.device)
+    def __init__(self, module: Any, samples: int, train: DataLoader[Any], val: DataLoader[Any]) -> None:
+        self.module, self.samples, self.train, self.val = module, samples, train, val
+
+    def batches(self, groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """(x, y, index) of groups of training samples, on the device of the module."""
+        return self._read(self.train, groups)
+
+    @abstractmethod
+    def mixing(self, batch: Batch) -> LastLayerBatch:
+        """A training batch with the residuals of the K losses that LossMixing weighs, the labels' first."""
+
+    @abstractmethod
+    def noise(self, batch: Batch) -> LastLayerBatch:
+        """A training batch with the two residuals that GradientNoise compares."""
+
+    def validation(self) -> OuterLoss:
+        """Cross entropy of the validation part as a function of the last layer."""
+        samples = len(self.val.dataset)  # type: ignore[arg-type]
+        blocks = [range(low, min(low + BLOCK, samples)) for low in range(0, samples, BLOCK)]
+        rows = [(*self._validation_batch(batch), batch[1]) for batch in self._read(self.val, blocks)]
+        activations, logits, target = map(torch.cat, zip(*rows, strict=True))
+        return self.outer(activations, logits, target)
+
+    def outer(self, activations: Tensor, logits: Tensor, target: Tensor) -> OuterLoss:
+        """Mean cross entropy of samples as a function of the last layer; activations (n, D), logits (n, L)."""
+        share = torch.full((len(target),), 1.0 / len(target), device=target.device)
+        return OuterLoss(activations, logits, target, share, self.gain)
+
+    @abstractmethod
+    def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Activations and logits of a validation batch."""
+
+    def _read(self, loader: DataLoader[Any], groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        for x, y, index in rows_loader(loader, groups):
+            yield move_data_to_device(x, self.module.device), y.to(self.module.device), index
+
+
+class DistillationProbe(Probe):
+    """Distillation in a `Distilling` module.
+
+    Args:
+        module: in training.
+        train: the user's training loader, yields (x, y).
+        val: the user's validation loader.
+    """
+
+    def __init__(self, module: pl.LightningModule, train: DataLoader[Any], val: DataLoader[Any]) -> None:
+        super().__init__(module, check_dataset(train, "train_dataloader"), train, val)
 
     def mixing(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the labels and of each teacher."""
         x, y, index = batch
-        activations, logits = capture_last_layer([self.module.last_layer], lambda: self.module(x))
+        activations, logits = self._validation_batch(batch)
         teachers = self.module.teacher_logits(x, index).float()
         terms = kd_terms(logits, teachers, y, temperature=self.module.temperature)
         return LastLayerBatch(activations, logits, residuals_of(terms), float(terms.ce.mean()))
@@ -113,59 +119,34 @@ class PlainView:
         seen = self.mixing(batch)
         return seen._replace(residuals=torch.stack((seen.residuals[0], seen.residuals[1:].mean(0))))
 
-    def outer(self, batch: Batch, seen: LastLayerBatch) -> OuterLoss:
-        """Cross entropy of a training batch."""
-        return OuterLoss(seen.activations, seen.logits, batch[1], _even(len(batch[1]), batch[1].device))
-
-    def validation(self) -> OuterLoss:
-        """Cross entropy of the validation part."""
-        assert self.val is not None
-        parts = []
-        for x, y, _ in _read(self.val, _in_order(check_dataset(self.val, "val_dataloader")), self.module.device):
-            activations, logits = capture_last_layer([self.module.last_layer], lambda x=x: self.module(x))  # type: ignore[misc]
-            parts.append(OuterLoss(activations, logits, y, _even(len(y), y.device)))
-        return _joined(parts)
+    def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return capture_last_layer([self.module.last_layer], lambda: self.module(batch[0]))
 
 
-class RoundView:
-    """A round of boosting. Its outer loss is that of the prefix that ends with the student.
+class RoundProbe(Probe):
+    """A round of boosting; logits and cross entropy are those of the prefix that ends with its student.
 
     Args:
         module: the round, once its ledger is open.
     """
 
     def __init__(self, module: BoostingRound) -> None:
-        self.module, self.layers = module, last_layers(module.student)
-        self.samples = module.ledger.samples
-        scale = module.ledger.units.scale
-        self.classes = not isinstance(scale, tuple)  # only classes have a cross entropy and are mixed
-        self.gain = scale / (module.number + 1) if not isinstance(scale, tuple) else 1.0
-        gamma = module.game["gamma"]
-        self.kappa = module.settings.eta / (4.0 * module.ledger.bound * gamma)
-
-    def batches(self, groups: Groups) -> Iterator[Batch]:
-        """(x, y, index) of groups of rows of the training part."""
-        return _read(self.module.train_part.loader, groups, self.module.device)
-
-    def _state(self, batch: Batch, part: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Activations, answer f, g and S of a batch of a part."""
-        x, _, index = batch
-        activations, answer = capture_last_layer(self.layers, lambda: self.module.answer(x, index, part))
-        target, error = (rows.to(self.module.device) for rows in part.ledger.rows(index))
-        return activations, answer, target, error
-
-    def _prefix(self, answer: Tensor, target: Tensor, error: Tensor) -> Tensor:
-        return self.module.ledger.units.outward(target + prefix_error(answer, target, error, self.module.number))
+        super().__init__(module, module.ledger.samples, module.train_part.loader, module.val_part.loader)
+        self.layers, self.number = last_layers(module.student), module.number
+        self.units, scale = module.ledger.units, module.ledger.units.scale
+        self.regression = isinstance(scale, tuple)
+        self.gain = 1.0 if isinstance(scale, tuple) else scale / (module.number + 1)
 
     def mixing(self, batch: Batch) -> LastLayerBatch:
-        """Residuals of the round's loss where its target is the labels, and where it is the teacher."""
+        """Residuals of the round's loss with the labels as its target, and with the teacher."""
         activations, answer, target, error = self._state(batch, self.module.train_part)
         labels = label_target(batch[1], answer.shape[1])
-        found = round_residuals(answer, target, error, labels, kappa=self.kappa, rounds=self.module.number)
-        return self._seen(batch, activations, answer, target, error, found)
+        kappa = self.module.settings.eta / (4.0 * self.module.ledger.bound * self.module.game["gamma"])
+        residuals = round_residuals(answer, target, error, labels, kappa=kappa, rounds=self.number)
+        return self._captured(activations, self._prefix(answer, target, error), residuals, batch[1])
 
     def noise(self, batch: Batch) -> LastLayerBatch:
-        """Residuals of the squared error alone, and with the game."""
+        """Residuals of the squared error alone, and of the round's loss."""
         activations, answer, target, error = self._state(batch, self.module.train_part)
         if self.module.mix is not None:
             target, error = self.module.mix(target, error, batch[1], batch[2])
@@ -174,29 +155,28 @@ class RoundView:
             loss = round_loss(deviation, error, self.module.log_z, **self.module.game)
         (game,) = torch.autograd.grad(loss, deviation)
         residuals = torch.stack((2.0 / answer.shape[1] * deviation.detach(), len(answer) * game))
-        return self._seen(batch, activations, answer, target, error, residuals)
+        return self._captured(activations, self._prefix(answer, target, error), residuals, batch[1])
 
-    def _seen(
-        self, batch: Batch, activations: Tensor, answer: Tensor, target: Tensor, error: Tensor, residuals: Tensor
-    ) -> LastLayerBatch:
-        logits = self._prefix(answer, target, error)
-        entropy = float(nn.functional.cross_entropy(logits, batch[1])) if self.classes else float("nan")
+    def _captured(self, activations: Tensor, logits: Tensor, residuals: Tensor, target: Tensor) -> LastLayerBatch:
+        entropy = float("nan") if self.regression else float(F.cross_entropy(logits, target))
         return LastLayerBatch(activations, logits, residuals, entropy)
 
-    def outer(self, batch: Batch, seen: LastLayerBatch) -> OuterLoss:
-        """Cross entropy of the prefix on a training batch."""
-        return OuterLoss(seen.activations, seen.logits, batch[1], _even(len(batch[1]), batch[1].device), self.gain)
+    def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        activations, answer, target, error = self._state(batch, self.module.val_part)
+        return activations, self._prefix(answer, target, error)
 
-    def validation(self) -> OuterLoss:
-        """Cross entropy of the prefix on the validation part."""
-        part, parts = self.module.val_part, []
-        for batch in _read(part.loader, _in_order(part.samples), self.module.device):
-            activations, answer, target, error = self._state(batch, part)
-            logits = self._prefix(answer, target, error)
-            parts.append(OuterLoss(activations, logits, batch[1], _even(len(batch[1]), batch[1].device), self.gain))
-        return _joined(parts)
+    def _state(self, batch: Batch, part: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Activations, the student's output f, target g and error S of a batch of a part."""
+        x, _, index = batch
+        activations, answer = capture_last_layer(self.layers, lambda: self.module.answer(x, index, part))
+        target, error = (rows.to(self.module.device) for rows in part.ledger.rows(index))
+        return activations, answer, target, error
+
+    def _prefix(self, answer: Tensor, target: Tensor, error: Tensor) -> Tensor:
+        logits: Tensor = self.units.outward(target + prefix_error(answer, target, error, self.number))
+        return logits
 
 
-def view_of(module: pl.LightningModule, loaders: tuple[Any, Any]) -> View:
-    """The view of a module: a round of boosting, or distillation of anyone's."""
-    return RoundView(module) if isinstance(module, BoostingRound) else PlainView(module, *loaders)
+def probe_of(module: pl.LightningModule, loaders: tuple[DataLoader[Any], DataLoader[Any]]) -> Probe:
+    """The probe of a boosting round, or of a `Distilling` module with its training and validation loader."""
+    return RoundProbe(module) if isinstance(module, BoostingRound) else DistillationProbe(module, *loaders)

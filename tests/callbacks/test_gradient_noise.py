@@ -15,7 +15,7 @@ from torch import nn
 
 from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing
-from bdistil.distillation.loss_mixing import MixingSettings
+from bdistil.distillation import MixingSettings
 from bdistil.distillation.module import Distillation, generations
 from bdistil.functional.boosting_loss import round_loss
 from bdistil.functional.distillation import kd_terms
@@ -48,9 +48,9 @@ def test_a_look_changes_nothing(noisy, full, tmp_path):
     hashes = []
 
     class Watched(GradientNoise):
-        def look(self, module):
+        def measure(self, module):
             before = state_hash(module)
-            found = super().look(module)
+            found = super().measure(module)
             hashes.append((before, state_hash(module)))
             return found
 
@@ -112,7 +112,7 @@ def test_auto_follows_the_suggestion(noisy, tmp_path, capsys, caplog):
     assert used == [weight for weight in followed[:2] for _ in range(5)]
     assert all(0.2 <= weight <= 0.6 for weight in followed)
     assert "the teacher explains" in callback.history[0]["reason"]
-    assert "GradientNoise follows distillation weight" in caplog.text + capsys.readouterr().err
+    assert "GradientNoise sets distillation weight" in caplog.text + capsys.readouterr().err
     with pytest.raises(UserError, match="follows the GradientNoise callback, which this Trainer lacks"):
         fit(Distillation(mlp(16), teacher, distillation_weight="auto"), data)
 

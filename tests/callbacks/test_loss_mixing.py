@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil import RunError, UserError
 from bdistil.callbacks import LossMixing, RoundController
 from bdistil.data.label_noise import LabelNoise, NoisyLabels, flip_labels
-from bdistil.distillation.loss_mixing import MixingSettings
+from bdistil.distillation import MixingSettings
 from bdistil.distillation.mixing_store import MixingStore
 from bdistil.distillation.module import Distillation
 from bdistil.functional.distillation import kd_terms
@@ -87,10 +87,8 @@ def test_a_checkpoint_finds_the_weights_it_was_written_with(tmp_path):
     store = MixingStore(tmp_path, 5, 1)
     store.start(0, torch.zeros(5, 1))
     for value in (1.0, 2.0, 3.0):
-        store.begin()
-        store.write(np.arange(5), torch.full((5, 1), value))
-        store.keep()
-        store.forget(saved=1)
+        store.add_version([(np.arange(5), torch.full((5, 1), value))])
+        store.remove_before(saved=1)
     later = MixingStore(tmp_path, 5, 1)
     later.resume(0, 1)
     assert later.rows(torch.tensor([4, 0])).tolist() == [[1.0], [1.0]]
@@ -98,12 +96,10 @@ def test_a_checkpoint_finds_the_weights_it_was_written_with(tmp_path):
         later.resume(0, 0)
     later.start(1, torch.zeros(5, 1))  # the next round goes on with the last version
     assert later.rows(torch.arange(1)).item() == 3.0
-    later.begin()
-    later.write(np.arange(5), torch.full((5, 1), 9.0))
-    later.keep()
+    later.add_version([(np.arange(5), torch.full((5, 1), 9.0))])
     later.start(1, torch.zeros(5, 1))  # a round that is tried again begins where it began
     assert later.rows(torch.arange(1)).item() == 3.0
-    later.forget(saved=0)
+    later.remove_before(saved=0)
     assert {path.name for path in tmp_path.iterdir()} == {"mixing.000.0003.f32", "mixing.001.0000.f32"}
 
 
@@ -195,7 +191,7 @@ def test_a_fit_that_goes_on_is_the_one_that_was_not_stopped(noisy, tmp_path):
 @pytest.mark.parametrize(
     ("lacks", "message"),
     [
-        ({"last_layer": None}, "`Own.last_layer` to be the nn.Linear that gives the logits, got NoneType"),
+        ({"last_layer": None}, "`Own.last_layer` to be the nn.Linear that outputs the logits, got NoneType"),
         ({"teacher_logits": None}, r"to define `teacher_logits\(x, index\)`"),
         ({"temperature": 0}, "`Own.temperature` to be > 0, got 0"),
         ({"forward": lambda x: torch.zeros(len(x), 20)}, "to be the student's logits"),

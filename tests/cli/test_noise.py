@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.cli.app import main
 from bdistil.data.label_noise import flip_labels
-from bdistil.distillation.loss_mixing import MixingSettings
+from bdistil.distillation import MixingSettings
 from bdistil.distillation.module import Distillation
 
 DOCS = Path(__file__).parents[2] / "docs"

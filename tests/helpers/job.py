@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import Rung, Student
 from bdistil.callbacks import LossMixing
-from bdistil.distillation.loss_mixing import MixingSettings
+from bdistil.distillation import MixingSettings
 
 TRAIN, VAL, GLOBAL_BATCH, ROUNDS, EPOCHS = 1088, 600, 32, 2, 3  # three blocks of rows to score, and two
 SETTINGS = settings_for(ROUNDS, ladder=[Rung(0), Rung(1)])
