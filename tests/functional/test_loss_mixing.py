@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from bdistil import UserError
-from bdistil.distillation import loss_mixing as dm
 from bdistil.functional import loss_mixing as bm
 from bdistil.functional.distillation import kd_terms
 
@@ -30,7 +29,7 @@ def problem(teachers, temperature=4.0, samples=12, outputs=5, width=7):
 @pytest.mark.parametrize(("mode", "teachers"), list(itertools.product(["convex", "independent"], [1, 2, 3])))
 def test_meta_gradient_equals_autograd_through_the_step(mode, teachers, share):
     a, layer, z, y, a_v, y_v, tau = problem(teachers)
-    settings, step = dm.MixingSettings(mode=mode), 0.7
+    settings, step = bm.MixingSettings(mode=mode), 0.7
     mix = torch.rand(len(a), settings.columns(teachers), dtype=torch.float64).requires_grad_()
     moving = layer.clone().requires_grad_()
     loss = bm.mixed_loss(kd_terms(a @ moving.T, z, y, temperature=tau), bm.loss_weights(mix, mode))
@@ -89,16 +88,16 @@ def test_label_target_is_centred_and_of_unit_rms(outputs):
 @pytest.mark.parametrize("mode", ["convex", "independent"])
 def test_a_learned_mix_lowers_the_outer_loss_of_the_step(mode):
     a, layer, z, y, a_v, y_v, tau = problem(2, samples=40)
-    settings = dm.MixingSettings(mode=mode, rate=0.02)
+    settings = bm.MixingSettings(mode=mode, rate=0.02)
     outer = bm.OuterLoss(a_v, a_v @ layer.T, y_v, torch.full((9,), 1 / 9, dtype=torch.float64))
     residuals = bm.residuals_of(kd_terms(a @ layer.T, z, y, temperature=tau))
-    mix = dm.start_mix(40, 2, mode, seed=0).double()
+    mix = bm.start_mix(40, 2, mode, seed=0).double()
 
     def after(mix):
         pull = (bm.loss_weights(mix, mode).T[..., None] * residuals).sum(0)
         return F.cross_entropy(a_v @ (layer - 0.3 / 40 * pull.T @ a).T, y_v)
 
-    learned = dm.learn_mix(mix, residuals, a, outer, settings, 0.3)
+    learned = bm.learn_mix(mix, residuals, a, outer, settings, 0.3)
     assert after(learned) < after(mix) - 1e-4
     assert learned.min() >= 0
     assert learned.max() <= bm.HIGHEST[mode]
@@ -106,10 +105,10 @@ def test_a_learned_mix_lowers_the_outer_loss_of_the_step(mode):
 
 def test_moves_are_of_the_same_size_for_any_network_unless_asked_otherwise():
     gradient, mix = normal(8, 2), torch.full((8, 2), 1.0, dtype=torch.float64)
-    normalised, plain = dm.MixingSettings(rate=0.01), dm.MixingSettings(rate=0.01, normalise=False)
-    torch.testing.assert_close(dm.move_mix(mix, gradient, normalised), dm.move_mix(mix, 1e-6 * gradient, normalised))
-    torch.testing.assert_close(dm.move_mix(mix, gradient, plain), mix - 0.01 * 8 * gradient)
-    torch.testing.assert_close(dm.move_mix(mix, 0 * gradient, normalised), mix)
+    normalised, plain = bm.MixingSettings(rate=0.01), bm.MixingSettings(rate=0.01, normalise=False)
+    torch.testing.assert_close(bm.move_mix(mix, gradient, normalised), bm.move_mix(mix, 1e-6 * gradient, normalised))
+    torch.testing.assert_close(bm.move_mix(mix, gradient, plain), mix - 0.01 * 8 * gradient)
+    torch.testing.assert_close(bm.move_mix(mix, 0 * gradient, normalised), mix)
 
 
 def test_weights_of_both_modes():
@@ -124,7 +123,7 @@ def test_weights_of_both_modes():
 
 
 def test_updates_come_after_the_warmup():
-    settings = dm.MixingSettings(warmup=3, every=2)
+    settings = bm.MixingSettings(warmup=3, every=2)
     assert [epoch for epoch in range(8) if settings.due(epoch)] == [3, 5, 7]
 
 
@@ -142,4 +141,4 @@ def test_updates_come_after_the_warmup():
 )
 def test_settings_name_what_is_wrong(name, value, allowed):
     with pytest.raises(UserError, match=f"`{name}` of the mixing settings to be {allowed}, got {value!r}"):
-        dm.MixingSettings(**{name: value})
+        bm.MixingSettings(**{name: value})
