@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
 from bdistil.boosting.round import BoostingRound
-from bdistil.metrics.task import score_name
+from bdistil.metrics.quality import score_name
 
 
 class RoundProgressBar(RichProgressBar):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"wandb", "timm", "onnx", "matplotlib", "fvcore"}
+HEAVY = {"wandb", "timm", "onnx", "matplotlib"}
 
 
 def python(script):

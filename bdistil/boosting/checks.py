@@ -21,7 +21,7 @@ from bdistil.data.loaders.checks import is_random
 from bdistil.data.loaders.views import Views
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import Task
 from bdistil.models.student import Rung, Student
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher

@@ -16,7 +16,7 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.boosting.round_state import RoundState
 from bdistil.boosting.run import Boosting
 from bdistil.metrics.curve import curve_figures
-from bdistil.metrics.task import score_name
+from bdistil.metrics.quality import score_name
 from bdistil.models.student import Rung, links_of
 from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.storage.files import disk_errors

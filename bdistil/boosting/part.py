@@ -25,8 +25,7 @@ from bdistil.data.loaders.indexing import block_loader
 from bdistil.data.loaders.views import Views
 from bdistil.ensemble.scores import Scores, _scores
 from bdistil.functional.boosting import prefix_error
-from bdistil.metrics.regression import PrefixErrors, output_figures
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import PrefixErrors, Task, output_figures
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of

@@ -18,7 +18,7 @@ from bdistil.data.loaders.indexing import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import prefix_error
 from bdistil.functional.boosting_loss import round_loss
-from bdistil.metrics.regression import as_columns, output_figures, output_sums
+from bdistil.metrics.quality import as_columns, output_figures, output_sums
 from bdistil.models.student import linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 

@@ -41,7 +41,7 @@ from bdistil.ensemble.restore import build_student, restore_student
 from bdistil.ensemble.scores import prefix_accuracies
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import latency_ms
-from bdistil.metrics.task import score_name
+from bdistil.metrics.quality import score_name
 from bdistil.models.student import Rung, Student
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from bdistil.boosting.ledger.rows import Storage
 from bdistil.errors import UserError
 from bdistil.functional.boosting import gamma_of
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import Task
 from bdistil.models.student import Rung
 
 

@@ -19,7 +19,7 @@ from bdistil.ensemble.stacking import ONE, StackedBodies, run_bodies, stack
 from bdistil.ensemble.stage_clock import StageClock
 from bdistil.ensemble.stages import Stage, StageRunner
 from bdistil.errors import UserError
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import Task
 from bdistil.models.inputs import InputSpec
 from bdistil.storage.run_directory import RunDirectory
 

@@ -9,9 +9,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch.utils.data import DataLoader
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.metrics.classification import PrefixScores
-from bdistil.metrics.regression import PrefixErrors
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import PrefixErrors, PrefixScores, Task
 
 Scores = PrefixScores | PrefixErrors
 

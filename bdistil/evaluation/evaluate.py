@@ -16,7 +16,7 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.early import early_figures
 from bdistil.evaluation.run_data import first_samples, loader_of
-from bdistil.metrics.regression import PrefixErrors
+from bdistil.metrics.quality import PrefixErrors
 from bdistil.storage.run_directory import RunDirectory
 
 Part = Literal["test", "val"]

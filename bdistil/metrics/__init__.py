@@ -1,10 +1,17 @@
-"""Quality of predictions, accuracy against cost, and what a model costs."""
+"""Quality of predictions, accuracy against cost, and the cost of a model."""
 
-from bdistil.metrics.classification import PrefixScores
 from bdistil.metrics.cost import Cost, OutsideCost, as_written, latency_ms, measure_cost, training_macs
 from bdistil.metrics.curve import area_under_curve, curve_figures, violations_of_monotony
-from bdistil.metrics.regression import PrefixErrors, as_columns, output_figures, output_sums
-from bdistil.metrics.task import Task, loss_name, score_name
+from bdistil.metrics.quality import (
+    PrefixErrors,
+    PrefixScores,
+    Task,
+    as_columns,
+    loss_name,
+    output_figures,
+    output_sums,
+    score_name,
+)
 
 __all__ = [
     "Cost",

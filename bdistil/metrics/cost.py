@@ -1,48 +1,97 @@
-"""What a module costs: multiply-adds, parameters, bytes of activations, milliseconds.
+"""Cost of a module: multiply-adds, parameters, bytes of activations, milliseconds.
 
-A multiply-add counts 1, and only in matmul-like work (convolutions, linear layers, recurrent nets, attention); norms,
-pools and elementwise operators are free. Any other operator is an error, so that no net looks cheaper than it is.
+A multiply-add counts as 1, and only in matmul-like work (convolutions, linear layers, recurrent layers, attention);
+norms, pools and elementwise operators are free. Any other operator is an error, so that no network looks cheaper than
+it is.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from math import prod
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
+from torch import Size, Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from bdistil.errors import UserError
-from bdistil.metrics.mac_rules import FREE_OPERATORS, FREE_WHEN_RUN, RULES, not_free
+
+# Operators without matmul-like work, besides the views and pointwise ones that torch marks as such.
+FREE = re.compile(
+    r"""aten::_*(
+    ((log|safe)_)?softmax|bernoulli|embedding(_bag)?|\w*norm\w*|((native|feature|alpha|fused)_)*dropout|grid_sampler_[23]d|glu|
+    (adaptive_)?(avg|max)_pool[123]d(_with_indices)?|upsample_\w+|sum|mean|prod|any|all|(std|var)(_mean)?|logsumexp|
+    cum(sum|prod)|topk|(arg)?(sort|max|min)|a(min|max|minmax)|(to_)?copy|(unsafe_)?(view|split(_with_sizes)?)|cat|
+    stack|im2col|col2im|repeat(_interleave)?|roll|flip|rot90|constant_pad_nd|(reflection|replication)_pad\dd|
+    pixel_(un)?shuffle|channel_shuffle|scatter(_add)?|index\w*|gather|masked_(select|scatter|fill)|take|nonzero|tri[lu]|
+    diag_embed|(new_)?(empty|full|zeros|ones)\w*|rand\w*|normal|arange|linspace|scalar_tensor|eye|fill|zero|resize|
+    local_scalar_dense|lift_fresh|assert\w*|pack_padded_sequence|nested_tensor_from_mask_left_aligned|reshape\w*|
+    hardswish|gelu|mish|abs|threshold|floor_divide|rsub|eq|ne|[gl][et]|t|transpose|(un)?squeeze|detach|as_strided)_*""",
+    re.VERBOSE,
+)  # the last line: some variants of pointwise and view operators bear no mark
+
+
+def _attention(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurrent(x: Size, weights: Any, second: Any = None, *_: Any, **__: Any) -> int:
+    """Each matrix is used once for each row of the input, padded or packed."""
+    matrices = (weights, second) if isinstance(weights, Size) else weights
+    return 2 * prod(x[:-1]) * sum(prod(matrix) for matrix in matrices if len(matrix) == 2)
+
+
+aten = torch.ops.aten
+# Operations from the shapes of the arguments where torch has no formula. As in torch, a multiply-add is two of them.
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **dict.fromkeys((aten.mv, aten.dot, aten.vdot), lambda matrix, *_, **__: 2 * prod(matrix)),
+    aten.addmv: lambda _, matrix, *__, **___: 2 * prod(matrix),
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_attention_math_for_mps: _attention,
+    **dict.fromkeys((aten.mkldnn_rnn_layer, aten._cudnn_rnn, aten.miopen_rnn), _recurrent),
+    aten._lstm_mps: lambda x, _, weights, *__, **___: _recurrent(x, weights),
+}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one forward pass."""
+    """Cost of one forward pass.
 
-    macs: int  # multiply-adds of matmul-like work
-    params: int  # a shared one counts once
-    weight_bytes: int  # of those parameters
-    activation_bytes: int  # peak of the live bytes made without autograd; no inputs, no scratch inside an operator
-    uncounted: dict[str, int]  # operators that `macs` leaves out and that are not known to be free: how often each ran
-    by_module: dict[str, int]  # macs of each submodule by dotted name, "" for the whole
+    Attributes:
+        macs: multiply-adds of matmul-like work.
+        params: number of parameters; a shared one counts once.
+        weight_bytes: bytes of those parameters.
+        activation_bytes: peak of the bytes alive in a pass without autograd, without the inputs and without scratch
+            memory inside an operator.
+        uncounted: calls of each operator that `macs` leaves out and that is not known to be free.
+        by_module: `macs` of each submodule by dotted name, "" for the whole.
+    """
+
+    macs: int
+    params: int
+    weight_bytes: int
+    activation_bytes: int
+    uncounted: dict[str, int]
+    by_module: dict[str, int]
 
 
 @dataclass(frozen=True)
 class OutsideCost:
-    """Cost of a pass outside of torch, as the method `outside_cost` of a module tells it of its last one."""
+    """Cost of a pass that runs outside of torch; the method `outside_cost` of a module returns that of its last one.
+
+    Attributes: as of `Cost`.
+    """
 
     macs: int
     params: int
@@ -53,11 +102,10 @@ class OutsideCost:
 def measure_cost(
     module: nn.Module, inputs: tuple[Any, ...], *, uncounted: Literal["error", "record"] = "error"
 ) -> Cost:
-    """Cost of ONE forward pass on these inputs: give a batch of one for figures per sample.
+    """Cost of ONE forward pass on these inputs; a batch of one gives figures per sample.
 
-    Limits: a `torch.autograd.Function` is one uncounted operator, causal attention counts in full, and of branches only
-    those that these inputs take. The module runs twice in eval mode and is left, like the random states, as found. With
-    a scripted part, or one that runs outside of torch, only the whole is counted, not each submodule.
+    The module runs twice in eval mode and is left, like the random states, as it was. Causal attention counts in full.
+    Only the branches that these inputs take are counted. Of a scripted module only the whole is counted.
 
     Args:
         module: any module on any device.
@@ -65,31 +113,48 @@ def measure_cost(
         uncounted: "error" refuses operators that cannot be counted, "record" names them in `Cost.uncounted`.
 
     Raises:
-        UserError: for such an operator, or inputs that are not a tuple.
+        UserError: such an operator, or inputs that are not a tuple.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        >>> cost = measure_cost(net, (torch.zeros(1, 4),))
+        >>> cost.macs, cost.params, cost.by_module["2"]
+        (42, 51, 18)
     """
     with _as_found(module, inputs), torch.inference_mode(False):
-        outside: list[Any] = [m for m in module.modules() if hasattr(m, "outside_cost")]
-        scripted = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
-        by_module, missed = (_count_running if outside or scripted else _count)(module, _cloned(inputs))
-        copies = _cloned(inputs)
-        with torch.no_grad(), BaseTorchFunctionMode(), _LiveBytes(_tensors(module, copies)) as live:
-            module(*copies)
-        told: list[OutsideCost] = [m.outside_cost() for m in outside]
-    by_module[""] += sum(part.macs for part in told)
-    missed = dict(sum((Counter(part.uncounted) for part in told), Counter(missed)))
+        with torch.no_grad(), BaseTorchFunctionMode():  # with such a mode transformers do not take their fused path
+            by_module, missed = _count(module, _cloned(inputs))
+            copies = _cloned(inputs)
+            with _LiveBytes(_tensors(module, copies)) as live:
+                module(*copies)
+        counted: list[Any] = [m for m in module.modules() if hasattr(m, "outside_cost")]
+        outside: list[OutsideCost] = [m.outside_cost() for m in counted]
+    by_module[""] += sum(part.macs for part in outside)
+    missed = sum((Counter(part.uncounted) for part in outside), missed)
     if missed and uncounted != "record":
         names = ", ".join(f"{name} x{times}" for name, times in sorted(missed.items()))
         raise UserError(
             f"{type(module).__name__} runs operators whose multiply-adds are not counted: {names}. "
             'Its cost would look smaller than it is; pass uncounted="record" to count the rest and keep these names.'
         )
-    params, weight_bytes = sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters())
-    params, weight_bytes = params + sum(p.params for p in told), weight_bytes + sum(p.weight_bytes for p in told)
-    return Cost(by_module[""], params, weight_bytes, live.peak, missed, by_module)
+    parameters = list(module.parameters())
+    return Cost(
+        macs=by_module[""],
+        params=sum(p.numel() for p in parameters) + sum(part.params for part in outside),
+        weight_bytes=sum(p.nbytes for p in parameters) + sum(part.weight_bytes for part in outside),
+        activation_bytes=live.peak,
+        uncounted=dict(missed),
+        by_module=by_module,
+    )
 
 
 def latency_ms(module: nn.Module, inputs: tuple[Any, ...], *, repeats: int = 30, warmup: int = 5) -> float:
-    """Median wall milliseconds of a forward pass in eval and inference mode, until the device is done."""
+    """Median wall milliseconds of a forward pass in eval and inference mode, until the device is done.
+
+    Example:
+        >>> latency_ms(nn.Linear(4, 6), (torch.zeros(1, 4),), repeats=3) > 0
+        True
+    """
     times, inputs = [], _cloned(inputs)
     with _as_found(module, inputs) as devices, torch.inference_mode():
         for _ in range(warmup + repeats):
@@ -104,10 +169,14 @@ def latency_ms(module: nn.Module, inputs: tuple[Any, ...], *, repeats: int = 30,
 def training_macs(
     *, student: int, links: int = 0, samples_seen: int, teacher: int = 0, teacher_samples: int = 0
 ) -> int:
-    """Multiply-adds of a training run, from forward macs a sample of the student, its links and the teacher.
+    """Multiply-adds of a training run, from the forward MACs per sample of the student, its links and the teacher.
 
-    Convention: a step costs the student 3 forward passes (one forward, two products of its size backward); 2.92 was
+    Convention: a step costs 3 forward passes of the student (one forward, two products of its size backward); 2.92 was
     measured on a small conv net, whose first layer needs no gradient to its input. Links and teacher are frozen: 1.
+
+    Example:
+        >>> training_macs(student=10, samples_seen=7, teacher=100, teacher_samples=5)
+        710
     """
     return (3 * student + links) * samples_seen + teacher * teacher_samples
 
@@ -124,7 +193,15 @@ def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def as_written(*modules: nn.Module) -> Iterator[None]:
-    """While open, what ``module.compile()`` made is out of use: it cannot be traced, and is not worth a single pass."""
+    """Context without what ``module.compile()`` made: it cannot be counted or exported, and one pass is not worth it.
+
+    Example:
+        >>> net = nn.Linear(4, 6)
+        >>> net.compile()
+        >>> with as_written(net):
+        ...     net._compiled_call_impl is None
+        True
+    """
     inside = [m for module in modules for m in module.modules()]
     compiled = [(m, made) for m in inside if (made := vars(m).pop("_compiled_call_impl", None)) is not None]
     try:
@@ -159,63 +236,28 @@ def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.
             torch.mps.set_rng_state(mps)
 
 
-class _Keep(TorchFunctionMode):
-    """Keeps every tensor that is made. While such a mode is on, transformers do not take their fused paths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.made += [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        return out
-
-
-def _all_outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """All that a pass makes: tracing drops work that no output depends on, and knows few types of output."""
-    keep = _Keep()
-    with keep:
-        module(*inputs)
-    return keep.made
-
-
-def _count(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], dict[str, int]]:
-    """Multiply-adds by submodule, and how often each operator ran that was not counted."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # importing fvcore scripts a function, which torch deprecates
-        from fvcore.nn import FlopCountAnalysis
-    wrapper = nn.Module()
-    wrapper.module, wrapper.forward = module, partial(_all_outputs, module, inputs)
-    # Cleared first: a handle of None would not switch off fvcore's own for norms and pools.
-    analysis = FlopCountAnalysis(wrapper, ()).clear_op_handles().set_op_handle(**RULES)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    with torch.enable_grad():
-        by_module = analysis.by_module()
-    # "module.conv" of the wrapper is "conv" of the module
-    macs = {k.removeprefix("module").removeprefix("."): int(v) for k, v in by_module.items()}
-    return macs, not_free(analysis.unsupported_ops(), FREE_OPERATORS)
-
-
-class _Ran(TorchDispatchMode):
-    """Counts operators that torch's flop counter does not know."""
+class _Uncounted(TorchDispatchMode):
+    """Counts the calls of operators that have no formula and are not known to be free."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names = Counter[str]()
+        self.calls = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._overloadpacket not in flop_registry:
-            self.names[func._schema.name] += 1
+        packet, name = func._overloadpacket, func._schema.name
+        free = func.is_view or torch.Tag.pointwise in func.tags or FREE.fullmatch(name)
+        if not free and packet not in flop_registry and packet not in FORMULAS:
+            self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
-def _count_running(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], dict[str, int]]:
-    """The same for a module that cannot be traced: what its operators come down to, seen as they run."""
-    with FlopCounterMode(display=False) as counter, _Ran() as ran:  # the former counts 2 a multiply-add
+def _count(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], Counter[str]]:
+    """Multiply-adds of submodules by dotted name, and the calls of operators that were not counted."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, _Uncounted() as uncounted:
         module(*inputs)
-    return {"": int(counter.get_total_flops()) // 2}, not_free(ran.names, f"{FREE_OPERATORS}|{FREE_WHEN_RUN}")
+    counts, root = counter.get_flop_counts(), type(module).__name__  # under the names of the class and the submodule
+    macs = {name: sum(counts.get(f"{root}.{name}", {}).values()) // 2 for name, _ in module.named_modules()}
+    return macs | {"": int(counter.get_total_flops()) // 2}, uncounted.calls
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What an ONNX graph costs, and what makes it the one that it is; read off the file, without running it."""
+"""Cost of an ONNX graph, from the file, without running it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ UNCOUNTED = frozenset((
 
 
 def graph_cost(path: Path, shapes: Mapping[str, Sequence[int]]) -> OutsideCost:
-    """Multiply-adds of a graph for inputs of given shapes, and its weights.
+    """Multiply-adds of a graph for inputs of given shapes, and the size of its weights.
 
     Args:
-        path: of the ONNX file.
-        shapes: of its inputs, by name.
+        path: the ONNX file.
+        shapes: shape of each input, by name.
     """
     import onnx
     from onnx import shape_inference
@@ -55,7 +55,7 @@ def _dims(value: Any) -> list[int] | None:
 
 
 def _macs(node: Any, known: Mapping[str, list[int] | None]) -> int | None:
-    """Multiply-adds of one node; None where they are not known."""
+    """Multiply-adds of a node; None where they are not known."""
     if node.domain not in ("", "ai.onnx") or node.op_type in UNCOUNTED:
         return None
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):

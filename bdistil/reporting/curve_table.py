@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
-from bdistil.metrics.task import loss_name, score_name
+from bdistil.metrics.quality import loss_name, score_name
 
 Row = Mapping[str, str]
 

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from bdistil.metrics.task import score_name
+from bdistil.metrics.quality import score_name
 from bdistil.reporting.wandb_logger import RunLogger
 from bdistil.storage.run_directory import RunDirectory
 

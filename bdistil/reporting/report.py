@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bdistil.ensemble.calibration import Calibration, load_calibration
 from bdistil.ensemble.exit_rules import NEVER
 from bdistil.errors import UserError
-from bdistil.metrics.task import score_name
+from bdistil.metrics.quality import score_name
 from bdistil.reporting.curve_plot import COLOURS, curve_figure, error_figure, plot_curve
 from bdistil.reporting.curve_table import COLUMNS, Row, label, of_task, shown, split
 from bdistil.storage.files import write_atomically

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bdistil.errors import RunError, UserError
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import Task
 from bdistil.storage.files import atomic, digest, disk_errors, write_atomically
 from bdistil.storage.provenance import differences
 from bdistil.storage.run_paths import RunPlaces

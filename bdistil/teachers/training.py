@@ -14,8 +14,7 @@ from torch.optim import lr_scheduler
 
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
-from bdistil.metrics.regression import as_columns
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import Task, as_columns
 
 
 @dataclass(frozen=True)

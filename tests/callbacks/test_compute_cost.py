@@ -182,7 +182,7 @@ ERRORS = {
         ComputeCost(attribute="student"), Plain, pair, r"attribute='student'.* no module .*\['net'\]",
     ),
     "no forward": (ComputeCost(), NoForward, pair, r"attribute=None.*module with a `forward` .*\['net'\]"),
-    "uncounted operator": (ComputeCost(), Spectral, pair, r"fft_fft x1.*uncounted=\"record\""),
+    "uncounted operator": (ComputeCost(), Spectral, pair, r"_fft_\w+ x1.*uncounted=\"record\""),
 }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def test_an_error_comes_before_the_first_step(tmp_path, name):
 def test_an_uncounted_operator_can_be_recorded(tmp_path):
     callback = ComputeCost(uncounted="record", latency=False)
     fit(Spectral(), [callback], tmp_path)
-    assert (callback.cost.macs, callback.cost.uncounted) == (MACS, {"aten::fft_fft": 1})
+    assert (callback.cost.macs, callback.cost.uncounted) == (MACS, {"aten::_fft_r2c": 1})
 
 
 def test_a_resumed_fit_goes_on_counting(tmp_path):

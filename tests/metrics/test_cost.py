@@ -16,7 +16,7 @@ from bdistil.metrics.cost import latency_ms, measure_cost, training_macs
 
 
 class Call(nn.Module):
-    """A function of a module's name, to try operators that no layer runs."""
+    """A function as a module, to try operators that no layer runs."""
 
     def __init__(self, function, *modules):
         super().__init__()
@@ -94,6 +94,16 @@ def attention_net():
     return nn.MultiheadAttention(32, 4, batch_first=True)
 
 
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x @ x.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
 ATTENTION = 7 * 4 * 32 * 32 + 2 * 7 * 7 * 32
 CLOSED_FORM = {
     "lstm with projection": (nn.LSTM(5, 6, proj_size=3), [(7, 2, 5)], 14 * (4 * 6 * (5 + 3) + 6 * 3)),
@@ -115,11 +125,13 @@ CLOSED_FORM = {
     ),
     "checkpointed": (Call(lambda a, x: torch.utils.checkpoint.checkpoint(a, x, use_reentrant=False), nn.Linear(4, 6)),
                      [(1, 4)], 24),
+    "autograd function": (Call(Function.apply), [(3, 4)], 3 * 3 * 4),
     "shared layer": (Call(lambda a, b, x: a(x) + b(x), *[nn.Linear(4, 6)] * 2), [(1, 4)], 48),
     "free operators": (Call(lambda x: x.masked_fill_(x > 0, 2).floor_().clamp_(0, 1).softmax(-1).topk(2)), [(1, 4)], 0),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # of torch, which runs them without oneDNN
 @pytest.mark.parametrize("name", CLOSED_FORM)
 def test_macs_equal_the_closed_form(name):
     module, shapes, expected = CLOSED_FORM[name]
@@ -129,7 +141,7 @@ def test_macs_equal_the_closed_form(name):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_frozen_transformer_is_not_cheaper(frozen, padded):
-    """In eval mode and frozen, torch takes a fused path, with padding nested tensors, which a trace cannot follow."""
+    """In eval mode and frozen, torch would take a fused path, with nested tensors where there is padding."""
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     net = nn.TransformerEncoder(layer, 2).eval().requires_grad_(not frozen)
     mask = torch.arange(7).expand(2, 7) > 4 if padded else None
@@ -159,20 +171,9 @@ def test_shared_parameters_count_once_and_bytes_follow_the_type():
     assert (cost.params, cost.weight_bytes, cost.macs) == (16, 32, 32)
 
 
-class Opaque(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x @ x.T
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
 UNCOUNTED = {
-    "fft": (torch.fft.fft, "aten::fft_fft"),
-    "cdist": (lambda x: torch.cdist(x, x), "aten::cdist"),
-    "autograd function": (Opaque.apply, "prim::PythonOp.Opaque"),
+    "fft": (torch.fft.fft, "aten::_fft_r2c"),
+    "cdist": (lambda x: torch.cdist(x, x), "aten::_cdist_forward"),
 }
 
 
@@ -251,17 +252,14 @@ def test_counting_is_the_same_in_any_mode_of_autograd(outside):
     module.register_forward_hook(lambda *_: seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
     with outside():
         assert measure_cost(module, (torch.randn(1, 4),)).macs == 16
-    assert seen == [(True, False), (False, False)], "counted with gradients, activations measured without"
+    assert seen == [(False, False)] * 2
     loss.backward()  # nothing that it saved was written to
 
 
-def test_counting_says_nothing_and_leaves_logging_alone(caplog):
-    levels = {name: logging.getLogger(name).level for name in ("", "fvcore", "fvcore.nn.jit_analysis")}
+def test_counting_logs_nothing(caplog):
     with caplog.at_level(logging.DEBUG):
         measure_cost(tiny_vit(), (torch.randn(1, 3, 32, 32),))
     assert not caplog.records
-    assert levels == {name: logging.getLogger(name).level for name in levels}
-    assert not logging.getLogger("fvcore.nn.jit_analysis").disabled
 
 
 def conv_bn_relu():

@@ -30,7 +30,7 @@ from bdistil.boosting.ledger.units import Units
 from bdistil.boosting.ledger.update import Pass, Scratch, Sums
 from bdistil.errors import RunError, UserError
 from bdistil.functional.distillation import centre
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import Task
 from bdistil.utils import distributed
 from bdistil.utils.threads import in_order
 

@@ -13,7 +13,7 @@ from bdistil.boosting.ledger.rows import Array, Rows
 from bdistil.boosting.ledger.units import Units
 from bdistil.errors import RunError
 from bdistil.functional.boosting import game_rows, log_normaliser
-from bdistil.metrics.task import Task
+from bdistil.metrics.quality import Task
 from bdistil.utils import distributed
 
 # Rows that are scored at once; whole blocks go to one process, whatever the number of processes.
