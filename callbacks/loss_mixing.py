@@ -16,7 +16,7 @@ from bdistil.data.label_noise import flipped_labels, labels_of
 from bdistil.data.loaders.attach import LOADERS, indexed_loaders
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import Index
-from bdistil.distillation.last_layer import check_distilling, eval_no_grad, prepared_loaders
+from bdistil.distillation.last_layer import check_distilling, prepared_loaders
 from bdistil.distillation.loss_mixing import (
     RoundMix,
     check_round,
@@ -29,6 +29,7 @@ from bdistil.distillation.mixing_store import MixingStore
 from bdistil.distillation.probes import probe_of
 from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
 from bdistil.reporting.curve_tracker import shown_step
+from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
 
 
@@ -121,7 +122,7 @@ class LossMixing(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the weights of the checkpoint or of the round before, or initialises them."""
-        with eval_no_grad(pl_module):
+        with eval_mode(pl_module), torch.no_grad():
             self.probe = probe_of(pl_module, self._loaders)
             first = next(self.probe.batches([[0]]))
             teachers = len(self.probe.mixing(first).residuals) - 1
@@ -140,7 +141,7 @@ class LossMixing(pl.Callback):
         """Updates the weights when an update is due, and logs them."""
         if not self.settings.due(trainer.current_epoch):
             return
-        with eval_no_grad(pl_module):
+        with eval_mode(pl_module), torch.no_grad():
             lr = trainer.optimizers[0].param_groups[0]["lr"]
             update_mix(self.probe, self.store, self.settings, lr=lr, seed=self.seed)
         self.store.remove_before(self._saved)

@@ -28,6 +28,7 @@ from bdistil.functional.boosting import prefix_error
 from bdistil.metrics.quality import PrefixErrors, Task, output_figures
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
 from bdistil.utils import distributed
+from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
 
 
@@ -160,7 +161,7 @@ class Part:
     def score(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device, settings: BoostingSettings
     ) -> tuple[RoundEvidence, float, float]:
-        """One pass of a new student, in eval mode; its mode is put back. What it makes waits for `keep`.
+        """One pass of a new student, in eval mode. What it makes waits for `keep`.
 
         Returns:
             The evidence, and accuracy and cross entropy (or R² and rms error) of the prefix that ends with
@@ -170,13 +171,11 @@ class Part:
             RunError: a logit is NaN or infinite.
         """
         scores = _scores(self.task, self.ledger.outputs)
-        modes = {module: module.training for module in student.modules()}
         if isinstance(student, Student):
             self.features.begin(student.width)
-        answers = self._answers(student.eval(), earlier, device, scores, write=isinstance(student, Student))
-        evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
-        for module, mode in modes.items():
-            module.training = mode
+        with eval_mode(student):
+            answers = self._answers(student, earlier, device, scores, write=isinstance(student, Student))
+            evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
         return evidence, *_summed(scores)
 
     @_on_each_disk

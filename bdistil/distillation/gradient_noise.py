@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from bdistil.distillation.last_layer import eval_no_grad
 from bdistil.distillation.probes import Batch, Probe, RoundProbe
 from bdistil.functional.gradient_noise import (
     STEPS,
@@ -25,6 +24,7 @@ from bdistil.functional.gradient_noise import (
     variance_at,
 )
 from bdistil.functional.sample_gradients import control_cosine, sample_gradients
+from bdistil.utils.modules import eval_mode
 
 CHUNK = 512  # samples per forward pass
 
@@ -59,7 +59,7 @@ def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = Fals
         samples: training samples to measure on, at most.
         full: measure at all parameters, by per-sample gradients; else at the last layer, without a backward pass.
     """
-    with eval_no_grad(module):
+    with eval_mode(module), torch.no_grad():
         seen = [probe.noise(batch) for batch in spread_batches(probe, samples)]
         activations, logits = torch.cat([s.activations for s in seen]), torch.cat([s.logits for s in seen])
         g, k = torch.cat([s.residuals for s in seen], 1)
@@ -80,7 +80,7 @@ def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = Fals
 def teacher_cosine(probe: Probe, module: pl.LightningModule, samples: int) -> float:
     """`control_cosine` of a `Distillation` and its first teacher, on the first batch of a measurement."""
     owner: Any = module
-    with eval_no_grad(module):
+    with eval_mode(module), torch.no_grad():
         x, y, _ = next(spread_batches(probe, samples))
         return control_cosine(owner.student, owner.teachers[0].module, x, y, temperature=owner.temperature)
 

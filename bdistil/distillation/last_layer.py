@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -130,16 +129,3 @@ def capture_last_layer(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -
             "Nothing may come after it, and it must run once."
         )
     return torch.cat(inputs, 1).float(), logits.float()
-
-
-@contextmanager
-def eval_no_grad(module: nn.Module) -> Iterator[None]:
-    """Eval mode without a graph; afterwards every submodule has the mode it had before."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

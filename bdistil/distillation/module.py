@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bdistil.data.loaders.indexing import Index
-from bdistil.distillation.last_layer import eval_no_grad, last_layers
+from bdistil.distillation.last_layer import last_layers
 from bdistil.errors import UserError
 from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
 from bdistil.functional.gradient_noise import Suggestion, scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
 from bdistil.teachers.wrappers import FrozenTeacher
+from bdistil.utils.modules import eval_mode
 
 CAUTIOUS = 0.1  # weight of `auto` before the first suggestion
 
@@ -147,7 +148,7 @@ class Distillation(pl.LightningModule):
         )
         parameters, samples = list(self.student.parameters()), 0
         total = [torch.zeros_like(p) for p in parameters]
-        with eval_no_grad(self.student), torch.enable_grad():
+        with eval_mode(self.student):
             for x, y, *index in loader:
                 x, y = self.trainer.strategy.batch_to_device((x, y), self.device)
                 terms = self._terms((x, y, *index))
