@@ -23,9 +23,8 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import block_loader
 from bdistil.data.loaders.views import Views
-from bdistil.ensemble.scores import Scores, _scores
 from bdistil.functional.boosting import prefix_error
-from bdistil.metrics.quality import PrefixErrors, Task, output_figures
+from bdistil.metrics.quality import PrefixErrors, PrefixMetric, Task, output_figures, prefix_metric
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 from bdistil.utils.modules import eval_mode
@@ -101,7 +100,7 @@ class Part:
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        scores = _scores(self.task, outputs)
+        scores = prefix_metric(self.task, outputs)
         answers = self._teacher_answers(teacher, device, scores)
         self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=self.task, units=units)
         return _summed(scores)
@@ -125,7 +124,7 @@ class Part:
             self.ledger.use(0)
             for number, student in enumerate(students):
                 answers = self._answers(
-                    student.to(device), students[:number], device, _scores(self.task, self.ledger.outputs)
+                    student.to(device), students[:number], device, prefix_metric(self.task, self.ledger.outputs)
                 )
                 self.ledger.advance(answers, eta=1.0, tolerance=0.0)
                 self.ledger.keep()
@@ -170,7 +169,7 @@ class Part:
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        scores = _scores(self.task, self.ledger.outputs)
+        scores = prefix_metric(self.task, self.ledger.outputs)
         if isinstance(student, Student):
             self.features.begin(student.width)
         with eval_mode(student):
@@ -187,7 +186,7 @@ class Part:
 
     @torch.no_grad()
     def _teacher_answers(
-        self, teacher: nn.Module, device: torch.device, scores: Scores
+        self, teacher: nn.Module, device: torch.device, scores: PrefixMetric
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, teacher logits (rows, L)) block by block."""
         for x, y, index in self._rows(0):
@@ -201,7 +200,7 @@ class Part:
         student: nn.Module,
         earlier: Sequence[nn.Module],
         device: torch.device,
-        scores: Scores,
+        scores: PrefixMetric,
         write: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, student logits (rows, L)) block by block; `scores` sees the prefix that ends with the student."""
@@ -230,7 +229,7 @@ class Part:
         return self.ledger.units.outward(g + prefix_error(answer, g, s, self.ledger.version))
 
 
-def _summed(scores: Scores) -> tuple[float, float]:
+def _summed(scores: PrefixMetric) -> tuple[float, float]:
     """Accuracy and loss of one predictor over all processes, of which some may have had no rows."""
     if isinstance(scores, PrefixErrors):
         r2, rms = output_figures(distributed.all_sum(scores.sums))

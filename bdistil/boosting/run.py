@@ -36,13 +36,11 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders.attach import indexed_loaders, single_loader
 from bdistil.data.loaders.checks import is_random
 from bdistil.data.loaders.views import CANONICAL, ViewPlan
-from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.restore import build_student, restore_student
-from bdistil.ensemble.scores import prefix_accuracies
+from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import latency_ms
 from bdistil.metrics.quality import score_name
-from bdistil.models.student import Rung, Student
+from bdistil.models.student import Rung, Student, build_student
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs

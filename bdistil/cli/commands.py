@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdistil.cli.recipe_files import jobs, recipes, summary
-from bdistil.ensemble.budget import Budget, check_rule
+from bdistil.ensemble.budget import Budget, Rule
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import Rule
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
 from bdistil.evaluation.evaluate import Part, Sweep, evaluate_budgets, sweep_budgets
 from bdistil.evaluation.profile import profile_run
@@ -48,7 +47,7 @@ def evaluate(
         as_json: print one JSON object, for a sweep a list of them.
     """
     if sweep != "confidence":
-        check_rule(budget)
+        budget.check_rule()
     run = RunDirectory(run_dir)
     budgets = [budget]
     if sweep is not None:

@@ -1,11 +1,8 @@
 """Anytime inference with an ordered ensemble of students."""
 
-from bdistil.ensemble.budget import Budget, Prediction
-from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures
-from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import confidence_of
-from bdistil.ensemble.restore import build_student, restore_student
-from bdistil.ensemble.scores import prefix_accuracies
+from bdistil.ensemble.budget import Budget, Prediction, confidence_of
+from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures, load_calibration, save_calibration
+from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.ensemble.stages import Stage
 from bdistil.ensemble.timing import measure_times
 
@@ -17,9 +14,10 @@ __all__ = [
     "Prediction",
     "ProgressiveEnsemble",
     "Stage",
-    "build_student",
     "confidence_of",
+    "load_calibration",
     "measure_times",
     "prefix_accuracies",
     "restore_student",
+    "save_calibration",
 ]

@@ -1,30 +1,89 @@
-"""Budgets: when an ordered ensemble has done enough."""
+"""Budgets of a prediction, confidence scores by which samples exit early, and the result of a prediction.
+
+An exit rule maps an answer to a confidence in 0 … 1. A sample is decided at the first stage whose confidence reaches
+the threshold of that stage; the last stage decides all that are left.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from bdistil.ensemble.calibration import Calibration
-from bdistil.ensemble.exit_rules import RULES, Rule
 from bdistil.errors import UserError
+
+Rule = Literal["max_prob", "margin", "entropy", "agreement"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+NEVER = 2.0  # a threshold that no sample reaches
+REGISTER = 16  # float32 values in a vector register of 512 bits
+
+
+def confidence_of(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: Tensor | None = None) -> Tensor:
+    """Confidence of the answers of a prefix.
+
+    ``max_prob`` is the largest softmax probability, ``margin`` its distance to the second largest, ``entropy`` is
+    1 - H / ln L, and ``agreement`` the share of the prefix's students whose own answer is that of the prefix. For a
+    single student agreement is undefined and set to 0.
+
+    Args:
+        logits: (B, L).
+        rule: one of `RULES`.
+        temperature: divides the logits; has no effect on agreement.
+        votes: (B, L), how many of the students answer each class; only for agreement.
+
+    Returns:
+        (B,) in 0 … 1.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> confidence_of(logits, "margin").round(decimals=3)
+        tensor([0.6800, 0.0000])
+    """
+    if rule == "agreement":
+        assert votes is not None
+        chosen = votes.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
+        count = votes.sum(1)
+        return torch.where(count > 1, chosen / count.clamp(min=1), torch.zeros_like(chosen))
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+    # Over the last dimension torch is slow where the classes do not fill a vector register.
+    probability = scaled.softmax(-1) if logits.shape[-1] >= REGISTER else scaled.t().softmax(0).t()
+    if rule == "max_prob":
+        return probability.amax(-1)
+    if rule == "margin":
+        first, second = probability.topk(2, -1).values.unbind(-1)
+        return first - second
+    entropy: Tensor = -torch.special.xlogy(probability, probability).sum(-1)
+    return 1 - entropy / math.log(logits.shape[-1])
+
+
+def add_votes(votes: Tensor | None, logits: Tensor) -> Tensor:
+    """Adds the answers of one more student, with logits (B, L), to the votes (B, L); None before the first."""
+    vote = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return vote if votes is None else votes + vote
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a prediction may cost. Limits combine: the first to bind wins. At least one stage always answers.
+    """Limits of a prediction. They combine: the first that binds ends it. At least one stage always runs.
 
     Attributes:
-        stages: at most this many students.
-        macs: at most this many multiply-adds a sample.
-        seconds: no student is started that would end later than this after the call, by the measured stage times.
-        confidence: a sample is decided as soon as its confidence reaches this; ``fitted`` takes the thresholds that
-            were fitted on the validation part, one value per stage.
-        rule: how confidence is read: ``max_prob`` (the default), ``margin``, ``entropy`` or ``agreement``.
+        stages: maximum number of students.
+        macs: maximum number of multiply-adds per sample.
+        seconds: maximum time; no student is started that would end later by the measured stage times.
+        confidence: a sample is decided as soon as its confidence reaches this; ``fitted`` uses the thresholds fitted
+            on the validation part, one per stage.
+        rule: exit rule: ``max_prob`` (the default), ``margin``, ``entropy`` or ``agreement``.
+
+    Raises:
+        UserError: a limit or the rule is out of its range.
+
+    Example:
+        >>> Budget(macs=50_000, confidence=0.9).stages_within([20_000, 40_000, 60_000])
+        2
     """
 
     stages: int | None = None
@@ -40,89 +99,48 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"Expected `{name}` of a budget to be > 0, got {value}.")
-        sure = self.confidence
-        if sure is not None and sure != "fitted" and (isinstance(sure, str) or not 0 < sure <= 1):
-            raise UserError(f"Expected `confidence` of a budget to be in (0, 1] or 'fitted', got {sure}.")
+        confidence = self.confidence
+        if confidence not in (None, "fitted") and not (isinstance(confidence, float | int) and 0 < confidence <= 1):
+            raise UserError(f"Expected `confidence` of a budget to be in (0, 1] or 'fitted', got {confidence}.")
         if self.rule is not None and self.rule not in RULES:
             raise UserError(f"Expected `rule` of a budget to be one of {', '.join(RULES)}, got {self.rule!r}.")
 
     def stages_within(self, macs: Sequence[int]) -> int:
-        """How many stages the limits on stages and MACs allow, at least 1.
+        """Number of stages that the limits on stages and MACs allow, at least 1.
 
         Args:
-            macs: cumulative MACs per sample, one number a stage.
+            macs: cumulative MACs per sample, one value per stage.
         """
         allowed = len(macs) if self.stages is None else min(self.stages, len(macs))
         if self.macs is not None:
             allowed = min(allowed, sum(cost <= self.macs for cost in macs))
         return max(allowed, 1)
 
+    def check_rule(self) -> None:
+        """Checks that a rule comes with a confidence; in a sweep over confidences it is added later.
 
-@dataclass(frozen=True)
-class Exits:
-    """Where samples are decided.
-
-    Attributes:
-        rule: of confidence.
-        thresholds: one a stage.
-        temperatures: one a stage, of the logits.
-        shares: of samples that are decided at each stage, where that is known from the validation part.
-    """
-
-    rule: Rule
-    thresholds: tuple[float, ...]
-    temperatures: tuple[float, ...]
-    shares: tuple[float, ...] | None = None
-
-
-def check_rule(budget: Budget) -> None:
-    """A rule needs a confidence that it reads. A budget whose confidences a sweep gives has none yet.
-
-    Raises:
-        UserError: there is none.
-    """
-    if budget.confidence is None and budget.rule is not None:
-        raise UserError(
-            f"`rule` of a budget says how `confidence` is read, got rule={budget.rule!r} without confidence. "
-            "Give confidence=0.9, for example, or leave the rule out."
-        )
-
-
-def exits_of(budget: Budget, calibration: Calibration) -> Exits | None:
-    """The exits that a budget asks for; None where it knows no confidence.
-
-    Raises:
-        UserError: it gives a rule without a confidence, or asks for fitted thresholds where none were fitted, or those
-            of another rule.
-    """
-    check_rule(budget)
-    if budget.confidence is None:
-        return None
-    temperatures = tuple(calibration.temperature(number) for number in range(calibration.count))
-    if budget.confidence != "fitted":
-        return Exits(budget.rule or "max_prob", (budget.confidence,) * calibration.count, temperatures)
-    fitted = calibration.exits
-    if fitted is None:
-        raise UserError(
-            "Expected thresholds fitted on the validation part for confidence='fitted', but this ensemble has none. "
-            "Fit them with `bdistil calibrate --run_dir DIR`, or give a number in (0, 1]."
-        )
-    if budget.rule not in (None, fitted.rule):
-        raise UserError(
-            f"The fitted thresholds are of the rule {fitted.rule!r}, but the budget says rule={budget.rule!r}. Leave "
-            f"the rule out, or fit again with `bdistil calibrate --run_dir DIR --rule {budget.rule}`."
-        )
-    return Exits(fitted.rule, fitted.thresholds, temperatures, fitted.decided_share)
+        Raises:
+            UserError: there is a rule and no confidence.
+        """
+        if self.confidence is None and self.rule is not None:
+            raise UserError(
+                f"`rule` of a budget defines how `confidence` is computed, got rule={self.rule!r} without confidence. "
+                "Give confidence=0.9, for example, or leave the rule out."
+            )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a prediction within a budget gives.
+    """Result of a prediction within a budget.
 
     Attributes:
         logits: (B, L), in the teacher's units.
-        answered: how many students answered each sample, (B,) int64; one number where it is the same for all.
-        costs: cumulative multiply-adds of a sample, one number a stage.
+        answered: number of students that ran for each sample, (B,) int64; an int where it is the same for all.
+        costs: cumulative multiply-adds per sample, one value per stage.
+
+    Example:
+        >>> Prediction(torch.zeros(2, 10), torch.tensor([1, 3]), costs=[100, 200, 300]).macs
+        tensor([100, 300])
     """
 
     logits: Tensor
@@ -131,10 +149,10 @@ class Prediction:
 
     @property
     def stages(self) -> Tensor:
-        """How many students answered each sample, (B,) int64; made when it is read."""
+        """Number of students that ran for each sample, (B,) int64."""
         return self.answered if isinstance(self.answered, Tensor) else torch.full((len(self.logits),), self.answered)
 
     @property
     def macs(self) -> Tensor:
-        """Multiply-adds that each sample cost, (B,) int64; made when it is read."""
+        """Multiply-adds spent on each sample, (B,) int64."""
         return torch.tensor(self.costs)[self.stages - 1]

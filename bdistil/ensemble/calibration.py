@@ -1,6 +1,6 @@
-"""What was fitted and measured of a finished ensemble, so that it can stop early: one small file of plain numbers.
+"""Calibration of an ensemble for early exit: fitted thresholds, temperatures and weights, and measured stage times.
 
-The figures are of one ensemble: a further round makes them stale, so the commit of a round removes the file.
+It belongs to one ensemble. A further round makes it stale, so the commit of a round removes its file.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bdistil.ensemble.exit_rules import Rule
-from bdistil.errors import RunError
+from bdistil.ensemble.budget import Budget, Rule
+from bdistil.errors import RunError, UserError
 from bdistil.storage.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
 class ExitFigures:
-    """Thresholds fitted on the validation part, and what they gave there.
+    """Thresholds fitted on the validation part, and their effect there.
 
     Attributes:
-        rule: exit rule that the thresholds are of.
-        thresholds: one a stage; a sample is decided where its confidence reaches it. That of the last stage is 0, and a
-            stage of `exit_rules.NEVER` decides nobody.
-        target: what was asked for, in words: "lose at most 0.2 points".
-        decided_share: of the validation samples, one a stage; sums to 1.
+        rule: exit rule of the thresholds.
+        thresholds: one per stage; a sample is decided where its confidence reaches it. That of the last stage is 0;
+            `NEVER` at a stage decides no sample.
+        target: of the fit, as text: "lose at most 0.2 points".
+        decided_share: share of the validation samples decided at each stage; sums to 1.
         accuracy: with these exits, in 0 … 1.
-        full_accuracy: of all stages.
-        average_macs: multiply-adds a sample with these exits.
-        held_out_loss: points of accuracy lost against all stages, where thresholds are fitted on one half of the
-            samples and used on the other.
+        full_accuracy: of all stages, in 0 … 1.
+        average_macs: multiply-adds per sample with these exits.
+        held_out_loss: percentage points of accuracy lost against all stages where the thresholds are fitted on one half
+            of the samples and applied to the other.
     """
 
     rule: Rule
@@ -45,16 +45,16 @@ class ExitFigures:
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """Seconds measured, warm, with a batch of one size.
+    """Seconds measured with a batch of one size, after a warm-up.
 
     Attributes:
         batch: samples.
-        stages: of each stage, one after the other; like all but `late` the lower quartile of the repeats.
-        late: 99th percentile of each stage, by which deadlines are kept.
-        check: of asking an exit rule once.
-        compact: of taking the decided samples out of the batch once.
-        schedules: of all stages by schedule; a schedule that the students cannot run is not there.
-        schedule: the one to take where all stages are to run.
+        stages: of each stage, run one after the other; like all but `late` the lower quartile of the repeats.
+        late: 99th percentile of each stage, used for deadlines.
+        check: of one evaluation of an exit rule.
+        compact: of one removal of decided samples from the batch.
+        schedules: of all stages, by schedule; without those that the students do not support.
+        schedule: the one to use where all stages run.
     """
 
     batch: int
@@ -68,16 +68,16 @@ class BatchTimes:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything that an ensemble knows of stopping early. Empty tuples stand for what was not fitted or measured.
+    """Everything fitted and measured for early exit. Empty tuples stand for what was not.
 
     Attributes:
-        count: T, the stages of the ensemble that the figures are of.
+        count: T, stages of the ensemble.
         exits: fitted thresholds.
-        temperatures: one a stage: softmax(logits / temperature) is calibrated.
+        temperatures: one per stage: softmax(logits / temperature) is calibrated.
         calibration_error: expected calibration error of each stage on validation, before and after the temperatures.
-        weights: one a student, where weighted prefixes won on validation; empty: all weigh the same.
+        weights: one per student, where weighted prefixes won on validation; empty for equal weights.
         times: by batch size, smallest first.
-        device: that `times` were measured on, for example ``cpu``.
+        device: type of the device of `times`, for example ``cpu``.
     """
 
     count: int
@@ -93,7 +93,7 @@ class Calibration:
         return self.temperatures[number] if self.temperatures else 1.0
 
     def schedule(self, batch: int, device: str) -> str:
-        """The schedule for a whole run: that of the size measured nearest to a batch, by their ratio."""
+        """Schedule for a run of all stages: that of the measured batch size nearest by ratio."""
         if not self.times or device != self.device:
             return "one"
         return min(self.times, key=lambda t: abs(math.log(t.batch / max(batch, 1)))).schedule
@@ -104,27 +104,24 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """What `to_dict` gave, also after JSON made lists of the tuples.
+        """Inverse of `to_dict`; lists, as JSON gives them, become tuples.
 
         Raises:
             TypeError: a key is missing or unknown.
-            ValueError: as many numbers as stages were expected, and others came.
+            ValueError: a list has another length than the number of stages.
         """
         given = dict(values)
         if given.get("exits") is not None:
             given["exits"] = ExitFigures(**_tuples(given["exits"]))
         given["times"] = tuple(BatchTimes(**_tuples(times)) for times in given.get("times", ()))
         calibration = cls(**_tuples(given))
-        calibration._check()
-        return calibration
-
-    def _check(self) -> None:
-        exits = self.exits
-        lists: list[Sequence[Any]] = [self.temperatures, self.calibration_error, self.weights]
+        exits = calibration.exits
+        lists: list[Sequence[Any]] = [calibration.temperatures, calibration.calibration_error, calibration.weights]
         lists += [exits.thresholds, exits.decided_share] if exits else []
-        lists += [numbers for times in self.times for numbers in (times.stages, times.late)]
-        if wrong := [len(numbers) for numbers in lists if len(numbers) not in (0, self.count)]:
-            raise ValueError(f"{wrong[0]} numbers for {self.count} stages")
+        lists += [seconds for times in calibration.times for seconds in (times.stages, times.late)]
+        if wrong := [len(numbers) for numbers in lists if len(numbers) not in (0, calibration.count)]:
+            raise ValueError(f"{wrong[0]} numbers for {calibration.count} stages")
+        return calibration
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,3 +156,47 @@ def load_calibration(run: RunDirectory) -> Calibration | None:
             f"`bdistil calibrate --run_dir {run.root}` makes it again."
         ) from error
     return calibration
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Exit rule of a prediction.
+
+    Attributes:
+        rule: computes the confidence.
+        thresholds: one per stage.
+        temperatures: one per stage; divide the logits.
+        shares: expected share of samples decided at each stage, where known from the validation part.
+    """
+
+    rule: Rule
+    thresholds: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    shares: tuple[float, ...] | None = None
+
+
+def exits_of(budget: Budget, calibration: Calibration) -> Exits | None:
+    """Exits of a budget; None where it has no confidence.
+
+    Raises:
+        UserError: the budget has a rule and no confidence, or wants fitted thresholds and there are none, or only those
+            of another rule.
+    """
+    budget.check_rule()
+    if budget.confidence is None:
+        return None
+    temperatures = tuple(calibration.temperature(number) for number in range(calibration.count))
+    if budget.confidence != "fitted":
+        return Exits(budget.rule or "max_prob", (budget.confidence,) * calibration.count, temperatures)
+    fitted = calibration.exits
+    if fitted is None:
+        raise UserError(
+            "Expected thresholds fitted on the validation part for confidence='fitted', but this ensemble has none. "
+            "Fit them with `bdistil calibrate --run_dir DIR`, or give a number in (0, 1]."
+        )
+    if budget.rule not in (None, fitted.rule):
+        raise UserError(
+            f"The fitted thresholds are of the rule {fitted.rule!r}, but the budget has rule={budget.rule!r}. Leave "
+            f"the rule out, or fit again with `bdistil calibrate --run_dir DIR --rule {budget.rule}`."
+        )
+    return Exits(fitted.rule, fitted.thresholds, temperatures, fitted.decided_share)

@@ -1,4 +1,4 @@
-"""The ordered ensemble: every prefix is a predictor."""
+"""The ordered ensemble of students; every prefix of it is a predictor."""
 
 from __future__ import annotations
 
@@ -9,31 +9,48 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from bdistil.ensemble.budget import Budget, Prediction, exits_of
-from bdistil.ensemble.calibration import Calibration, load_calibration
+from bdistil.ensemble.budget import Budget, Prediction
+from bdistil.ensemble.calibration import Calibration, exits_of, load_calibration
 from bdistil.ensemble.prediction import predict_within
-from bdistil.ensemble.restore import restore_student
-from bdistil.ensemble.stacking import ONE, StackedBodies, run_bodies, stack
 from bdistil.ensemble.stage_clock import StageClock
-from bdistil.ensemble.stages import Stage, StageRunner
+from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner
 from bdistil.errors import UserError
-from bdistil.metrics.quality import Task
+from bdistil.metrics.quality import PrefixMetric, Task, prefix_metric
 from bdistil.models.inputs import InputSpec
+from bdistil.models.student import Rung, build_student
+from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory
+
+SCHEDULES = ("one", "all")
 
 
 class ProgressiveEnsemble(nn.Module):
-    """Students in the order of their rounds; the prefix of k answers with scale * (f_1 + … + f_k) / k (+ offset).
+    """Students in the order of their rounds. The prefix of k students answers scale * (f_1 + … + f_k) / k (+ offset).
 
     Args:
         students: in order.
-        scale: what one unit of the students' logits is in the teacher's units; of real outputs one an output.
-        macs: cumulative multiply-adds per sample, one number a stage.
-        calibration: what was fitted and measured for stopping early.
-        inputs: what a sample of x is like, where that is known.
-        offset: of real outputs, one an output.
+        scale: one unit of the students' logits in the teacher's units; one per output for real outputs.
+        macs: cumulative multiply-adds per sample, one value per stage.
+        calibration: what was fitted and measured for early exit.
+        inputs: shape and dtype of a sample, where known; inputs are checked against it.
+        offset: added to real outputs, one per output.
+
+    Example:
+        >>> from bdistil import Budget, ProgressiveEnsemble, Student
+        >>> _ = torch.manual_seed(0)
+        >>> students = [Student(nn.Linear(4, 8), nn.Linear(8, 3)) for _ in range(3)]
+        >>> ensemble = ProgressiveEnsemble(students, macs=[56, 112, 168])
+        >>> x = torch.randn(5, 4)
+        >>> ensemble(x, stages=2).shape
+        torch.Size([5, 3])
+        >>> [stage.macs for stage in ensemble.stages(x)]
+        [56, 112, 168]
+        >>> ensemble.predict(x, Budget(macs=120)).stages
+        tensor([2, 2, 2, 2, 2])
     """
 
     scale: float | Tensor
@@ -58,8 +75,8 @@ class ProgressiveEnsemble(nn.Module):
             self.register_buffer("offset", torch.tensor(offset), persistent=False)
         self.macs = list(macs) or [0] * len(self.students)
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
-        self._groups: dict[str, list[StackedBodies]] = {}
-        self._known: tuple[Calibration | None, StageClock | None] = (None, None)
+        self._stacked: StackedBodies | None = None
+        self._clock_of: tuple[Calibration | None, StageClock | None] = (None, None)
         self.requires_grad_(False).train(False)
 
     @classmethod
@@ -70,15 +87,15 @@ class ProgressiveEnsemble(nn.Module):
         student: Callable[[int], nn.Module] | None = None,
         calibration: bool = True,
     ) -> ProgressiveEnsemble:
-        """The ensemble of a run: needs no recipe, no teacher, no data.
+        """Loads the ensemble of a run; needs no recipe, no teacher and no data.
 
         round.json names the classes of the students' modules, which are imported: such a file is code, as a Python
         file is. Weights are safetensors, which are not.
 
         Args:
             run_dir: the run directory.
-            student: the run's `make_student`, needed only where a student's classes cannot be imported by name.
-            calibration: load what was fitted and measured for stopping early, where there is any.
+            student: the run's `make_student`; needed only where a student's classes cannot be imported by name.
+            calibration: load the calibration of the run, if it has one.
 
         Raises:
             UserError: no round is committed there, or a student's class cannot be imported.
@@ -92,32 +109,36 @@ class ProgressiveEnsemble(nn.Module):
         for t in range(number):
             students.append(restore_student(run, t, students, student))
         records = [run.record(t) for t in range(number)]
-        macs = [record["curve"]["macs"] for record in records]
-        known, inputs = load_calibration(run) if calibration else None, InputSpec.of(records[0])
-        units = {"scale": records[0]["scale"], "offset": records[0].get("offset")}
-        return cls(students, macs=macs, calibration=known, inputs=inputs, **units)
+        return cls(
+            students,
+            scale=records[0]["scale"],
+            macs=[record["curve"]["macs"] for record in records],
+            calibration=load_calibration(run) if calibration else None,
+            inputs=InputSpec.of(records[0]),
+            offset=records[0].get("offset"),
+        )
 
     def __len__(self) -> int:
         return len(self.students)
 
     @property
     def task(self) -> Task:
-        """What it answers: `classification` with logits, or `regression` with real outputs."""
+        """`classification` (the outputs are logits) or `regression` (real outputs)."""
         return "classification" if self.offset is None else "regression"
 
     def train(self, mode: bool = True) -> ProgressiveEnsemble:
-        """Stays in eval mode: students are finished."""
+        """Keeps eval mode: students are finished."""
         return super().train(False)
 
     def stage_runner(self, x: Any, *, count_votes: bool = False) -> StageRunner:
-        """A batch before its first stage.
+        """A `StageRunner` of the students on a batch, before its first stage.
 
         Args:
             x: a batch (B, ...), on the device of the ensemble.
-            count_votes: count the students' own answers, for the exit rule of agreement.
+            count_votes: count the students' own answers, for the exit rule ``agreement``.
 
         Raises:
-            UserError: x is not of the shape or dtype of training, or holds NaN or infinity.
+            UserError: x differs in shape or dtype from training, or holds NaN or infinity.
         """
         self.inputs.check(x)
         return StageRunner(
@@ -131,9 +152,9 @@ class ProgressiveEnsemble(nn.Module):
         )
 
     def stages(self, x: Any) -> Iterator[Stage]:
-        """The answers of the prefixes, lazily: a student runs when its stage is asked for.
+        """Yields the answers of the prefixes; a student runs only when its stage is requested.
 
-        Between two stages the loop may be left at any time; the stage at hand stays the best answer so far.
+        The loop may be left between any two stages, with the last stage as the best answer so far.
 
         Args:
             x: a batch (B, ...), on the device of the ensemble.
@@ -143,10 +164,10 @@ class ProgressiveEnsemble(nn.Module):
             yield runner.step()
 
     async def astages(self, x: Any) -> AsyncIterator[Stage]:
-        """`stages` for asyncio: each student runs in a thread, and the loop is free meanwhile.
+        """`stages` for asyncio: each student runs in a thread, so that the event loop stays free.
 
-        A wait that is cancelled, by a timeout for example, leaves the stage at hand as the best answer so far; the
-        student that was running ends in its thread, and no other starts.
+        If the wait is cancelled, by a timeout for example, the last stage is the best answer so far; the student that
+        was running ends in its thread, and no other starts.
 
         Args:
             x: a batch (B, ...), on the device of the ensemble.
@@ -156,61 +177,56 @@ class ProgressiveEnsemble(nn.Module):
             yield await asyncio.to_thread(runner.step)
 
     def forward(self, x: Any, stages: int | None = None, schedule: str | None = None) -> Tensor:
-        """Logits (B, L) of the prefix of `stages` students, in the teacher's units; all of them by default.
+        """Logits (B, L) of the prefix of `stages` students, in the teacher's units; of all students by default.
 
         Args:
             x: a batch (B, ...), on the device of the ensemble.
-            stages: how many students answer.
-            schedule: ``one`` after the other, bodies in ``pairs`` or ``all`` bodies together; by default the one that
-                was measured to be fastest.
+            stages: number of students.
+            schedule: ``one`` student after the other, or ``all`` bodies together on stacked parameters, where all
+                students run; by default the faster one by the calibration.
 
         Raises:
-            UserError: `stages` is not in 1 … T, or the students cannot run by `schedule`.
+            UserError: `stages` is not in 1 … T, or the schedule is unknown or not supported by the students.
         """
         count = len(self) if stages is None else stages
         if not 1 <= count <= len(self):
             raise UserError(f"Expected `stages` to be in 1 … {len(self)}, got {stages}.")
         runner = self.stage_runner(x)
-        runner.bodies = self._bodies(x, count, schedule)
+        schedule = schedule or self.calibration.schedule(len(x), x.device.type)
+        if schedule not in SCHEDULES:
+            raise UserError(f"Expected `schedule` to be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+        if schedule == "all":
+            self._stacked = self._stacked or StackedBodies(list(self.students))
+            runner.bodies = self._stacked(x) if count == len(self) else ()
         for _ in range(count - 1):
             runner.advance()
         return runner.step().logits
 
-    def _bodies(self, x: Any, count: int, schedule: str | None) -> Sequence[Tensor]:
-        """Features of the first students' bodies, where they are to run together; else none."""
-        if schedule is None:
-            schedule = self.calibration.schedule(len(x), x.device.type) if self.calibration.times else ONE
-        if schedule == ONE:
-            return ()
-        if schedule not in self._groups:
-            self._groups[schedule] = stack(list(self.students), schedule)
-        return run_bodies(self._groups[schedule], x, count)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ProgressiveEnsemble:
-        """Of nn.Module: moves or converts all parameters; stacked copies of them are made anew."""
-        self._groups.clear()
+        """Moves or converts all parameters, as nn.Module does; the stacked copies of them are made again."""
+        self._stacked = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def predict(self, x: Tensor, budget: Budget | None = None) -> Prediction:
-        """Answers within a budget; work beyond it is not done.
+        """Predicts within a budget; work beyond it is not done.
 
-        Samples that are decided leave the batch, so that the next student runs on fewer. Where that was measured to
+        Decided samples are removed from the batch, so that the next student runs on fewer. Where that was measured to
         cost more than it saves they stay, and later students answer them as well.
 
         Args:
             x: a batch (B, ...), on the device of the ensemble.
-            budget: limits; none runs all students.
+            budget: limits; None runs all students.
 
         Raises:
-            UserError: x is not of the shape or dtype of training or holds NaN; or the budget asks for fitted
-                thresholds, and there are none, or for the confidence of real outputs, which have none.
+            UserError: x differs in shape or dtype from training or holds NaN; the budget needs fitted thresholds and
+                there are none; or it has a confidence, which real outputs lack.
         """
         started = time.perf_counter()
         budget = budget or Budget()
         if budget.confidence is not None and self.task == "regression":
             raise UserError(
-                f"Expected a budget without `confidence` for real outputs, which have no classes to be sure of, got "
+                f"Expected a budget without `confidence` for real outputs, which have no class probabilities, got "
                 f"{budget.confidence!r}. Limit `stages`, `macs` or `seconds`."
             )
         exits = exits_of(budget, self.calibration)
@@ -218,10 +234,59 @@ class ProgressiveEnsemble(nn.Module):
         return predict_within(runner, budget, exits, self._clock(x.device), started)
 
     def _clock(self, device: torch.device) -> StageClock | None:
-        """The measured times, where they are of this device; kept, as is what was decided by them."""
+        """The measured times if they are of this type of device; one object per calibration, as it caches decisions."""
         calibration = self.calibration
         if not calibration.times or calibration.device != device.type:
             return None
-        if self._known[0] is not calibration:
-            self._known = calibration, StageClock(calibration.times)
-        return self._known[1]
+        if self._clock_of[0] is not calibration:
+            self._clock_of = calibration, StageClock(calibration.times)
+        return self._clock_of[1]
+
+
+def restore_student(
+    run: RunDirectory, number: int, earlier: Sequence[nn.Module], make: Callable[..., nn.Module] | None
+) -> nn.Module:
+    """Loads a committed student, in eval mode.
+
+    Args:
+        run: the run directory.
+        number: the round, from 0.
+        earlier: the students before it, in order.
+        make: `make_student`; None builds the student from the description in round.json.
+
+    Raises:
+        UserError: the classes cannot be imported and `make` was not given, or `make` makes another student.
+        RunError: a file is missing or torn.
+    """
+    record, tensors = run.record(number), run.weights(number)
+    if make is None:
+        if record["blueprint"] is None:
+            raise UserError(
+                f"The student of round {number} cannot be built from its files ({record['indescribable']}). "
+                "Give ProgressiveEnsemble.load(run_dir, student=make_student)."
+            )
+        student = rebuild(record["blueprint"], tensors)
+    else:
+        with torch.random.fork_rng():
+            student = build_student(make, number, earlier, Rung(**record["rung"]))
+        try:
+            student.load_state_dict({name: tensors[name] for name in student.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"The student of round {number + 1} in {run.root} differs from what `student` makes now ({error}). "
+                "Give the function that the run was started with, or choose another `run_dir`."
+            ) from error
+    return student.requires_grad_(False).train(False)
+
+
+@torch.no_grad()
+def prefix_accuracies(
+    ensemble: ProgressiveEnsemble, loader: DataLoader[Any], device: torch.device, task: Task = "classification"
+) -> list[float]:
+    """Accuracy in 0 … 1, or R² of a regression, of every prefix, in one pass over a loader that yields (x, y)."""
+    scores: PrefixMetric | None = None
+    for x, y in loader:
+        answers = [stage.logits.cpu() for stage in ensemble.stages(move_data_to_device(x, device))]
+        scores = scores or prefix_metric(task, answers[0].shape[-1], len(ensemble))
+        scores.update(torch.stack(answers), y)
+    return [] if scores is None else [float(a) for a in scores.compute()[0].flatten()]

@@ -1,4 +1,4 @@
-"""Decisions from measured stage times: is there time for one more stage, does leaving the batch pay?"""
+"""Decisions from measured stage times: exit checks, removal of decided samples, and deadlines."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 
 from bdistil.ensemble.calibration import BatchTimes
 
-# What asking an exit rule may cost beside a run of all stages, where nobody knows how many samples it will decide.
+# Cost of exit checks allowed, as a share of all stages, where the share of decided samples is unknown.
 ALLOWANCE = 0.02
 
 
 def at_batch(times: Sequence[BatchTimes], batch: float, read: Callable[[BatchTimes], float]) -> float:
-    """A measured time at any batch size: straight lines between the sizes measured, and on from the last of them.
+    """A time at any batch size: interpolated linearly between the measured sizes, proportional beyond the largest.
 
-    Below the smallest size a part of a batch stands for how often there is one: the time falls to 0 with it.
+    Below the smallest size it is constant down to 1 sample. A batch below 1 is the expected number of samples; the time
+    is proportional to it.
 
     Args:
         times: by batch size, smallest first.
         batch: samples.
-        read: the figure of one size, in seconds.
+        read: returns the time at one measured size, in seconds.
     """
     sizes = [t.batch for t in times]
     place = bisect_left(sizes, batch)
@@ -35,7 +36,7 @@ def at_batch(times: Sequence[BatchTimes], batch: float, read: Callable[[BatchTim
 
 
 class StageClock:
-    """Measured times of an ensemble on the device at hand.
+    """Measured times of an ensemble on its device, and decisions from them.
 
     Args:
         times: by batch size, smallest first, at least one.
@@ -44,30 +45,30 @@ class StageClock:
     def __init__(self, times: Sequence[BatchTimes]) -> None:
         self.times = times
         self._until = {t.batch: (0.0, *accumulate(t.stages)) for t in times}  # seconds of the first stages
-        self._asked: dict[Any, int] = {}  # what was decided once: deciding takes as long as a tiny student
+        self._checks: dict[Any, int] = {}  # a decision takes as long as a tiny student: cached
 
     def stage(self, number: int, batch: float) -> float:
         """Seconds of a stage, from 0."""
         return at_batch(self.times, batch, lambda t: t.stages[number])
 
     def late(self, number: int, batch: float) -> float:
-        """Seconds that a stage, from 0, keeps to in 99 of 100 runs."""
+        """99th percentile of the seconds of a stage, from 0."""
         return at_batch(self.times, batch, lambda t: t.late[number])
 
-    def stages_to_ask(self, batch: int, allowed: int, shares: tuple[float, ...] | None) -> int:
-        """After how many of the first stages to ask the exit rule: none where that costs more than it saves.
+    def stages_to_check(self, batch: int, allowed: int, shares: tuple[float, ...] | None) -> int:
+        """Number of first stages after which to check the exit rule; 0 where that costs more than it saves.
 
         Args:
             batch: samples.
             allowed: stages that may run.
-            shares: of samples decided at each stage; where it is not known, asking may cost `ALLOWANCE` of all stages.
+            shares: expected share of samples decided at each stage; None allows checks to cost `ALLOWANCE`.
         """
         key = (batch, allowed, shares)
-        if key not in self._asked:
-            self._asked[key] = self._stages_to_ask(*key)
-        return self._asked[key]
+        if key not in self._checks:
+            self._checks[key] = self._stages_to_check(*key)
+        return self._checks[key]
 
-    def _stages_to_ask(self, batch: int, allowed: int, shares: tuple[float, ...] | None) -> int:
+    def _stages_to_check(self, batch: int, allowed: int, shares: tuple[float, ...] | None) -> int:
         check = at_batch(self.times, batch, lambda t: t.check)
         whole = sum(self.stage(number, batch) for number in range(allowed))
         if shares is None:
@@ -81,8 +82,8 @@ class StageClock:
             left = max(left, 0.0)
         return allowed - 1 if expected < whole else 0
 
-    def leaving_pays(self, number: int, batch: int, left: int, allowed: int) -> bool:
-        """Do the stages after `number` save more on the samples that are left than taking the others out costs?"""
+    def removal_pays(self, number: int, batch: int, left: int, allowed: int) -> bool:
+        """Whether the stages after `number` save more on the samples left than the removal of the others costs."""
 
         def rest(t: BatchTimes) -> float:
             until = self._until[t.batch]
@@ -93,16 +94,16 @@ class StageClock:
 
 
 class Deadline:
-    """Says whether one more stage would end in time.
+    """Decides whether one more stage would end in time.
 
-    With measured times a stage is taken to need what it kept to when it was measured, and more where this machine has
-    so far been slower than that; without them as long as the longest stage so far.
+    With measured times, a stage is expected to take its 99th percentile, times the factor by which the stages so far
+    were slower than measured. Without them, it is expected to take as long as the longest stage so far.
 
     Args:
         seconds: from `started`.
-        clock: measured times, where there are any.
-        now: gives the time in seconds.
-        started: from when `seconds` count, by `now`.
+        clock: measured times, or None.
+        now: returns the time in seconds.
+        started: start of `seconds`, by `now`.
     """
 
     def __init__(self, seconds: float, clock: StageClock | None, now: Callable[[], float], started: float) -> None:
@@ -111,7 +112,7 @@ class Deadline:
         self.longest = self.spent = self.expected = 0.0
 
     def allows(self, number: int, batch: int) -> bool:
-        """May a stage, from 0, be started now? The first always may."""
+        """Whether a stage, from 0, may start now; the first always may."""
         self.begun = self.now()
         if number == 0:
             return True
@@ -121,7 +122,7 @@ class Deadline:
         return self.begun - self.started + need <= self.seconds
 
     def done(self, number: int, batch: int) -> None:
-        """A stage that `allows` let start has ended."""
+        """Records the end of a stage that `allows` let start."""
         taken = self.now() - self.begun
         self.longest, self.spent = max(self.longest, taken), self.spent + taken
         if self.clock is not None:

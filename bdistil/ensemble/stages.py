@@ -1,28 +1,51 @@
-"""A batch on its way through the students, one stage after the other."""
+"""Stage-by-stage evaluation of a batch: one student after the other, or all bodies at once on stacked parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bdistil.ensemble.exit_rules import add_votes
-from bdistil.models.student import Student
+from bdistil.ensemble.budget import add_votes
+from bdistil.errors import UserError
+from bdistil.models.student import Student, links_of
+from bdistil.storage.blueprint import IndescribableError, describe
+
+
+def prefix_factor(scale: float | Tensor, weights: Sequence[float], count: int) -> float | Tensor:
+    """Factor from the weighted sum of the logits of `count` students to the logits of that prefix.
+
+    Args:
+        scale: one unit of the students' logits in the teacher's units; one per output (L,) for real outputs.
+        weights: of the students in the sum; empty for equal weights.
+        count: students in the prefix.
+
+    Example:
+        >>> prefix_factor(6.0, (), 3), prefix_factor(6.0, (1.0, 3.0, 2.0), 2)
+        (2.0, 1.5)
+    """
+    return scale / (sum(weights[:count]) if weights else count)
+
+
+def in_teacher_units(total: Tensor, factor: float | Tensor, offset: Tensor | None) -> Tensor:
+    """Logits (B, L) of a prefix for the weighted sum (B, L) of its students' logits."""
+    return total * factor if offset is None else total * factor + offset
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The answer after a number of students.
+    """Answer of a prefix.
 
     Attributes:
         total: (B, L), weighted sum of the students' own logits.
-        factor: by which the sum becomes the logits of the prefix; of real outputs one an output, (L,).
-        index: how many students have answered, from 1.
-        macs: multiply-adds per sample so far.
-        offset: (L,) that real outputs have beside the factor.
+        factor: see `prefix_factor`.
+        index: number of students in the prefix.
+        macs: cumulative multiply-adds per sample.
+        offset: (L,), added to real outputs.
     """
 
     total: Tensor
@@ -33,26 +56,22 @@ class Stage:
 
     @property
     def logits(self) -> Tensor:
-        """(B, L) of the prefix, in the teacher's units; worked out when it is read."""
-        return _in_units(self.total, self.factor, self.offset)
-
-
-def _in_units(total: Tensor, factor: float | Tensor, offset: Tensor | None) -> Tensor:
-    return total * factor if offset is None else total * factor + offset
+        """(B, L) of the prefix, in the teacher's units; computed on access."""
+        return in_teacher_units(self.total, self.factor, self.offset)
 
 
 class StageRunner:
-    """A batch and what the students so far have made of it.
+    """Runs the students on a batch, one per call, and keeps their sum and the features that later students read.
 
     Args:
         students: in order.
         x: a batch (B, ...).
-        scale: what one unit of the mean of the students' logits is in the teacher's units; of real outputs (L,).
-        macs: cumulative, of each stage.
-        weights: of the students in the sum; empty: all 1.
-        count_votes: count the students' own answers, for the rule of agreement.
-        bodies: features (B, D) of the first students' bodies, where they were run together before.
-        offset: see `Stage`.
+        scale: see `prefix_factor`.
+        macs: cumulative, one value per stage.
+        weights: of the students in the sum; empty for equal weights.
+        count_votes: count the students' own answers, for the exit rule ``agreement``.
+        bodies: features (B, D) of all students, where they were computed before.
+        offset: (L,), added to real outputs.
     """
 
     def __init__(
@@ -70,28 +89,28 @@ class StageRunner:
         self.students, self.x, self.scale = students, x, scale
         self.macs, self.weights, self.count_votes = macs, weights, count_votes
         self.bodies, self.offset = bodies, offset
-        self.number, self.weight = 0, 0.0
+        self.number = 0
         self.features: list[Tensor] = []
         self.total: Tensor | None = None
         self.votes: Tensor | None = None
 
     @property
     def samples(self) -> int:
-        """B, of the samples that are still on their way."""
+        """Number of samples that are left in the batch."""
         return len(self.x)
 
     @property
     def factor(self) -> float | Tensor:
-        """By which the sum becomes the logits of the prefix, see `Stage`."""
-        return self.scale / self.weight
+        """Factor of the current prefix, see `prefix_factor`."""
+        return prefix_factor(self.scale, self.weights, self.number)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Runs the next student. The features of its body are kept for those that link to it."""
+        """Runs the next student."""
         number, student = self.number, self.students[self.number]
         if isinstance(student, Student):
             linked = self.features[::-1][: student.links] if student.links else ()
-            own = self.bodies[number] if number < len(self.bodies) else student.features(self.x, linked)
+            own = self.bodies[number] if self.bodies else student.features(self.x, linked)
             logits = student.answer(own, linked)
             self.features.append(own)
         else:
@@ -101,23 +120,23 @@ class StageRunner:
         if self.weights:
             logits = logits * self.weights[number]
         self.total = logits if self.total is None else self.total + logits
-        self.weight += self.weights[number] if self.weights else 1.0
         self.number += 1
 
     def step(self) -> Stage:
-        """Runs the next student and gives the answer of the prefix."""
+        """Runs the next student and returns the answer of the prefix."""
         self.advance()
         assert self.total is not None
         return Stage(self.total, self.factor, self.number, self.macs[self.number - 1], self.offset)
 
     def logits(self, rows: Tensor | None = None) -> Tensor:
-        """(B, L) of the stage at hand; of some rows (n,) of the batch: (n, L)."""
+        """Logits (B, L) of the current prefix, or (n, L) of the given rows (n,) of the batch."""
         assert self.total is not None
-        return _in_units(self.total if rows is None else self.total.index_select(0, rows), self.factor, self.offset)
+        total = self.total if rows is None else self.total.index_select(0, rows)
+        return in_teacher_units(total, self.factor, self.offset)
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows of the batch only; features that no student to come reads are dropped."""
+        """Reduces the batch to the given rows (n,); features that no later student reads are dropped."""
         self.x = self.x.index_select(0, rows)
         self.total = None if self.total is None else self.total.index_select(0, rows)
         self.votes = None if self.votes is None else self.votes.index_select(0, rows)
@@ -126,9 +145,72 @@ class StageRunner:
         self.bodies = [features.index_select(0, rows) for features in self.bodies]
 
     def _still_read(self) -> int:
-        """How many of the features at hand, the most recent ones, the students to come read."""
-        read = between = 0
-        for student in self.students[self.number :]:
-            if isinstance(student, Student):
-                read, between = max(read, student.links - between), between + 1
-        return min(read, len(self.features))
+        """Number of the most recent features that later students read."""
+        later = [links_of(student) for student in self.students[self.number :] if isinstance(student, Student)]
+        read = max((links - between for between, links in enumerate(later)), default=0)
+        return min(max(read, 0), len(self.features))
+
+
+class _Features(nn.Module):
+    """A student as a function from x to the features of its body."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, x: Any) -> Tensor:
+        return self.student.features(x)
+
+
+class StackedBodies:
+    """The bodies of students of one shape as one module on stacked parameters.
+
+    Links join at the head, so the bodies of students that read no earlier state can run together; the heads follow one
+    after the other. The logits are those of the students run in order.
+
+    Args:
+        students: at least one; their parameters are copied.
+
+    Raises:
+        UserError: the students are not of one shape.
+    """
+
+    def __init__(self, students: Sequence[nn.Module]) -> None:
+        same = _of_one_shape(students)
+        self._template = _Features(deepcopy(same[0]))
+        stacked = torch.func.stack_module_state([student.body for student in same])
+        self._parameters, self._buffers = (
+            {f"student.body.{key}": value.detach() for key, value in tensors.items()} for tensors in stacked
+        )
+
+    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Any) -> Tensor:
+        features: Tensor = torch.func.functional_call(self._template, (parameters, buffers), (x,))
+        return features
+
+    @torch.no_grad()
+    def __call__(self, x: Any) -> tuple[Tensor, ...]:
+        """Features (B, D) of each student."""
+        together = torch.func.vmap(self._one, in_dims=(0, 0, None))
+        return torch.unbind(together(self._parameters, self._buffers, x))
+
+
+def _of_one_shape(students: Sequence[nn.Module]) -> list[Student]:
+    """The students, if their bodies differ in nothing but the values of their tensors."""
+    same = [student for student in students if isinstance(student, Student) and not student.states_read]
+    try:
+        shapes = [_shape(student) for student in same]
+    except IndescribableError:
+        shapes = []
+    if len(shapes) < len(students) or any(shape != shapes[0] for shape in shapes):
+        raise UserError(
+            "The schedule 'all' runs bodies of one shape together, and the students of this ensemble differ, or are no "
+            "bdistil.Student. Take schedule='one'."
+        )
+    return same
+
+
+def _shape(student: Student) -> tuple[Any, ...]:
+    """Everything that the features depend on except the values of the tensors."""
+    plan, tensors = describe(student.body)
+    plain = {key: value for key, value in vars(student).items() if key[0] != "_" and key not in ("links", "join")}
+    return type(student), plain, plan, [(key, value.shape, value.dtype) for key, value in tensors.items()]

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdistil.ensemble.budget import NEVER, Rule, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import NEVER, Rule, add_votes, confidence_of
 from bdistil.ensemble.timing import measure_times
 from bdistil.errors import UserError
 from bdistil.evaluation.run_data import first_samples

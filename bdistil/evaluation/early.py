@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bdistil.ensemble.budget import confidence_of
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import confidence_of
 from bdistil.models.segment_student import SegmentStudent
 
 # Parts of the sequence by which the share of decided samples is reported, as the literature does.

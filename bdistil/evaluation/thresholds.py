@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bdistil.ensemble.exit_rules import NEVER
+from bdistil.ensemble.budget import NEVER
 from bdistil.errors import UserError
 
 Array = np.ndarray[Any, Any]

@@ -10,8 +10,8 @@ import onnx
 import torch
 from torch import Tensor
 
+from bdistil.ensemble.budget import NEVER, confidence_of
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import NEVER, confidence_of
 from bdistil.errors import RunError, UserError
 from bdistil.export.exit_graph import RULES, ExitsGraph
 from bdistil.export.folder import seal

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.stages import prefix_factor
 from bdistil.errors import UserError
 from bdistil.export.folder import graph_entry
 from bdistil.export.graphs import Exporter, Normalisation, Segment, links_by_stage
@@ -94,13 +95,13 @@ class Export:
 
     def about(self, number: int) -> dict[str, Any]:
         """What the manifest says of a stage beside its file."""
-        weights = self.ensemble.calibration.weights or (1.0,) * len(self.ensemble)
+        weights = self.ensemble.calibration.weights
         links = links_by_stage(list(self.ensemble.students))[number]
         return {
             "links": [n + 1 for n in links],
             "macs": self.ensemble.macs[number],
-            "factor": plain(self.ensemble.scale / sum(weights[: number + 1])),
-            "weight": weights[number],
+            "factor": plain(prefix_factor(self.ensemble.scale, weights, number + 1)),
+            "weight": weights[number] if weights else 1.0,
         }
 
     def prove(self, run: Run, batches: Sequence[int] = BATCHES) -> dict[str, Any]:

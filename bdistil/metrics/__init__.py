@@ -4,12 +4,14 @@ from bdistil.metrics.cost import Cost, OutsideCost, as_written, latency_ms, meas
 from bdistil.metrics.curve import area_under_curve, curve_figures, violations_of_monotony
 from bdistil.metrics.quality import (
     PrefixErrors,
+    PrefixMetric,
     PrefixScores,
     Task,
     as_columns,
     loss_name,
     output_figures,
     output_sums,
+    prefix_metric,
     score_name,
 )
 
@@ -17,6 +19,7 @@ __all__ = [
     "Cost",
     "OutsideCost",
     "PrefixErrors",
+    "PrefixMetric",
     "PrefixScores",
     "Task",
     "area_under_curve",
@@ -28,6 +31,7 @@ __all__ = [
     "measure_cost",
     "output_figures",
     "output_sums",
+    "prefix_metric",
     "score_name",
     "training_macs",
     "violations_of_monotony",

@@ -164,3 +164,13 @@ class PrefixErrors(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """R² and rms error, both (K,), or () for K = 1 as torchmetrics squeezes it."""
         return output_figures(self.sums)
+
+
+PrefixMetric = PrefixScores | PrefixErrors
+
+
+def prefix_metric(task: Task, outputs: int, predictors: int = 1) -> PrefixMetric:
+    """Metric for K predictors of L outputs, which counts the samples of this process only."""
+    if task == "regression":
+        return PrefixErrors(predictors, outputs, sync_on_compute=False)
+    return PrefixScores(predictors, sync_on_compute=False)

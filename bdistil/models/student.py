@@ -6,7 +6,7 @@ nothing more, and a prefix of the ensemble never changes when later students arr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -195,3 +195,23 @@ def run_student(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> Ten
     """Logits (B, L) of a student that may read earlier ones; gradients reach the student alone."""
     logits: Tensor = student(x, linked_features(student, earlier, x)) if links_of(student) else student(x)
     return logits
+
+
+def build_student(make: Callable[..., nn.Module], number: int, earlier: Sequence[nn.Module], rung: Rung) -> nn.Module:
+    """Makes a new student of a class with the user's function, and links it.
+
+    Args:
+        make: `make_student(round)`, or `make_student(round, width=...)` for a rung of another width.
+        number: the round, from 0.
+        earlier: the students before it, in order.
+        rung: the class.
+
+    Raises:
+        UserError: the function did not return a module.
+    """
+    student = make(number) if rung.width == 1 else make(number, width=rung.width)
+    if not isinstance(student, nn.Module):
+        raise UserError(f"Expected `student` to return a torch.nn.Module, got {type(student).__name__}.")
+    if isinstance(student, Student) and not links_of(student):
+        student.link(earlier, rung)
+    return student

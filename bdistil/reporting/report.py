@@ -11,8 +11,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bdistil.ensemble.budget import NEVER
 from bdistil.ensemble.calibration import Calibration, load_calibration
-from bdistil.ensemble.exit_rules import NEVER
 from bdistil.errors import UserError
 from bdistil.metrics.quality import score_name
 from bdistil.reporting.curve_plot import COLOURS, curve_figure, error_figure, plot_curve
@@ -190,7 +190,7 @@ def _stages_table(figures: Calibration) -> str:
 def _times_table(figures: Calibration) -> str:
     if not figures.times:
         return ""
-    names = sorted({name for times in figures.times for name in times.schedules}, key=["one", "pairs", "all"].index)
+    names = list(dict.fromkeys(name for times in figures.times for name in times.schedules))
     rows = []
     for times in figures.times:
         seconds = [times.schedules.get(name) for name in names]
@@ -199,7 +199,7 @@ def _times_table(figures: Calibration) -> str:
         rows.append([str(times.batch), *cells, times.schedule, *overhead])
     head = ["batch", *(f"{name}, ms" for name in names), "taken", "asking the rule, µs", "leaving the batch, µs"]
     note = (
-        f"<p>All stages on {escape(figures.device)} by schedule: one after the other, bodies in pairs, all bodies "
+        f"<p>All stages on {escape(figures.device)} by schedule: one after the other, or all bodies "
         "together. Leaving the batch is done where the stages to come save more.</p>"
     )
     return _figures_table(head, rows, "measured times") + note

@@ -18,8 +18,8 @@ from torch import nn
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
 from bdistil.cli.app import main
 from bdistil.data.digits import Digits
+from bdistil.ensemble.budget import confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
-from bdistil.ensemble.exit_rules import confidence_of
 from bdistil.ensemble.timing import measure_times
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime
 from bdistil.models.convnets import ConvStudent

@@ -149,7 +149,7 @@ def test_a_sweep_for_the_terminal(run, capsys):
         (["--sweep", "stages", "--budget.stages", "1"], "`budget.stages` is what `sweep` is to vary, got stages=1"),
         (["--sweep", "watts"], "watts"),
         (["--batch_size", "0"], "`batch_size` to be >= 1, got 0"),
-        (["--budget.confidence", "fitted", "--budget.rule", "agreement"], "budget says rule='agreement'"),
+        (["--budget.confidence", "fitted", "--budget.rule", "agreement"], "budget has rule='agreement'"),
     ],
 )
 def test_evaluations_that_contradict_themselves(run, capsys, args, names):

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from bdistil.ensemble.budget import Budget
+from bdistil.ensemble.budget import RULES, Budget, add_votes, confidence_of
 from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import RULES, add_votes, confidence_of
 from bdistil.ensemble.stage_clock import Deadline, StageClock
 from bdistil.errors import UserError
 from bdistil.evaluation.evaluate import CONFIDENCES, sweep_budgets
@@ -105,7 +104,7 @@ def test_each_rule_decides_where_it_says(ensemble, x, rule, fitted):
         (
             {"confidence": "fitted", "rule": "entropy"},
             Calibration(T, exits=ExitFigures("margin", (0.5,) * T, "", (0.25,) * T, 0, 0, 0)),
-            "rule 'margin', but the budget says rule='entropy'",
+            "rule 'margin', but the budget has rule='entropy'",
         ),
         ({"rule": "margin"}, Calibration(T), "without confidence"),
         ({"confidence": 0.5, "rule": "luck"}, Calibration(T), "max_prob, margin, entropy, agreement, got 'luck'"),
@@ -176,13 +175,13 @@ def test_all_decided_is_the_end_whatever_compaction_costs(ensemble, x):
 )
 def test_how_often_the_rule_is_asked(check, shares, asked):
     clock = StageClock(times(check=check))
-    assert clock.stages_to_ask(16, T, shares) == asked
+    assert clock.stages_to_check(16, T, shares) == asked
 
 
 @pytest.mark.parametrize("left", range(1, 16))
-def test_leaving_pays_from_the_crossover_on(left):
+def test_removal_pays_from_the_crossover_on(left):
     # Each sample less saves 1 ms in each of the two stages to come; taking others out costs 15 ms.
-    assert StageClock(times(compact=15e-3)).leaving_pays(1, 16, left, T) == (2 * (16 - left) > 15)
+    assert StageClock(times(compact=15e-3)).removal_pays(1, 16, left, T) == (2 * (16 - left) > 15)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from torch import nn
 
 from bdistil.ensemble.budget import Budget
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.restore import build_student
 from bdistil.errors import RunError, UserError
-from bdistil.models.student import Rung, Student, run_student
+from bdistil.models.student import Rung, Student, build_student, run_student
 from bdistil.storage.blueprint import describe
 from bdistil.storage.run_directory import RunDirectory
 

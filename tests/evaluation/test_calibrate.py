@@ -6,10 +6,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil.ensemble import timing
-from bdistil.ensemble.budget import Budget
+from bdistil.ensemble.budget import RULES, Budget
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.exit_rules import RULES
-from bdistil.ensemble.stacking import StackedBodies
+from bdistil.ensemble.stages import StackedBodies
 from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
 from bdistil.evaluation.temperature import calibration_error
@@ -120,7 +119,7 @@ def test_times_are_measured_at_every_batch_and_decide_the_schedule(ensemble, dat
     for times in figures.times:
         assert 0 < min(times.stages) <= max(times.late)
         assert min(times.check, times.compact) > 0
-        assert set(times.schedules) == {"one", "pairs", "all"}
+        assert set(times.schedules) == {"one", "all"}
         assert times.schedule == "one" or times.schedules[times.schedule] < times.schedules["one"]
         assert figures.schedule(times.batch, "cpu") == times.schedule
     assert figures.schedule(7, "cuda") == "one"
@@ -131,8 +130,7 @@ def conv():
 
 
 @pytest.mark.parametrize("kind", ["dense", "conv"])
-@pytest.mark.parametrize("schedule", ["pairs", "all"])
-def test_schedules_give_the_same_numbers(kind, schedule, monkeypatch):
+def test_schedules_give_the_same_numbers(kind, monkeypatch):
     x = torch.randn(9, IN) if kind == "dense" else torch.randn(9, 1, 6, 6)
     students = make_ensemble((16,) * 5).students if kind == "dense" else []
     while len(students) < 5:
@@ -140,16 +138,15 @@ def test_schedules_give_the_same_numbers(kind, schedule, monkeypatch):
         body(x)
         students.append(Student(body, nn.Linear(16, L)).link(students, Rung(min(len(students), 2))))
     ensemble = ProgressiveEnsemble(students, scale=2.0)
-    groups = []
+    calls = []
     call = StackedBodies.__call__
-    monkeypatch.setattr(StackedBodies, "__call__", lambda self, x: groups.append(1) or call(self, x))
+    monkeypatch.setattr(StackedBodies, "__call__", lambda self, x: calls.append(1) or call(self, x))
     for stages in (1, 2, 4, 5):
-        groups.clear()
+        calls.clear()
         torch.testing.assert_close(
-            ensemble(x, stages, schedule=schedule), ensemble(x, stages, schedule="one"), atol=1e-5, rtol=1e-5
+            ensemble(x, stages, schedule="all"), ensemble(x, stages, schedule="one"), atol=1e-5, rtol=1e-5
         )
-        whole = stages // 2 + (stages == 5) if schedule == "pairs" else stages == 5
-        assert len(groups) == whole  # a group that goes beyond the prefix does not run
+        assert len(calls) == (stages == 5)  # no body runs beyond the prefix
 
 
 def test_stacked_parameters_follow_the_ensemble(ensemble, data):
@@ -167,7 +164,7 @@ def test_stacked_parameters_follow_the_ensemble(ensemble, data):
 def test_students_that_differ_run_one_after_the_other(ensemble):
     with pytest.raises(UserError, match="Take schedule='one'"):
         ensemble(torch.randn(3, IN), schedule="all")
-    with pytest.raises(UserError, match="one of one, pairs, all, got 'al'"):
+    with pytest.raises(UserError, match="one of one, all, got 'al'"):
         ensemble(torch.randn(3, IN), schedule="al")
 
 

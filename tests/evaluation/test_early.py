@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ProgressiveEnsemble, Rung
-from bdistil.ensemble.restore import build_student
 from bdistil.evaluation.early import early_figures, early_row, first_sure, share_decided_by, steps_saved
 from bdistil.models.convnets import ConvStudent
 from bdistil.models.recurrent import RecurrentSegmentStudent
+from bdistil.models.student import build_student
 
 SURE = torch.tensor([[0.95, 0.2, 0.3, 0.1], [0.5, 0.9, 0.2, 0.1], [0.99, 0.1, 0.9, 0.1], [0.9, 0.9, 0.9, 0.89]])
 RIGHT = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bdistil.ensemble.exit_rules import NEVER
+from bdistil.ensemble.budget import NEVER
 from bdistil.errors import UserError
 from bdistil.evaluation.thresholds import exit_stages, fit_thresholds, outcome
 

@@ -12,8 +12,8 @@ import torch
 from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble, UserError
+from bdistil.ensemble.budget import confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
-from bdistil.ensemble.exit_rules import confidence_of
 from bdistil.errors import RunError
 from bdistil.export import exits as export_exits
 from bdistil.export.exits import leaving

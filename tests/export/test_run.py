@@ -6,8 +6,8 @@ import torch
 from helpers.export_runs import KINDS, MACS, write_run
 
 from bdistil import Budget, ProgressiveEnsemble
+from bdistil.ensemble.budget import RULES, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
-from bdistil.ensemble.exit_rules import RULES, confidence_of
 from bdistil.export.run import export_run
 from bdistil.export.runner import Budget as RunnerBudget
 from bdistil.export.runner import ExportedEnsemble

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from bdistil.ensemble.calibration import save_calibration
-from bdistil.ensemble.restore import build_student
 from bdistil.export.run import export_run
 from bdistil.models.recurrent import RecurrentSegmentStudent
-from bdistil.models.student import Rung, Student, run_student
+from bdistil.models.student import Rung, Student, build_student, run_student
 from bdistil.storage.blueprint import describe
 from bdistil.storage.run_directory import RunDirectory
 

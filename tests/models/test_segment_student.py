@@ -10,12 +10,11 @@ from helpers.toys import TIMES, Hook, Killed, Toys, boost, by_hand, control, cur
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
-from bdistil.ensemble.restore import build_student
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.recurrent import RecurrentNet, RecurrentSegmentStudent
 from bdistil.models.segment_student import SegmentStudent, segment_of
-from bdistil.models.student import linked_features, run_student
+from bdistil.models.student import build_student, linked_features, run_student
 
 M, C, L, H, T = 13, 3, 4, 5, 4
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -155,9 +154,8 @@ def test_an_exit_ends_the_reading_of_a_sample(x):
 
 def test_bodies_that_wait_for_a_state_do_not_run_together(x):
     ensemble = ProgressiveEnsemble(chain()[1:2])
-    for schedule in ("pairs", "all"):
-        with pytest.raises(UserError, match="runs bodies of one shape together"):
-            ensemble(x, schedule=schedule)
+    with pytest.raises(UserError, match="runs bodies of one shape together"):
+        ensemble(x, schedule="all")
 
 
 # ---- what it costs

@@ -30,8 +30,7 @@ from bdistil.distillation.mekd.samples import (
 )
 from bdistil.distillation.mekd.settings import Mekd
 from bdistil.distillation.mekd.stage import MakeTrainer, run_stage
-from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.scores import prefix_accuracies
+from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies
 from bdistil.errors import UserError
 from bdistil.functional.mekd import statistics
 from bdistil.storage.files import write_atomically
