@@ -16,8 +16,7 @@ from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders.indexing import Index
 from bdistil.errors import RunError, UserError
-from bdistil.functional.boosting import prefix_error
-from bdistil.functional.boosting_loss import round_loss
+from bdistil.functional.boosting import prefix_error, round_loss
 from bdistil.metrics.quality import as_columns, output_figures, output_sums
 from bdistil.models.student import linked_numbers, links_of, run_student
 from bdistil.utils import distributed

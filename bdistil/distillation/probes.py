@@ -18,8 +18,7 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders.checks import check_dataset
 from bdistil.data.loaders.indexing import Index, rows_loader
 from bdistil.distillation.last_layer import capture_last_layer, last_layers
-from bdistil.functional.boosting import prefix_error
-from bdistil.functional.boosting_loss import round_loss
+from bdistil.functional.boosting import prefix_error, round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
 

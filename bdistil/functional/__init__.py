@@ -9,8 +9,8 @@ from bdistil.functional.boosting import (
     log_normaliser,
     margins,
     prefix_error,
+    round_loss,
 )
-from bdistil.functional.boosting_loss import SIGNS, SMALL, round_loss
 from bdistil.functional.distillation import KDTerms, at_least_float32, centre, kd_terms
 from bdistil.functional.gradient_noise import (
     INTERPOLATED,
@@ -70,8 +70,6 @@ __all__ = [
     "HIGHEST",
     "INNER",
     "INTERPOLATED",
-    "SIGNS",
-    "SMALL",
     "STEPS",
     "TRAIN_SHARE",
     "USUAL_STEP",

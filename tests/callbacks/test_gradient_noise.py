@@ -17,7 +17,7 @@ from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.distillation import MixingSettings
 from bdistil.distillation.module import Distillation, generations
-from bdistil.functional.boosting_loss import round_loss
+from bdistil.functional.boosting import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.gradient_noise import gradient_moments, noise_to_signal, variance_at
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from bdistil import functional as bf
 from bdistil.boosting.acceptance import accepts_margin, accepts_progress
 from bdistil.boosting.ledger.reductions import margin_sums
-from bdistil.functional import boosting_loss as round_loss
 
 SHAPES = [(1, 1), (7, 3), (64, 100), (2000, 10)]
 
@@ -344,14 +343,12 @@ def test_teacher_residual_keeps_its_size_at_any_temperature():
     torch.testing.assert_close(terms.teacher_residual, (student - teacher) / 5, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("small", [1 << 16, 0], ids=["numpy", "torch"])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
-def test_round_loss_is_the_barrier_loss_of_the_game(small, scale, monkeypatch):
-    monkeypatch.setattr(round_loss, "SMALL", small)
+def test_round_loss_is_the_barrier_loss_of_the_game(scale):
     S, g = scale * torch.randn(40, 3, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
     d, log_z = torch.randn(16, 3, dtype=torch.float64).requires_grad_(), bf.log_normaliser(S, 0.5)
     options = {"population": 40, "bound": 0.3, "gamma": 0.4}  # a small bound: arguments fall below the floor
-    found = round_loss.round_loss(d - g, S[:16], log_z, eta=0.5, **options)
+    found = bf.round_loss(d - g, S[:16], log_z, eta=0.5, **options)
     up, down = bf.game_rows(S[:16], log_z, 0.5)
     wanted = bf.log_barrier_loss(d - g, up, down, **options)
     torch.testing.assert_close(found, wanted)
@@ -360,30 +357,36 @@ def test_round_loss_is_the_barrier_loss_of_the_game(small, scale, monkeypatch):
     torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("small", [1 << 16, 0], ids=["numpy", "torch"])
-def test_mixed_precision_does_not_touch_the_game(small, monkeypatch):
-    monkeypatch.setattr(round_loss, "SMALL", small)
+def test_mixed_precision_does_not_touch_the_game():
     S, d = torch.randn(16, 3), torch.randn(16, 3).requires_grad_()
     options = {"eta": 0.5, "population": 16, "bound": 3.0, "gamma": 0.4}
     found = []
     for mixed in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = round_loss.round_loss(d, S, bf.log_normaliser(S, 0.5), **options)
+            loss = bf.round_loss(d, S, bf.log_normaliser(S, 0.5), **options)
         found.append((loss, torch.autograd.grad(loss, d)[0]))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("small", [1 << 16, 0], ids=["numpy", "torch"])
-def test_halves_of_a_batch_that_see_each_other_have_the_gradient_of_the_whole(small, monkeypatch):
+def test_half_precision_is_computed_in_float32():
+    S, d = torch.randn(16, 3), torch.randn(16, 3).bfloat16().requires_grad_()
+    options = {"eta": 0.5, "population": 16, "bound": 3.0, "gamma": 0.4}
+    wide = d.detach().float().requires_grad_()
+    found, wanted = (bf.round_loss(x, S, bf.log_normaliser(S, 0.5), **options) for x in (d, wide))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+    assert torch.equal(torch.autograd.grad(found, d)[0], torch.autograd.grad(wanted, wide)[0].bfloat16())
+
+
+def test_halves_of_a_batch_that_see_each_other_have_the_gradient_of_the_whole():
     """Two threads in place of two processes; DDP takes the mean of their gradients."""
-    monkeypatch.setattr(round_loss, "SMALL", small)
     S, d, log_z = torch.randn(16, 3), torch.randn(16, 3), torch.rand(3)
     options = {"eta": 0.5, "population": 16, "bound": 0.3, "gamma": 0.4}
 
     def slope(rows, **more):
         deviation = d[rows].clone().requires_grad_()
-        loss = round_loss.round_loss(deviation, S[rows], log_z, **options, **more)
+        loss = bf.round_loss(deviation, S[rows], log_z, **options, **more)
         return torch.autograd.grad(loss, deviation)[0]
 
     sums, together = [], threading.Barrier(2)
