@@ -9,13 +9,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("WANDB_SILENT", "true")
+os.environ["BDISTIL_TEST_OWNER"] = str(os.getpid())  # see helpers/processes.py
 os.environ["WANDB_MODE"] = "offline"  # not a default: no test uploads, whatever the shell says
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.processes import kill, orphans
 
 torch.set_num_threads(1)
 
@@ -68,6 +71,15 @@ def _no_leaks():
     leaked = {key: after.get(key) for key in sorted(changed - TAKEN_BACK)}
     assert not leaked, f"the test left environment variables changed: {leaked}; set them with monkeypatch.setenv"
     assert not group, "the test left a torch process group; end it with destroy_process_group()"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_orphans():
+    """Ends what the tests of a file have started and left running: ranks of a launcher that was killed, for example."""
+    yield
+    if Path("/proc").exists():
+        for pid in orphans():
+            kill(pid)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ HEAVY = {"wandb", "timm", "onnx", "matplotlib"}
 
 def python(script):
     """Runs a script in a fresh interpreter in the root of the repository; what it printed."""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -328,7 +328,7 @@ def test_a_strategy_of_its_own_class_is_made_anew_for_every_round(tmp_path):
     ]
     done = subprocess.run(
         [sys.executable, "-m", "bdistil.cli", *SMALL, "--run_dir", str(tmp_path / "run"), *strategy],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert RunDirectory(tmp_path / "run").committed() == 2

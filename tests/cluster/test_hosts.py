@@ -14,7 +14,7 @@ from helpers.toys import TIMES, curve, digests
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-PORT, TIMEOUT = 29577, 20  # of the rendezvous; seconds after which a process is taken for dead
+PORT, TIMEOUT = 29577, 60  # of the rendezvous; seconds after which a process is taken for dead
 
 
 def ip(*words, check=True):

@@ -28,7 +28,7 @@ DIGITS = [
 def slurm(tmp_path_factory):
     """Calls of SLURM's commands, in a folder to submit jobs from."""
     folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([ONE_NODE, "start", folder / "daemons"], capture_output=True, text=True, timeout=300)
+    started = subprocess.run([ONE_NODE, "start", folder / "daemons"], capture_output=True, text=True, timeout=600)
     if started.returncode == 3:
         pytest.skip(f"no SLURM here: {started.stderr.strip()}")
     assert started.returncode == 0, started.stderr

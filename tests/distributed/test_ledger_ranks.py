@@ -2,13 +2,14 @@
 
 import json
 import os
-import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import BUSY, started
 
 from bdistil import ErrorLedger
 from bdistil.boosting.ledger import rows as row_files
@@ -68,8 +69,10 @@ def script(folder, storage):
 @pytest.mark.parametrize("storage", ["float32", "int16"])
 def test_each_rank_reads_and_writes_its_own_rows_of_the_ledger(tmp_path, monkeypatch, storage):
     command = [sys.executable, __file__, str(tmp_path), storage]
-    ranks = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}) for rank in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(started(command, env={**environment, "RANK": str(rank)})) for rank in range(2)]
+        assert [rank.wait(BUSY) for rank in ranks] == [0, 0]
     first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
     monkeypatch.setattr(row_files, "LARGE", 0)
     evidence, log_z, _ = two_rounds(tmp_path / "one", storage)

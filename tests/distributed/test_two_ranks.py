@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import BUSY, started
 from helpers.toys import (
     BATCH,
     CLASSES,
@@ -81,17 +81,13 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, folder]
-    process = subprocess.Popen(
-        list(map(str, command)), env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        said, _ = process.communicate(timeout=150)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        pytest.fail(f"the ranks hang:\n{said[-5000:]}\n{heard(folder)}")
-    assert process.returncode == 0, said[-5000:]
+    environment, log = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}, folder / "log"
+    with open(log, "w") as file, started(command, env=environment, stdout=file, stderr=file) as process:
+        try:
+            process.wait(BUSY)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the ranks hang:\n{log.read_text()[-5000:]}\n{heard(folder)}")
+    assert process.returncode == 0, log.read_text()[-5000:]
     return folder
 
 

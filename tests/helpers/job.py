@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from helpers.processes import BUSY, end
 from helpers.toys import CLASSES, FEATURES, WIDTH, Hook, Toys, control, make_trainer, settings_for
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -26,7 +27,7 @@ from bdistil.distillation import MixingSettings
 TRAIN, VAL, GLOBAL_BATCH, ROUNDS, EPOCHS = 1088, 600, 32, 2, 3  # three blocks of rows to score, and two
 SETTINGS = settings_for(ROUNDS, ladder=[Rung(0), Rung(1)])
 MIXING = MixingSettings(mode="convex", warmup=1, every=1)
-BOUND = 240  # seconds in which a job with a dead process has ended, on a busy machine
+BOUND = BUSY  # seconds in which a job with a dead process has ended
 
 
 class Batches(Toys):
@@ -90,8 +91,7 @@ def finish(process, seconds=BOUND):
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
         raise AssertionError(f"the job hangs:\n{said(process)[-5000:]}") from None
     return process.returncode, said(process)
 

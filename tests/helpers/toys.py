@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import sys
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import torch
+from helpers.processes import BUSY
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -163,8 +165,10 @@ def in_child(log, function, *args):
     context.set_forkserver_preload(["bdistil.callbacks"])
     child = context.Process(target=_child, args=(log, function, args))
     child.start()
-    child.join(120)
-    assert child.exitcode is not None, child.kill()
+    child.join(BUSY)
+    if child.exitcode is None:
+        child.kill()
+        raise AssertionError(f"the process hangs:\n{Path(log).read_text()[-5000:]}")
     return child.exitcode
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from helpers.processes import started
 from helpers.toys import TIMES, curve, everything, in_child
 from torch import nn
 
@@ -137,7 +138,7 @@ def test_a_kill_from_outside_at_any_time(whole, tmp_path, turn):
     while kills < 4:
         with (
             open(tmp_path / "log", "a") as log,
-            subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process,
+            started(command, stdout=log, stderr=log, env=environment) as process,
         ):
             try:
                 process.wait(draw.uniform(9, 16))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.processes import BUSY
 
 from bdistil import functional as bf
 from bdistil.boosting.ledger.ledger import ErrorLedger
@@ -358,7 +359,7 @@ def play(folder, blocks):
 
 def as_rank(rank, folder):
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=BUSY)
     )
     try:
         found = {blocks: play(folder / f"two{blocks}", blocks) for blocks in BLOCKS}
@@ -375,7 +376,7 @@ def of_two(tmp_path_factory):
     other.start()
     try:
         as_rank(0, folder)
-        other.join(60)
+        other.join(BUSY)
     finally:
         other.kill()
         other.join()
