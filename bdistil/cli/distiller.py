@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.distillation.mekd.settings import Mekd
+from bdistil.distillation.mekd.run import Mekd
 from bdistil.errors import UserError
 from bdistil.teachers.training import TeacherSpec
 

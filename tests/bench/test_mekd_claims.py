@@ -21,9 +21,8 @@ from bdistil.callbacks import RoundController
 from bdistil.data.digits import Digits, LocalDigits
 from bdistil.data.loaders.attach import indexed_loaders
 from bdistil.distillation.mekd import MappingEmulation
-from bdistil.distillation.mekd.run import Emulation, agreement_score
+from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.distillation.mekd.samples import AnsweredSamples, GeneratedSamples, answers_of, repeated
-from bdistil.distillation.mekd.settings import Mekd
 from bdistil.distillation.mekd.stage import run_stage
 from bdistil.models.convnets import ConvStudent, StridedConvNet
 from bdistil.storage.files import write_atomically
@@ -143,7 +142,7 @@ def plain(net, kind, seed, name, x, held_out):
         student_of(seed), None, hard=kind == "hard", optimizer=SMALL["optimizer"], lr=SMALL["lr"], seed=seed
     )
     run_stage(stage, AnsweredSamples(train, val, BATCH), folder / "stage2", epochs=epochs_of(len(x)), seed=seed,
-              score=agreement_score, make_trainer=make_trainer)  # fmt: skip
+              make_trainer=make_trainer)  # fmt: skip
     return {"accuracy": accuracy_of(stage.student), "queries": teacher.queries}
 
 

@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ApiTeacher
-from bdistil.distillation.mekd.run import Emulation
-from bdistil.distillation.mekd.settings import Mekd
+from bdistil.distillation.mekd.run import Emulation, Mekd
 
 CLASSES, SHAPE, LOCAL, HELD_OUT = 3, (1, 8, 8), 24, 8
 SMALL = {"queries": 60, "first_queries": 20, "width": 4, "critic_width": 2, "gan_epochs": 2, "gan_batch_size": 8,

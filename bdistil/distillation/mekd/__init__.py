@@ -1,10 +1,13 @@
-"""MEKD: distillation from an API through a generator that emulates the inverse of the teacher, in two stages.
+"""MEKD: distillation from a black-box teacher (an API) through a generator, in two stages.
 
-Stage 1, `Deprivatization`, trains a GAN on local unlabelled samples. Stage 2, `MappingEmulation`, freezes the generator
-and trains a student so that its answers and the teacher's become the same samples when they are put through it.
+Stage 1, `Deprivatization`, trains a GAN on local unlabelled samples; its generator emulates the inverse of the teacher.
+Stage 2, `MappingEmulation`, freezes the generator and trains a student so that its answers and the teacher's map to the
+same samples. `Emulation` runs both. "Aligning Logits Generatively for Principled Black-Box Knowledge Distillation",
+arXiv 2205.10490.
 """
 
 from bdistil.distillation.mekd.deprivatization import Deprivatization
 from bdistil.distillation.mekd.mapping_emulation import MappingEmulation
+from bdistil.distillation.mekd.run import Emulation, Mekd
 
-__all__ = ["Deprivatization", "MappingEmulation"]
+__all__ = ["Deprivatization", "Emulation", "MappingEmulation", "Mekd"]

@@ -1,16 +1,17 @@
-"""Stage 1 of MEKD: a GAN on local samples, whose generator emulates the inverse of a teacher that is only an API."""
+"""Stage 1 of MEKD: a GAN on local samples, whose generator emulates the inverse of a black-box teacher."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bdistil.distillation.mekd.networks import Discriminator, Generator
+from bdistil.distillation.mekd.stage import EmulationStage
 from bdistil.errors import UserError
 from bdistil.functional.mekd import (
     balance,
@@ -23,32 +24,32 @@ from bdistil.functional.mekd import (
 from bdistil.teachers.api import ApiTeacher
 from bdistil.utils.seeding import reseed, seed_of
 
-PREVIEWS = 256  # generated samples of the validation's distance
+PREVIEWS = 256  # generated samples in the distance of a validation
 
 
 def latents(count: int, outputs: int, *key: object) -> Tensor:
-    """Standard normal z (count, L): a function of the key alone, on every device."""
+    """Standard normal z (count, L), a function of the key alone, on the CPU."""
     return torch.randn(count, outputs, generator=torch.Generator().manual_seed(seed_of(*key)))
 
 
-class Deprivatization(pl.LightningModule):
-    """Stage 1: a GAN on local samples, whose generator is pulled towards samples that the teacher is sure of.
+class Deprivatization(EmulationStage):
+    """Stage 1: a GAN on local samples, whose generator prefers samples that the teacher classifies confidently.
 
-    Batches are x (B, ...) or begin with it. With `queries`, so many latents are drawn once; the teacher is asked about
-    the sample of each when it is first used, and its answer stands for that latent from then on, although the generator
-    moves. The validation part says, without a query, how near generated samples are to held-out local ones:
-    `mekd/distance`, a kernel distance of the values: `kernel_distance` of images, `narrow_distance` of sequences.
+    Batches are x (B, ...) or begin with it. With `queries`, a pool of that many latents is drawn once; the teacher is
+    queried on the sample of a latent when the latent is first used, and the answer is kept although the generator
+    changes. Validation costs no query: `mekd/distance` is a kernel distance between generated and held-out local
+    samples, `kernel_distance` for images and `narrow_distance` for sequences.
 
     Args:
         generator: maps z (B, L) to samples; its range is that of the data.
         discriminator: maps samples to logits (B,).
-        teacher: the API, asked about generated samples; None for a plain GAN.
-        queries: Q, how many latents; None draws new ones and asks in every step.
-        share: of the teacher's term in the generator's loss.
-        lr: of Adam, for both.
+        teacher: the API, queried on generated samples; None for a plain GAN.
+        queries: Q, size of the pool of latents; None draws new latents, and queries, in every step.
+        share: weight of the teacher's term in the generator's loss.
+        lr: learning rate of Adam, for both networks.
         betas: of Adam.
-        average: decay of the running mean of the generator's weights a step, which is what is judged and kept. 0,
-            the paper's, is the last weights.
+        average: decay per step of the running mean of the generator's weights, which is evaluated and saved. 0, the
+            paper's, uses the last weights.
         seed: all randomness is a function of it and the epoch.
 
     Raises:
@@ -57,6 +58,7 @@ class Deprivatization(pl.LightningModule):
 
     answers: Tensor
     counts: Tensor
+    teacher: ApiTeacher | None
 
     def __init__(
         self,
@@ -87,24 +89,21 @@ class Deprivatization(pl.LightningModule):
         self._pool = latents(queries or 0, generator.outputs, seed, "stage 1")
         self._held_out: list[Tensor] = []
 
-    teacher: ApiTeacher | None
-
     @property
-    def kept(self) -> Generator:
-        """What the stage is for: the generator of averaged weights."""
-        kept = self.averaged.module
-        assert isinstance(kept, Generator)
-        return kept
+    def trained(self) -> Generator:
+        """The generator of averaged weights."""
+        generator = self.averaged.module
+        assert isinstance(generator, Generator)
+        return generator
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The distance to held-out samples."""
+        return metrics["mekd/distance"]
 
     def forward(self, z: Tensor) -> Tensor:
         """Samples (B, ...) of z (B, L), by the generator of averaged weights."""
         samples: Tensor = self.averaged(z)
         return samples
-
-    def on_fit_start(self) -> None:
-        """Refuses several processes, whose latents and discriminators would drift apart."""
-        if self.trainer.world_size > 1:
-            raise UserError("Expected one device for the stages of MEKD. Give the Trainer devices=1.")
 
     def on_train_epoch_start(self) -> None:
         """Seeds dropout and latents of the epoch."""
@@ -113,26 +112,23 @@ class Deprivatization(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """A step of the discriminator, then one of the generator."""
-        real = batch[0] if isinstance(batch, tuple | list) else batch
+        real, critic = batch[0] if isinstance(batch, tuple | list) else batch, self.discriminator
         z, rows = self._draw(len(real))
         samples = self.generator(z.to(self.device))
         optimizers: Any = self.optimizers()
-        first, second = optimizers
-        told = self._step(first, lambda: discriminator_loss(self.discriminator(real), self._of(samples.detach())))
-        weight = self._weight(samples.detach(), rows)
-        made = self._step(second, lambda: generator_loss(self._of(samples), weight, self.share))
+        critic_loss = self._step(optimizers[0], lambda: discriminator_loss(critic(real), critic(samples.detach())))
+        weight = self._teacher_weight(samples.detach(), rows)
+        loss = self._step(optimizers[1], lambda: generator_loss(critic(samples), weight, self.share))
         self.averaged.update_parameters(self.generator)
-        figures = {"discriminator_loss": told, "generator_loss": made, "teacher_weight": weight.mean(), "lr": self.lr}
-        shown: Any = {f"mekd/{name}": value for name, value in figures.items()}
-        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(real))
+        figures: dict[str, Any] = {
+            "mekd/discriminator_loss": critic_loss, "mekd/generator_loss": loss, "mekd/teacher_weight": weight.mean(),
+            "mekd/lr": self.lr,
+        }  # fmt: skip
+        self.log_dict(figures, on_step=False, on_epoch=True, batch_size=len(real))
 
-    def _of(self, samples: Tensor) -> Tensor:
-        logits: Tensor = self.discriminator(samples)
-        return logits
-
-    def _step(self, optimizer: Any, loss_of: Any) -> Tensor:
+    def _step(self, optimizer: Any, loss_of: Callable[[], Tensor]) -> Tensor:
         self.toggle_optimizer(optimizer)
-        loss: Tensor = loss_of()
+        loss = loss_of()
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
@@ -140,31 +136,30 @@ class Deprivatization(pl.LightningModule):
         return loss.detach()
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Latents (m, L) of a step, and their numbers (m,) in the pool, if there is one."""
+        """Latents (m, L) of a step, and their rows (m,) in the pool, if there is one."""
         if self.queries is None:
             return torch.randn(count, self.generator.outputs, generator=self._random), None
         rows = torch.randint(self.queries, (count,), generator=self._random)
         return self._pool[rows], rows
 
-    def _weight(self, samples: Tensor, rows: Tensor | None) -> Tensor:
-        """What the teacher says of generated samples, (m,): 1 without one."""
+    def _teacher_weight(self, samples: Tensor, rows: Tensor | None) -> Tensor:
+        """Weights (m,) of generated samples in the generator's loss: 1 without a teacher."""
         if self.teacher is None:
             return torch.ones(len(samples), device=self.device)
-        answers = self._answers(samples, rows)
+        answers = self._answers(self.teacher, samples, rows)
         return balance(answers.argmax(-1), self.counts) if self.teacher.hard else confidence(answers)
 
-    def _answers(self, samples: Tensor, rows: Tensor | None) -> Tensor:
-        """The teacher's logits (m, L) of generated samples, remembered by latent where there is a pool."""
-        assert self.teacher is not None
+    def _answers(self, teacher: ApiTeacher, samples: Tensor, rows: Tensor | None) -> Tensor:
+        """The teacher's logits (m, L) of generated samples, cached by latent where there is a pool."""
         if rows is None:
-            answers: Tensor = self.teacher(samples)
+            answers: Tensor = teacher(samples)
             self.counts += F.one_hot(answers.argmax(-1), self.generator.outputs).sum(0)
             return answers
         rows = rows.to(self.device)
         new = self.answers[rows].isnan().any(-1)
         if bool(new.any()):
             # A latent that was drawn twice has one sample: batch norm sees the whole batch either way.
-            self.answers[rows[new]] = self.teacher(samples[new])
+            self.answers[rows[new]] = teacher(samples[new])
             known = self.answers[~self.answers.isnan().any(-1)]
             self.counts.copy_(F.one_hot(known.argmax(-1), self.generator.outputs).sum(0))
         return self.answers[rows]
@@ -182,13 +177,11 @@ class Deprivatization(pl.LightningModule):
     @torch.no_grad()
     def preview(self, count: int) -> Tensor:
         """Generated samples (count, ...) of latents that are the same in every epoch."""
-        self.averaged.eval()  # no step of training runs it
+        self.averaged.eval()  # training steps do not run it
         samples: Tensor = self(latents(count, self.generator.outputs, self.seed, "preview").to(self.device))
         return samples
 
     def configure_optimizers(self) -> Any:
         """Adam for the discriminator and for the generator."""
-        return [
-            torch.optim.Adam(network.parameters(), self.lr, self.betas)
-            for network in (self.discriminator, self.generator)
-        ]
+        networks = (self.discriminator, self.generator)
+        return [torch.optim.Adam(network.parameters(), self.lr, self.betas) for network in networks]

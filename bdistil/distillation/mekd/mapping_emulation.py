@@ -1,15 +1,16 @@
-"""Stage 2 of MEKD: a student whose answers and the teacher's become the same samples through the frozen generator."""
+"""Stage 2 of MEKD: a student whose answers map to the teacher's samples through the frozen generator."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.distillation.mekd.networks import Generator
+from bdistil.distillation.mekd.stage import EmulationStage
 from bdistil.errors import UserError
 from bdistil.functional.mekd import hard_emulation, soft_emulation
 from bdistil.utils.seeding import reseed
@@ -17,28 +18,30 @@ from bdistil.utils.seeding import reseed
 Optimizer = Literal["sgd", "adamw"]
 
 
-class MappingEmulation(pl.LightningModule):
+class MappingEmulation(EmulationStage):
     """Stage 2: trains a student on (x, y), y the teacher's logits (B, L), through the frozen generator.
 
-    The validation part says how often the student gives the teacher's answer, `mekd/agreement`, and its cross entropy
-    to the teacher, `mekd/val_loss`: no labels are needed.
+    Validation needs no labels: `mekd/agreement` is the share of samples on which student and teacher give the same
+    class, `mekd/val_loss` the cross entropy of the student to the teacher.
 
     Args:
         student: maps x to logits (B, L).
-        generator: trained, of stage 1; None leaves the first part of the loss out, which is plain distillation.
-        hard: the teacher gives labels; y are one-hots of any length.
-        mean: of the teacher's centred logits (L,), see `mekd_losses.statistics`; for soft answers.
-        sd: likewise.
+        generator: of stage 1, trained; None leaves out the first part of the loss, which is plain distillation.
+        hard: the teacher answers with labels; y are one-hots of any norm.
+        mean: of the teacher's centred logits (L,), see `bdistil.functional.statistics`; for soft answers.
+        sd: their standard deviation (L,).
         tau: temperature of soft answers.
         kl: weight of the second part of the loss.
-        optimizer: `sgd`, the paper's, with momentum 0.9, its rate a tenth from a third of the steps on, a
-            hundredth from two thirds on; `adamw`, its rate falling to 0 as a cosine.
-        lr: of the optimizer.
+        optimizer: `sgd`, the paper's, has momentum 0.9 and divides its rate by 10 after one and after two thirds of the
+            steps; `adamw` has a rate that falls to 0 as a cosine.
+        lr: learning rate of the optimizer.
         seed: all randomness is a function of it and the epoch.
 
     Raises:
-        UserError: an argument is out of its range, or statistics are missing.
+        UserError: an argument is out of its range, or mean and sd are missing.
     """
+
+    generator: Generator | None
 
     def __init__(
         self,
@@ -68,12 +71,15 @@ class MappingEmulation(pl.LightningModule):
         self.mean, self.sd = mean, sd
         self._sums = torch.zeros(3)
 
-    generator: Generator | None
-
     @property
-    def kept(self) -> nn.Module:
-        """What the stage is for."""
+    def trained(self) -> nn.Module:
+        """The student."""
         return self.student
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """Agreement, negated; at equal agreement the smaller cross entropy, whose term stays below 1e-6."""
+        entropy = metrics["mekd/val_loss"]
+        return -metrics["mekd/agreement"] + 1e-6 * entropy / (1 + entropy)
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) of the student."""
@@ -81,9 +87,8 @@ class MappingEmulation(pl.LightningModule):
         return logits
 
     def on_fit_start(self) -> None:
-        """Moves what is hidden to the device."""
-        if self.trainer.world_size > 1:
-            raise UserError("Expected one device for the stages of MEKD. Give the Trainer devices=1.")
+        """Refuses several processes; moves generator and statistics to the device."""
+        super().on_fit_start()
         if self.generator is not None:
             self.generator.to(self.device)
         self.mean, self.sd = (t if t is None else t.to(self.device) for t in (self.mean, self.sd))
@@ -101,10 +106,9 @@ class MappingEmulation(pl.LightningModule):
         return images + answers
 
     def losses(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The two parts of the loss, from logits (B, L) of both."""
+        """The two parts of the loss, images and answers, from logits (B, L) of both."""
         if self.generator is None:
-            none = torch.zeros((), device=student.device)
-            return none, self._plain(student, teacher)
+            return torch.zeros((), device=student.device), self._plain(student, teacher)
         if self.hard:
             return hard_emulation(self.generator, student, teacher.argmax(-1), kl=self.kl)
         assert self.mean is not None
@@ -118,24 +122,24 @@ class MappingEmulation(pl.LightningModule):
         return self.kl * self.tau * F.kl_div(answer, target, reduction="batchmean", log_target=True)
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums: answers alike, cross entropy, samples."""
+        """Resets the sums of equal classes, cross entropy and samples."""
         self._sums = torch.zeros(3, device=self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Compares with the teacher on samples that it was asked about."""
+        """Compares with the teacher's answers."""
         student, teacher = self(batch[0]), batch[1]
-        alike = (student.argmax(-1) == teacher.argmax(-1)).sum()
+        equal = (student.argmax(-1) == teacher.argmax(-1)).sum()
         target = F.one_hot(teacher.argmax(-1), teacher.shape[1]).float() if self.hard else teacher.softmax(-1)
         entropy = F.cross_entropy(student, target, reduction="sum")
-        self._sums = self._sums + torch.stack((alike, entropy, torch.tensor(len(student), device=self.device)))
+        self._sums = self._sums + torch.stack((equal, entropy, torch.tensor(len(student), device=self.device)))
 
     def on_validation_epoch_end(self) -> None:
         """Logs agreement and cross entropy."""
-        alike, entropy, samples = self._sums
-        self.log_dict({"mekd/agreement": alike / samples, "mekd/val_loss": entropy / samples}, prog_bar=True)
+        equal, entropy, samples = self._sums
+        self.log_dict({"mekd/agreement": equal / samples, "mekd/val_loss": entropy / samples}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and its schedule, step by step."""
+        """The optimizer, with a schedule per step."""
         steps, parameters = int(self.trainer.estimated_stepping_batches), self.student.parameters()
         schedule: torch.optim.lr_scheduler.LRScheduler
         if self.optimizer == "sgd":

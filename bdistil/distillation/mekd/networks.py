@@ -1,7 +1,8 @@
-"""Generators and discriminators of MEKD, for images (C, H, W) and for sequences (steps, channels)."""
+"""Generator and discriminator of MEKD, for images (C, H, W) and for sequences (steps, channels)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,11 @@ from bdistil.errors import UserError
 SLOPE, DROPOUT = 0.2, 0.25
 
 
-def _kinds(shape: Sequence[int], smallest: int) -> tuple[int, tuple[int, ...], Any, Any, bool]:
-    """(channels, sides, convolution, batch norm, are channels last?) of samples of a shape.
+def _layout(shape: Sequence[int], smallest: int = 4) -> tuple[int, tuple[int, ...], Any, Any, bool]:
+    """(channels, sides, convolution, batch norm, whether channels are last) for samples of a shape.
 
     Raises:
-        UserError: the shape is of neither an image nor a sequence, or a side is shorter than `smallest`.
+        UserError: the shape is neither that of an image nor of a sequence, or a side is shorter than `smallest`.
     """
     if len(shape) not in (2, 3) or min(shape) < 1 or min(shape[1:] if len(shape) == 3 else shape[:1]) < smallest:
         raise UserError(
@@ -31,19 +32,19 @@ def _kinds(shape: Sequence[int], smallest: int) -> tuple[int, tuple[int, ...], A
 
 
 class Generator(nn.Module):
-    """Maps z (B, L), as long as an answer of the teacher, to samples: the emulated inverse of the teacher.
+    """Maps latents of the length of the teacher's answers to samples: the emulated inverse of the teacher.
 
-    Linear to width x (side/4), then twice: up by 2, convolution of 3; batch norm and leaky ReLU after all but the last
-    convolution, which tanh follows, scaled to the range of the data. Sequences get convolutions in one dimension. A
-    side that 4 does not divide is made longer and cut.
+    A linear layer to width x (side/4), then two blocks of upsampling by 2 and a convolution of size 3 with batch norm
+    and leaky ReLU; a last convolution with tanh, scaled to the range of the data. Sequences have 1-d convolutions. A
+    side that 4 does not divide is generated longer and cut.
 
     Args:
         outputs: L.
-        shape: of a sample: (C, H, W) of an image, (steps, channels) of a sequence.
+        shape: of a sample, (C, H, W) or (steps, channels).
         width: channels after the linear layer; half of it before the last convolution.
 
     Raises:
-        UserError: a shape of neither kind, or `width` < 2.
+        UserError: a shape of neither kind, or `width` or `outputs` < 2.
     """
 
     low: Tensor
@@ -51,12 +52,12 @@ class Generator(nn.Module):
 
     def __init__(self, outputs: int, shape: Sequence[int], width: int = 128) -> None:
         super().__init__()
-        channels, sides, conv, norm, self.last = _kinds(shape, 4)
+        channels, sides, conv, norm, self.last = _layout(shape)
         if width < 2 or outputs < 2:
             raise UserError(f"Expected `width` and `outputs` of a generator to be >= 2, got {width} and {outputs}.")
         self.outputs, self.shape, self.sides = outputs, tuple(shape), sides
         self.start = (width, *(-(-side // 4) for side in sides))
-        self.linear = nn.Linear(outputs, int(torch.tensor(self.start).prod()))
+        self.linear = nn.Linear(outputs, math.prod(self.start))
         self.layers = nn.Sequential(
             norm(width), nn.Upsample(scale_factor=2),
             conv(width, width, 3, padding=1), norm(width), nn.LeakyReLU(SLOPE), nn.Upsample(scale_factor=2),
@@ -67,7 +68,7 @@ class Generator(nn.Module):
         self.register_buffer("high", torch.ones(channels, *[1] * len(sides)))
 
     def fit_range(self, samples: Tensor) -> None:
-        """Takes the smallest and the largest value of each channel of samples (N, ...) for the ends of tanh."""
+        """Sets the range of each channel to its smallest and largest value in samples (N, ...)."""
         first = samples.movedim(-1, 1) if self.last else samples
         flat = first.float().transpose(0, 1).flatten(1)
         self.low.copy_(flat.amin(1).view_as(self.low))
@@ -84,58 +85,54 @@ class Generator(nn.Module):
 
 
 def shifted(x: Tensor, limit: int) -> Tensor:
-    """Each sample moved along each of its sides by a whole number in -limit … limit, drawn alike; edges are repeated.
+    """Shifts each sample along each side by a uniform integer in -limit … limit; edges are replicated.
 
     Args:
         x: (B, C, H, W) or (B, C, steps).
         limit: smaller than each side.
     """
-    sides = x.shape[2:]
-    moved = F.pad(x, [limit] * 2 * len(sides), mode="replicate")
-    for axis, side in enumerate(sides, 2):
-        start = torch.randint(2 * limit + 1, (len(x), 1), device=x.device)
-        places = (start + torch.arange(side, device=x.device)).view(
-            len(x), *[1] * (axis - 1), side, *[1] * (x.ndim - 1 - axis)
-        )
-        shape = [*moved.shape]
-        shape[axis] = side
-        moved = moved.gather(axis, places.expand(shape))
-    return moved
+    shifted_x = F.pad(x, [limit] * 2 * (x.ndim - 2), mode="replicate")
+    for axis, side in enumerate(x.shape[2:], 2):
+        first = torch.randint(2 * limit + 1, (len(x), 1), device=x.device)
+        index = first + torch.arange(side, device=x.device)  # (B, side)
+        index = index.view(len(x), *[1] * (axis - 1), side, *[1] * (x.ndim - 1 - axis))
+        shifted_x = shifted_x.take_along_dim(index, axis)
+    return shifted_x
 
 
 class Discriminator(nn.Module):
-    """Tells local samples from generated ones: four convolutions of stride 2, then one logit.
+    """Distinguishes local from generated samples: four convolutions of stride 2, then one logit.
 
-    Leaky ReLU and dropout after each, batch norm from the second on, but not before the logit of a sequence, or of an
-    image of at most 16 x 16. Local and generated samples come in batches of their own, and a norm gives both the same
-    mean. Where one place is left, or all places say the same, as of sequences that begin anywhere, both then have the
-    same mean logit, and the loss cannot fall under 2 log 2, whatever the samples.
+    Each convolution has leaky ReLU and dropout, and from the second on batch norm, except before the logit of a
+    sequence or of an image of at most 16 x 16. Local and generated samples come in separate batches, and a norm gives
+    both the same mean. With a single position left, or with equal positions as in sequences that begin anywhere, both
+    would then have the same mean logit, and the loss could not fall below 2 log 2, whatever the samples.
 
-    In training, local and generated samples are shifted at random, so that a few local ones are not known by heart
-    ("Differentiable Augmentation for Data-Efficient GAN Training", arXiv 2006.10738, of which this is the translation).
+    In training, samples are shifted at random, so that a few local ones are not memorised (the translation of
+    "Differentiable Augmentation for Data-Efficient GAN Training", arXiv 2006.10738).
 
     Args:
         shape: of a sample, as of `Generator`.
-        width: channels of the first convolution; each of the others has twice as many.
+        width: channels of the first convolution, doubled by each of the others.
         low: smallest value of the data; inputs are scaled to -1 … 1.
         high: largest value of the data.
-        shift: by so many pixels or steps at most; 0 for none.
+        shift: largest shift, in pixels or steps; 0 for none.
 
     Raises:
-        UserError: a shape of neither kind, `width` < 1, or a shift that is as long as a side.
+        UserError: a shape of neither kind, `width` < 1, `high` <= `low`, or a shift not shorter than a side.
     """
 
     def __init__(
         self, shape: Sequence[int], width: int = 16, low: float = -1.0, high: float = 1.0, shift: int = 0
     ) -> None:
         super().__init__()
-        channels, sides, conv, norm, self.last = _kinds(shape, 4)
+        channels, sides, conv, norm, self.last = _layout(shape)
         if width < 1 or high <= low:
             raise UserError(f"Expected of a discriminator `width` >= 1 and `high` > `low`, got {width}, {high}, {low}.")
         if not 0 <= shift < min(sides):
             raise UserError(f"Expected `shift` of a discriminator to be in 0 … {min(sides) - 1}, got {shift}.")
-        self.shape, self.low, self.high, self.shift = tuple(shape), low, high, shift
-        left = int(torch.tensor([-(-side // 16) for side in sides]).prod())
+        self.low, self.high, self.shift = low, high, shift
+        left = math.prod(-(-side // 16) for side in sides)  # positions before the logit
         normed = (1, 2) if self.last or left == 1 else (1, 2, 3)
         layers: list[nn.Module] = []
         for number, inside in enumerate((channels, width, 2 * width, 4 * width)):
@@ -145,7 +142,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * width * left, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B,) of samples (B, *shape): large where they look local."""
+        """Logits (B,) of samples (B, *shape), large for local ones."""
         x = 2 * (x - self.low) / (self.high - self.low) - 1
         x = x.movedim(-1, 1) if self.last else x
         logits: Tensor = self.layers(shifted(x, self.shift) if self.training and self.shift else x)

@@ -1,10 +1,10 @@
-"""MEKD from local samples and an API to a student, and to the training set of a boosting run."""
+"""A run of MEKD: from local samples and an API to a student, and to the training data of a boosting run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import nn
 
 from bdistil.boosting.checks import check_outputs, loaders_of
 from bdistil.data.loaders.attach import single_loader
-from bdistil.distillation.mekd import Deprivatization, MappingEmulation
+from bdistil.distillation.mekd.deprivatization import Deprivatization
+from bdistil.distillation.mekd.mapping_emulation import MappingEmulation, Optimizer
 from bdistil.distillation.mekd.networks import Discriminator, Generator
 from bdistil.distillation.mekd.samples import (
     Answered,
@@ -24,11 +25,10 @@ from bdistil.distillation.mekd.samples import (
     GeneratedSamples,
     answers_of,
     generate,
-    keep_answers,
     repeated,
     samples_of,
+    save_answers,
 )
-from bdistil.distillation.mekd.settings import Mekd
 from bdistil.distillation.mekd.stage import MakeTrainer, run_stage
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies
 from bdistil.errors import UserError
@@ -38,20 +38,81 @@ from bdistil.teachers.api import ApiTeacher
 from bdistil.utils.seeding import reseed
 
 
+@dataclass(frozen=True)
+class Mekd:
+    """Settings of MEKD; the defaults are the paper's.
+
+    Attributes:
+        queries: query budget in samples: stage 1, local samples, and the rest for generated samples.
+        first_queries: queries of stage 1.
+        width: channels of the generator.
+        critic_width: channels of the discriminator's first convolution.
+        share: weight of the teacher's term in the generator's loss.
+        gan_epochs: epochs of stage 1.
+        gan_batch_size: batch size of stage 1.
+        gan_lr: learning rate of stage 1.
+        average: decay per step of the running mean of the generator's weights, such as 0.99; 0 uses the last weights.
+        shift: random shift of the discriminator's inputs, in pixels or steps; helps with few local samples.
+        epochs: epochs of stage 2.
+        batch_size: batch size of stage 2, and of a boosting run on its samples.
+        optimizer: optimizer of stage 2, `sgd` or `adamw`; see `MappingEmulation`.
+        lr: learning rate of stage 2.
+        tau: temperature of stage 2, for soft answers.
+        kl: weight of the answers relative to the images in stage 2.
+        local_share: share of local samples in the training samples of stage 2 and of the rounds; they cost queries too,
+            and are repeated to make up the share. 0 uses generated samples alone.
+        student: whether to train one student by stage 2, before the boosting run.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    queries: int = 10_000
+    first_queries: int = 500
+    width: int = 128
+    critic_width: int = 16
+    share: float = 0.5
+    gan_epochs: int = 200
+    gan_batch_size: int = 64
+    gan_lr: float = 2e-4
+    average: float = 0.0
+    shift: int = 0
+    epochs: int = 60
+    batch_size: int = 128
+    optimizer: Optimizer = "sgd"
+    lr: float = 0.1
+    tau: float = 5.0
+    kl: float = 1.0
+    local_share: float = 0.0
+    student: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "first_queries", "gan_epochs", "epochs", "gan_batch_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Expected `{name}` of MEKD to be >= 1, got {getattr(self, name)}.")
+        if not 0 <= self.local_share < 1:
+            raise UserError(f"Expected `local_share` of MEKD in [0, 1), got {self.local_share}.")
+        if self.first_queries >= self.queries:
+            raise UserError(
+                f"Expected `first_queries` < `queries` of MEKD, got {self.first_queries} and {self.queries}: the "
+                "second stage needs answers as well."
+            )
+
+
 class Emulation:
-    """One run of MEKD in a folder; every part of it is made once, and found by a restart.
+    """One run of MEKD in a folder; a restart continues it, and repeats no finished part and no query.
 
     Args:
         settings: of the run.
         teacher: the API.
-        local: data module with local samples, whose y is not read; the validation part is held out.
+        local: data module with local samples, whose y is not read; its validation part is held out.
         folder: of the run.
         seed: all randomness is a function of it.
-        make_trainer: takes arguments of a Trainer, such as max_epochs and callbacks.
+        make_trainer: takes keyword arguments of a Trainer, such as max_epochs and callbacks.
 
     Raises:
-        UserError: the teacher is no API, the samples are no images or sequences, the queries do not suffice, or the
-            folder holds a run of other settings.
+        UserError: the teacher is not an ApiTeacher, the samples are neither images nor sequences, the queries do not
+            suffice, or the folder holds a run with other settings.
     """
 
     def __init__(
@@ -68,42 +129,50 @@ class Emulation:
             raise UserError(f"Expected the teacher of MEKD to be an ApiTeacher, got {type(teacher).__name__}.")
         self.settings, self.teacher, self.local, self.seed = settings, teacher, local, seed
         self.folder, self.make_trainer = folder, make_trainer
-        self.loaders = loaders_of(local)
-        self.samples, self.held_out = map(samples_of, self.loaders)
-        asked = len(self.held_out) + (len(self.samples) if settings.local_share else 0)
-        self.pool = settings.queries - settings.first_queries - asked
+        self.samples, self.held_out = map(samples_of, loaders_of(local))
+        local_queries = len(self.held_out) + (len(self.samples) if settings.local_share else 0)
+        self.pool = settings.queries - settings.first_queries - local_queries  # generated samples
         if self.pool < 2:
             raise UserError(
                 f"Expected `queries` of MEKD to be more than those of stage 1 ({settings.first_queries}) and of the "
-                f"local samples that are asked about ({asked}), got {settings.queries}."
+                f"local samples ({local_queries}), got {settings.queries}."
             )
-        self._freeze()
+        self._freeze_settings()
 
-    def _freeze(self) -> None:
-        """Keeps the settings of a new run, or proves that the one found here is the same."""
+    def _freeze_settings(self) -> None:
+        """Writes the settings of a new run, or compares them with those of the run in the folder."""
+        counts = {"local": len(self.samples), "held_out": len(self.held_out), "shape": list(self.samples.shape[1:])}
+        now = {**asdict(self.settings), "seed": self.seed, "teacher": self.teacher.identity, **counts}
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, now = self.folder / "settings.json", self._plain()
+        path = self.folder / "settings.json"
         if not path.exists():
             write_atomically(path, json.dumps(now, indent=1))
         then = json.loads(path.read_text())
-        differing = [f"{k}: {then.get(k)!r} there, {now.get(k)!r} now" for k in now if then.get(k) != now.get(k)]
+        differing = [f"{k}: {then.get(k)!r} there, {now[k]!r} now" for k in now if then.get(k) != now[k]]
         if differing:
             raise UserError(
                 f"{self.folder} holds a run of MEKD with other settings ({'; '.join(differing)}). Give those, or "
                 "choose another `run_dir`."
             )
 
-    def _plain(self) -> dict[str, Any]:
-        counts = {"local": len(self.samples), "held_out": len(self.held_out), "shape": list(self.samples.shape[1:])}
-        return {**asdict(self.settings), "seed": self.seed, "teacher": self.teacher.identity, **counts}
+    def run(self, make_student: Callable[[int], nn.Module]) -> GeneratedSamples:
+        """Runs both stages; returns the training data of a boosting run.
 
-    def check(self, student: nn.Module) -> None:
-        """Asks the teacher about two held-out samples: does a student fit it?
+        Args:
+            make_student: of the boosting run; stage 2 trains a student like its first.
 
         Raises:
-            UserError: it does not.
+            UserError: the student does not fit the teacher's answers.
         """
-        check_outputs(self.teacher, student, self.held_out[[0, -1]])
+        reseed(self.seed, "student of stage 2")
+        student = make_student(0)
+        with torch.random.fork_rng():
+            check_outputs(self.teacher, make_student(0), self.held_out[[0, -1]])
+        generator = self.generator()
+        train, val = self.answered(generator)
+        if self.settings.student:
+            self.student(student, generator, train, val)
+        return GeneratedSamples(train, val, self.settings.batch_size, self.local)
 
     def generator(self) -> Generator:
         """Stage 1: the generator of its best epoch."""
@@ -117,28 +186,27 @@ class Emulation:
             queries=settings.first_queries, share=settings.share, lr=settings.gan_lr, average=settings.average,
             seed=self.seed,
         )  # fmt: skip
-        blank = [torch.zeros(len(x), 1) for x in (self.samples, self.held_out)]
-        data = AnsweredSamples((self.samples, blank[0]), (self.held_out, blank[1]), settings.gan_batch_size)
-        found = run_stage(
-            stage, data, self.folder / "stage1", epochs=settings.gan_epochs, seed=self.seed,
-            score=lambda figures: figures["mekd/distance"], make_trainer=self.make_trainer,
-        )  # fmt: skip
-        rank_zero_info(f"MEKD, stage 1: distance to held-out samples {found['score']:.4g} in epoch {found['epoch']}.")
-        return stage.kept
+        train, val = ((x, torch.zeros(len(x), 1)) for x in (self.samples, self.held_out))
+        data, folder = AnsweredSamples(train, val, settings.gan_batch_size), self.folder / "stage1"
+        best = run_stage(
+            stage, data, folder, epochs=settings.gan_epochs, seed=self.seed, make_trainer=self.make_trainer
+        )
+        rank_zero_info(f"MEKD, stage 1: distance to held-out samples {best['score']:.4g} in epoch {best['epoch']}.")
+        return stage.trained
 
     def answered(self, generator: Generator) -> tuple[Answered, Answered]:
-        """Training samples, generated and perhaps local, and held-out local ones, with the teacher's answers."""
+        """Training samples (generated, and local ones where `local_share` > 0) and held-out samples, with answers."""
         held_out = self.held_out, answers_of(self.teacher, self.held_out)
         local = repeated(self.samples, self.pool, self.settings.local_share)
         samples = generate(generator, self.pool, local, self.folder, self.seed)
-        rank_zero_info(f"MEKD: asking the teacher about {self.pool:,} generated samples …")
+        rank_zero_info(f"MEKD: querying the teacher on {self.pool:,} generated samples …")
         answers = answers_of(self.teacher, samples)
-        keep_answers(self.folder, answers, held_out)
+        save_answers(self.folder, answers, held_out)
         rank_zero_info(f"MEKD: {self.teacher.queries:,} queries so far.")
         return (samples, answers), held_out
 
     def student(self, student: nn.Module, generator: Generator, train: Answered, val: Answered) -> dict[str, Any]:
-        """Stage 2: trains a student in place; its best epoch, and its test accuracy where there is a test part."""
+        """Stage 2: trains a student in place; returns its best epoch, and its test accuracy if there is a test part."""
         settings = self.settings
         mean, sd = statistics(train[1])
         stage = MappingEmulation(
@@ -146,17 +214,14 @@ class Emulation:
             optimizer=settings.optimizer, lr=settings.lr, seed=self.seed,
         )  # fmt: skip
         data, folder = AnsweredSamples(train, val, settings.batch_size), self.folder / "stage2"
-        best = run_stage(
-            stage, data, folder, epochs=settings.epochs, seed=self.seed, score=agreement_score,
-            make_trainer=self.make_trainer,
-        )  # fmt: skip
-        figures = {"epoch": best["epoch"], "queries": self.teacher.queries, **self._tested(student)}
+        best = run_stage(stage, data, folder, epochs=settings.epochs, seed=self.seed, make_trainer=self.make_trainer)
+        figures = {"epoch": best["epoch"], "queries": self.teacher.queries, **self._test(student)}
         write_atomically(self.folder / "student.json", json.dumps(figures, indent=1))
         rank_zero_info(f"MEKD, stage 2: {figures}.")
         return figures
 
-    def _tested(self, student: nn.Module) -> dict[str, float]:
-        """Test accuracy of a student: read once, then found."""
+    def _test(self, student: nn.Module) -> dict[str, float]:
+        """Test accuracy of the student; the test part is read once."""
         path = self.folder / "student.json"
         if path.exists():
             return {k: v for k, v in json.loads(path.read_text()).items() if k == "test_accuracy"}
@@ -165,27 +230,3 @@ class Emulation:
         self.local.setup("test")
         loader = single_loader(self.local.test_dataloader())
         return {"test_accuracy": prefix_accuracies(ProgressiveEnsemble([student]), loader, torch.device("cpu"))[0]}
-
-    def run(self, make_student: Callable[[int], nn.Module]) -> AnsweredSamples:
-        """Both stages; gives the training set of a boosting run.
-
-        Args:
-            make_student: of the boosting run; its first student is the kind that stage 2 trains.
-        """
-        reseed(self.seed, "student of stage 2")
-        student = make_student(0)
-        with torch.random.fork_rng():
-            self.check(make_student(0))
-        generator = self.generator()
-        train, val = self.answered(generator)
-        if self.settings.student:
-            self.student(student, generator, train, val)
-        if is_overridden("test_dataloader", self.local, pl.LightningDataModule):
-            return GeneratedSamples(train, val, self.settings.batch_size, self.local)
-        return AnsweredSamples(train, val, self.settings.batch_size)
-
-
-def agreement_score(figures: dict[str, float]) -> float:
-    """Of stage 2: most answers alike; among equals the smaller cross entropy, squeezed under one answer's share."""
-    entropy = figures["mekd/val_loss"]
-    return -figures["mekd/agreement"] + 1e-6 * entropy / (1 + entropy)

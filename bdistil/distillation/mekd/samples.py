@@ -1,4 +1,4 @@
-"""What MEKD trains on: samples with the teacher's answers, in memory and on the disk."""
+"""Training data of MEKD: local and generated samples with the teacher's answers, in memory and on the disk."""
 
 from __future__ import annotations
 
@@ -8,77 +8,67 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bdistil.boosting.ledger import rows as row_files
 from bdistil.distillation.mekd.deprivatization import latents
 from bdistil.distillation.mekd.networks import Generator
-from bdistil.storage.files import atomic
+from bdistil.storage.files import atomic, disk_errors
 from bdistil.teachers.api import ApiTeacher
 
-# Samples that are made at once: fixed, for the last bits of a batched product depend on the batch, and with them the
-# key under which an answer is remembered.
-MADE_AT_ONCE = 256
+# Fixed, as the last bits of a sample depend on the size of its batch, and the bits of a sample are the key under which
+# its answer is cached.
+GENERATED_AT_ONCE = 256
 Answered = tuple[Tensor, Tensor]  # x (N, ...) and the teacher's logits (N, L)
 
 
 class AnsweredSamples(pl.LightningDataModule):
-    """Training and validation samples with the teacher's answers, for stage 2: (x, logits).
+    """Training and validation samples (x, y) in memory; for stage 2, y are the teacher's logits.
 
     Args:
-        train: of the training part.
-        val: of the validation part.
+        train: x (N, ...) and y of the training part.
+        val: the same of the validation part.
         batch_size: of training.
     """
 
     def __init__(self, train: Answered, val: Answered, batch_size: int) -> None:
         super().__init__()
-        self.parts = {name: TensorDataset(x, self.target(y)) for name, (x, y) in (("train", train), ("val", val))}
-        self.batch_size = batch_size
-
-    def target(self, answers: Tensor) -> Tensor:
-        """What stands beside x."""
-        return answers
+        self.parts, self.batch_size = {"train": TensorDataset(*train), "val": TensorDataset(*val)}, batch_size
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the training part, shuffled."""
         return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation part."""
+        """Batches of the validation part."""
         return DataLoader(self.parts["val"], batch_size=500)
 
 
 class GeneratedSamples(AnsweredSamples):
-    """The same for a boosting run, which asks the teacher itself: (x, the teacher's class), as labels there are none.
+    """The same samples for a boosting run: y is the teacher's top-1 class, as there are no labels.
 
-    Accuracies on the validation part are then agreement with the teacher.
+    Accuracies on the validation part are therefore agreement with the teacher.
 
     Args:
-        train: of the training part: generated.
-        val: of the validation part: local and held out.
+        train: generated samples and the teacher's logits.
+        val: held-out local samples and the teacher's logits.
         batch_size: of training.
-        local: the data module that the local samples come from; its test part is the test part here.
+        local: data module of the local samples; its test part, if it has one, is the test part here.
     """
 
     def __init__(self, train: Answered, val: Answered, batch_size: int, local: pl.LightningDataModule) -> None:
-        super().__init__(train, val, batch_size)
+        (x, y), (held_out, answers) = train, val
+        super().__init__((x, y.argmax(-1)), (held_out, answers.argmax(-1)), batch_size)
         self.local = local
-
-    def target(self, answers: Tensor) -> Tensor:
-        """The teacher's top-1 class."""
-        return answers.argmax(-1)
+        if is_overridden("test_dataloader", local, pl.LightningDataModule):
+            vars(self)["test_dataloader"] = local.test_dataloader
 
     def setup(self, stage: str | None = None) -> None:
         """Sets up the test part."""
         if stage == "test":
             self.local.setup("test")
-
-    def test_dataloader(self) -> Any:
-        """The test part of the local data module, with its labels."""
-        return self.local.test_dataloader()
 
 
 def samples_of(loader: DataLoader[Any]) -> Tensor:
@@ -88,47 +78,46 @@ def samples_of(loader: DataLoader[Any]) -> Tensor:
 
 
 def repeated(samples: Tensor, others: int, share: float) -> Tensor:
-    """Local samples (N, ...), as often as it takes to be a share of all beside so many others; at least once."""
+    """Local samples (N, ...), repeated to be a share of the whole beside `others` other samples; none for share 0."""
     copies = max(1, round(share / (1 - share) * others / len(samples))) if share else 0
     return samples.repeat(copies, *[1] * (samples.ndim - 1))
 
 
 @torch.no_grad()
 def generate(generator: Generator, count: int, local: Tensor, folder: Path, seed: int) -> Tensor:
-    """Training samples (N, ...): generated of `count` latents that are drawn once, then the local ones that are given.
+    """Training samples (N, ...): `count` generated ones, then the local ones; from the disk where a run has them.
 
-    They are made once, then read from the disk.
+    Args:
+        generator: trained, on the CPU and in eval mode.
+        count: number of latents, drawn once.
+        local: samples to append, (n, ...); may be empty.
+        folder: of the run, for ``samples.f32``.
+        seed: of the latents.
     """
-    path, shape = folder / "samples.f32", (count + len(local), int(torch.tensor(generator.shape).prod()))
-    if not row_files.whole(path, shape):
-        beside = folder / "samples.f32.tmp"
-        rows = row_files.blank(beside, shape)
+    path = folder / "samples.f32"
+    if not path.exists():
         z = latents(count, generator.outputs, seed, "pool")
-        for low in range(0, count, MADE_AT_ONCE):
-            some = z[low : low + MADE_AT_ONCE]
-            rows[low : low + len(some)] = generator(some).flatten(1).numpy()
-        if len(local):
-            rows[count:] = local.flatten(1).numpy()
-        row_files.name(beside, path)
-    return torch.from_numpy(np.array(row_files.mapped(path, shape)[:])).view(-1, *generator.shape)
+        samples = torch.cat([*map(generator, z.split(GENERATED_AT_ONCE)), local])
+        with disk_errors("the generated samples", folder), atomic(path) as temporary:
+            samples.float().numpy().tofile(temporary)
+    return torch.from_numpy(np.fromfile(path, np.float32)).view(-1, *generator.shape)
 
 
-def keep_answers(folder: Path, answers: Tensor, held_out: Answered) -> None:
-    """Writes the teacher's answers beside the generated samples, for those who have no teacher."""
-    with atomic(folder / "answers.safetensors") as path:
-        save_file({"answers": answers, "held_out": held_out[0].contiguous(), "held_out_answers": held_out[1]}, path)
+def save_answers(folder: Path, answers: Tensor, held_out: Answered) -> None:
+    """Writes the teacher's answers beside the generated samples, to read the data later without a teacher."""
+    values = {"answers": answers, "held_out": held_out[0].contiguous(), "held_out_answers": held_out[1]}
+    with disk_errors("the teacher's answers", folder), atomic(folder / "answers.safetensors") as temporary:
+        save_file(values, temporary)
 
 
-def open_generated(folder: Path, local: pl.LightningDataModule) -> pl.LightningDataModule:
-    """The data that a run of MEKD generated and kept in a folder; needs no teacher."""
-    kept = load_file(folder / "answers.safetensors")
-    answers, held_out = kept["answers"], kept["held_out"]
-    shape = held_out.shape[1:]
-    rows = row_files.mapped(folder / "samples.f32", (len(answers), int(shape.numel())))
-    train = torch.from_numpy(np.array(rows[:])).view(-1, *shape), answers
-    return GeneratedSamples(train, (held_out, kept["held_out_answers"]), 128, local)
+def open_generated(folder: Path, local: pl.LightningDataModule) -> GeneratedSamples:
+    """The data that a run of MEKD generated, read from its folder; needs no teacher."""
+    values = load_file(folder / "answers.safetensors")
+    held_out = values["held_out"]
+    samples = torch.from_numpy(np.fromfile(folder / "samples.f32", np.float32)).view(-1, *held_out.shape[1:])
+    return GeneratedSamples((samples, values["answers"]), (held_out, values["held_out_answers"]), 128, local)
 
 
-def answers_of(teacher: ApiTeacher, x: Tensor, at_once: int = 4096) -> Tensor:
-    """The teacher's logits (N, L) of samples; what it has answered before costs no query."""
-    return torch.cat([teacher(some) for some in x.split(at_once)])
+def answers_of(teacher: ApiTeacher, x: Tensor, batch_size: int = 4096) -> Tensor:
+    """The teacher's logits (N, L) of samples; cached answers cost no query."""
+    return torch.cat([teacher(batch) for batch in x.split(batch_size)])

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import lightning as L
 import pytest
 import torch
 from helpers.mekd_toys import (
@@ -19,12 +20,12 @@ from helpers.mekd_toys import (
     teacher_of,
 )
 from helpers.toys import Hook, in_child, make_trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from bdistil import UserError
-from bdistil.distillation.mekd.run import Emulation
-from bdistil.distillation.mekd.samples import open_generated, repeated
-from bdistil.distillation.mekd.settings import Mekd
+from bdistil.distillation.mekd.run import Emulation, Mekd
+from bdistil.distillation.mekd.samples import GeneratedSamples, open_generated, repeated
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,17 @@ def test_local_samples_among_those_of_stage_two_and_the_rounds(run, tmp_path):
     )
 
 
+def test_local_data_without_a_test_part_give_classes_as_well(run):
+    class Untested(L.LightningDataModule):
+        train_dataloader, val_dataloader = Local.train_dataloader, Local.val_dataloader
+
+    x = images(8, 1)[0]
+    data = GeneratedSamples((x, answer(x)), (x, answer(x)), 4, Untested())
+    assert torch.equal(data.parts["train"].tensors[1], answer(x).argmax(-1))
+    assert not is_overridden("test_dataloader", data, L.LightningDataModule)
+    assert is_overridden("test_dataloader", run[2], L.LightningDataModule)
+
+
 @pytest.mark.parametrize(("share", "copies"), [(0.0, 0), (0.01, 1), (0.25, 1), (0.5, 2), (0.75, 6)])
 def test_how_often_local_samples_are_repeated_for_a_share(share, copies):
     assert repeated(images(LOCAL, 1)[0], 2 * LOCAL, share).shape == (copies * LOCAL, *SHAPE)
@@ -113,11 +125,9 @@ def test_it_leaves_figures_and_a_picture(run):
 def test_other_settings_and_too_few_queries_are_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"with other settings \(width: 4 there, 8 now\)"):
         emulate(run[0], width=8)
-    with pytest.raises(
-        UserError, match=r"those of stage 1 \(20\) and of the local samples that are asked about \(8\), got 29"
-    ):
+    with pytest.raises(UserError, match=r"those of stage 1 \(20\) and of the local samples \(8\), got 29"):
         emulate(tmp_path, queries=29)
-    with pytest.raises(UserError, match=r"asked about \(32\), got 53"):
+    with pytest.raises(UserError, match=r"local samples \(32\), got 53"):
         emulate(tmp_path, queries=53, local_share=0.1)
     with pytest.raises(UserError, match=r"Expected `local_share` of MEKD in \[0, 1\), got 1"):
         Mekd(local_share=1.0)

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ApiTeacher
 from bdistil.distillation.mekd.networks import Discriminator, Generator
-from bdistil.distillation.mekd.run import Emulation
-from bdistil.distillation.mekd.settings import Mekd
+from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.functional.mekd import discriminator_loss, kernel_distance, narrow_distance
 
 KINDS, STEPS, CHANNELS = 3, 16, 2

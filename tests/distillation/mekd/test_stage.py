@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import CSVLogger
 from bdistil import RunError, UserError
 from bdistil.distillation.mekd import Deprivatization, MappingEmulation
 from bdistil.distillation.mekd.networks import Discriminator, Generator
-from bdistil.distillation.mekd.run import agreement_score
 from bdistil.distillation.mekd.samples import AnsweredSamples
 from bdistil.distillation.mekd.stage import StageKeeper, run_stage, sample_grid
 
@@ -71,13 +70,13 @@ def test_the_generator_that_is_kept_is_the_running_mean_of_its_weights(tmp_path,
         expected[:] = [average * expected[0] + (1 - average) * now if expected else now]
 
     unsaved(Hook(on_train_batch_end=follow), epochs=3).fit(stage, Local())
-    kept = torch.cat([p.flatten() for p in stage.kept.parameters()])
+    kept = torch.cat([p.flatten() for p in stage.trained.parameters()])
     assert torch.allclose(kept, expected[0], atol=1e-6)
     last = torch.cat([p.flatten() for p in stage.generator.parameters()])
     assert torch.equal(kept, last) == (average == 0)
     z = torch.randn(4, CLASSES)
-    stage.kept.eval()
-    assert torch.equal(stage(z), stage.kept(z))
+    stage.trained.eval()
+    assert torch.equal(stage(z), stage.trained(z))
 
 
 def test_losses_rates_and_distance_are_logged(tmp_path):
@@ -148,8 +147,10 @@ def test_figures_of_stage_two_are_those_of_the_arithmetic(hard, through):
 
 
 def test_the_agreement_comes_first_and_the_entropy_breaks_ties():
+    stage = MappingEmulation(make_student(), None, hard=False)
+
     def score(agreement, entropy):
-        return agreement_score({"mekd/agreement": agreement, "mekd/val_loss": entropy})
+        return stage.score({"mekd/agreement": agreement, "mekd/val_loss": entropy})
 
     assert score(0.9, 50.0) < score(0.8, 0.1)
     assert score(0.9, 0.1) < score(0.9, 0.2)
@@ -183,9 +184,10 @@ def test_the_best_epoch_is_kept_and_not_the_last(tmp_path):
     x = images(16, 1)[0]
     data = AnsweredSamples((x, torch.from_numpy(answer(x.numpy()))), (x, torch.from_numpy(answer(x.numpy()))), 8)
     stage, scores, weights = MappingEmulation(make_student(), None, hard=False), iter((3.0, 1.0, 2.0)), []
+    stage.score = lambda metrics: next(scores)
     look = Hook(on_train_epoch_end=lambda *_: weights.append(stage.student[1].weight.detach().clone()))
     best = run_stage(
-        stage, data, tmp_path / "stage2", epochs=3, seed=0, score=lambda figures: next(scores),
+        stage, data, tmp_path / "stage2", epochs=3, seed=0,
         make_trainer=lambda max_epochs, callbacks, **o: make_trainer(look, *callbacks, epochs=max_epochs, **o),
     )  # fmt: skip
     assert best == {"epoch": 1, "score": 1.0, "epochs": 3}
@@ -197,9 +199,10 @@ def test_a_stage_that_breaks_says_so_and_keeps_the_last_good_epoch(tmp_path):
     x = images(16, 1)[0]
     data = AnsweredSamples((x, torch.zeros(16, CLASSES)), (x, torch.zeros(16, CLASSES)), 8)
     stage, scores = MappingEmulation(make_student(), None, hard=False), iter((3.0, math.nan))
+    stage.score = lambda metrics: next(scores)
     with pytest.raises(RunError, match="Epoch 1 of stage2 ended with NaN"):
         run_stage(
-            stage, data, tmp_path / "stage2", epochs=3, seed=0, score=lambda figures: next(scores),
+            stage, data, tmp_path / "stage2", epochs=3, seed=0,
             make_trainer=lambda max_epochs, callbacks, **o: make_trainer(*callbacks, epochs=max_epochs, **o),
         )  # fmt: skip
     assert (tmp_path / "stage2" / "best.safetensors").is_file()
@@ -224,6 +227,6 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path):
 
     shown = []
     stage = stage_one(tmp_path)
-    keeper = StageKeeper(tmp_path, lambda figures: figures["mekd/distance"], pictures=2)
+    keeper = StageKeeper(tmp_path, pictures=2)
     make_trainer(keeper, epochs=4, logger=Album(tmp_path)).fit(stage, Local())
     assert [key for key, _, _ in shown] == ["mekd/samples"] * 3  # epochs 0, 2 and the last
