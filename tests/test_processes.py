@@ -47,6 +47,7 @@ def test_a_process_whose_parent_was_killed_is_found():
         child = int(process.stdout.readline())
         assert child not in set(orphans())
         process.kill()
+        process.wait()  # or its children would be ended with it
     assert os.getpid() not in set(orphans())
     wait_until(lambda: child in set(orphans()))
     kill(child)
