@@ -19,13 +19,15 @@ from bdistil.data.loaders.indexing import Index
 from bdistil.distillation.last_layer import check_distilling, prepared_loaders
 from bdistil.distillation.loss_mixing import (
     RoundMix,
+    check_mix_size,
     check_round,
     draw_weights,
+    first_mix,
     log_weights,
+    save_mix,
     update_mix,
     weight_figures,
 )
-from bdistil.distillation.mixing_store import MixingStore
 from bdistil.distillation.probes import probe_of
 from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
 from bdistil.reporting.curve_tracker import shown_step
@@ -41,11 +43,13 @@ class LossMixing(pl.Callback):
     `bdistil.functional.mixed_loss`. In a boosting run, beside the RoundController, the target of a round becomes a mix
     of label and teacher.
 
-    Weights are stored by sample index in files: in ``mixing`` of a run directory, else in `folder`.
+    Checkpoints hold the weights, so a resumed fit continues with them. The learned numbers are written at the end of a
+    fit to ``mixing.NNN.f32`` (float32 rows by sample index), from which the next round of a boosting run starts.
 
     Args:
         settings: mode, schedule and step sizes of the updates.
-        folder: of the files; ``mixing`` in the Trainer's default_root_dir by default. Ignored in a boosting run.
+        folder: of the file and a picture; ``mixing`` in the Trainer's default_root_dir by default. In a boosting run it
+            is ``mixing`` in the run directory.
         seed: of the initial weights of `convex`, and of the order of samples outside a boosting run.
 
     Raises:
@@ -82,19 +86,18 @@ class LossMixing(pl.Callback):
     ) -> None:
         self.settings, self.folder, self.seed = settings, folder, seed
         self.history: list[dict[str, float]] = []
-        self._resumed: int | None = None
-        self._saved, self._open = 0, ExitStack()
+        self.mix: Tensor | None = None
+        self._open = ExitStack()
 
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The version of the weights, and the figures so far."""
-        self._saved = self.store.version
-        return {"version": self.store.version, "history": self.history}
+        """The learned numbers of all samples (N, C), and the figures so far."""
+        return {"mix": self.mix, "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the version of the weights that the checkpoint was written with, and the figures."""
-        self._resumed, self.history = int(state_dict["version"]), list(state_dict["history"])
+        """Restores the learned numbers and the figures."""
+        self.mix, self.history = state_dict["mix"], list(state_dict["history"])
 
     # ---- hooks
 
@@ -126,14 +129,15 @@ class LossMixing(pl.Callback):
             self.probe = probe_of(pl_module, self._loaders)
             first = next(self.probe.batches([[0]]))
             teachers = len(self.probe.mixing(first).residuals) - 1
-        folder, number = Path(self.folder or Path(trainer.default_root_dir) / "mixing"), 0
+        folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing"), 0
         if isinstance(pl_module, BoostingRound):
-            folder, number = pl_module.run_dir / "mixing", pl_module.number
-        self.store = MixingStore(folder, self.probe.samples, self.settings.columns(teachers))
-        if self._resumed is not None:
-            self.store.resume(number, self._resumed)
-        else:
-            self.store.start(number, start_mix(self.probe.samples, teachers, self.settings.mode, self.seed))
+            folder, self._round = pl_module.run_dir / "mixing", pl_module.number
+            self._labels = labels_of(self._loaders[0].dataset)
+        self._file = folder / f"mixing.{self._round:03d}.f32"
+        start = start_mix(self.probe.samples, teachers, self.settings.mode, self.seed)
+        if self.mix is None:
+            self.mix = first_mix(self._file, start)
+        check_mix_size(self.mix.numel(), start.shape, "the checkpoint")
         self.flipped = flipped_labels(self._loaders[0].dataset)
         self._attach(pl_module)
 
@@ -141,29 +145,31 @@ class LossMixing(pl.Callback):
         """Updates the weights when an update is due, and logs them."""
         if not self.settings.due(trainer.current_epoch):
             return
+        assert self.mix is not None
+        lr, key = trainer.optimizers[0].param_groups[0]["lr"], (self.seed, self._round, len(self.history))
         with eval_mode(pl_module), torch.no_grad():
-            lr = trainer.optimizers[0].param_groups[0]["lr"]
-            update_mix(self.probe, self.store, self.settings, lr=lr, seed=self.seed)
-        self.store.remove_before(self._saved)
-        if isinstance(pl_module, BoostingRound):
-            self._mix.install()
+            self.mix = update_mix(self.probe, self.mix, self.settings, lr=lr, key=key)
+        self._attach(pl_module)
         weights = self.weights()
         self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, self.flipped)})
         log_weights(trainer.loggers, weights, self.history[-1], shown_step(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws the histogram of the weights, beside their files."""
+        """Writes the learned numbers, and a histogram of the label weights."""
+        assert self.mix is not None
+        save_mix(self._file, self.mix)
         if trainer.is_global_zero and self.history:
-            draw_weights(self.store.folder / "mixing.png", self.weights(), self.flipped)
+            draw_weights(self._file.with_name("mixing.png"), self.weights(), self.flipped)
 
     def weights(self, index: Index | None = None) -> Tensor:
         """Weights (B, K) of samples, the labels' first; of all N samples by default."""
-        rows = self.store.rows(index if index is not None else torch.arange(self.probe.samples))
+        assert self.mix is not None, "there are no weights before training"
+        rows = self.mix if index is None else self.mix[torch.as_tensor(index)]
         return loss_weights(rows, self.settings.mode)
 
     def _attach(self, module: Any) -> None:
+        assert self.mix is not None
         if isinstance(module, BoostingRound):
-            self._mix = RoundMix(module, self.store, labels_of(self._loaders[0].dataset))
-            self._mix.install()
+            RoundMix(module, self.mix, self._labels).install()
         else:
             module.sample_weights = lambda index: self.weights(index).to(module.device)

@@ -2,7 +2,6 @@
 
 from bdistil.distillation.gradient_noise import estimate_noise, noise_figures
 from bdistil.distillation.last_layer import Distilling
-from bdistil.distillation.mixing_store import MixingStore
 from bdistil.distillation.module import Distillation, WeightSetter, generations
 from bdistil.functional.loss_mixing import MixingSettings
 
@@ -10,7 +9,6 @@ __all__ = [
     "Distillation",
     "Distilling",
     "MixingSettings",
-    "MixingStore",
     "WeightSetter",
     "estimate_noise",
     "generations",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,11 @@ from torch import Tensor
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders.indexing import Index
-from bdistil.distillation.mixing_store import MixingStore
 from bdistil.distillation.probes import Probe
-from bdistil.errors import UserError
+from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import log_normaliser
 from bdistil.functional.loss_mixing import MixingSettings, label_target, learn_mix, mixed_target, outer_loss
+from bdistil.storage.files import atomic
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
 
@@ -40,27 +42,69 @@ def shuffled_groups(samples: int, *key: object) -> list[list[int]]:
     return [order[low:high] for low, high in distributed.my_blocks(samples, BLOCK)]
 
 
-def update_mix(probe: Probe, store: MixingStore, settings: MixingSettings, *, lr: float, seed: int) -> None:
-    """Learns the next version of the numbers of all samples, group by group.
+def update_mix(probe: Probe, mix: Tensor, settings: MixingSettings, *, lr: float, key: tuple[int, ...]) -> Tensor:
+    """Learns the numbers of all samples anew, group by group.
 
     Args:
         probe: of a module in eval mode.
-        store: of the numbers (N, C).
+        mix: the numbers so far, (N, C) on the CPU.
         settings: of the update.
         lr: learning rate of the student.
-        seed: of the groups.
+        key: seed of the groups.
+
+    Returns:
+        Shape (N, C), on the CPU and the same on every process.
     """
-    validation = probe.validation()
+    validation, learned = probe.validation(), torch.zeros_like(mix)
+    for batch in probe.batches(shuffled_groups(probe.samples, *key)):
+        seen, target, index = probe.mixing(batch), batch[1], torch.as_tensor(batch[2])
+        outer = outer_loss(validation, probe.outer(seen.activations, seen.logits, target), settings.share)
+        rows = mix[index].to(seen.logits.device)
+        learned[index] = learn_mix(rows, seen.residuals, seen.activations, outer, settings, lr).float().cpu()
+    return distributed.all_sum(learned)  # each process has learned other samples
 
-    def learned() -> Iterator[tuple[Index, Tensor]]:
-        for batch in probe.batches(shuffled_groups(probe.samples, seed, store.round, store.version)):
-            _, target, index = batch
-            seen = probe.mixing(batch)
-            outer = outer_loss(validation, probe.outer(seen.activations, seen.logits, target), settings.share)
-            mix = store.rows(index).to(seen.logits.device)
-            yield index, learn_mix(mix, seen.residuals, seen.activations, outer, settings, lr)
 
-    store.add_version(learned())
+# ---- files
+
+
+def save_mix(path: Path, mix: Tensor) -> None:
+    """Writes the numbers (N, C) of all samples as little-endian float32, on process 0."""
+    if distributed.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            mix.numpy().astype("<f4").tofile(temporary)
+
+
+def first_mix(path: Path, start: Tensor) -> Tensor:
+    """The numbers (N, C) that a fit starts from, on every process: those of the last earlier round, else `start`.
+
+    Args:
+        path: file of this round.
+        start: numbers of a first round, (N, C).
+
+    Raises:
+        RunError: the file of the earlier round has another size.
+    """
+    earlier = [file for file in sorted(path.parent.glob("mixing.*.f32")) if file.name < path.name]
+    if distributed.rank() == 0 and earlier:
+        rows = torch.from_numpy(np.fromfile(earlier[-1], "<f4"))
+        check_mix_size(rows.numel(), start.shape, str(earlier[-1]))
+        start = rows.view(start.shape)
+    distributed.share([start])
+    return start
+
+
+def check_mix_size(found: int, expected: Sequence[int], source: str) -> None:
+    """Checks the count of learned numbers.
+
+    Raises:
+        RunError: names the source, what was expected and what it holds.
+    """
+    if found != math.prod(expected):
+        raise RunError(
+            f"Expected {source} to hold learned weights of {expected[0]} samples with {expected[1]} columns, got "
+            f"{found} numbers. Use the data and teachers that it was written with, or start again without it."
+        )
 
 
 # ---- the target of a boosting round
@@ -86,16 +130,16 @@ class RoundMix:
 
     Args:
         module: the round, once its ledger is open.
-        store: of one number per sample, the teacher's share.
+        mix: one number per sample, the teacher's share, (N, 1) on the CPU.
         labels: of all samples, (N,) on the CPU.
     """
 
-    def __init__(self, module: BoostingRound, store: MixingStore, labels: Tensor) -> None:
-        self.module, self.store, self.labels = module, store, labels
+    def __init__(self, module: BoostingRound, mix: Tensor, labels: Tensor) -> None:
+        self.module, self.mix, self.labels = module, mix, labels
 
     def __call__(self, target: Tensor, error: Tensor, labels: Tensor, index: Index) -> tuple[Tensor, Tensor]:
         """g' and S', both (B, L), of a batch with target g, error S and labels (B,)."""
-        share = self.store.rows(index)[:, 0].to(target.device)
+        share = self.mix[torch.as_tensor(index), 0].to(target.device)
         return mixed_target(target, error, label_target(labels, target.shape[1]), share, self.module.number)
 
     def install(self) -> None:

@@ -15,7 +15,7 @@ from bdistil import RunError, UserError
 from bdistil.callbacks import LossMixing, RoundController
 from bdistil.data.label_noise import LabelNoise, NoisyLabels, flip_labels
 from bdistil.distillation import MixingSettings
-from bdistil.distillation.mixing_store import MixingStore
+from bdistil.distillation.loss_mixing import first_mix, save_mix
 from bdistil.distillation.module import Distillation
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import mixed_loss
@@ -80,27 +80,19 @@ def test_noise_names_what_is_wrong(options, message):
         LabelNoise(Toys(), **options)
 
 
-# ---- the store
+# ---- files
 
 
-def test_a_checkpoint_finds_the_weights_it_was_written_with(tmp_path):
-    store = MixingStore(tmp_path, 5, 1)
-    store.start(0, torch.zeros(5, 1))
-    for value in (1.0, 2.0, 3.0):
-        store.add_version([(np.arange(5), torch.full((5, 1), value))])
-        store.remove_before(saved=1)
-    later = MixingStore(tmp_path, 5, 1)
-    later.resume(0, 1)
-    assert later.rows(torch.tensor([4, 0])).tolist() == [[1.0], [1.0]]
-    with pytest.raises(RunError, match=r"mixing\.000\.0000\.f32 is missing"):
-        later.resume(0, 0)
-    later.start(1, torch.zeros(5, 1))  # the next round goes on with the last version
-    assert later.rows(torch.arange(1)).item() == 3.0
-    later.add_version([(np.arange(5), torch.full((5, 1), 9.0))])
-    later.start(1, torch.zeros(5, 1))  # a round that is tried again begins where it began
-    assert later.rows(torch.arange(1)).item() == 3.0
-    later.remove_before(saved=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"mixing.000.0003.f32", "mixing.001.0000.f32"}
+def test_a_round_starts_from_the_numbers_of_the_round_before(tmp_path):
+    start, mix = torch.zeros(5, 2), torch.rand(5, 2)
+    assert torch.equal(first_mix(tmp_path / "mixing.000.f32", start), start)
+    save_mix(tmp_path / "mixing.000.f32", mix)
+    assert torch.equal(first_mix(tmp_path / "mixing.000.f32", start), start)  # a fit that begins anew
+    save_mix(tmp_path / "mixing.001.f32", mix + 1)
+    assert torch.equal(first_mix(tmp_path / "mixing.001.f32", start), mix)  # a round that is tried again
+    assert torch.equal(first_mix(tmp_path / "mixing.002.f32", start), mix + 1)
+    with pytest.raises(RunError, match=r"mixing\.000\.f32 to hold learned weights of 4 samples with 2 columns, got 10"):
+        first_mix(tmp_path / "mixing.001.f32", torch.zeros(4, 2))
 
 
 # ---- anyone's module
@@ -223,13 +215,13 @@ def test_a_boosting_run_mixes_labels_into_its_targets(tmp_path):
         mixing = next(c for c in trainer.callbacks if isinstance(c, LossMixing))
         index = np.arange(6)
         g, s = module.ledger.rows(index)
-        y = mixing._mix.labels[:6]
+        y = mixing._labels[:6]
         target, error = module.mix(g, s, y, index)
-        share = mixing.store.rows(index)
+        share = mixing.mix[index]
         labels = torch.nn.functional.one_hot(y, 4) * (4 / 3**0.5) - 1 / 3**0.5
         torch.testing.assert_close(target, share * g + (1 - share) * labels)
         torch.testing.assert_close(error, s + module.number * (g - target))
-        total = torch.cat([module.mix(*module.ledger.rows(i), mixing._mix.labels[i], i)[1] for i in [np.arange(192)]])
+        total = torch.cat([module.mix(*module.ledger.rows(i), mixing._labels[i], i)[1] for i in [np.arange(192)]])
         scaled = module.settings.eta * total.double()
         torch.testing.assert_close(module.log_z, (scaled.exp() + (-scaled).exp()).sum(0).log().float())
         seen.append((module.number, mixing.history[-1]["label_weight"], share[:, 0].tolist()))

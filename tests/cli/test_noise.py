@@ -57,8 +57,8 @@ def test_the_guides_file_mixes_and_measures_in_every_round(run):
         "data": None, "rate": 0.4, "kind": "symmetric", "seed": 0, "classes": None, "to": None
     }  # fmt: skip
     names = {path.name for path in (run / "mixing").iterdir()}
-    assert names == {"mixing.000.0001.f32", "mixing.001.0000.f32", "mixing.001.0001.f32", "mixing.png"}
-    share = np.fromfile(run / "mixing/mixing.001.0001.f32", "<f4")
+    assert names == {"mixing.000.f32", "mixing.001.f32", "mixing.png"}
+    share = np.fromfile(run / "mixing/mixing.001.f32", "<f4")
     assert share.shape == (3500,)
     assert share.std() > 0.1
     looks = [json.loads((run / f"noise/noise.{number:03d}.json").read_text()) for number in (0, 1)]
@@ -75,7 +75,7 @@ def test_w_and_b_has_the_histograms_and_figures_of_both_rounds(run):
         assert {f"mixing/{name}" for name in FIGURES} <= row.keys()
         assert row["mixing/histogram/_type"] == "histogram"
         assert sum(row["mixing/histogram/values"]) == 3500
-    last = 1 - np.fromfile(run / "mixing/mixing.001.0001.f32", "<f4")
+    last = 1 - np.fromfile(run / "mixing/mixing.001.f32", "<f4")
     counts, edges = np.histogram(last, 20)
     assert rows[1]["mixing/histogram/values"] == counts.tolist()
     assert rows[1]["mixing/histogram/bins"] == pytest.approx(edges.tolist())

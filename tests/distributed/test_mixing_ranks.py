@@ -4,7 +4,7 @@ import socket
 
 import numpy as np
 import pytest
-from helpers.job import EPOCHS, ROUNDS, TRAIN, finish, run, start
+from helpers.job import ROUNDS, TRAIN, finish, run, start
 from helpers.toys import digests
 
 from bdistil import ProgressiveEnsemble
@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_pictures")]
 
 
 def shares(run_dir):
-    """What was learned in each round, (N,): versions 1 and 2 of its three epochs, less what a checkpoint needs not."""
-    files = [run_dir / f"mixing/mixing.{number:03d}.{EPOCHS - 1:04d}.f32" for number in range(ROUNDS)]
+    """The weights learned in each round, (N,)."""
+    files = [run_dir / f"mixing/mixing.{number:03d}.f32" for number in range(ROUNDS)]
     return [np.fromfile(file, "<f4") for file in files]
 
 
