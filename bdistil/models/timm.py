@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bdistil.errors import UserError
 from bdistil.models.inputs import Expectation
-from bdistil.models.student import Student
+from bdistil.models.student import Student, scaled
 from bdistil.storage.weights import load_weights
 
 
@@ -20,15 +20,19 @@ class TimmTeacher(nn.Module):
     """A network of timm as a teacher: maps images (B, C, H, W) to logits (B, L).
 
     Args:
-        name: as `timm.list_models()` has it, with or without a tag of pretrained weights.
-        outputs: L; as many as timm's own weights have by default.
+        name: as in `timm.list_models()`, with or without a tag of pretrained weights.
+        outputs: L; that of timm's own weights by default.
         in_channels: C.
-        checkpoint: a safetensors file, or one of `torch.save`, with weights of this network, as timm names them.
-        pretrained: fetch timm's weights, where a hub is reachable.
-        options: what else timm takes for this network, for example ``{"img_size": 28}`` of a ViT.
+        checkpoint: a safetensors file, or one of `torch.save`, with weights of this network under timm's names.
+        pretrained: download timm's weights, where a hub is reachable.
+        options: further arguments of the network in timm, for example ``{"img_size": 28}`` for a ViT.
 
     Raises:
-        UserError: the name, an option or the file is wrong, or there is no way to the pretrained weights.
+        UserError: the name, an option or the file is wrong, or the pretrained weights are unreachable.
+
+    Example:
+        >>> TimmTeacher("test_resnet", outputs=10)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -41,8 +45,7 @@ class TimmTeacher(nn.Module):
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        _one_source(checkpoint, pretrained)
-        self.network = build_timm(name, outputs, in_channels, pretrained, options)
+        self.network = build_timm(name, outputs, in_channels, checkpoint, pretrained, options)
         if checkpoint:
             load_weights(self.network, Path(checkpoint), "checkpoint")
         own: Any = self.network.pretrained_cfg
@@ -52,8 +55,8 @@ class TimmTeacher(nn.Module):
             if checkpoint or pretrained
             else None
         )
-        # A file that timm wrote is also taken as `model.teacher.checkpoint`, whose names begin with `network.`.
-        self.register_load_state_dict_pre_hook(_named_as_here)  # type: ignore[no-untyped-call]
+        # A file written by timm can also be given as `model.teacher.checkpoint`, whose names begin with `network.`.
+        self.register_load_state_dict_pre_hook(_add_network_prefix)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, L) of images (B, C, H, W)."""
@@ -61,45 +64,32 @@ class TimmTeacher(nn.Module):
         return logits
 
 
-def _named_as_here(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _add_network_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     names = [name for name in state if name.startswith(prefix)]
     if not any(name.startswith(f"{prefix}network.") for name in names):
         for name in names:
             state[f"{prefix}network.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
-class TimmBody(nn.Module):
-    """A network of timm up to what its classifier reads, (B, D).
-
-    Args:
-        network: its classifier is taken out and replaced by nothing.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B, D) of images (B, C, H, W)."""
-        maps = self.network.forward_features(x)  # type: ignore[operator]
-        features: Tensor = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
-        return features
-
-
 class TimmStudent(Student):
-    """A network of timm as a student: what its classifier reads is exported to later students, before links join.
+    """A network of timm as a student; it exports the input of its classifier to later students.
 
     Args:
-        name: as `timm.list_models()` has it.
+        name: as in `timm.list_models()`.
         outputs: L.
         in_channels: C.
         checkpoint: weights to start from; a classifier of another L in the file is left out.
         pretrained: start from timm's weights, where a hub is reachable.
-        options: what else timm takes for this network.
+        options: further arguments of the network in timm.
         width: factor on its width, for wider rungs of the ladder: networks of the ResNet, ConvNeXt and ViT families.
 
     Raises:
-        UserError: as of `TimmTeacher`, or the network has no single classifier, or can not be widened.
+        UserError: as for `TimmTeacher`; or the network has no single linear classifier, or cannot be widened.
+
+    Example:
+        >>> student = TimmStudent("test_resnet", outputs=10)
+        >>> student.features(torch.zeros(2, 3, 32, 32)).shape == (2, student.width)
+        True
     """
 
     def __init__(
@@ -112,8 +102,7 @@ class TimmStudent(Student):
         options: dict[str, Any] | None = None,
         width: float = 1.0,
     ) -> None:
-        _one_source(checkpoint, pretrained)
-        network = build_timm(name, outputs, in_channels, pretrained, options)
+        network = build_timm(name, outputs, in_channels, checkpoint, pretrained, options)
         if width != 1:
             if checkpoint or pretrained:
                 raise UserError(
@@ -121,26 +110,42 @@ class TimmStudent(Student):
                     "`pretrained`, or the rungs with a `width` from the ladder."
                 )
             wider = {**(options or {}), **widened(network, name, width)}
-            network = build_timm(name, outputs, in_channels, False, wider)
-        place, head = _classifier(network, name)
+            network = build_timm(name, outputs, in_channels, None, False, wider)
+        head = network.get_classifier() if hasattr(network, "get_classifier") else None  # type: ignore[operator]
+        place = next((place for place, module in network.named_modules() if module is head), None)
+        if place is None or not isinstance(head, nn.Linear | nn.Conv2d):
+            raise _inseparable(name, f"its classifier is a {type(head).__name__}")
         if checkpoint:
             load_weights(network, Path(checkpoint), "checkpoint", new=[f"{place}.{key}" for key in head.state_dict()])
         size = (options or {}).get("img_size", network.pretrained_cfg["input_size"][1:])  # type: ignore[index]
-        super().__init__(*_taken_apart(network, place, head, name, _one_image(in_channels, size)))
+        sides = (size, size) if isinstance(size, int) else size
+        generator = torch.Generator().manual_seed(0)  # the global random state stays as it is
+        image = torch.rand(1, in_channels, *sides, generator=generator)
+        super().__init__(*_split(network, head, name, image))
 
 
 def build_timm(
-    name: str, outputs: int | None, in_channels: int, pretrained: bool, options: Mapping[str, Any] | None
+    name: str,
+    outputs: int | None,
+    in_channels: int,
+    checkpoint: str | None,
+    pretrained: bool,
+    options: Mapping[str, Any] | None,
 ) -> nn.Module:
-    """A network of timm, its arguments as of `TimmTeacher`; the one place that calls `timm.create_model`.
+    """Makes a network of timm, without the weights of `checkpoint`; the arguments are those of `TimmTeacher`.
 
     Raises:
-        UserError: the name or an option is wrong, or there is no way to the pretrained weights.
+        UserError: the name or an option is wrong, both kinds of weights were given, or the pretrained weights are
+            unreachable.
     """
     import timm
 
+    if checkpoint and pretrained:
+        raise UserError(f"Expected `checkpoint` or `pretrained`, got both ({checkpoint!r}). Leave one out.")
     if ":" not in name and not timm.is_model(name):
-        raise UserError(_unknown(name, timm.list_models()))
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3, 0.5)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise UserError(f"Expected `name` to be a network of timm (see timm.list_models()), got {name!r}.{hint}")
     chosen = {"in_chans": in_channels, **({} if outputs is None else {"num_classes": outputs}), **(options or {})}
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, **chosen)
@@ -156,69 +161,41 @@ def build_timm(
     return network
 
 
-def _one_source(checkpoint: str | None, pretrained: bool) -> None:
-    if checkpoint and pretrained:
-        raise UserError(f"Expected `checkpoint` or `pretrained`, got both ({checkpoint!r}). Leave one out.")
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.partition(".")[0], known, 3, 0.5)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"Expected `name` to be a network of timm (see timm.list_models()), got {name!r}.{hint}"
-
-
-def _classifier(network: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """Dotted name of the classifier, and the classifier: linear, or a convolution of 1x1."""
-    head = network.get_classifier() if hasattr(network, "forward_head") else None  # type: ignore[operator]
-    places = [place for place, module in network.named_modules() if module is head]
-    if not places or not isinstance(head, nn.Linear | nn.Conv2d):
-        raise UserError(_inseparable(name, f"its classifier is a {type(head).__name__}"))
-    return places[0], head
-
-
-def _inseparable(name: str, why: str) -> str:
-    return (
-        f"Expected a network of timm whose answers are one linear classifier on what forward_head() gives, got "
-        f"{name!r}: {why}. Take another one, or give Student(body, head) your own parts of it."
-    )
-
-
 @torch.no_grad()
-def _taken_apart(network: nn.Module, place: str, head: nn.Module, name: str, x: Tensor) -> tuple[nn.Module, nn.Linear]:
-    """Body and head, after a look at one image x whether the two together answer as the network does."""
-    linear = head if isinstance(head, nn.Linear) else _as_linear(head)
-    whole = network.eval()(x)
-    network.set_submodule(place, nn.Identity())
-    body = TimmBody(network)
+def _split(network: nn.Module, head: nn.Linear | nn.Conv2d, name: str, image: Tensor) -> tuple[nn.Module, nn.Linear]:
+    """The network without its classifier, and the classifier as a linear layer.
+
+    Some networks of timm have further layers behind the classifier, or several classifiers. So the two parts together
+    are compared with the network on an image (1, C, H, W).
+    """
+    whole = network.eval()(image)
+    if isinstance(head, nn.Linear):
+        linear = head
+    else:  # a 1x1 convolution of pooled features
+        linear = nn.Linear(head.in_channels, head.out_channels, bias=head.bias is not None)
+        linear.load_state_dict({k: v.flatten(1) if v.ndim > 1 else v for k, v in head.state_dict().items()})
     try:
-        same = torch.allclose(whole, linear(body(x)), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+        network.reset_classifier(0)  # type: ignore[operator]
+        same = torch.allclose(whole, linear(network(image)), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
     except (RuntimeError, TypeError) as error:
-        raise UserError(_inseparable(name, str(error))) from error
+        raise _inseparable(name, str(error)) from error
     if not same:
-        raise UserError(_inseparable(name, "the two together answer otherwise than the network"))
-    return body.train(), linear.train()
+        raise _inseparable(name, "the two together answer otherwise than the network")
+    return network.train(), linear.train()
 
 
-def _as_linear(convolution: nn.Module) -> nn.Linear:
-    """A classifier that is a convolution of 1x1, as the linear layer that it is."""
-    weight: Any = convolution.weight
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=convolution.bias is not None)
-    linear.load_state_dict({key: value.flatten(1) if value.ndim > 1 else value for key, value in
-                            convolution.state_dict().items()})  # fmt: skip
-    return linear
-
-
-def _one_image(channels: int, size: int | Sequence[int]) -> Tensor:
-    """Noise of the same values at every call (1, C, H, W); the random state stays as it is."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+def _inseparable(name: str, why: str) -> UserError:
+    return UserError(
+        f"Expected a network of timm that is a body and one linear classifier, got {name!r}: {why}. Take another one, "
+        "or give Student(body, head) your own parts of it."
+    )
 
 
 def widened(network: nn.Module, name: str, width: float) -> dict[str, Any]:
     """Options of timm for the same network, `width` times as wide.
 
     Raises:
-        UserError: it is of a family without such an option.
+        UserError: its family has no such option.
     """
     from timm.models.convnext import ConvNeXt
     from timm.models.resnet import ResNet
@@ -228,14 +205,14 @@ def widened(network: nn.Module, name: str, width: float) -> dict[str, Any]:
     if isinstance(network, VisionTransformer):
         blocks: Any = network.blocks
         heads = int(blocks[0].attn.num_heads)
-        return {"embed_dim": heads * max(1, round(network.embed_dim * width / heads))}
+        return {"embed_dim": heads * scaled([network.embed_dim // heads], width)[0]}
     if isinstance(network, ConvNeXt):
-        return {"dims": tuple(max(1, round(stage["num_chs"] * width)) for stage in info)}
+        return {"dims": tuple(scaled([stage["num_chs"] for stage in info], width))}
     if isinstance(network, ResNet):
         layer: Any = network.layer1
         expansion = layer[0].expansion
-        stages = [stage["num_chs"] for stage in info if stage["module"].startswith("layer")]
-        return {"channels": tuple(max(1, round(chs / expansion * width)) for chs in stages)}
+        stages = [stage["num_chs"] // expansion for stage in info if stage["module"].startswith("layer")]
+        return {"channels": tuple(scaled(stages, width))}
     raise UserError(
         f"Expected a network of the ResNet, ConvNeXt or ViT families for a rung of width x{width:g}, got {name!r}, a "
         f"{type(network).__name__}. Leave such rungs out of the ladder, or write make_student(round, width=1.0) that "

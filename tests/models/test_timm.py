@@ -43,7 +43,7 @@ def test_a_student_answers_as_timm_does(name):
     network = timm.create_model(name, num_classes=CLASSES).eval()
     place = next(place for place, module in network.named_modules() if module is network.get_classifier())
     own = student.state_dict()
-    weights = {key.removeprefix("body.network."): value for key, value in own.items() if key.startswith("body.")}
+    weights = {key.removeprefix("body."): value for key, value in own.items() if key.startswith("body.")}
     weights |= {f"{place}.{key.removeprefix('head.')}": value for key, value in own.items() if key.startswith("head.")}
     network.load_state_dict(weights)
     x = torch.randn(2, 3, 160, 160)
