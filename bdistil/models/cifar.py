@@ -1,34 +1,35 @@
-"""Networks for images of 32x32 in the layout that the literature on CIFAR has, as teachers and as students.
+"""ResNets and wide ResNets for images of 32x32, as in the literature on CIFAR, as teachers and as students.
 
 ResNets: K. He et al., arXiv 1512.03385, section 4.2. Wide ResNets: S. Zagoruyko and N. Komodakis, arXiv 1605.07146.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.models.layers import scaled
-from bdistil.models.student import Student
+from bdistil.models.student import Student, scaled
 
 Shortcut = Literal["project", "pad"]
 
 
 def conv3x3(inside: int, outside: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution 3x3 that keeps the side, or halves it by a stride of 2."""
+    """A 3x3 convolution that keeps the side of the image, or halves it with stride 2."""
     return nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False)
 
 
 class PadShortcut(nn.Module):
-    """Every second pixel, and zeros for the channels that are new: a shortcut without weights.
+    """A shortcut without weights: strided pixels, and zeros for the new channels.
 
     Args:
-        inside: channels.
-        outside: channels, as many or more.
+        inside: input channels.
+        outside: output channels, at least as many.
         stride: of the block.
     """
 
@@ -38,18 +39,18 @@ class PadShortcut(nn.Module):
         self.after = outside - inside - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, outside, H / stride, W / stride) of x (B, inside, H, W)."""
+        """Maps x (B, inside, H, W) to (B, outside, H / stride, W / stride)."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions and a shortcut, ReLU behind their sum.
+    """Two convolutions and a shortcut, with ReLU after their sum.
 
     Args:
-        inside: channels.
-        outside: channels.
+        inside: input channels.
+        outside: output channels.
         stride: of the first convolution.
-        shortcut: where the shape changes: `project` by a convolution 1x1, `pad` with zeros.
+        shortcut: where the shape changes: `project` with a 1x1 convolution, or `pad` with zeros.
     """
 
     def __init__(self, inside: int, outside: int, stride: int, shortcut: Shortcut) -> None:
@@ -64,17 +65,17 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, outside, H / stride, W / stride) of x (B, inside, H, W)."""
+        """Maps x (B, inside, H, W) to (B, outside, H / stride, W / stride)."""
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(out + self.shortcut(x))
 
 
 class WideBlock(nn.Module):
-    """Batch norm and ReLU before each of two convolutions, and a shortcut; a new shape is projected behind the ReLU.
+    """Batch norm and ReLU before each of two convolutions, and a shortcut; a new shape is projected after the ReLU.
 
     Args:
-        inside: channels.
-        outside: channels.
+        inside: input channels.
+        outside: output channels.
         stride: of the first convolution.
     """
 
@@ -85,45 +86,65 @@ class WideBlock(nn.Module):
         self.project = None if inside == outside else nn.Conv2d(inside, outside, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, outside, H / stride, W / stride) of x (B, inside, H, W)."""
+        """Maps x (B, inside, H, W) to (B, outside, H / stride, W / stride)."""
         first = F.relu(self.norm1(x))
         out: Tensor = self.conv2(F.relu(self.norm2(self.conv1(first))))
         return out + (x if self.project is None else self.project(first))
 
 
-def blocks_a_stage(depth: int, step: int, rest: int, kind: str) -> int:
-    """How many blocks each of the three stages has.
+def _blocks(
+    depth: int, rest: int, channels: Sequence[int], block: Callable[[int, int, int], nn.Module], kind: str
+) -> list[nn.Module]:
+    """Three stages of equally many blocks of two convolutions; the second and third stage start with stride 2.
 
     Args:
-        depth: as in the name of the network.
-        step: convolutions of three blocks.
-        rest: other layers that the name counts.
-        kind: for the message.
+        depth: as in the name of the network: 6 n + `rest`, with n blocks per stage.
+        rest: number of layers outside the blocks that the name counts.
+        channels: of the input and of the three stages.
+        block: makes a block of input channels, output channels and stride.
+        kind: name of the network, for the message.
 
     Raises:
-        UserError: no such network.
+        UserError: there is no network of this depth.
     """
-    blocks, over = divmod(depth - rest, step)
-    if over or blocks < 1:
-        raise UserError(f"Expected `depth` of a {kind} to be {step} n + {rest} ({rest + step}, {rest + 2 * step}, …), "
-                        f"got {depth}.")  # fmt: skip
+    count, over = divmod(depth - rest, 6)
+    if over or count < 1:
+        raise UserError(f"Expected `depth` of a {kind} to be 6 n + {rest} ({rest + 6}, {rest + 12}, …), got {depth}.")
+    blocks: list[nn.Module] = []
+    for stage, (inside, outside) in enumerate(pairwise(channels)):
+        blocks.append(block(inside, outside, 2 if stage else 1))
+        blocks += [block(outside, outside, 1) for _ in range(count - 1)]
     return blocks
+
+
+def _body(*layers: nn.Module) -> nn.Sequential:
+    """The layers and global average pooling, with He's initialisation of the convolutions, by fan-out."""
+    body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return body
 
 
 class CifarResNet(Student):
     """A ResNet of three stages: ResNet-20 is ``depth=20``, ResNet-32x4 ``depth=32, channels=[32, 64, 128, 256]``.
 
-    It maps images (B, 3, H, W) to logits (B, L), and as a student exports its pooled features.
+    Maps images (B, 3, H, W) to logits (B, L); as a student it exports its pooled features.
 
     Args:
-        depth: 6 n + 2, with n blocks a stage.
+        depth: 6 n + 2, with n blocks per stage.
         channels: of the first convolution and of the three stages.
         outputs: L.
-        shortcut: `project` as the literature on distillation has it, `pad` as the first authors have on CIFAR.
+        shortcut: `project` as in the literature on distillation, `pad` as in the original paper on CIFAR.
         width: factor on all channels, for wider rungs of the ladder.
 
     Raises:
-        UserError: a depth or a number of channels that cannot be.
+        UserError: an impossible depth or number of channels.
+
+    Example:
+        >>> import torch
+        >>> CifarResNet(8, channels=(4, 4, 8, 8)).features(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -134,54 +155,40 @@ class CifarResNet(Student):
         shortcut: Shortcut = "project",
         width: float = 1.0,
     ) -> None:
-        blocks = blocks_a_stage(depth, 6, 2, "CifarResNet")
         if len(channels) != 4 or min(channels) < 1 or (shortcut == "pad" and [*channels] != sorted(channels)):
             raise UserError(f"Expected `channels` to be four numbers >= 1, and to grow where `shortcut` is 'pad', got "
                             f"{[*channels]}.")  # fmt: skip
         first, *stages = scaled(channels, width)
-        layers: list[nn.Module] = [conv3x3(3, first), nn.BatchNorm2d(first), nn.ReLU(inplace=True)]
-        inside = first
-        for number, outside in enumerate(stages):
-            for block in range(blocks):
-                layers.append(BasicBlock(inside, outside, 2 if number and not block else 1, shortcut))
-                inside = outside
-        body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        super().__init__(_started(body), nn.Linear(inside, outputs))
+        stem = [conv3x3(3, first), nn.BatchNorm2d(first), nn.ReLU(inplace=True)]
+        block = partial(BasicBlock, shortcut=shortcut)
+        blocks = _blocks(depth, 2, [first, *stages], block, "CifarResNet")
+        super().__init__(_body(*stem, *blocks), nn.Linear(stages[-1], outputs))
 
 
 class WideResNet(Student):
     """A wide ResNet: WRN-40-2 is ``depth=40, widen=2``.
 
-    It maps images (B, 3, H, W) to logits (B, L), and as a student exports its pooled features.
+    Maps images (B, 3, H, W) to logits (B, L); as a student it exports its pooled features.
 
     Args:
-        depth: 6 n + 4, with n blocks a stage.
+        depth: 6 n + 4, with n blocks per stage.
         widen: factor on the 16, 32 and 64 channels of the stages, not on the first convolution.
         outputs: L.
         width: factor on all channels, for wider rungs of the ladder.
 
     Raises:
-        UserError: a depth or factor that cannot be.
+        UserError: an impossible depth or factor.
+
+    Example:
+        >>> import torch
+        >>> WideResNet(10, widen=0.25).features(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, depth: int = 16, widen: float = 1.0, outputs: int = 10, width: float = 1.0) -> None:
-        blocks = blocks_a_stage(depth, 6, 4, "WideResNet")
         if widen <= 0:
             raise UserError(f"Expected `widen` > 0, got {widen}.")
         first, *stages = scaled([16, *(round(count * widen) for count in (16, 32, 64))], width)
-        layers: list[nn.Module] = [conv3x3(3, first)]
-        inside = first
-        for number, outside in enumerate(stages):
-            for block in range(blocks):
-                layers.append(WideBlock(inside, outside, 2 if number and not block else 1))
-                inside = outside
-        tail = [nn.BatchNorm2d(inside), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        super().__init__(_started(nn.Sequential(*layers, *tail)), nn.Linear(inside, outputs))
-
-
-def _started(body: nn.Sequential) -> nn.Sequential:
-    """The body with He's start of its convolutions, by what leaves them."""
-    for module in body.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return body
+        stem, last = conv3x3(3, first), stages[-1]
+        blocks = _blocks(depth, 4, [first, *stages], WideBlock, "WideResNet")
+        super().__init__(_body(stem, *blocks, nn.BatchNorm2d(last), nn.ReLU(inplace=True)), nn.Linear(last, outputs))
