@@ -1,13 +1,12 @@
-"""Students and networks: the `Student` base class and ready networks for images, sequences and tables."""
+"""Students: the base class, and networks for images, sequences and tables."""
 
 from typing import TYPE_CHECKING, Any
 
 from bdistil.models.cifar import CifarResNet, WideResNet
-from bdistil.models.convnets import ConvStudent, StridedConvNet
+from bdistil.models.convnets import ConvStudent, SequenceConvNet, SequenceConvStudent, StridedConvNet
 from bdistil.models.mlp import MLP, MLPStudent
 from bdistil.models.recurrent import RecurrentNet, RecurrentSegmentStudent, RecurrentStudent, StateBody
 from bdistil.models.segment_student import SegmentStudent
-from bdistil.models.sequence_convnets import SequenceConvNet, SequenceConvStudent
 from bdistil.models.student import Rung, Student
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports timm only when one of its students or teachers is asked for: it loads slowly."""
+    """Imports timm, which loads slowly, on the first access to one of its students or teachers."""
     if name in ("TimmStudent", "TimmTeacher"):
         from bdistil.models import timm
 

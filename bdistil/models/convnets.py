@@ -1,24 +1,73 @@
-"""Small networks of the shipped recipes."""
+"""Small strided convolutional networks for images and sequences, as teachers and as students."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.models.layers import Classifier, scaled
-from bdistil.models.student import Student
+from bdistil.models.student import Student, scaled
+
+
+class Classifier(nn.Module):
+    """A body, dropout and a linear head; Gaussian noise can be added to the input in training.
+
+    Args:
+        body: maps x (B, ...) to features (B, D).
+        features: D.
+        outputs: L.
+        dropout: probability of the dropout before the head.
+        noise: standard deviation of the noise; it reduces overfitting on small data sets.
+    """
+
+    def __init__(self, body: nn.Module, features: int, outputs: int, dropout: float, noise: float = 0.0) -> None:
+        super().__init__()
+        self.body, self.dropout, self.head = body, nn.Dropout(dropout), nn.Linear(features, outputs)
+        self.noise = noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L) of x (B, ...)."""
+        if self.training and self.noise:
+            x = x + self.noise * torch.randn_like(x)
+        logits: Tensor = self.head(self.dropout(self.body(x)))
+        return logits
+
+
+class ChannelsFirst(nn.Module):
+    """Moves the channels of sequences to the place where convolutions expect them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, M, C) to (B, C, M)."""
+        return x.transpose(1, 2)
+
+
+_LAYERS: dict[int, tuple[Callable[..., nn.Module], ...]] = {
+    1: (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d),
+    2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
+}
+
+
+def _conv_layers(dims: int, channels: Sequence[int], kernel: int, strides: Sequence[int], pooled: int) -> nn.Sequential:
+    """Convolutions over 1 or 2 dimensions from each number of channels to the next, batch norm, ReLU, and pooling."""
+    conv, norm, pool = _LAYERS[dims]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (inside, outside, stride) in enumerate(zip(channels, channels[1:], strides, strict=False)):
+        layers[f"conv{number}"] = conv(inside, outside, kernel, stride, padding=kernel // 2, bias=False)
+        layers[f"norm{number}"] = norm(outside)
+        layers[f"act{number}"] = nn.ReLU(inplace=True)
+    return nn.Sequential(OrderedDict(**layers, pool=pool(pooled), flat=nn.Flatten()))
 
 
 def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequential:
-    """Convolutions 3x3 of stride 2 with batch norm and ReLU, then average pooling to `pooled` x `pooled`, flat.
+    """3x3 convolutions of stride 2 with batch norm and ReLU, then average pooling to `pooled` x `pooled`, flattened.
 
     Args:
         in_channels: of the image.
-        channels: of each convolution; each halves the image's side.
-        pooled: side of what is left.
+        channels: of each convolution; each halves the side of the image.
+        pooled: side of the pooled features.
 
     Raises:
         UserError: no channels, or a number below 1.
@@ -27,15 +76,7 @@ def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequ
         raise UserError(
             f"Expected `channels`, `in_channels` and `pooled` >= 1, got {list(channels)}, {in_channels}, {pooled}."
         )
-    layers: list[tuple[str, nn.Module]] = []
-    for number, (inside, outside) in enumerate(zip([in_channels, *channels], channels, strict=False)):
-        layers += [
-            (f"conv{number}", nn.Conv2d(inside, outside, 3, stride=2, padding=1, bias=False)),
-            (f"norm{number}", nn.BatchNorm2d(outside)),
-            (f"act{number}", nn.ReLU(inplace=True)),
-        ]
-    layers += [("pool", nn.AdaptiveAvgPool2d(pooled)), ("flat", nn.Flatten())]
-    return nn.Sequential(OrderedDict(layers))
+    return _conv_layers(2, [in_channels, *channels], 3, [2] * len(channels), pooled)
 
 
 class StridedConvNet(Classifier):
@@ -43,10 +84,14 @@ class StridedConvNet(Classifier):
 
     Args:
         channels: of each convolution.
-        in_channels: of the image.
+        in_channels: C.
         outputs: L.
         pooled: side of the features before the linear head.
-        dropout: before the head.
+        dropout: probability of the dropout before the head.
+
+    Example:
+        >>> StridedConvNet((8, 16))(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -61,14 +106,19 @@ class StridedConvNet(Classifier):
 
 
 class ConvStudent(Student):
-    """A tiny strided convolutional student with a linear head.
+    """A tiny strided convolutional student for images (B, C, H, W), with a linear head.
 
     Args:
         channels: of each convolution.
-        in_channels: of the image.
+        in_channels: C.
         outputs: L.
         pooled: side of the features before the linear head.
         width: factor on all channels, for wider rungs of the ladder.
+
+    Example:
+        >>> student = ConvStudent(width=1.5)
+        >>> student.features(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 48])
     """
 
     def __init__(
@@ -81,3 +131,93 @@ class ConvStudent(Student):
     ) -> None:
         wide = scaled(channels, width)
         super().__init__(conv_body(in_channels, wide, pooled), nn.Linear(wide[-1] * pooled**2, outputs))
+
+
+def sequence_conv_body(
+    in_channels: int, channels: Sequence[int], *, kernel: int, strides: Sequence[int], pooled: int
+) -> nn.Sequential:
+    """Convolutions over the steps with batch norm and ReLU, then average pooling to `pooled` steps, flattened.
+
+    Args:
+        in_channels: C of the sequence.
+        channels: of each convolution.
+        kernel: size of each convolution in steps, odd.
+        strides: of each convolution.
+        pooled: steps after pooling.
+
+    Raises:
+        UserError: no channels, another number of strides, an even kernel, or a number below 1.
+    """
+    positive = min(*channels, *strides, in_channels, pooled, kernel, 1) == 1 and len(channels) == len(strides) > 0
+    if not positive or kernel % 2 == 0:
+        raise UserError(
+            "Expected `channels` and as many `strides`, `in_channels` and `pooled` >= 1 and an odd `kernel`, "
+            f"got {list(channels)}, {list(strides)}, {in_channels}, {pooled} and {kernel}."
+        )
+    layers = _conv_layers(1, [in_channels, *channels], kernel, strides, pooled)
+    return nn.Sequential(OrderedDict([("turn", ChannelsFirst()), *layers.named_children()]))
+
+
+class SequenceConvNet(Classifier):
+    """A convolutional classifier of sequences (B, M, C), as a teacher.
+
+    Args:
+        in_channels: C.
+        outputs: L.
+        channels: of each convolution.
+        strides: of each convolution.
+        kernel: size of each convolution in steps, odd.
+        pooled: steps after pooling, read by the head.
+        dropout: probability of the dropout before the head.
+        noise: standard deviation of Gaussian noise added to the input in training.
+
+    Example:
+        >>> SequenceConvNet(in_channels=3, outputs=5)(torch.zeros(2, 20, 3)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: int,
+        channels: Sequence[int] = (48, 48, 48),
+        strides: Sequence[int] = (1, 2, 2),
+        kernel: int = 5,
+        pooled: int = 1,
+        dropout: float = 0.2,
+        noise: float = 0.0,
+    ) -> None:
+        body = sequence_conv_body(in_channels, channels, kernel=kernel, strides=strides, pooled=pooled)
+        super().__init__(body, channels[-1] * pooled, outputs, dropout, noise)
+
+
+class SequenceConvStudent(Student):
+    """A tiny convolutional student for sequences (B, M, C), with a linear head.
+
+    Args:
+        in_channels: C.
+        outputs: L.
+        channels: of each convolution.
+        strides: of each convolution.
+        kernel: size of each convolution in steps, odd.
+        pooled: steps after pooling, read by the head.
+        width: factor on all channels, for wider rungs of the ladder.
+
+    Example:
+        >>> SequenceConvStudent(in_channels=3, outputs=5).features(torch.zeros(2, 20, 3)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: int,
+        channels: Sequence[int] = (4,),
+        strides: Sequence[int] = (2,),
+        kernel: int = 5,
+        pooled: int = 1,
+        width: float = 1.0,
+    ) -> None:
+        wide = scaled(channels, width)
+        body = sequence_conv_body(in_channels, wide, kernel=kernel, strides=strides, pooled=pooled)
+        super().__init__(body, nn.Linear(wide[-1] * pooled, outputs))

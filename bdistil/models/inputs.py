@@ -1,4 +1,4 @@
-"""What an ensemble was trained on, and the check that x is of that kind."""
+"""Shape, dtype and normalisation of the inputs of a model, and the check of x against them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from bdistil.errors import UserError
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One sample of x. None stands for what is not known.
+    """Shape and dtype of one sample of x; None where unknown.
 
     Attributes:
-        shape: of one sample.
-        dtype: by its name in torch, for example ``float32``.
+        shape: of one sample, without the batch.
+        dtype: name of the dtype in torch, for example ``float32``.
+
+    Example:
+        >>> InputSpec((3,), "float32").check(torch.zeros(2, 4))
+        Traceback (most recent call last):
+        ...
+        bdistil.errors.UserError: Expected `x` of shape (B, 3), as in training, got (2, 4).
     """
 
     shape: tuple[int, ...] | None = None
@@ -32,10 +38,10 @@ class InputSpec:
         return cls(None if shape is None else tuple(shape), record.get("input_dtype"))
 
     def check(self, x: Any) -> None:
-        """Is x a batch of such samples, without NaN or infinity? What is no tensor is not looked at.
+        """Checks that x is a batch of such samples, without NaN or infinity; what is no tensor is not checked.
 
         Raises:
-            UserError: names what is wrong with x, and what was expected.
+            UserError: x differs; the message names the expected and the given value.
         """
         if not isinstance(x, Tensor):
             return
@@ -46,8 +52,8 @@ class InputSpec:
             )
         if self.dtype is not None and str(x.dtype) != f"torch.{self.dtype}":
             raise UserError(f"Expected `x` of dtype {self.dtype}, as in training, got {x.dtype}. Convert it before.")
-        # A sum is the cheapest pass over x that NaN and infinity do not survive; what finite numbers overflow is looked
-        # at again.
+        # A sum is the cheapest pass over x that NaN and infinity carry through. Finite values may overflow in it, so
+        # that the samples are checked one by one then.
         if x.is_floating_point() and not math.isfinite(x.sum().item()):
             _refuse_nan(x)
 
@@ -63,7 +69,7 @@ def _refuse_nan(x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Expectation:
-    """The images that a network was trained on: their mean and sd a channel, of pixels in 0 … 1, and (H, W)."""
+    """Images that a network was trained on: mean and sd per channel, of pixels in 0 … 1, and size (H, W)."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -71,6 +77,6 @@ class Expectation:
 
 
 def expectation_of(network: nn.Module) -> Expectation | None:
-    """What a network says, by its attribute `expects`, of the images that it was trained on."""
+    """The attribute `expects` of a network, if it is an `Expectation`."""
     found = getattr(network, "expects", None)
     return found if isinstance(found, Expectation) else None

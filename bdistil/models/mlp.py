@@ -1,4 +1,4 @@
-"""Small networks for tables: multi-layer perceptrons."""
+"""Multi-layer perceptrons for tables, as teachers and as students."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.models.layers import scaled
-from bdistil.models.student import Student
+from bdistil.models.student import Student, scaled
 
 
 def mlp_body(features: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
@@ -26,15 +25,20 @@ def mlp_body(features: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.S
 
 
 class MLP(nn.Module):
-    """A multi-layer perceptron, as a teacher.
+    """A multi-layer perceptron, as a teacher. It answers mean + std * (output of the last layer).
 
     Args:
         features: of a sample.
-        hidden: width of each layer.
+        hidden: width of each hidden layer.
         outputs: L.
-        dropout: after each layer.
-        mean: of the labels, so that training starts in their units; 0 for classes.
-        std: likewise; 1 for classes.
+        dropout: probability of the dropout after each hidden layer.
+        mean: of the labels of a regression, so that training starts in their units; 0 for classes.
+        std: standard deviation of the labels of a regression; 1 for classes.
+
+    Example:
+        >>> import torch
+        >>> MLP(features=8)(torch.zeros(2, 8)).shape
+        torch.Size([2, 1])
     """
 
     def __init__(
@@ -61,9 +65,14 @@ class MLPStudent(Student):
 
     Args:
         features: of a sample.
-        hidden: width of each layer.
+        hidden: width of each hidden layer.
         outputs: L.
         width: factor on the hidden widths, for wider rungs of the ladder.
+
+    Example:
+        >>> import torch
+        >>> MLPStudent(features=8, width=2.0).features(torch.zeros(2, 8)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(self, features: int, hidden: Sequence[int] = (4,), outputs: int = 1, width: float = 1.0) -> None:

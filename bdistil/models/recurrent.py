@@ -1,4 +1,4 @@
-"""Networks for sequences (B, M, C) of M steps with C channels: convolutional and recurrent, teachers and students."""
+"""Recurrent networks for sequences (B, M, C) of M steps and C channels, as teachers and as students."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.models.layers import SequenceClassifier, scaled
+from bdistil.models.convnets import Classifier
 from bdistil.models.segment_student import SegmentStudent
-from bdistil.models.student import Student
+from bdistil.models.student import Student, scaled
 
 Cell = Literal["gru", "lstm", "rnn"]
 _CELLS: dict[str, Callable[..., nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 
 
-def _check_recurrent(cell: str, in_channels: int, hidden: int, layers: int) -> None:
+def _rnn(cell: str, in_channels: int, hidden: int, layers: int = 1, bidirectional: bool = False) -> nn.RNNBase:
     if cell not in get_args(Cell) or min(in_channels, hidden, layers) < 1:
         raise UserError(
             f"Expected `cell` to be one of {', '.join(get_args(Cell))}, and `in_channels`, `hidden` and `layers` "
             f">= 1, got {cell!r}, {in_channels}, {hidden} and {layers}."
         )
+    return _CELLS[cell](in_channels, hidden, layers, batch_first=True, bidirectional=bidirectional)
 
 
 class RecurrentBody(nn.Module):
-    """A recurrent net up to the output of its top layer after the last step.
+    """A recurrent network up to the output of its top layer after the last step.
 
     Args:
-        in_channels: C of the sequence.
+        in_channels: C.
         hidden: H, of each layer and direction.
-        cell: kind of net.
-        layers: how many.
-        bidirectional: reads the sequence from both ends; D is then 2 H.
+        cell: ``gru``, ``lstm`` or ``rnn``.
+        layers: number of layers.
+        bidirectional: run over the sequence from both ends; D is then 2 H.
+
+    Raises:
+        UserError: an unknown cell, or a number below 1.
     """
 
     def __init__(
         self, in_channels: int, hidden: int, cell: Cell = "gru", layers: int = 1, bidirectional: bool = False
     ) -> None:
         super().__init__()
-        _check_recurrent(cell, in_channels, hidden, layers)
-        self.net = _CELLS[cell](in_channels, hidden, layers, batch_first=True, bidirectional=bidirectional)
+        self.net = _rnn(cell, in_channels, hidden, layers, bidirectional)
         self.directions = 2 if bidirectional else 1
         self.features = self.directions * hidden
 
@@ -52,18 +55,22 @@ class RecurrentBody(nn.Module):
         return last[-self.directions :].transpose(0, 1).flatten(1)
 
 
-class RecurrentNet(SequenceClassifier):
-    """A recurrent classifier of sequences, as a teacher.
+class RecurrentNet(Classifier):
+    """A recurrent classifier of sequences (B, M, C), as a teacher.
 
     Args:
-        in_channels: C of the sequence.
+        in_channels: C.
         outputs: L.
         hidden: H, of each layer and direction.
-        cell: kind of net.
-        layers: how many.
-        bidirectional: reads the sequence from both ends.
-        dropout: before the head.
-        noise: standard deviation of what is added to the input in training.
+        cell: ``gru``, ``lstm`` or ``rnn``.
+        layers: number of layers.
+        bidirectional: run over the sequence from both ends.
+        dropout: probability of the dropout before the head.
+        noise: standard deviation of Gaussian noise added to the input in training.
+
+    Example:
+        >>> RecurrentNet(in_channels=3, outputs=5, cell="lstm")(torch.zeros(2, 20, 3)).shape
+        torch.Size([2, 5])
     """
 
     def __init__(
@@ -82,14 +89,18 @@ class RecurrentNet(SequenceClassifier):
 
 
 class RecurrentStudent(Student):
-    """A tiny recurrent student with a linear head.
+    """A tiny recurrent student for sequences (B, M, C), with a linear head.
 
     Args:
-        in_channels: C of the sequence.
+        in_channels: C.
         outputs: L.
         hidden: H.
-        cell: kind of net.
+        cell: ``gru``, ``lstm`` or ``rnn``.
         width: factor on `hidden`, for wider rungs of the ladder.
+
+    Example:
+        >>> RecurrentStudent(in_channels=3, outputs=5).features(torch.zeros(2, 20, 3)).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, in_channels: int, outputs: int, hidden: int = 4, cell: Cell = "gru", width: float = 1.0) -> None:
@@ -98,22 +109,30 @@ class RecurrentStudent(Student):
 
 
 class StateBody(nn.Module):
-    """One recurrent layer from a state to the state after some steps: H numbers, of an LSTM 2 H.
+    """One recurrent layer that maps a state to the state after some steps; D is H, or 2 H for an LSTM.
 
     Args:
-        in_channels: C of the sequence.
+        in_channels: C.
         hidden: H.
-        cell: kind of net.
+        cell: ``gru``, ``lstm`` or ``rnn``.
+
+    Raises:
+        UserError: an unknown cell, or a number below 1.
+
+    Example:
+        >>> body = StateBody(in_channels=3, hidden=4)
+        >>> state = body(torch.zeros(2, 10, 3))
+        >>> body(torch.zeros(2, 10, 3), state).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, in_channels: int, hidden: int, cell: Cell = "gru") -> None:
         super().__init__()
-        _check_recurrent(cell, in_channels, hidden, 1)
-        self.net = _CELLS[cell](in_channels, hidden, batch_first=True)
+        self.net = _rnn(cell, in_channels, hidden)
         self.features = hidden * (2 if cell == "lstm" else 1)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
-        """State (B, D) after the steps of x (B, m, C)."""
+        """State (B, D) after the steps of x (B, m, C), from the given state (B, D) or from zeros."""
         if isinstance(self.net, nn.LSTM):
             start = None if state is None else tuple(half.contiguous()[None] for half in state.chunk(2, 1))
             return torch.cat(self.net(x, start)[1], -1)[0]
@@ -122,15 +141,20 @@ class StateBody(nn.Module):
 
 
 class RecurrentSegmentStudent(SegmentStudent):
-    """A tiny recurrent student for early answers: reads one segment of the sequence, from the state handed over.
+    """A tiny recurrent student for early answers: reads one segment, from the state of the student before.
 
     Args:
-        in_channels: C of the sequence.
+        in_channels: C.
         outputs: L.
-        segments: into how many the sequence is cut; a run has as many rounds at most.
+        segments: number of segments of a sequence, and of rounds at most.
         hidden: H.
-        cell: kind of net.
+        cell: ``gru``, ``lstm`` or ``rnn``.
         width: factor on `hidden`, for wider rungs of the ladder.
+
+    Example:
+        >>> student = RecurrentSegmentStudent(in_channels=3, outputs=5, segments=4)
+        >>> student.features(torch.zeros(2, 20, 3)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Early answers on sequences: student t reads the t-th segment of the steps, from the state that student t-1 left.
+"""Early answers on sequences: student t reads the t-th segment of the steps, from the state of student t - 1.
 
-The features of such a student are its state after its segment. They are handed over by the links that every student
-has: detached, cached by sample in training, and never changed by those who read them.
+The features of such a student are its state after its segment. They reach the next student through the links that every
+student has: detached, and cached by sample in training.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from bdistil.models.student import Rung, Student, linkable
 
 
 def segment_of(number: int, segments: int, steps: int) -> tuple[int, int]:
-    """First and last step (exclusive) of a segment: equal parts of a sequence, up to one step.
+    """First and last step (exclusive) of a segment; the lengths of segments differ by at most one step.
 
     Args:
         number: of the segment, from 0.
-        segments: how many there are.
+        segments: number of segments.
         steps: M, of the sequence.
+
+    Example:
+        >>> [segment_of(number, 3, 10) for number in range(3)]
+        [(0, 3), (3, 6), (6, 10)]
     """
     return number * steps // segments, (number + 1) * steps // segments
 
@@ -29,18 +33,27 @@ def segment_of(number: int, segments: int, steps: int) -> tuple[int, int]:
 class SegmentStudent(Student):
     """A student that reads one segment of a sequence x (B, M, ...), from the state of the student before.
 
-    Any x will do that has a `shape` and can be sliced: ``x[:, low:high]`` is asked for when the student runs, and the
-    later steps need not be there yet.
+    x needs a `shape` and slicing only: ``x[:, low:high]`` is read when the student runs, so later steps may still be
+    missing then.
 
     Args:
         body: maps a segment (B, m, ...) and a state (B, D), None at the start, to the state (B, D) after it.
         head: maps a state (B, D) to logits (B, L).
-        segments: into how many the sequence is cut; a run has as many rounds at most.
-        features: D; read off a linear head where it is not given.
-        outputs: L; read off a linear head where it is not given.
+        segments: number of segments of a sequence, and of rounds at most.
+        features: D; needed only if the head is not nn.Linear.
+        outputs: L; needed only if the head is not nn.Linear.
 
     Raises:
-        UserError: `segments` < 1, or D or L can not be read off the head and was not given.
+        UserError: `segments` < 1, or the head is not linear, and D or L was not given.
+
+    Example:
+        >>> import torch
+        >>> from bdistil.models import StateBody
+        >>> first, second = (SegmentStudent(StateBody(3, 8), nn.Linear(8, 5), segments=2) for _ in range(2))
+        >>> second = second.link([first.link([], Rung())], Rung(links=1))
+        >>> x = torch.randn(4, 20, 3)
+        >>> second(x, [first.features(x)]).shape  # the first reads steps 0 to 9, the second 10 to 19
+        torch.Size([4, 5])
     """
 
     def __init__(
@@ -60,17 +73,17 @@ class SegmentStudent(Student):
         self.adapt: nn.Module | None = None
 
     def link(self, earlier: Sequence[nn.Module], rung: Rung) -> SegmentStudent:
-        """Takes its segment and the state of the student before, through a linear layer where the widths differ.
+        """Assigns its segment and links the state of the student before, through a linear layer if the widths differ.
 
-        A rung of one link is that state alone. More links, or a joint layer, also join the head; without a link the
-        student starts from nothing.
+        With a rung of one link only that state is read. More links, or another kind of link, also join the head.
+        Without a link the body starts without a state.
 
         Args:
             earlier: the students before this one, in order.
             rung: the class.
 
         Raises:
-            UserError: an earlier student is of another kind, or none of the segments is left.
+            UserError: an earlier student is not a SegmentStudent, or no segment is left.
         """
         if strangers := [type(s).__name__ for s in earlier if not isinstance(s, SegmentStudent)]:
             raise UserError(f"Expected only SegmentStudents before a SegmentStudent, got {strangers[0]}.")
@@ -87,7 +100,7 @@ class SegmentStudent(Student):
         return self
 
     def span(self, steps: int) -> tuple[int, int]:
-        """First and last step (exclusive) that the student reads of a sequence of so many."""
+        """First and last step (exclusive) that the student reads of a sequence of `steps` steps."""
         return segment_of(self.number, self.segments, steps)
 
     def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:

@@ -1,7 +1,7 @@
 """Students: a body, a head, and read-only links to the bodies of earlier students.
 
-A student exports the features of its body *before* links join, so that a link to student t-1 costs the body of t-1 and
-nothing more, and a prefix of the ensemble never changes when later students arrive.
+A student exports the features of its body *before* links join. So a link to student t - 1 costs the body of t - 1 and
+nothing more, and a prefix of the ensemble does not change when later students are added.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ LinkKind = Literal["concat", "residual", "hidden"]
 
 @dataclass(frozen=True)
 class Rung:
-    """One class of students on the ladder F_0 … F_R; a round that makes no progress climbs to the next.
+    """One class of students on the ladder F_0 … F_R; a round that makes no progress moves to the next rung.
 
     Attributes:
-        links: how many of the most recent students are read; fewer in the first rounds.
-        kind: `concat` joins them into a linear head, `residual` adds a projection to the features, `hidden` joins
-            them and the features through a hidden layer.
+        links: number of most recent students that a student reads; fewer in the first rounds.
+        kind: `concat` joins their features into the linear head, `residual` adds a projection of them to the student's
+            own features, `hidden` joins both through a hidden layer.
         hidden: width of the hidden layer of `hidden`.
-        width: factor on the student's own width, given to `make_student(round, width=...)` where it is not 1.
+        width: factor on the student's own width, passed to `make_student(round, width=...)` where it is not 1.
+
+    Raises:
+        UserError: a value is out of its range.
+
+    Example:
+        >>> Rung(2, "hidden", width=1.5).name
+        'F2-hidden x1.5'
     """
 
     links: int = 0
@@ -53,13 +60,13 @@ class Rung:
 
 
 class Join(nn.Module):
-    """How linked features enter a student.
+    """Layers by which linked features enter a student.
 
     Args:
-        own: D, features of the student.
+        own: D of the student's own features.
         linked: D of each linked student, the most recent first.
         outputs: L.
-        rung: kind and hidden width.
+        rung: kind of link and hidden width.
     """
 
     def __init__(self, own: int, linked: Sequence[int], outputs: int, rung: Rung) -> None:
@@ -77,26 +84,42 @@ class Join(nn.Module):
             )
 
     def forward(self, features: Tensor, linked: Tensor) -> Tensor:
-        """What is added: to the logits (B, L) by `concat` and `hidden`, to the features (B, D) by `residual`."""
+        """Term to add to the logits (B, L) for `concat` and `hidden`, to the features (B, D) for `residual`."""
         joined: Tensor = self.project(torch.cat((features, linked), 1) if self.kind == "hidden" else linked)
         return joined
 
 
+def scaled(channels: Sequence[int], width: float) -> list[int]:
+    """Channels times a factor, rounded, at least 1 each."""
+    return [max(1, round(count * width)) for count in channels]
+
+
 class Student(nn.Module):
-    """A student that takes links.
+    """A network of a body and a head that can be linked to the bodies of earlier students.
 
     Args:
         body: maps x (B, ...) to features (B, D).
         head: maps features (B, D) to logits (B, L).
-        features: D; read off a linear head where it is not given.
-        outputs: L; read off a linear head where it is not given.
+        features: D; needed only if the head is not nn.Linear.
+        outputs: L; needed only if the head is not nn.Linear.
 
     Attributes:
-        states_read: how many of the linked features its body itself starts from, see `bdistil.models.segment_student`.
-        most_rounds: how many such students a run can have; None: any number.
+        width: D.
+        links: number of earlier students that it reads.
+        states_read: number of linked features that its body starts from, see `bdistil.models.segment_student`.
+        most_rounds: maximum number of such students in a run; None: no limit.
 
     Raises:
-        UserError: D or L can not be read off the head and was not given.
+        UserError: the head is not linear, and D or L was not given.
+
+    Example:
+        >>> first = Student(nn.Linear(4, 8), nn.Linear(8, 3))
+        >>> second = Student(nn.Linear(4, 6), nn.Linear(6, 3)).link([first], Rung(links=1))
+        >>> x = torch.randn(5, 4)
+        >>> second(x, [first.features(x)]).shape
+        torch.Size([5, 3])
+        >>> run_student(second, [first], x).shape  # reads the features of the earlier students itself
+        torch.Size([5, 3])
     """
 
     states_read = 0
@@ -120,7 +143,7 @@ class Student(nn.Module):
         self.join: Join | None = None
 
     def link(self, earlier: Sequence[nn.Module], rung: Rung) -> Student:
-        """Adds links to the most recent of `earlier`, as many as the rung says and as there are; before training.
+        """Adds links to the most recent of the earlier students, at most `rung.links`. Call it before training.
 
         Args:
             earlier: the students before this one, in order.
@@ -136,19 +159,19 @@ class Student(nn.Module):
         return self
 
     def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
-        """Features (B, D) of the body, before links join; later students read them. `states_read` of `linked` enter."""
+        """Features (B, D) of the body, before links join. The first `states_read` of `linked` enter the body."""
         return self._checked(self.body(x))
 
     def _checked(self, features: Tensor) -> Tensor:
         if features.ndim != 2 or features.shape[1] != self.width:
             raise UserError(
-                f"Expected the student's body to give features (B, {self.width}), got {tuple(features.shape)}. "
+                f"Expected the student's body to return features (B, {self.width}), got {tuple(features.shape)}. "
                 "End the body with a flatten or a pooling, or give `features`."
             )
         return features
 
     def answer(self, features: Tensor, linked: Sequence[Tensor] = ()) -> Tensor:
-        """Logits (B, L) from own features (B, D) and those of the linked students, the most recent first."""
+        """Logits (B, L) from its own features (B, D) and those of the linked students, the most recent first."""
         if self.join is None:
             logits: Tensor = self.head(features)
             return logits
@@ -163,28 +186,28 @@ class Student(nn.Module):
 
 
 def links_of(student: nn.Module) -> int:
-    """How many earlier students a student reads; any other module reads none."""
+    """Number of earlier students that a student reads; 0 for any other module."""
     return student.links if isinstance(student, Student) else 0
 
 
 def linkable(earlier: Sequence[nn.Module]) -> list[Student]:
-    """Those of the earlier students that export features, the most recent first."""
+    """The earlier students that export features, the most recent first."""
     return [s for s in reversed(earlier) if isinstance(s, Student)]
 
 
 def linked_numbers(earlier: Sequence[nn.Module], links: int) -> list[int]:
-    """Round numbers of the earlier students that a student with so many links reads, the most recent first."""
+    """Round numbers of the earlier students that a student with `links` links reads, the most recent first."""
     return [number for number in reversed(range(len(earlier))) if isinstance(earlier[number], Student)][:links]
 
 
 def linked_features(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> list[Tensor]:
-    """Detached features that a student reads of the earlier ones, the most recent first; each costs one body."""
+    """Detached features (B, D) of the earlier students that a student reads, the most recent first."""
     return [features_of(earlier, number, x) for number in linked_numbers(earlier, links_of(student))]
 
 
 @torch.no_grad()
 def features_of(students: Sequence[nn.Module], number: int, x: Any) -> Tensor:
-    """Detached features (B, D) of one of some students; where its body starts from others', those are made first."""
+    """Detached features (B, D) of a student, after those of earlier students that its body starts from."""
     student = students[number]
     assert isinstance(student, Student)
     earlier = students[:number]
@@ -192,7 +215,7 @@ def features_of(students: Sequence[nn.Module], number: int, x: Any) -> Tensor:
 
 
 def run_student(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> Tensor:
-    """Logits (B, L) of a student that may read earlier ones; gradients reach the student alone."""
+    """Logits (B, L) of a student, which may read earlier ones; gradients reach this student only."""
     logits: Tensor = student(x, linked_features(student, earlier, x)) if links_of(student) else student(x)
     return logits
 

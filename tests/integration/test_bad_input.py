@@ -283,7 +283,7 @@ def test_width_without_a_student_that_takes_it(refused, tmp_path):
 def test_a_body_of_another_width_than_its_head(refused):
     refused(
         UserError,
-        r"body to give features \(B, 3\), got \(2, 6\)",
+        r"body to return features \(B, 3\), got \(2, 6\)",
         student=lambda round: Student(nn.Linear(FEATURES, WIDTH), nn.ReLU(), features=3, outputs=CLASSES),
     )
 

@@ -6,9 +6,8 @@ from torch import nn
 
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
-from bdistil.models.layers import InputNoise
+from bdistil.models.convnets import Classifier, SequenceConvNet, SequenceConvStudent, sequence_conv_body
 from bdistil.models.recurrent import RecurrentBody, RecurrentNet, RecurrentStudent
-from bdistil.models.sequence_convnets import SequenceConvNet, SequenceConvStudent, sequence_conv_body
 from bdistil.models.student import Rung, run_student
 from bdistil.storage.blueprint import describe, rebuild
 
@@ -86,10 +85,15 @@ def test_teachers_see_noise_and_dropout_in_training_only(x, kind, options, moves
 
 
 def test_noise_in_training_only(x):
-    noise = InputNoise(0.5)
-    assert 0.3 < (noise(x) - x).std() < 0.7
-    assert noise.eval()(x) is x
-    assert InputNoise(0.0)(x) is x
+    seen = []
+    net = Classifier(nn.Flatten(), M * C, L, dropout=0.0, noise=0.5)
+    net.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(x)
+    net.eval()(x)
+    Classifier(net.body, M * C, L, dropout=0.0)(x)
+    assert 0.3 < (seen[0] - x).std() < 0.7
+    assert seen[1] is x
+    assert seen[2] is x
 
 
 @pytest.mark.parametrize(

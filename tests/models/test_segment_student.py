@@ -323,7 +323,7 @@ def test_what_cannot_be(x):
     wrong = SegmentStudent(nn.GRU(C, H, batch_first=True), nn.Linear(H + 1, L), T)
     wrong.body = nn.Identity()
     wrong.body.forward = lambda x, state: x[:, -1]
-    with pytest.raises(UserError, match=r"body to give features \(B, 6\), got \(6, 3\)"):
+    with pytest.raises(UserError, match=r"body to return features \(B, 6\), got \(6, 3\)"):
         wrong(x)
 
 
