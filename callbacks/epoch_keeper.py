@@ -22,7 +22,7 @@ class EpochKeeper(Checkpoint):
         Trainer(callbacks=[keeper]).fit(module, datamodule, ckpt_path=keeper.ckpt_path)
 
     The order of the samples is a function of the epoch too where the loader's sampler is, as those of
-    `bdistil.data.loaders.attach.indexed_loaders` are.
+    `bdistil.data.loaders.indexed_loaders` are.
 
     Args:
         path: of the checkpoint; in a folder of its own.

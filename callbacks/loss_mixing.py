@@ -13,9 +13,7 @@ from torch import Tensor
 
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.label_noise import flipped_labels, labels_of
-from bdistil.data.loaders.attach import LOADERS, indexed_loaders
-from bdistil.data.loaders.checks import check_dataset
-from bdistil.data.loaders.indexing import Index
+from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders
 from bdistil.distillation.last_layer import check_distilling, prepared_loaders
 from bdistil.distillation.loss_mixing import (
     RoundMix,

@@ -18,7 +18,7 @@ from bdistil.boosting.round_state import RoundState
 from bdistil.boosting.run import Boosting
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.boosting.trainer_checks import check_precision, check_strategy
-from bdistil.data.loaders.checks import distinct_samples
+from bdistil.data.loaders import distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.reporting.curve_tracker import RoundTracker

@@ -16,9 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders.attach import single_loader
-from bdistil.data.loaders.checks import is_random
-from bdistil.data.loaders.views import Views
+from bdistil.data.loaders import Views, is_random, single_loader
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.quality import Task

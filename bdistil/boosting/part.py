@@ -20,9 +20,7 @@ from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.ledger.rows import Storage
 from bdistil.boosting.ledger.units import Units
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders.checks import check_dataset
-from bdistil.data.loaders.indexing import block_loader
-from bdistil.data.loaders.views import Views
+from bdistil.data.loaders import Views, check_dataset, rows_loader
 from bdistil.functional.boosting import prefix_error
 from bdistil.metrics.quality import PrefixErrors, PrefixMetric, Task, output_figures, prefix_metric
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
@@ -78,8 +76,8 @@ class Part:
 
     def _rows(self, number: int) -> DataLoader[Any]:
         """The rows of this process as (x, y, index), whole blocks in order."""
-        blocks = distributed.my_blocks(self.samples, BLOCK)
-        return block_loader(self.loader, blocks, seed=seed_of(self.seed, number, "score"), views=self.views)
+        rows = [range(low, high) for low, high in distributed.my_blocks(self.samples, BLOCK)]
+        return rows_loader(self.loader, rows, seed=seed_of(self.seed, number, "score"), views=self.views)
 
     @_on_each_disk
     def ask(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders.indexing import Index
+from bdistil.data.loaders import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import prefix_error, round_loss
 from bdistil.metrics.quality import as_columns, output_figures, output_sums

@@ -33,9 +33,7 @@ from bdistil.boosting.part import Part
 from bdistil.boosting.round import BoostingRound
 from bdistil.boosting.scratch import claim
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders.attach import indexed_loaders, single_loader
-from bdistil.data.loaders.checks import is_random
-from bdistil.data.loaders.views import CANONICAL, ViewPlan
+from bdistil.data.loaders import CANONICAL, ViewPlan, indexed_loaders, is_random, single_loader
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import latency_ms

@@ -22,7 +22,7 @@ from bdistil.boosting.trainer_checks import check_strategy
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.cli.commands import say_end
 from bdistil.cli.distiller import Distiller
-from bdistil.data.loaders.attach import indexed_loaders, single_loader
+from bdistil.data.loaders import indexed_loaders, single_loader
 from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble

@@ -1,7 +1,8 @@
-"""What our data modules share: three parts, each with its loader."""
+"""Base classes of the data modules: three parts, each with its loader."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bdistil.data.readers.series import moments
+from bdistil.data.readers.files import Array
+from bdistil.data.readers.preparation import moments
 from bdistil.errors import UserError
 
+PARTS = ("train", "val", "test")
+
 Batches = DataLoader[tuple[Tensor, ...]]
+Samples = tuple[Array, list[int]]
 
 
 class PartsModule(pl.LightningDataModule):
-    """A data module whose `setup` fills `parts` with `train`, `val` and `test`, each a dataset of (x, y).
+    """A data module of three datasets of (x, y), in `parts` as `train`, `val` and `test`.
 
     Args:
-        batch_size: samples a training step.
+        batch_size: samples in a training step.
         num_workers: processes that read and augment.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value outside of its range.
     """
 
     def __init__(self, batch_size: int, num_workers: int = 0) -> None:
@@ -34,6 +39,18 @@ class PartsModule(pl.LightningDataModule):
             raise UserError(f"Expected `batch_size` >= 1 and `num_workers` >= 0, got {batch_size} and {num_workers}.")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.parts: dict[str, Any] = {}
+
+    def make_parts(self) -> dict[str, Any]:
+        """The three datasets by name; called once.
+
+        Raises:
+            UserError: files are missing or damaged.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Fills `parts` at the first call."""
+        self.parts = self.parts or self.make_parts()
 
     def train_dataloader(self) -> Batches:
         """Batches (x, y) of the training part, shuffled."""
@@ -48,70 +65,59 @@ class PartsModule(pl.LightningDataModule):
         return self._loader("test")
 
     def _loader(self, part: str, *, shuffle: bool = False) -> Batches:
-        pinned = torch.cuda.is_available()  # the copy to a GPU then need not be waited for
+        pinned = torch.cuda.is_available()  # for asynchronous copies to the GPU
         workers = self.num_workers
         return DataLoader(self.parts[part], self.batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
 
 
 class TensorParts(PartsModule):
-    """The same of tensors in memory: read without workers, evaluated in batches of 500.
-
-    Args:
-        batch_size: samples a training step.
-    """
-
-    def __init__(self, batch_size: int) -> None:
-        super().__init__(batch_size)
+    """A `PartsModule` of tensors in memory: read without workers, evaluated in batches of 500."""
 
     def _loader(self, part: str, *, shuffle: bool = False) -> Batches:
         return DataLoader(self.parts[part], self.batch_size if shuffle else 500, shuffle=shuffle)
 
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-Samples = tuple[Array, list[int]]
+def tensor_parts(x: Tensor, y: Tensor, rows: Sequence[Tensor]) -> dict[str, TensorDataset]:
+    """The three parts of samples x (N, ...) and y (N, ...), from the row numbers of each."""
+    return {name: TensorDataset(x[r], y[r]) for name, r in zip(PARTS, rows, strict=True)}
 
 
 class FeatureModule(PartsModule):
     """Sequences (N, steps, C) in three parts; each feature has mean 0 and sd 1 over the steps of the training part.
 
     Args:
-        root: where the data set is.
-        batch_size: samples a training step.
-        cache: where the features are kept; `features` in `root` by default.
-        partial: take what is there, where it is less than what was published.
+        root: folder of the data set, or the one above.
+        batch_size: samples in a training step.
+        cache: folder in which the features are kept; `features` in `root` by default.
+        partial: accept fewer samples than were published.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value outside of its range.
     """
 
-    def __init__(self, root: str, batch_size: int, cache: str | None, partial: bool) -> None:
+    def __init__(
+        self, root: str = "data", batch_size: int = 128, cache: str | None = None, partial: bool = False
+    ) -> None:
         super().__init__(batch_size)
         self.root, self.partial = root, partial
         self.cache = Path(cache) if cache else Path(root) / "features"
 
     def read(self) -> dict[str, Samples]:
-        """Features (n, steps, C) and labels of the parts `train`, `val` and `test`."""
+        """Features (n, steps, C) and labels of each part."""
         raise NotImplementedError
 
     def finished(self, x: Tensor) -> Tensor:
-        """What becomes of standardised sequences (n, steps, C) in the end."""
+        """Last change to standardised sequences (n, steps, C)."""
         return x
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads, or computes and keeps, the features, once.
-
-        Raises:
-            UserError: files are missing or damaged.
-        """
-        if self.parts:
-            return
+    def make_parts(self) -> dict[str, Any]:
+        """Standardised sequences of each part; the features are computed, or read from the cache."""
         read = self.read()
         if empty := [name for name, (x, _) in read.items() if not len(x)]:
             raise UserError(f"Expected samples in every part of {type(self).__name__}, got none in {', '.join(empty)}.")
         tensors = {name: torch.from_numpy(np.array(x)) for name, (x, _) in read.items()}
         mean, spread = moments([tensors["train"].flatten(0, 1)])
-        for name, (_, labels) in read.items():
-            standard = (tensors[name] - mean) / spread
-            self.parts[name] = TensorDataset(self.finished(standard), torch.tensor(labels))
+        return {
+            name: TensorDataset(self.finished((tensors[name] - mean) / spread), torch.tensor(labels))
+            for name, (_, labels) in read.items()
+        }

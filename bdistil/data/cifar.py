@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bdistil.data.base import PartsModule
-from bdistil.data.readers.images import ArrayImages, normalised, pad_crop_flip
-from bdistil.data.readers.pickles import load_arrays
-from bdistil.data.readers.sources import Source
-from bdistil.data.readers.splits import stratified_split
+from bdistil.data.readers import ArrayImages, Source, load_arrays, normalised, pad_crop_flip, validation_split
 from bdistil.errors import UserError
 
 SIDE, PADDING = 32, 4
@@ -28,11 +25,11 @@ def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tens
     Args:
         file: a pickle of Python 2; nothing in it is executed.
         source: the data set, for messages.
-        key: of the labels.
-        classes: labels are below it.
+        key: key of the labels.
+        classes: number of classes; labels are below it.
 
     Raises:
-        UserError: the file is damaged, or something else.
+        UserError: the file is damaged, or another one.
     """
     try:
         with file.open("rb") as opened:
@@ -44,26 +41,28 @@ def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tens
     data, labels = batch["data"], batch[key]
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIDE**2):
         got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
-        raise source.damaged(file, f"`data` is {got}, expected uint8 ({len(labels)}, {3 * SIDE**2}), a row a label")
+        raise source.damaged(
+            file, f"`data` is {got}, expected uint8 ({len(labels)}, {3 * SIDE**2}), one row for each label"
+        )
     if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
         raise source.damaged(file, f"`{key}` are not all integers in 0 … {classes - 1}")
     return torch.from_numpy(data.copy()).view(-1, 3, SIDE, SIDE), torch.tensor(labels)
 
 
 class Cifar10(PartsModule):
-    """CIFAR-10, 32x32 colour images of 10 classes; the official test part, and a validation part off the training part.
+    """CIFAR-10, 32x32 colour images of 10 classes; the validation part is taken from the official training part.
 
     Args:
         root: holds `cifar-10-batches-py`, or is that folder.
-        batch_size: samples a training step.
+        batch_size: samples in a training step.
         validation: samples of the validation part, the same share of each class.
         augment: pad by 4, crop, flip the training images; needs `boosting.state: recompute`.
-        split_seed: of the validation part; one split for all seeds of a run, unless it is changed.
+        split_seed: seed of the split, independent of the seed of a run.
         num_workers: processes that read and augment.
-        partial: take files that hold fewer images than the published ones.
+        partial: accept files with fewer images than the published ones.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value outside of its range.
     """
 
     SOURCE: ClassVar[Source] = Source(
@@ -75,7 +74,7 @@ class Cifar10(PartsModule):
     }
     LABELS: ClassVar[str] = "labels"
     CLASSES: ClassVar[int] = 10
-    # Of the pixels of the 50,000 training images, in 0 … 1, as the literature has them.
+    # Of the pixels of the 50,000 training images, in 0 … 1, as in the literature.
     MEAN: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
     STD: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
 
@@ -90,29 +89,17 @@ class Cifar10(PartsModule):
         partial: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        if validation < self.CLASSES:
-            raise UserError(f"Expected `validation` >= {self.CLASSES}, one a class, got {validation}.")
         self.root, self.validation, self.augment = root, validation, augment
         self.split_seed, self.partial = split_seed, partial
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads the files and splits the training part, once.
-
-        Raises:
-            UserError: files are missing or damaged.
-        """
-        if self.parts:
-            return
+    def make_parts(self) -> dict[str, Any]:
+        """Images of the three parts."""
         folder = self.SOURCE.locate(self.root, [name for names in self.FILES.values() for name in names])
         images, labels = self._read(folder, "train", TRAIN)
-        if self.validation > len(labels) // 2:
-            raise UserError(
-                f"Expected `validation` to be at most half of the {len(labels)} images, got {self.validation}."
-            )
-        train, val, _ = stratified_split(labels, (self.validation, 0), self.split_seed)
+        train, val = validation_split(labels, self.validation, self.split_seed)
         plain = normalised([], self.MEAN, self.STD)
         shifted = normalised(pad_crop_flip(SIDE, PADDING), self.MEAN, self.STD)
-        self.parts = {
+        return {
             "train": ArrayImages(images[train], labels[train], shifted if self.augment else plain),
             "val": ArrayImages(images[val], labels[val], plain),
             "test": ArrayImages(*self._read(folder, "test", TEST), plain),
@@ -126,7 +113,7 @@ class Cifar10(PartsModule):
 
 
 class Cifar100(Cifar10):
-    """CIFAR-100: as CIFAR-10, with 100 fine classes. Its arguments are those of `Cifar10`."""
+    """CIFAR-100 with its 100 fine classes. Arguments as for `Cifar10`."""
 
     SOURCE = Source("CIFAR-100", URL, COMMANDS.format(file="cifar-100-python.tar.gz"), "cifar-100-python")
     FILES: ClassVar[dict[str, list[str]]] = {"train": ["train"], "test": ["test"]}

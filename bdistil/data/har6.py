@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bdistil.data.base import Array, FeatureModule, Samples
-from bdistil.data.readers.feature_cache import cached_features
-from bdistil.data.readers.sources import Source
-from bdistil.data.readers.splits import check_subjects
-from bdistil.errors import UserError
+from bdistil.data.base import FeatureModule, Samples
+from bdistil.data.readers import Source, cached_features, check_subjects, read_numbers
+from bdistil.data.readers.files import Array
 
 STEPS, CLASSES = 128, 6  # 2.56 s at 50 Hz
 SIGNALS = [f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz"]
@@ -27,24 +25,9 @@ SOURCE = Source(
 )
 
 
-def read_numbers(path: Path, columns: int) -> Array:
-    """Lines of so many numbers with spaces between, (lines, columns) float32.
-
-    Raises:
-        UserError: it is something else; names the file.
-    """
-    try:
-        table = np.loadtxt(path, dtype=np.float32, ndmin=2)
-    except ValueError as error:
-        raise SOURCE.damaged(path, str(error)) from error
-    if table.shape[1] != columns or not np.isfinite(table).all():
-        raise SOURCE.damaged(path, f"its lines have {table.shape[1]} numbers, expected {columns}, all finite")
-    return table
-
-
 def read_signal(path: Path) -> Array:
     """Windows (n, 128) of one signal."""
-    return read_numbers(path, STEPS)
+    return read_numbers(path, SOURCE, STEPS)
 
 
 class Har6(FeatureModule):
@@ -52,13 +35,13 @@ class Har6(FeatureModule):
 
     Args:
         root: holds `UCI HAR Dataset`, or is that folder.
-        batch_size: samples a training step.
-        validation: subjects of the training part that make the validation part; drawn once for the default.
-        cache: where the features are kept; `features` in `root` by default.
-        partial: take what is there, where it is less than was published.
+        batch_size: samples in a training step.
+        validation: subjects of the official training part that form the validation part; the default was drawn once.
+        cache: folder in which the features are kept; `features` in `root` by default.
+        partial: accept fewer samples than were published.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value outside of its range.
     """
 
     def __init__(
@@ -91,13 +74,13 @@ class Har6(FeatureModule):
         """Windows (n, 128, 9), labels (n,) and subjects (n,) of an official part."""
         signals = [folder / part / "Inertial Signals" / f"{name}_{part}.txt" for name in SIGNALS]
         windows = cached_features(self.cache, f"har6_{part}", SPEC, signals, read_signal)
-        labels = read_numbers(folder / part / f"y_{part}.txt", 1)[:, 0].astype(np.int64) - 1
-        subjects = read_numbers(folder / part / f"subject_{part}.txt", 1)[:, 0].astype(np.int64)
+        labels = read_numbers(folder / part / f"y_{part}.txt", SOURCE, 1)[:, 0].astype(np.int64) - 1
+        subjects = read_numbers(folder / part / f"subject_{part}.txt", SOURCE, 1)[:, 0].astype(np.int64)
         SOURCE.check_count(f"windows in {part}", windows.shape[1], WINDOWS[part], folder, self.partial)
         if not windows.shape[1] == len(labels) == len(subjects) or not set(labels) <= set(range(CLASSES)):
-            raise UserError(
-                f"Expected a label in 1 … {CLASSES} and a subject for each of the {windows.shape[1]} windows in "
-                f"{folder / part}, got {len(labels)} labels and {len(subjects)} subjects. Get {SOURCE.name} again from "
-                f"{SOURCE.url}."
+            raise SOURCE.damaged(
+                folder / part,
+                f"expected a label in 1 … {CLASSES} and a subject for each of its {windows.shape[1]} windows, got "
+                f"{len(labels)} labels and {len(subjects)} subjects",
             )
         return np.ascontiguousarray(windows.transpose(1, 2, 0)), labels, subjects

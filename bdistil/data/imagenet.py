@@ -1,30 +1,29 @@
-"""ImageNet-1k and Tiny-ImageNet-200 from the folders that their archives unpack to."""
+"""ImageNet-1k and Tiny-ImageNet-200 from the folders of their archives."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
 
 from bdistil.data.base import PartsModule
-from bdistil.data.readers.images import ImageFiles, normalised, pad_crop_flip
-from bdistil.data.readers.sources import Source, listed
-from bdistil.data.readers.splits import stratified_split
+from bdistil.data.readers import ImageFiles, Source, normalised, pad_crop_flip, validation_split
+from bdistil.data.readers.files import listed
 from bdistil.errors import UserError
 
-# Of ImageNet's training images, in 0 … 1, as the literature has them.
+# Of ImageNet's training images, in 0 … 1, as in the literature.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Files = tuple[list[str], list[int]]
 
 
 def read_folders(folder: Path, source: Source) -> tuple[Files, list[str]]:
-    """Paths and labels of images that lie in a folder a class, at any depth, and the classes.
+    """Paths and labels of images in one folder for each class, at any depth, and the classes.
 
-    Classes are numbered in the order of their names. Files of other extensions than those of images are passed over.
+    Classes are numbered in the order of their names. Files with other extensions than those of images are ignored.
 
     Args:
         folder: holds the folders of the classes.
@@ -43,22 +42,23 @@ def read_folders(folder: Path, source: Source) -> tuple[Files, list[str]]:
 
 
 class ImageFolders(PartsModule):
-    """Images in folders: what ImageNet and Tiny-ImageNet share. The official validation part is the test part here.
+    """Base class of ImageNet and Tiny-ImageNet.
 
-    Its labels are public, and the run reads it once, at its end; the validation part comes off the training part.
+    The official validation part, whose labels are public, is the test part here and read once, at the end of a run. The
+    validation part is taken from the training part.
 
     Args:
         root: holds the folder of the archive, or is that folder.
-        batch_size: samples a training step.
+        batch_size: samples in a training step.
         validation: images of the validation part, the same share of each class.
         augment: random crop and flip of the training images; needs `boosting.state: recompute`.
-        size: side of the images that the networks see.
-        split_seed: of the validation part; one split for all seeds of a run, unless it is changed.
+        size: side of the images after scaling.
+        split_seed: seed of the split, independent of the seed of a run.
         num_workers: processes that read, decode and augment.
-        partial: take fewer images or classes than were published.
+        partial: accept fewer images or classes than were published.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value outside of its range.
     """
 
     SOURCE: ClassVar[Source]
@@ -68,14 +68,14 @@ class ImageFolders(PartsModule):
 
     def __init__(
         self,
-        root: str,
-        batch_size: int,
-        validation: int,
-        augment: bool,
-        size: int,
-        split_seed: int,
-        num_workers: int,
-        partial: bool,
+        root: str = "data",
+        batch_size: int = 128,
+        validation: int = 10_000,
+        augment: bool = False,
+        size: int = 64,
+        split_seed: int = 0,
+        num_workers: int = 4,
+        partial: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers)
         if min(validation, size) < 1:
@@ -88,21 +88,15 @@ class ImageFolders(PartsModule):
         raise NotImplementedError
 
     def fixed_transforms(self) -> list[v2.Transform]:
-        """What brings an image to its size."""
+        """Scaling of an image to `size`."""
         raise NotImplementedError
 
     def read_test(self, folder: Path, classes: list[str]) -> Files:
         """Paths and labels of the official validation part."""
         raise NotImplementedError
 
-    def setup(self, stage: str | None = None) -> None:
-        """Finds the files and splits the training part, once.
-
-        Raises:
-            UserError: files are missing.
-        """
-        if self.parts:
-            return
+    def make_parts(self) -> dict[str, Any]:
+        """Image files of the three parts."""
         folder = self.SOURCE.locate(self.root, self.NEEDED)
         (paths, labels), classes = read_folders(folder / "train", self.SOURCE)
         tested = self.read_test(folder, classes)
@@ -110,25 +104,21 @@ class ImageFolders(PartsModule):
                   ("images in val", len(tested[0]), self.IMAGES[1]))  # fmt: skip
         for what, found, published in counts:
             self.SOURCE.check_count(what, found, published, folder, self.partial)
-        least, most = len(classes), len(labels) // 2
-        if not least <= self.validation <= most:
-            raise UserError(
-                f"Expected `validation` to be from {least}, one a class, to {most}, half of the images, got "
-                f"{self.validation}."
-            )
-        train, val, _ = stratified_split(torch.tensor(labels), (self.validation, 0), self.split_seed)
+        train, val = validation_split(torch.tensor(labels), self.validation, self.split_seed)
         plain = normalised(self.fixed_transforms(), MEAN, STD)
         random = normalised(self.random_transforms(), MEAN, STD) if self.augment else plain
-        for name, rows, transform in (("train", train.tolist(), random), ("val", val.tolist(), plain)):
-            self.parts[name] = ImageFiles([paths[i] for i in rows], [labels[i] for i in rows], transform)
-        self.parts["test"] = ImageFiles(*tested, plain)
+        return {
+            "train": ImageFiles([paths[i] for i in train], [labels[i] for i in train], random),
+            "val": ImageFiles([paths[i] for i in val], [labels[i] for i in val], plain),
+            "test": ImageFiles(*tested, plain),
+        }
 
 
 class ImageNet(ImageFolders):
     """ImageNet-1k: `train/n01440764/*.JPEG` and `val/n01440764/*.JPEG`, 1,000 folders each.
 
     Images are scaled to a shorter side of 256 / 224 of `size` and cropped in the middle; with `augment` a random
-    part of random shape is scaled to `size` instead, and half of them are mirrored. Arguments: see `ImageFolders`.
+    crop of random shape is scaled to `size`, and half of the images are mirrored. Arguments as for `ImageFolders`.
     """
 
     SOURCE = Source(
@@ -155,25 +145,25 @@ class ImageNet(ImageFolders):
         super().__init__(root, batch_size, validation, augment, size, split_seed, num_workers, partial)
 
     def random_transforms(self) -> list[v2.Transform]:
-        """A random part of random shape, mirrored in half of the cases."""
+        """Random crop of random shape, mirrored in half of the cases."""
         return [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
 
     def fixed_transforms(self) -> list[v2.Transform]:
-        """The middle."""
+        """Scaling and a crop of the middle."""
         return [v2.Resize(round(self.size * 256 / 224), antialias=True), v2.CenterCrop(self.size)]
 
     def read_test(self, folder: Path, classes: list[str]) -> Files:
-        """A folder a class, the same as of the training part.
+        """Images in one folder for each class of the training part.
 
         Raises:
-            UserError: they are others.
+            UserError: the classes differ.
         """
         files, found = read_folders(folder / "val", self.SOURCE)
         if found != classes:
             odd = sorted(set(classes) ^ set(found))
             raise UserError(
                 f"Expected the same classes in {folder / 'train'} and {folder / 'val'}, but only one of them has "
-                f"{listed(odd)}. The images of val have to be sorted into a folder a class."
+                f"{listed(odd)}. The images of val have to be sorted into one folder for each class."
             )
         return files
 
@@ -182,7 +172,7 @@ class TinyImageNet(ImageFolders):
     """Tiny-ImageNet-200, 64x64: `train/n01443537/images/*.JPEG`, `val/images/*.JPEG` with `val/val_annotations.txt`.
 
     Images are scaled to `size` where it is not 64; with `augment` they are padded by an eighth, cropped and flipped.
-    Arguments: see `ImageFolders`.
+    Arguments as for `ImageFolders`.
     """
 
     SOURCE = Source(
@@ -196,32 +186,19 @@ class TinyImageNet(ImageFolders):
     IMAGES = (100_000, 10_000)
     NEEDED: ClassVar[list[str]] = ["train", "val/images", "val/val_annotations.txt"]
 
-    def __init__(
-        self,
-        root: str = "data",
-        batch_size: int = 128,
-        validation: int = 10_000,
-        augment: bool = False,
-        size: int = 64,
-        split_seed: int = 0,
-        num_workers: int = 4,
-        partial: bool = False,
-    ) -> None:
-        super().__init__(root, batch_size, validation, augment, size, split_seed, num_workers, partial)
-
     def random_transforms(self) -> list[v2.Transform]:
-        """Pad by an eighth, crop, flip."""
+        """Padding by an eighth, crop, flip."""
         return [*self.fixed_transforms(), *pad_crop_flip(self.size, self.size // 8)]
 
     def fixed_transforms(self) -> list[v2.Transform]:
-        """Scaled, where the images are of another size."""
+        """Scaling, where the images have another size."""
         return [v2.Resize((self.size, self.size), antialias=True)]
 
     def read_test(self, folder: Path, classes: list[str]) -> Files:
-        """One folder of images, and a table that names the class of each.
+        """Images in one folder, with a table of their classes.
 
         Raises:
-            UserError: the table is damaged, or names images or classes that are not there.
+            UserError: the table is damaged, or names missing images or classes.
         """
         table = folder / "val" / "val_annotations.txt"
         numbers = {name: number for number, name in enumerate(classes)}
@@ -230,8 +207,5 @@ class TinyImageNet(ImageFolders):
             raise self.SOURCE.damaged(table, f"{wrong[0]} is not an image and a class of train")
         there = {path.name for path in (folder / "val" / "images").iterdir()}
         if lacking := [row[0] for row in rows if row[0] not in there]:
-            raise UserError(
-                f"{self.SOURCE.name} is not complete: {folder / 'val' / 'images'} lacks {listed(lacking)}. "
-                f"{self.SOURCE.cure(folder.parent)}"
-            )
+            raise self.SOURCE.incomplete(folder / "val" / "images", lacking, folder.parent)
         return [str(folder / "val" / "images" / row[0]) for row in rows], [numbers[row[1]] for row in rows]

@@ -11,8 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from bdistil.data.loaders.attach import single_loader
-from bdistil.data.loaders.indexing import with_dataset
+from bdistil.data.loaders import single_loader, with_dataset
 from bdistil.errors import UserError
 
 Noise = Literal["symmetric", "asymmetric"]

@@ -1,4 +1,4 @@
-"""Smartwatch recordings of shoulder exercises, from a file that the package `seglearn` ships (arXiv 1802.01489).
+"""Smartwatch recordings of shoulder exercises, from a file of the package `seglearn` (arXiv 1802.01489).
 
 140 recordings, 20 of each of 7 exercises, by 10 subjects: 3 axes of acceleration and 3 of rotation at 50 Hz.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from bdistil.data.base import TensorParts
-from bdistil.data.readers.pickles import load_arrays
-from bdistil.data.readers.series import moments, windows
-from bdistil.data.readers.sources import packaged_file
+from bdistil.data.base import PARTS, TensorParts
+from bdistil.data.readers import load_arrays, moments, packaged_file, windows
 from bdistil.errors import UserError
 
 FILE = "seglearn/data/watch_dataset.npy"
@@ -27,22 +24,21 @@ RATE = 50  # Hz, of the recordings
 CHANNELS = 6
 CLASSES = 7
 SUBJECTS = range(1, 11)
-PARTS = ("train", "val", "test")
 
 Recordings = tuple[list[Tensor], Tensor, Tensor]
 
 
 def read_watch(path: Path) -> Recordings:
-    """Recordings of the file: its pickle is read by a reader that knows arrays and nothing else.
+    """Recordings of the file, whose pickle is read without executing anything.
 
     Args:
-        path: of a `.npy` of version 1 whose one item is a dictionary of X, y and subject.
+        path: a `.npy` of version 1 whose only item is a dictionary of X, y and subject.
 
     Returns:
         Recordings, each (steps, 6) float32 at 50 Hz, the exercise (N,) int64 of each and the subject (N,) int64.
 
     Raises:
-        UserError: the file is damaged, or is another one; nothing that it names was called.
+        UserError: the file is damaged, or another one.
     """
     with open(path, "rb") as file:
         if file.read(8) != b"\x93NUMPY\x01\x00":
@@ -72,30 +68,24 @@ def _recordings(content: Any, path: Path) -> Recordings:
     return series, labels, subjects
 
 
-def time_spans(steps: int, shares: Sequence[float]) -> list[tuple[int, int]]:
-    """First and last step (exclusive) of consecutive pieces of a recording, by their shares of it."""
-    ends = np.round(np.cumsum([0.0, *shares]) * steps).astype(int).tolist()
-    return list(pairwise(ends))
-
-
 class Watch(TensorParts):
-    """Windows (steps, 6) of 7 exercises, 2 s at 25 Hz unless told otherwise.
+    """Windows (steps, 6) of 7 exercises, 2 s at 25 Hz by default.
 
-    `split: time` cuts each recording into three pieces, first to last: training, validation, test. Windows are cut
-    inside a piece, so no two parts share a sample; but they share the subjects. `split: subject` gives the parts
-    subjects of their own, which is harder by far. Channels are standardised by the training part.
+    `split: time` cuts each recording into three consecutive pieces: training, validation, test. Windows are cut inside
+    a piece, so no two parts share a sample, but they share the subjects. `split: subject` gives each part different
+    subjects, which is much harder. Channels are standardised by the training part.
 
     Args:
-        batch_size: windows a training step.
+        batch_size: windows in a training step.
         split: within the recordings, or by subject.
         validation: share of each recording, before the test piece; `split: time` only.
         test: share of each recording, at its end; `split: time` only.
-        validation_subjects: of 1 … 10; `split: subject` only.
-        test_subjects: of 1 … 10; `split: subject` only. The others train.
+        validation_subjects: some of 1 … 10; `split: subject` only.
+        test_subjects: some of 1 … 10; `split: subject` only. The others are in the training part.
         seconds: length of a window.
-        hop: seconds from the start of one window to that of the next.
-        train_hop: the same of the training part; `hop` where it is not given.
-        stride: every how many-th step of the 50 Hz is kept.
+        hop: seconds between the starts of two windows.
+        train_hop: `hop` of the training part, if it differs.
+        stride: one of `stride` steps of the 50 Hz is kept.
     """
 
     def __init__(
@@ -126,21 +116,21 @@ class Watch(TensorParts):
         self.length = round(seconds * RATE / stride)
         self.hops = {name: max(1, round(value * RATE / stride)) for name, value in hops.items()}
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads the file, splits it and cuts windows, once."""
-        if self.parts:
-            return
+    def make_parts(self) -> dict[str, Any]:
+        """Standardised windows of the three parts."""
         recordings, labels, subjects = read_watch(packaged_file("seglearn", FILE, SHA256))
         series = [recording[:: self.stride] for recording in recordings]
         pieces = split_in_time(series, self.shares) if self.split == "time" else self._by_subject(series, subjects)
         mean, spread = moments(pieces["train"])
+        parts = {}
         for name, cut in pieces.items():
             found = [windows((x - mean) / spread, self.length, self.hops[name]) for x in cut]
             y = labels.repeat_interleave(torch.tensor([len(w) for w in found]))
-            self.parts[name] = TensorDataset(torch.cat(found).contiguous(), y)
+            parts[name] = TensorDataset(torch.cat(found).contiguous(), y)
+        return parts
 
     def _by_subject(self, series: Sequence[Tensor], subjects: Tensor) -> dict[str, list[Tensor]]:
-        """Each recording in the part of its subject, an empty piece of it in the others."""
+        """Each recording in the part of its subject, and an empty piece of it in the others."""
         return {
             name: [x if int(s) in chosen else x[:0] for x, s in zip(series, subjects, strict=True)]
             for name, chosen in self.subjects.items()
@@ -148,12 +138,15 @@ class Watch(TensorParts):
 
 
 def split_in_time(series: Sequence[Tensor], shares: Sequence[float]) -> Mapping[str, list[Tensor]]:
-    """Pieces of every recording for the three parts, first to last; a step is in one of them only."""
-    spans = [time_spans(len(x), shares) for x in series]
-    return {
-        name: [x[low:high] for x, (low, high) in zip(series, (span[i] for span in spans), strict=True)]
-        for i, name in enumerate(PARTS)
-    }
+    """Consecutive pieces of every recording for the three parts, by their shares of it.
+
+    Example:
+        >>> {name: pieces[0].tolist() for name, pieces in split_in_time([torch.arange(10)], (0.5, 0.2, 0.3)).items()}
+        {'train': [0, 1, 2, 3, 4], 'val': [5, 6], 'test': [7, 8, 9]}
+    """
+    ends = np.cumsum(shares)[:-1]
+    pieces = [x.tensor_split(np.round(ends * len(x)).astype(int).tolist()) for x in series]
+    return {name: list(cut) for name, cut in zip(PARTS, zip(*pieces, strict=True), strict=True)}
 
 
 def _check_split(split: str, validation: float, test: float, val_people: Sequence[int], people: Sequence[int]) -> None:

@@ -11,8 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.data.loaders.attach import LOADERS, single_loader
-from bdistil.data.loaders.indexing import Index
+from bdistil.data.loaders import LOADERS, Index, single_loader
 from bdistil.errors import UserError
 from bdistil.models.student import Student
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
-from bdistil.data.loaders.indexing import Index
+from bdistil.data.loaders import Index
 from bdistil.distillation.probes import Probe
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import log_normaliser

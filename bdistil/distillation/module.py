@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.data.loaders.indexing import Index
+from bdistil.data.loaders import Index
 from bdistil.distillation.last_layer import last_layers
 from bdistil.errors import UserError
 from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms

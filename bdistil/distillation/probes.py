@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
-from bdistil.data.loaders.checks import check_dataset
-from bdistil.data.loaders.indexing import Index, rows_loader
+from bdistil.data.loaders import Index, check_dataset, rows_loader
 from bdistil.distillation.last_layer import capture_last_layer, last_layers
 from bdistil.functional.boosting import prefix_error, round_loss
 from bdistil.functional.distillation import kd_terms

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from bdistil.data.loaders.attach import single_loader
+from bdistil.data.loaders import single_loader
 from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
 from bdistil.storage.run_directory import RunDirectory

@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
-from bdistil.data.loaders.attach import single_loader
+from bdistil.data.loaders import single_loader
 from bdistil.errors import UserError
 from bdistil.export.folder import seal
 from bdistil.export.runner import Array, ExportedEnsemble

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdistil.data.loaders.attach import single_loader
+from bdistil.data.loaders import single_loader
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.run_data import datamodule_of

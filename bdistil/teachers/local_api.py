@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from bdistil.data.loaders.attach import indexed_loaders
+from bdistil.data.loaders import indexed_loaders
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.teachers.http_endpoint import HttpEndpoint
 from bdistil.teachers.training import TeacherSpec, TeacherTraining

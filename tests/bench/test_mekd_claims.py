@@ -19,7 +19,7 @@ import torch
 from bdistil import ApiTeacher, BoostingSettings
 from bdistil.callbacks import RoundController
 from bdistil.data.digits import Digits, LocalDigits
-from bdistil.data.loaders.attach import indexed_loaders
+from bdistil.data.loaders import indexed_loaders
 from bdistil.distillation.mekd import MappingEmulation
 from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.distillation.mekd.samples import AnsweredSamples, GeneratedSamples, answers_of, repeated

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.data.digits import read_digits, stratified_split
 from bdistil.data.label_noise import NoisyLabels
-from bdistil.data.loaders.attach import LOADERS, indexed_loaders
+from bdistil.data.loaders import LOADERS, indexed_loaders
 from bdistil.distillation import MixingSettings
 from bdistil.distillation.module import Distillation
 from bdistil.models.convnets import ConvStudent, StridedConvNet

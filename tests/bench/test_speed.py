@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil import BoostingSettings, Student
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.callbacks import RoundController
-from bdistil.data.loaders.attach import indexed_loaders
+from bdistil.data.loaders import indexed_loaders
 from bdistil.models.convnets import ConvStudent
 
 pytestmark = pytest.mark.slow

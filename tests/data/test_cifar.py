@@ -10,8 +10,8 @@ import torch
 from helpers.paper_files import old_pickle, pattern, write_cifar10, write_cifar100
 
 from bdistil.data.cifar import Cifar10, Cifar100, read_batch
-from bdistil.data.loaders.checks import is_random
-from bdistil.data.readers.pickles import load_arrays
+from bdistil.data.loaders import is_random
+from bdistil.data.readers import load_arrays
 from bdistil.errors import UserError
 
 
@@ -114,7 +114,9 @@ def test_a_damaged_file_is_named(tmp_path, content, why):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(UserError, match=r"looked in .*/cifar-10-batches-py and .* for data_batch_1.* and 3 more") as e:
+    with pytest.raises(
+        UserError, match=r"not found in .*/cifar-10-batches-py and .* expected data_batch_1.* and 3 more"
+    ) as e:
         opened(Cifar10, tmp_path / "none")
     assert f"curl -L https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz | tar xz -C {tmp_path}/none" in str(
         e.value

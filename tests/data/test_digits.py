@@ -12,8 +12,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from bdistil.cli.recipe_files import find_recipe, recipes, summary
 from bdistil.data import digits as digits_module
 from bdistil.data.digits import Digits, read_digits
-from bdistil.data.readers.sources import packaged_file
-from bdistil.data.readers.splits import stratified_split
+from bdistil.data.readers import packaged_file, stratified_split
 from bdistil.errors import UserError
 from bdistil.models.convnets import ConvStudent, StridedConvNet, conv_body
 from bdistil.models.student import Rung, run_student

@@ -8,7 +8,7 @@ import torch
 from helpers.paper_files import png, write_imagenet, write_tiny_imagenet
 
 from bdistil.data.imagenet import MEAN, STD, ImageNet, TinyImageNet
-from bdistil.data.loaders.checks import is_random
+from bdistil.data.loaders import is_random
 from bdistil.errors import RunError, UserError
 
 
@@ -64,10 +64,10 @@ def test_imagenet_crops_the_middle(root, tmp_path):
 
 def test_missing_folders(root, tmp_path):
     with pytest.raises(
-        UserError, match=r"ImageNet-1k is not there: looked in .*/imagenet and .*for train, val.*image-net"
+        UserError, match=r"ImageNet-1k was not found in .*/imagenet and .*: expected train, val.*image-net"
     ):
         opened(ImageNet, tmp_path)
-    with pytest.raises(UserError, match=r"(?s)Tiny-ImageNet-200 is not there.*curl -LO .*unzip"):
+    with pytest.raises(UserError, match=r"(?s)Tiny-ImageNet-200 was not found.*curl -LO .*unzip"):
         opened(TinyImageNet, tmp_path)
     with pytest.raises(UserError, match=r"1,000 classes, but 2 are in"):
         opened(ImageNet, root, partial=False)
@@ -83,7 +83,9 @@ def test_incomplete_imagenet(tmp_path):
         opened(ImageNet, tmp_path)
     folder = write_imagenet(tmp_path)
     (folder / "val" / "n01443537").rename(folder / "val" / "n99999999")
-    with pytest.raises(UserError, match=r"same classes in .* n01443537, n99999999.* sorted into a folder a class"):
+    with pytest.raises(
+        UserError, match=r"same classes in .* n01443537, n99999999.* sorted into one folder for each class"
+    ):
         opened(ImageNet, tmp_path)
 
 

@@ -60,11 +60,11 @@ def test_numbers_in_other_shapes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda lines: lines[:124], "125 lines of 45 numbers, got 124 lines of 45 numbers"),
-        (lambda lines: [line.rpartition(",")[0] for line in lines], "got 125 lines of 44 numbers"),
-        (lambda lines: [*lines[:-1], "1,2,3"], "got 125 lines of 3 or 45 numbers"),
-        (lambda lines: [], "got 0 lines of no numbers"),
-        (lambda lines: ["a,b", *lines[1:]], "numbers with commas between .*'a'"),
+        (lambda lines: lines[:124], "124 lines of 45 numbers, expected 125 lines of 45 numbers"),
+        (lambda lines: [line.rpartition(",")[0] for line in lines], "it has 125 lines of 44 numbers"),
+        (lambda lines: [*lines[:-1], "1,2,3"], "columns changed from 45 to 3"),
+        (lambda lines: [], "no data"),
+        (lambda lines: ["a,b", *lines[1:]], "could not convert string 'a'"),
         (lambda lines: [lines[0].replace(lines[0].partition(",")[0], "nan", 1), *lines[1:]], "NaN or infinity"),
     ],
 )
@@ -73,20 +73,20 @@ def test_a_damaged_segment_is_named(tmp_path, change, why):
     file = folder / "a01" / "p3" / "s01.txt"
     file.write_text("".join(f"{line}\n" for line in change(file.read_text().splitlines())))
     with pytest.raises(
-        UserError, match=rf"a01/p3/s01\.txt to hold .*{why}.*Get Daily and Sports Activities again from h"
+        UserError, match=rf"a01/p3/s01\.txt of Daily and Sports Activities cannot be used: .*{why}.*Get it again from h"
     ):
         opened(Dsa19, tmp_path)
 
 
 def test_missing_segments(dsa, tmp_path):
-    with pytest.raises(UserError, match=r"(?s)Activities is not there: looked in .*for a01, a02.*curl -Lo dsa\.zip"):
+    with pytest.raises(UserError, match=r"(?s)Activities was not found in .*: expected a01, a02.*curl -Lo dsa\.zip"):
         Dsa19(str(tmp_path)).setup()
     with pytest.raises(UserError, match=r"not complete: .*dsa/data lacks a02, a03, a04 and 14 more"):
         Dsa19(str(dsa)).setup()
     folder = write_dsa(tmp_path)
     for number in range(2, 19):
         (folder / f"a{number:02}").mkdir()
-    with pytest.raises(UserError, match=r"lacks 9,104 of 9,120 files: a01/p1/s02\.txt, .*9,101 more.*partial=true"):
+    with pytest.raises(UserError, match=r"has 9,120 segments, but 16 are in .*partial=true"):
         Dsa19(str(tmp_path)).setup()
 
 
@@ -125,7 +125,7 @@ def test_windows_and_subjects(har):
 
 def test_incomplete_har(har, tmp_path):
     with pytest.raises(
-        UserError, match=r"(?s)Smartphones is not there: .*train/y_train\.txt.*unzip -q 'UCI HAR Dataset"
+        UserError, match=r"(?s)Smartphones was not found in .*train/y_train\.txt.*unzip -q 'UCI HAR Dataset"
     ):
         opened(Har6, tmp_path)
     with pytest.raises(UserError, match=r"7,352 windows in train, but 42 are in"):
@@ -134,7 +134,7 @@ def test_incomplete_har(har, tmp_path):
     signals = folder / "train" / "Inertial Signals"
     whole = (signals / "body_acc_y_train.txt").read_text()
     for content, why in ((whole[:-20], "columns"), (whole.replace(" 1", " x", 1), "could not convert"),
-                         ("1 2\n" * 42, "its lines have 2 numbers, expected 128")):  # fmt: skip
+                         ("1 2\n" * 42, "42 lines of 2 numbers, expected any number of lines of 128")):  # fmt: skip
         (signals / "body_acc_y_train.txt").write_text(content)
         with pytest.raises(UserError, match=rf"(?s)body_acc_y_train\.txt of Human .* cannot be used: .*{why}"):
             opened(Har6, tmp_path)

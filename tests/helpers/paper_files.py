@@ -143,14 +143,11 @@ def write_tiny_imagenet(root, noise=False):
     return base
 
 
-def wav(samples, rate=16000, channels=1, bits=16, kind=1, extensible=None):
-    """A RIFF file of 16-bit samples; the header may lie, or be that of WAVE_FORMAT_EXTENSIBLE for a sub-format."""
+def wav(samples, rate=16000, channels=1, bits=16, kind=1, extra=b""):
+    """A RIFF file of 16-bit samples, whose header may be wrong; `extra` are chunks before the samples."""
     data = np.asarray(samples, "<i2").tobytes()
-    tag = kind if extensible is None else 0xFFFE
-    form = struct.pack("<HHIIHH", tag, channels, rate, rate * channels * 2, channels * 2, bits)
-    if extensible is not None:
-        form += struct.pack("<HHIH", 22, bits, 4, extensible) + bytes.fromhex("000000001000800000aa00389b71")
-    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+    form = struct.pack("<HHIIHH", kind, channels, rate, rate * channels * 2, channels * 2, bits)
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + extra + b"data" + struct.pack("<I", len(data)) + data
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 

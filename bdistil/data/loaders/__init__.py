@@ -1,25 +1,26 @@
 """DataLoaders that carry each sample's index, checks of datasets, and fixed random views."""
 
-from bdistil.data.loaders.attach import indexed_loaders, single_loader
-from bdistil.data.loaders.checks import check_dataset, distinct_samples, is_random
+from bdistil.data.loaders.checks import check_dataset, distinct_samples, is_random, single_loader
 from bdistil.data.loaders.indexing import (
+    LOADERS,
     Index,
     IndexedDataset,
-    block_loader,
+    indexed_loaders,
     rows_loader,
     sequential_loader,
     training_loader,
     with_dataset,
 )
-from bdistil.data.loaders.views import ViewPlan, Views, ViewSampler
+from bdistil.data.loaders.views import CANONICAL, ViewPlan, Views, ViewSampler
 
 __all__ = [
+    "CANONICAL",
+    "LOADERS",
     "Index",
     "IndexedDataset",
     "ViewPlan",
     "ViewSampler",
     "Views",
-    "block_loader",
     "check_dataset",
     "distinct_samples",
     "indexed_loaders",

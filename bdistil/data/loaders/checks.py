@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checks of a user's data loader: one loader, a map-style dataset of (x, y), random augmentation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from bdistil.errors import UserError
 
 
+def single_loader(loader: Any) -> Any:
+    """The loader, or the only one of a list, as some data modules return it."""
+    return loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
+
+
 def check_dataset(loader: Any, name: str) -> int:
-    """Proves that a loader's dataset can be addressed by index and yields (x, y).
+    """Checks that the dataset of a loader can be indexed and yields (x, y).
 
     Args:
-        loader: what ``train_dataloader()`` or ``val_dataloader()`` of a user's data module gave.
-        name: of that method, for the messages.
+        loader: result of ``train_dataloader()`` or ``val_dataloader()`` of a user's data module.
+        name: name of that method, for the messages.
 
     Returns:
         The number of samples.
@@ -25,8 +30,7 @@ def check_dataset(loader: Any, name: str) -> int:
     Raises:
         UserError: not one DataLoader; an iterable or empty dataset; items that are not (x, y).
     """
-    if isinstance(loader, list | tuple) and len(loader) == 1:
-        loader = loader[0]
+    loader = single_loader(loader)
     if not isinstance(loader, DataLoader):
         raise UserError(f"Expected `{name}()` to return one torch DataLoader, got {type(loader).__name__}.")
     if loader.batch_sampler is None:
@@ -51,28 +55,27 @@ def check_dataset(loader: Any, name: str) -> int:
 
 
 def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
-    """Does reading a sample twice give two different x (random augmentation)?"""
-    for index in range(min(tries, len(cast(Sized, dataset)))):
-        if not _same(dataset[index][0], dataset[index][0]):
-            return True
-    return False
+    """Whether reading a sample twice gives two different x (random augmentation)."""
+    numbers = range(min(tries, len(cast(Sized, dataset))))
+    return not all(_same(dataset[index][0], dataset[index][0]) for index in numbers)
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Are two x equal, NaN and all?"""
+    """Whether two x are equal; NaN equals NaN."""
     if isinstance(first, Mapping):
         return all(_same(first[key], second[key]) for key in first)
     if isinstance(first, tuple | list):
         return all(map(_same, first, second))
     if isinstance(first, Tensor | np.ndarray):
         return bool(np.array_equal(np.asarray(first), np.asarray(second), equal_nan=True))
-    return True  # of anything else equality says nothing
+    return True  # equality is not defined for other types
 
 
 def distinct_samples(loader: Any, read: int) -> int:
-    """How many samples of an epoch were read, without those that a sampler repeats to give every process as many.
+    """Number of samples of an epoch that were read, without repeated ones.
 
-    The repeated ones are the last of their processes, so that they are there only where all of an epoch was read.
+    A `DistributedSampler` repeats samples to give every process as many. They are the last of their processes, so they
+    occur only where a whole epoch was read.
 
     Args:
         loader: the training loader.

@@ -1,14 +1,17 @@
-"""The index that travels with each sample, added to anybody's data loader.
+"""Loaders that yield (x, y, index): a user's data loader with the number of each sample added.
 
-A user's training loader yields (x, y). What a round trains on yields (x, y, index): the same dataset, batch size,
-workers and collate function, in an order that is a pure function of (seed, round, epoch).
+Dataset, batch size, workers and collate function are those of the user's loader; the order of training samples is a
+pure function of (seed, epoch).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch.utils.data import (
@@ -22,15 +25,19 @@ from torch.utils.data import (
     default_collate,
 )
 
+from bdistil.data.loaders.checks import single_loader
 from bdistil.data.loaders.views import ViewPlan, Views, ViewSampler
 from bdistil.errors import UserError
 from bdistil.utils.seeding import seed_of
 
+LOADERS = ("train_dataloader", "val_dataloader")
+Index = np.ndarray[Any, np.dtype[np.int64]]
+
 
 class IndexedDataset(Dataset[Any]):
-    """A map-style dataset whose items know their number.
+    """A map-style dataset that yields each item with its number.
 
-    A whole batch is fetched at once where the dataset is tensors; `collate` knows both forms.
+    A dataset of tensors yields a whole batch at once; `collate` takes both forms.
 
     Args:
         dataset: yields (x, y).
@@ -47,8 +54,9 @@ class IndexedDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.dataset[index], index
 
-    def __getitems__(self, indices: list[int]) -> Any:
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         if self._tensors is None:
+            indices = list(indices)
             read = getattr(self.dataset, "__getitems__", None)
             items = read(indices) if read else [self.dataset[index] for index in indices]
             return list(zip(items, indices, strict=True))
@@ -64,20 +72,28 @@ class IndexedDataset(Dataset[Any]):
 
 
 def _settings(loader: DataLoader[Any]) -> dict[str, Any]:
-    """What is taken over from the user's loader, whatever order its samples come in."""
-    kept: dict[str, Any] = {
-        "num_workers": loader.num_workers,
-        "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-    }
+    """Options of the user's loader that do not depend on the order of its samples."""
+    names = ["num_workers", "pin_memory", "timeout", "worker_init_fn"]
     if loader.num_workers > 0:
-        kept |= {
-            "prefetch_factor": loader.prefetch_factor,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "persistent_workers": loader.persistent_workers,
-        }
-    return kept
+        names += ["prefetch_factor", "multiprocessing_context", "persistent_workers"]
+    return {name: getattr(loader, name) for name in names}
+
+
+def _order(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Options that keep the batches of the user's loader as they are."""
+    if type(loader.batch_sampler) is not BatchSampler:
+        return {"batch_sampler": loader.batch_sampler}
+    return {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
+
+
+def _reads_all(loader: DataLoader[Any]) -> bool:
+    """Whether each sample is read once an epoch, shuffled or in order, by a sampler of torch's own."""
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler:
+        return False
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+    return type(sampler) is SequentialSampler
 
 
 class _EpochLoader(DataLoader[Any]):
@@ -98,69 +114,30 @@ def training_loader(
     world_size: int,
     plan: ViewPlan | None = None,
 ) -> DataLoader[Any]:
-    """The user's training loader, with the index and an order of its own for (seed, epoch).
+    """The user's training loader with the index, in an order that depends on (seed, epoch) alone.
 
     A loader that shuffles, or reads in order, gets a sampler that also splits the samples over the processes; any
-    other sampler of the user is kept as it is.
+    other sampler of the user is kept.
 
     Args:
         loader: yields (x, y).
-        seed: of this round.
+        seed: seed of this round.
         epoch: the epoch that starts now. Lightning sets the following ones, but the first one too late for workers.
         rank: number of this process.
-        world_size: how many processes train.
+        world_size: number of training processes.
         plan: fixed views of a dataset that augments at random, one an epoch; the index is then number + N * view.
     """
     dataset = Views(loader.dataset, plan.seed) if plan else loader.dataset
     indexed = IndexedDataset(dataset, loader.collate_fn)
     options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
-    plain = type(loader.batch_sampler) is BatchSampler
-    if not plain or not _reads_all(loader):
-        if plain:
-            options |= {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
-        else:
-            options |= {"batch_sampler": loader.batch_sampler}
-        return DataLoader(indexed, **options)
+    if not _reads_all(loader):
+        return DataLoader(indexed, **_order(loader), **options)
     shuffle = isinstance(loader.sampler, RandomSampler)
     order = {"num_replicas": world_size, "rank": rank, "shuffle": shuffle, "seed": seed}
     sampler = ViewSampler(plan.count if plan else 1, indexed, **order)
     sampler.set_epoch(epoch)
-    return _EpochLoader(
-        indexed,
-        batch_size=loader.batch_size,
-        sampler=sampler,
-        drop_last=loader.drop_last,
-        generator=torch.Generator(),
-        **options,
-    )
-
-
-def _reads_all(loader: DataLoader[Any]) -> bool:
-    """Does the loader read each sample once an epoch, shuffled or in order, by a sampler of torch's own?"""
-    sampler = loader.sampler
-    if type(sampler) is RandomSampler:
-        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-    return type(sampler) is SequentialSampler
-
-
-class _Groups:
-    """Batches of given rows."""
-
-    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(list, self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def block_loader(
-    loader: DataLoader[Any], blocks: list[tuple[int, int]], *, seed: int = 0, views: Views | None = None
-) -> DataLoader[Any]:
-    """Reads given blocks of the loader's dataset, or of views of it, in order, each as one batch (x, y, index)."""
-    return rows_loader(loader, [range(low, high) for low, high in blocks], seed=seed, views=views)
+    options |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    return _EpochLoader(indexed, sampler=sampler, generator=torch.Generator(), **options)
 
 
 def rows_loader(
@@ -172,22 +149,17 @@ def rows_loader(
     """
     dataset = views or loader.dataset
     indexed = dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset, loader.collate_fn)
-    settings = {k: v for k, v in _settings(loader).items() if k != "persistent_workers"}
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        indexed, batch_sampler=_Groups(batches), collate_fn=indexed.collate, generator=generator, **settings
-    )
+    options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
+    options.pop("persistent_workers", None)
+    return DataLoader(indexed, batch_sampler=batches, generator=torch.Generator().manual_seed(seed), **options)
 
 
 def with_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[Any]:
     """The user's loader over another dataset of as many samples, in the order that it had."""
-    options: dict[str, Any] = {"collate_fn": loader.collate_fn, "generator": loader.generator, **_settings(loader)}
-    if type(loader.batch_sampler) is not BatchSampler:
-        return DataLoader(dataset, batch_sampler=loader.batch_sampler, **options)
-    options |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    if _reads_all(loader):
-        return DataLoader(dataset, shuffle=isinstance(loader.sampler, RandomSampler), **options)
-    return DataLoader(dataset, sampler=loader.sampler, **options)
+    order = _order(loader)
+    if _reads_all(loader):  # torch's samplers hold the dataset
+        order |= {"sampler": None, "shuffle": isinstance(loader.sampler, RandomSampler)}
+    return DataLoader(dataset, collate_fn=loader.collate_fn, generator=loader.generator, **order, **_settings(loader))
 
 
 class _Share(DistributedSampler[Any]):
@@ -209,7 +181,10 @@ def sequential_loader(
 ) -> DataLoader[Any]:
     """The user's loader with the index, in the order of the dataset; of several processes, each reads its share.
 
-    Of a dataset that augments at random, the canonical views are read where a plan is given.
+    With a plan, the canonical views of a dataset that augments at random are read.
+
+    Raises:
+        UserError: fewer samples than processes.
     """
     dataset = Views(loader.dataset, plan.seed) if plan else loader.dataset
     indexed = IndexedDataset(dataset, loader.collate_fn)
@@ -219,4 +194,45 @@ def sequential_loader(
     return DataLoader(indexed, batch_size=loader.batch_size or 1, sampler=_Share(indexed, world_size, rank), **options)
 
 
-Index = np.ndarray[Any, np.dtype[np.int64]]
+@contextmanager
+def indexed_loaders(
+    datamodule: pl.LightningDataModule,
+    seed: int,
+    train: ViewPlan | None = None,
+    val: ViewPlan | None = None,
+    names: Sequence[str] = LOADERS,
+) -> Iterator[None]:
+    """Context in which the loaders of a user's data module yield (x, y, index).
+
+    Args:
+        datamodule: its methods are restored at the end.
+        seed: seed of the order of training samples.
+        train: fixed views of the training part, where it augments at random.
+        val: the same of the validation part.
+        names: methods that return the loaders.
+    """
+    before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
+    for name in names:
+        indexed = partial(_train, seed=seed, plan=train) if name == LOADERS[0] else partial(_val, plan=val)
+        vars(datamodule)[name] = partial(indexed, getattr(datamodule, name), datamodule)
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(datamodule).pop(name, None)
+        vars(datamodule).update(before)
+
+
+def _train(
+    original: Callable[[], Any], datamodule: pl.LightningDataModule, seed: int, plan: ViewPlan | None
+) -> DataLoader[Any]:
+    trainer: Any = datamodule.trainer
+    epoch = trainer.fit_loop.epoch_progress.current.processed  # current_epoch is one behind in a resumed fit
+    ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    return training_loader(single_loader(original()), seed=seed, epoch=epoch, plan=plan, **ranks)
+
+
+def _val(original: Callable[[], Any], datamodule: pl.LightningDataModule, plan: ViewPlan | None) -> DataLoader[Any]:
+    trainer: Any = datamodule.trainer
+    ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    return sequential_loader(single_loader(original()), plan=plan, **ranks)

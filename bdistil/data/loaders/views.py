@@ -1,58 +1,46 @@
-"""Views of a sample under random augmentation: what is drawn for one is a pure function of sample and view.
+"""Fixed views of randomly augmented samples: the random numbers of a view depend on sample and view alone.
 
-So whatever is cached of a view belongs to the very x that a batch brings, in any process, epoch and round.
+What is cached for a view therefore belongs to the x of a batch, in any process, epoch and round.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Dataset, DistributedSampler
 
 from bdistil.utils.seeding import seed_of
 
-# The view on which S is defined, and that of the validation part.
+# The view on which S is defined, and the view of the validation part.
 CANONICAL = 0
 
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """Which views of a dataset that augments at random are read.
+    """Number and seed of the views of a dataset that augments at random.
 
     Attributes:
-        seed: of the run: the views are the same in all its rounds.
-        count: K, how many there are of a sample.
+        seed: seed of the run; the views are the same in all its rounds.
+        count: K, the number of views of a sample.
     """
 
     seed: int
     count: int = 1
 
 
-@contextmanager
-def _state_kept() -> Iterator[None]:
-    """Python, NumPy and torch (CPU) draw after this context what they would have drawn without it."""
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
-
-
 class Views(Dataset[Any]):
     """A dataset whose N samples are addressed as number + N * view.
 
     Args:
-        dataset: draws its augmentation from the generators of Python, NumPy or torch.
-        seed: of the run.
-        first: the view of the numbers 0 … N-1.
+        dataset: draws its augmentation from the global generators of Python, NumPy or torch.
+        seed: seed of the run.
+        first: view of the numbers 0 … N-1.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int, first: int = CANONICAL) -> None:
@@ -65,7 +53,7 @@ class Views(Dataset[Any]):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
-        with _state_kept():
+        with isolate_rng(include_cuda=False):
             return [self._drawn(number) for number in numbers]
 
     def _drawn(self, number: int) -> Any:
@@ -78,12 +66,12 @@ class Views(Dataset[Any]):
 
 
 class ViewSampler(DistributedSampler[Any]):
-    """The order of an epoch, as numbers of the view that the epoch is to see: epoch e sees view e mod K.
+    """The order of an epoch, as numbers of one view: epoch e reads view e mod K.
 
     Args:
         views: K.
-        args: of torch's sampler.
-        kwargs: of torch's sampler.
+        args: arguments of `DistributedSampler`.
+        kwargs: arguments of `DistributedSampler`.
     """
 
     def __init__(self, views: int, *args: Any, **kwargs: Any) -> None:

@@ -1,142 +1,102 @@
-"""Features that are computed once from many files, in parallel, and kept beside the data until anything changes."""
+"""Features computed once from many files, in parallel, and kept on the disk until a file or the computation changes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader, Dataset
+from rich.progress import track
 
+from bdistil.data.readers.files import Array
 from bdistil.errors import UserError
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Compute = Callable[[Path], Array]
 
-FEATURES, SPEC = "features.npy", "spec.json"
-FEW = 64  # files that are not worth a process
-CHUNK = 16  # files that a process is given at a time
+FEW = 64  # files that are not worth several processes
+CHUNK = 16  # files given to a process at a time
 
 
 def cached_features(cache: Path, name: str, spec: Mapping[str, Any], files: Sequence[Path], compute: Compute) -> Array:
     """Features of files, (len(files), ...) float32, read from the cache or computed and kept there.
 
-    The cache is one folder `NAME-KEY`, which is there whole or not at all; the key is of the spec and of the name, size
-    and time of every file. An older version of it is removed. Processes that ask at the same time compute once.
+    The cache is the file `NAME-KEY.npy`, written atomically; the key is a digest of the spec and of the name, size and
+    time of every file. An older version is removed. Of processes that start at the same time, one computes.
 
     Args:
         cache: folder of all caches.
-        name: of this one.
+        name: name of this one.
         spec: what the features are, as JSON; give it a version that grows with the code of `compute`.
         files: at least one.
-        compute: features of a file, all of one shape; a function that processes can be sent.
+        compute: features of a file, all of one shape; a picklable function.
 
     Raises:
-        UserError: `compute` refused a file, or the cache cannot be written.
+        UserError: raised by `compute`; features of different shapes; the cache cannot be written.
     """
-    wanted = {"spec": dict(spec), "files": len(files), "sources": fingerprint(files)}
-    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache / f"{name}-{key}"
+    key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+    for path in files:
+        status = path.stat()
+        key.update(f"{path.parent.name}/{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    file = cache / f"{name}-{key.hexdigest()[:12]}.npy"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{name}.lock"):
-            found = _read(folder, wanted)
-            if found is None:
-                for stale in [*cache.glob(f"{name}-*"), *cache.glob(f".{name}-*")]:
-                    shutil.rmtree(stale, ignore_errors=True)
-                _build(folder, wanted, files, compute, name)
-                found = _read(folder, wanted)
+            if not _is_readable(file):
+                for stale in [*cache.glob(f"{name}-*.npy"), *cache.glob(f".{name}-*.npy")]:
+                    stale.unlink()
+                _write(file, _stacked(files, _computed(files, compute, f"Features of {name}")))
+        features: Array = np.load(file, mmap_mode="r")
     except OSError as error:
         raise UserError(
             f"The features of {name} cannot be kept in {cache} ({error}). Give another folder as `cache`."
         ) from error
-    assert found is not None
-    return found
+    return features
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """Sha256 over name, size and time of change of every file."""
-    digest = hashlib.sha256()
-    for path in files:
-        status = path.stat()
-        digest.update(f"{path.parent.name}/{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def _read(folder: Path, wanted: Mapping[str, Any]) -> Array | None:
-    """What the folder holds, memory-mapped, where it is what is wanted, whole and readable."""
+def _is_readable(file: Path) -> bool:
     try:
-        if json.loads((folder / SPEC).read_text(encoding="utf-8")) != wanted:
-            return None
-        features: Array = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
-        return None
-    return features if len(features) == wanted["files"] else None
+        np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
 
 
-def _build(folder: Path, wanted: Mapping[str, Any], files: Sequence[Path], compute: Compute, name: str) -> None:
-    beside = folder.with_name(f".{folder.name}")
-    beside.mkdir()
+def _write(file: Path, features: Array) -> None:
+    beside = file.with_name(f".{file.name}")
     try:
-        out: Array | None = None
-        for number, result in enumerate(_computed(files, compute, f"Features of {name}")):
-            if out is None:
-                shape = (len(files), *result.shape)
-                out = np.lib.format.open_memmap(beside / FEATURES, mode="w+", dtype=np.float32, shape=shape)
-            if result.shape != out.shape[1:]:
-                raise UserError(f"{files[number]} gives features {result.shape}, those before it {out.shape[1:]}.")
-            out[number] = result
-        assert out is not None
-        out.flush()  # type: ignore[attr-defined]
-        (beside / SPEC).write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-        os.replace(beside, folder)
+        np.save(beside, features)
+        os.replace(beside, file)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        beside.unlink(missing_ok=True)
 
 
-class _Results(Dataset[Any]):
-    """What `compute` makes of each file; a refusal is a value, so that its message comes back as it was."""
-
-    def __init__(self, files: Sequence[Path], compute: Compute) -> None:
-        self.files, self.compute = files, compute
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Array | UserError:
-        try:
-            return self.compute(self.files[index])
-        except UserError as error:
-            return error
+def _stacked(files: Sequence[Path], results: Iterator[Array]) -> Array:
+    features: list[Array] = []
+    for file, result in zip(files, results, strict=True):
+        if features and result.shape != features[0].shape:
+            raise UserError(f"{file} gives features {result.shape}, those before it {features[0].shape}.")
+        features.append(result.astype(np.float32, copy=False))
+    return np.stack(features)
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _computed(files: Sequence[Path], compute: Compute, title: str) -> Any:
-    """Results in order, from as many processes as there are cores, with a progress bar where somebody watches."""
-    processes = cores() if len(files) >= FEW and cores() > 1 else 0
-    generator = torch.Generator()  # else the loader draws from the run's own
-    results_of = _Results(files, compute)
-    loader = DataLoader(results_of, CHUNK, num_workers=processes, collate_fn=list, generator=generator)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=len(files))
-        for results in loader:
-            for result in results:
-                if isinstance(result, UserError):
-                    raise result
-                yield result
-            progress.update(task, advance=len(results))
+def _computed(files: Sequence[Path], compute: Compute, title: str) -> Iterator[Array]:
+    """Results in order, from as many processes as there are cores, with a progress bar on a terminal."""
+    several = len(files) >= FEW and cores() > 1
+    with ProcessPoolExecutor(cores()) if several else nullcontext() as pool:
+        results = pool.map(compute, files, chunksize=CHUNK) if pool else map(compute, files)
+        console, silent = Console(stderr=True), not sys.stderr.isatty()
+        yield from track(results, title, len(files), console=console, disable=silent)

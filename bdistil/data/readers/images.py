@@ -1,4 +1,4 @@
-"""Images as samples (x, y): from an array in memory or from files, with or without random augmentation."""
+"""Datasets of images, from an array in memory or from files, and their transforms."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Transform = Callable[[Any], Tensor]
 
 
 def normalised(first: Sequence[v2.Transform], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Some transforms, then float32 with mean 0 and sd 1 in each channel.
+    """Given transforms, then float32 with mean 0 and sd 1 in each channel.
 
     Args:
         first: applied to the uint8 image.
-        mean: of each channel, in 0 … 1.
-        std: of each channel.
+        mean: mean of each channel, in 0 … 1.
+        std: standard deviation of each channel.
     """
     scaled = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([*mean], [*std])]
     composed: Transform = v2.Compose([v2.ToImage(), *first, *scaled, v2.ToPureTensor()])
@@ -32,7 +32,7 @@ def normalised(first: Sequence[v2.Transform], mean: Sequence[float], std: Sequen
 
 
 def pad_crop_flip(size: int, padding: int) -> list[v2.Transform]:
-    """The augmentation of CIFAR: zeros around the image, a window of the old size anywhere, half of them mirrored."""
+    """The augmentation of CIFAR: pad with zeros, crop to the old size at random, mirror half of the images."""
     return [v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
 
 
@@ -42,7 +42,7 @@ class ArrayImages(Dataset[tuple[Tensor, int]]):
     Args:
         images: uint8 (N, C, H, W).
         labels: (N,) int64.
-        transform: gives x (C, H, W) float32.
+        transform: returns x (C, H, W) float32.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
@@ -59,9 +59,9 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Images in files, decoded to RGB as they are read.
 
     Args:
-        paths: of the N files.
-        labels: of each.
-        transform: gives x (3, H, W) float32.
+        paths: the N files.
+        labels: class of each.
+        transform: returns x (3, H, W) float32.
     """
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], transform: Transform) -> None:
@@ -78,5 +78,5 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             with Image.open(path) as image:
                 decoded = image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise RunError(f"{path} is no whole image ({error}). Get it again, or take it out.") from error
+            raise RunError(f"{path} is no whole image ({error}). Get it again, or remove it.") from error
         return self.transform(decoded), int(self.labels[index])

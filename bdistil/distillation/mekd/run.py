@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from bdistil.boosting.checks import check_outputs, loaders_of
-from bdistil.data.loaders.attach import single_loader
+from bdistil.data.loaders import single_loader
 from bdistil.distillation.mekd.deprivatization import Deprivatization
 from bdistil.distillation.mekd.mapping_emulation import MappingEmulation, Optimizer
 from bdistil.distillation.mekd.networks import Discriminator, Generator

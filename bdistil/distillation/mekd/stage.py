@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from bdistil.data.loaders.attach import indexed_loaders
+from bdistil.data.loaders import indexed_loaders
 from bdistil.errors import RunError, UserError
 from bdistil.storage.checkpoint import save_epoch
 from bdistil.storage.files import disk_errors, write_atomically

@@ -20,9 +20,16 @@ from torch.utils.data import (
     default_collate,
 )
 
-from bdistil.data.loaders.attach import single_loader
-from bdistil.data.loaders.checks import check_dataset, distinct_samples, is_random
-from bdistil.data.loaders.indexing import IndexedDataset, block_loader, sequential_loader, training_loader
+from bdistil.data.loaders import (
+    IndexedDataset,
+    check_dataset,
+    distinct_samples,
+    is_random,
+    rows_loader,
+    sequential_loader,
+    single_loader,
+    training_loader,
+)
 from bdistil.errors import UserError
 from bdistil.utils import distributed
 
@@ -103,14 +110,14 @@ def test_tensors_at_once_equal_samples_one_by_one(make, workers):
 
 
 @pytest.mark.parametrize("dataset", [TENSORS, Plain()], ids=["tensors", "plain"])
-@pytest.mark.parametrize("make", [train, sequential_loader, lambda loader: block_loader(loader, [(0, 5)])])
+@pytest.mark.parametrize("make", [train, sequential_loader, lambda loader: rows_loader(loader, [range(5)])])
 def test_collate_function_of_the_user(make, dataset):
     for x, y, index in make(DataLoader(dataset, batch_size=B, collate_fn=half_and_sum)):
         assert torch.equal(x, X[index] / 2)
         assert torch.equal(y, X[index].sum(1) + Y[index])
 
 
-@pytest.mark.parametrize("make", [train, sequential_loader, lambda loader: block_loader(loader, [(0, 5)])])
+@pytest.mark.parametrize("make", [train, sequential_loader, lambda loader: rows_loader(loader, [range(5)])])
 def test_a_dataset_of_tensors_that_changes_them(make):
     for x, y, index in make(DataLoader(Augmented(X, Y), batch_size=B)):
         assert torch.equal(x, X[index] + 100)
@@ -156,7 +163,7 @@ def test_order_is_a_function_of_seed_and_epoch():
 def test_reading_moves_no_random_numbers():
     state = torch.get_rng_state()
     order(train(DataLoader(TENSORS, batch_size=B, shuffle=True)))
-    list(block_loader(DataLoader(TENSORS, batch_size=B), [(0, 5)]))
+    list(rows_loader(DataLoader(TENSORS, batch_size=B), [range(5)]))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -259,8 +266,8 @@ def test_settings_of_the_user_are_kept():
         if ours.num_workers:
             kept = (ours.num_workers, ours.prefetch_factor, ours.persistent_workers, ours.timeout, ours.worker_init_fn)
             assert kept == (2, 5, True, 3, tell)
-    assert block_loader(loader, [(0, 1)]).num_workers == 2
-    assert not block_loader(loader, [(0, 1)]).persistent_workers  # it is read once
+    assert rows_loader(loader, [range(1)]).num_workers == 2
+    assert not rows_loader(loader, [range(1)]).persistent_workers  # it is read once
 
 
 # ---- in order
@@ -297,7 +304,7 @@ def test_ranks_share_whole_blocks(monkeypatch, total, block, world_size):
 
 
 def test_blocks_are_batches():
-    loader = block_loader(DataLoader(TENSORS, batch_size=3, shuffle=True, drop_last=True), [(2, 9), (20, 22)])
+    loader = rows_loader(DataLoader(TENSORS, batch_size=3, shuffle=True, drop_last=True), [range(2, 9), range(20, 22)])
     assert len(loader) == 2
     assert [index.tolist() for *_, index in loader] == [list(range(2, 9)), [20, 21]]
     assert all(torch.equal(x, X[index]) for x, _, index in loader)

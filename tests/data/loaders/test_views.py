@@ -27,7 +27,7 @@ from helpers.toys import (
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bdistil import ProgressiveEnsemble, UserError
-from bdistil.data.loaders.views import Views
+from bdistil.data.loaders import Views
 from bdistil.utils.seeding import reseed
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -1,0 +1,98 @@
+"""Splits into training, validation and test part; standardisation and windows of time series."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bdistil.errors import UserError
+
+
+def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of three parts with the same share of every class: the rest, and two of the given sizes.
+
+    Args:
+        labels: (N,).
+        sizes: samples of the second and third part, multiples of the number of classes for equal shares.
+        seed: seed of the shuffle.
+
+    Example:
+        >>> [part.tolist() for part in stratified_split(torch.tensor([0, 1, 0, 1, 0, 1]), (2, 2), seed=0)]
+        [[4, 5], [0, 1], [2, 3]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes = labels.unique()
+    second, third = (size // len(classes) for size in sizes)
+    pieces = []
+    for label in classes:
+        rows = (labels == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        pieces.append((rows[second + third :], rows[:second], rows[second : second + third]))
+    train, val, test = (torch.cat(part).sort().values for part in zip(*pieces, strict=True))
+    return train, val, test
+
+
+def validation_split(labels: Tensor, validation: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the validation part, with the same share of every class.
+
+    Args:
+        labels: (N,).
+        validation: samples of the validation part.
+        seed: seed of the shuffle.
+
+    Raises:
+        UserError: fewer than one sample for each class, or more than half of all.
+    """
+    least, most = len(labels.unique()), len(labels) // 2
+    if not least <= validation <= most:
+        raise UserError(
+            f"Expected `validation` to be from {least}, one for each class, to {most}, half of the samples, got "
+            f"{validation}."
+        )
+    train, val, _ = stratified_split(labels, (validation, 0), seed)
+    return train, val
+
+
+def check_subjects(parts: dict[str, list[int]], known: Sequence[int]) -> None:
+    """Checks that every part has a subject, and no subject is in two parts.
+
+    Args:
+        parts: subjects of each part.
+        known: all subjects.
+
+    Raises:
+        UserError: otherwise.
+    """
+    every = [subject for chosen in parts.values() for subject in chosen]
+    if not all(parts.values()) or len(every) != len(set(every)) or not set(every) <= set(known):
+        raise UserError(
+            "Expected `train`, `validation` and `test` to be lists of different subjects of "
+            f"{', '.join(map(str, known))}, got {', '.join(f'{part}: {chosen}' for part, chosen in parts.items())}."
+        )
+
+
+def moments(series: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over all steps of some series, both (C,).
+
+    The deviation of a constant channel is replaced by 1, so that dividing by it is safe.
+
+    Args:
+        series: each (steps, C).
+    """
+    steps = torch.cat(tuple(series)).double()
+    spread = steps.std(0, correction=0)
+    return steps.mean(0).float(), torch.where(spread < 1e-6, 1.0, spread).float()
+
+
+def windows(values: Tensor, length: int, hop: int) -> Tensor:
+    """Windows (W, length, C) of a series (steps, C), one every `hop` steps; none where the series is shorter.
+
+    Example:
+        >>> windows(torch.arange(5).view(5, 1), length=3, hop=2).squeeze(-1).tolist()
+        [[0, 1, 2], [2, 3, 4]]
+    """
+    if len(values) < length:
+        return values.new_zeros(0, length, values.shape[1])
+    return values.unfold(0, length, hop).transpose(1, 2)
