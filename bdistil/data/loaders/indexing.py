@@ -149,9 +149,9 @@ def rows_loader(
     """
     dataset = views or loader.dataset
     indexed = dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset, loader.collate_fn)
-    options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
+    options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader), "batch_sampler": batches}
     options.pop("persistent_workers", None)
-    return DataLoader(indexed, batch_sampler=batches, generator=torch.Generator().manual_seed(seed), **options)
+    return DataLoader(indexed, generator=torch.Generator().manual_seed(seed), **options)
 
 
 def with_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[Any]:
