@@ -1,4 +1,4 @@
-"""Where a run was started: versions, host, launcher, processes, revision of the code."""
+"""Provenance of a run: where it was started, and whether its configuration is still the same."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PACKAGES = ("bdistil", "torch", "lightning", "numpy", "safetensors", "timm", "torchmetrics", "wandb")
-# What the launchers tell a process, of which the first that is there tells the launcher.
+# Environment variables by which a launcher is recognised, and others that are recorded.
 LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "SLURM_STEP_ID": "srun"}
-TOLD = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "CUDA_VISIBLE_DEVICES")
+RECORDED = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "CUDA_VISIBLE_DEVICES")
 
 
 def describe_start(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What is worth knowing of this process later, as plain values.
+    """Describes this start of a run as plain values: versions, host, launcher, processes, revision of the code.
 
     Args:
-        environ: variables of the environment; those of the process by default.
+        environ: environment variables; those of the process by default.
     """
     environ = os.environ if environ is None else environ
     return {
@@ -33,7 +33,7 @@ def describe_start(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
         "folder": os.getcwd(),
         "launcher": next((name for key, name in LAUNCHERS.items() if key in environ), "none"),
         "processes": int(environ.get("WORLD_SIZE") or environ.get("SLURM_NTASKS") or 1),
-        "told": {key: environ[key] for key in TOLD if key in environ},
+        "variables": {key: environ[key] for key in RECORDED if key in environ},
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
@@ -49,7 +49,7 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-    """Commit of the folder that the run was started in, with a + where files differ from it; None outside of git."""
+    """Commit of the working directory, with a + where files differ from it; None outside of git."""
     try:
         commit, changes = (
             subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -61,7 +61,7 @@ def _revision() -> str | None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
+    """Flattens a nested mapping into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -72,11 +72,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
-    """A line for each key whose values differ, or that only one of two configurations has; "" where they are the same.
+    """Lists the differences of two configurations, one line per key; "" where they are the same.
 
     Args:
         there: nested plain values.
-        now: likewise.
+        now: nested plain values.
         ignore: dotted prefixes of keys that may differ.
     """
     old, new = flatten(there), flatten(now)

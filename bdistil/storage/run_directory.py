@@ -1,12 +1,13 @@
-"""The run directory: with `run_places` the only code that knows the file names of a run.
+"""The run directory: the only code that names the files of a run.
 
-A run directory is the truth about a run. A round is in it whole (student, cost, metrics) or not at all: it is written
-beside, flushed to the disk, and renamed. Nothing here is ever deleted but what a restart makes again.
+It holds everything that a run has reached. A round (student, cost, metrics) is written atomically: it is there complete
+or not at all. Only files that a restart makes again are ever deleted.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -24,8 +25,8 @@ from bdistil.errors import RunError, UserError
 from bdistil.metrics.quality import Task
 from bdistil.storage.files import atomic, digest, disk_errors, write_atomically
 from bdistil.storage.provenance import differences
-from bdistil.storage.run_paths import RunPlaces
 
+FORMAT = 2  # of round.json
 CURVE_COLUMNS = (
     "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",
     "seconds", "accepted_class", "margin_share", "reason",
@@ -33,17 +34,74 @@ CURVE_COLUMNS = (
 )  # fmt: skip
 
 
-class RunDirectory(RunPlaces):
-    """One run on the disk.
+class RunDirectory:
+    """The files of one run.
 
     Args:
-        root: the folder of the run; made when the run starts.
+        root: folder of the run; `prepare` creates it.
+
+    Attributes:
+        root: folder of the run.
+        config: the resolved configuration.
+        teacher: weights of a teacher that the recipe trained.
+        emulation: folder of MEKD, which generates the training set of the rounds.
+        curve: one row per prefix, the teacher first.
+        picture: accuracy against cost.
+        report: summary of the run as one self-contained page.
+        calibration: calibration of the committed ensemble; the commit of a further round removes it.
+        teacher_checkpoint: Lightning's checkpoint of a teacher in training.
     """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.teacher = self.root / "teacher.safetensors"
+        self.emulation = self.root / "mekd"
+        self.curve = self.root / "curve.csv"
+        self.picture = self.root / "curve.png"
+        self.report = self.root / "report.html"
+        self.calibration = self.root / "anytime.json"
+        self.teacher_checkpoint = self.root / "work" / "teacher" / "last.ckpt"
+
+    @property
+    def scratch(self) -> Path | None:
+        """The node's own disk for ledgers, where BDISTIL_SCRATCH names one."""
+        named = os.environ.get("BDISTIL_SCRATCH")
+        return Path(named) if named else None
+
+    @property
+    def ledger(self) -> Path:
+        """Folder of the ledger's files."""
+        if self.scratch is None:
+            return self.root / "ledger"
+        place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:8]
+        return self.scratch / f"bdistil-{self.root.name}-{place}" / "ledger"
+
+    def folder(self, number: int) -> Path:
+        """Folder of a committed round."""
+        return self.root / "rounds" / f"{number:03d}"
+
+    def work(self, number: int) -> Path:
+        """Folder of the current round; deleting it costs the training of that round."""
+        return self.root / "work" / f"{number:03d}"
+
+    def checkpoint(self, number: int) -> Path:
+        """Lightning's checkpoint of the current round."""
+        return self.work(number) / "last.ckpt"
+
+    def _write(self, name: str, value: Any, what: str) -> None:
+        with disk_errors(what, self.root):
+            write_atomically(self.root / name, json.dumps(value, indent=1))
+
+    def _read(self, name: str) -> Any:
+        """The content of a JSON file, or None where there is no such file."""
+        path = self.root / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     # ---- starting
 
     def prepare(self) -> None:
-        """Makes the folder and proves that it can be written to.
+        """Creates the folder and tests that it can be written to.
 
         Raises:
             UserError: it cannot; the message names the folder and the cause.
@@ -60,10 +118,10 @@ class RunDirectory(RunPlaces):
             ) from error
 
     def freeze(self, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
-        """Keeps the configuration of a new run, or proves that a run found here is of the same one.
+        """Writes the configuration of a new run, or compares it with that of the run which is there.
 
         Args:
-            config: nested plain values, as they will stand in config.yaml.
+            config: nested plain values.
             ignore: dotted prefixes of keys that may differ between two starts of the same run.
 
         Raises:
@@ -83,35 +141,25 @@ class RunDirectory(RunPlaces):
                 "Choose another `run_dir`, or give the values that stand there to go on with that run."
             )
 
+    def read_config(self) -> dict[str, Any]:
+        """Reads config.yaml."""
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+
     def identity(self) -> str:
-        """What no other run has, not even a later one in the same place; made when it is first asked for."""
+        """A text that no other run has, not even a later one in the same place; made at the first call."""
         path = self.root / "identity.txt"
         if not path.exists():
             write_atomically(path, uuid4().hex)
         return path.read_text()
 
     def keep_start(self, start: Mapping[str, Any]) -> None:
-        """Adds a start of the run to environment.json, a list with the oldest first."""
-        starts = self._kept("environment.json") or []
-        self._keep("environment.json", [*starts, start], "the record of this start")
-
-    def _keep(self, name: str, value: Any, what: str) -> None:
-        with disk_errors(what, self.root):
-            write_atomically(self.root / name, json.dumps(value, indent=1))
-
-    def _kept(self, name: str) -> Any:
-        """What `_keep` kept under a name; None where it has kept nothing."""
-        path = self.root / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def read_config(self) -> dict[str, Any]:
-        """The configuration that was kept."""
-        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        """Appends a start of the run to the list in environment.json."""
+        self._write("environment.json", [*(self._read("environment.json") or []), start], "the record of this start")
 
     # ---- rounds
 
     def committed(self) -> int:
-        """How many rounds are committed.
+        """Counts the committed rounds.
 
         Raises:
             RunError: a folder is missing between two others; it is named, nothing is deleted.
@@ -125,12 +173,12 @@ class RunDirectory(RunPlaces):
         return len(found)
 
     def commit(self, number: int, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Commits a round: all of it is there after this call, or nothing.
+        """Commits a round atomically.
 
         Args:
             number: the round, from 0.
             weights: tensors of the student by name.
-            record: what round.json says; the weights' size and sha256 are added.
+            record: content of round.json; its format and the weights' size and sha256 are added.
 
         Raises:
             RunError: the disk refused.
@@ -139,92 +187,56 @@ class RunDirectory(RunPlaces):
             folder.mkdir(parents=True)
             file = folder / "student.safetensors"
             save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, file)
-            seal = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest(file)}
-            text = json.dumps({**record, "weights": seal}, indent=1)
+            written = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest(file)}
+            text = json.dumps({"format": FORMAT, **record, "weights": written}, indent=1)
             (folder / "round.json").write_text(text, encoding="utf-8")
-            for stale in ("test.json", "anytime.json"):  # of other students
-                (self.root / stale).unlink(missing_ok=True)
+            for stale in (self.root / "test.json", self.calibration):  # of an ensemble without this student
+                stale.unlink(missing_ok=True)
         shutil.rmtree(self.work(number), ignore_errors=True)
 
     def record(self, number: int) -> dict[str, Any]:
-        """What round.json of a committed round says.
+        """Reads round.json of a committed round.
 
         Raises:
-            RunError: the file is missing or torn; it is named.
+            RunError: the file is missing, torn or of another format; it is named.
         """
         path = self.folder(number) / "round.json"
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            record = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
+            raise _damaged(path, f"is missing or torn ({error})") from error
+        if record.get("format") != FORMAT:
             raise RunError(
-                f"{path} of a committed round is missing or torn ({error}). Nothing was deleted. "
-                f"Put the file back, or remove {path.parent} and all later rounds to train them again."
-            ) from error
+                f"{path} has format {record.get('format', 'none')}, but this version of bdistil reads format {FORMAT}: "
+                "train the run again in a new `run_dir`, or load it with the version that wrote it."
+            )
+        return record
 
     def weights(self, number: int) -> dict[str, Tensor]:
-        """The student's tensors of a committed round, held to the size and sha256 that its record gives.
+        """Reads the student's tensors of a committed round, and compares size and sha256 with its record.
 
         Raises:
             RunError: the file is missing or torn; it is named.
         """
-        seal = self.record(number)["weights"]
-        path = self.folder(number) / seal["file"]
-        found = path.stat().st_size if path.is_file() else None
-        if found != seal["bytes"] or digest(path) != seal["sha256"]:
-            state = "is missing" if found is None else f"is torn: {found} bytes, {seal['bytes']} were written"
-            state = "has changed since it was written" if found == seal["bytes"] else state
-            raise RunError(
-                f"{path} of a committed round {state}. Nothing was deleted. "
-                f"Put the file back, or remove {path.parent} and all later rounds to train them again."
-            )
+        written = self.record(number)["weights"]
+        path = self.folder(number) / written["file"]
+        if not path.is_file():
+            raise _damaged(path, "is missing")
+        if (found := path.stat().st_size) != written["bytes"]:
+            raise _damaged(path, f"is torn: {found} bytes, {written['bytes']} were written")
+        if digest(path) != written["sha256"]:
+            raise _damaged(path, "has changed since it was written")
         return load_file(path)
 
-    # ---- the teacher
-
-    @property
-    def task(self) -> Task:
-        """What the run answers, as its first committed round says it."""
-        real = self.committed() > 0 and self.record(0).get("offset") is not None
-        return "regression" if real else "classification"
-
-    def keep_teacher(self, figures: Mapping[str, Any]) -> None:
-        """Keeps the teacher's row of the curve: its cost and its accuracy."""
-        self._keep("teacher.json", figures, "the teacher's figures")
-
-    def teacher_figures(self) -> dict[str, Any] | None:
-        """The teacher's row of the curve, once it was kept."""
-        figures: dict[str, Any] | None = self._kept("teacher.json")
-        return figures
-
-    def keep_test(self, accuracy: Sequence[float | None]) -> None:
-        """Keeps the test accuracy of the teacher (None where it was not asked) and of every prefix, in this order."""
-        self._keep("test.json", list(accuracy), "the test figures")
-
-    def test_figures(self) -> list[float | None] | None:
-        """Test accuracy of the teacher and of every prefix, once the run has ended."""
-        figures: list[float | None] | None = self._kept("test.json")
-        return figures
-
-    # ---- stopping early
-
-    def keep_calibration(self, values: Mapping[str, Any]) -> None:
-        """Keeps the calibration of the committed ensemble, see `ensemble.calibration.save_calibration`."""
-        self._keep("anytime.json", dict(values), "the calibration")
-
-    @property
-    def calibration(self) -> Path:
-        """The calibration of the committed ensemble; a commit of a further round removes it."""
-        return self.root / "anytime.json"
-
-    # ---- tries of the round under way, and the end
+    # ---- the current round, and the end
 
     def tries(self, number: int) -> list[str]:
-        """Why the tries of a round so far were rejected, one reason a rung of the ladder."""
+        """The reasons for which tries of a round were rejected so far, one per rung of the ladder."""
         path = self.work(number) / "rejected.json"
         return list(json.loads(path.read_text())) if path.exists() else []
 
     def reject(self, number: int, reason: str) -> None:
-        """Records that a try was rejected; its checkpoint goes."""
+        """Records that a try was rejected, and removes its checkpoint."""
         reasons = [*self.tries(number), reason]
         self.checkpoint(number).unlink(missing_ok=True)  # first: the next try cannot go on from it
         with disk_errors(f"round {number}", self.root):
@@ -232,24 +244,52 @@ class RunDirectory(RunPlaces):
             write_atomically(self.work(number) / "rejected.json", json.dumps(reasons))
 
     def verdicts(self, number: int) -> tuple[int, int]:
-        """How many rounds are committed, and how many tries of a round rejected: changes with every verdict."""
+        """(committed rounds, rejected tries of a round); changes with every verdict."""
         return self.committed(), len(self.tries(number))
 
     @property
     def stopped(self) -> str | None:
-        """Why boosting stopped before the last round, if it did."""
-        record = self._kept("stopped.json")
+        """The reason why boosting stopped before the last round, if it did."""
+        record = self._read("stopped.json")
         return str(record["reason"]) if record and record["round"] == self.committed() else None
 
     def stop(self, number: int, reason: str) -> None:
         """Records that boosting stopped at a round, with the reason."""
         record = {"round": number, "reason": reason, "tries": self.tries(number)}
-        self._keep("stopped.json", record, "the record of the stop")
+        self._write("stopped.json", record, "the record of the stop")
 
-    # ---- the curve
+    # ---- figures and the curve
+
+    @property
+    def task(self) -> Task:
+        """The task of the run, by its first committed round."""
+        real = self.committed() > 0 and self.record(0).get("offset") is not None
+        return "regression" if real else "classification"
+
+    def keep_teacher(self, figures: Mapping[str, Any]) -> None:
+        """Writes the teacher's row of the curve: its cost and its accuracy."""
+        self._write("teacher.json", figures, "the teacher's figures")
+
+    def teacher_figures(self) -> dict[str, Any] | None:
+        """The teacher's row of the curve, once it is written."""
+        figures: dict[str, Any] | None = self._read("teacher.json")
+        return figures
+
+    def keep_test(self, accuracy: Sequence[float | None]) -> None:
+        """Writes the test accuracy of the teacher (None where it was not measured) and of every prefix, in order."""
+        self._write("test.json", list(accuracy), "the test figures")
+
+    def test_figures(self) -> list[float | None] | None:
+        """Test accuracy of the teacher and of every prefix, once the run has ended."""
+        figures: list[float | None] | None = self._read("test.json")
+        return figures
+
+    def keep_calibration(self, values: Mapping[str, Any]) -> None:
+        """Writes the calibration of the committed ensemble, see `ensemble.calibration.save_calibration`."""
+        self._write(self.calibration.name, dict(values), "the calibration")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the curve by what is committed: the teacher, then every prefix."""
+        """The rows of the curve, read from the committed rounds: the teacher, then every prefix."""
         teacher = self.teacher_figures()
         rows = [teacher] if teacher else []
         rows += [dict(self.record(number)["curve"]) for number in range(self.committed())]
@@ -259,11 +299,13 @@ class RunDirectory(RunPlaces):
 
     def write_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes curve.csv, the teacher's row first. A key that a row lacks stays empty."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = {column: row.get(column) for column in CURVE_COLUMNS}
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in values.items()})
         with disk_errors("curve.csv", self.root):
-            text = io.StringIO()
-            writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({column: _cell(row.get(column)) for column in CURVE_COLUMNS} for row in rows)
             write_atomically(self.curve, text.getvalue())
 
     def read_curve(self) -> list[dict[str, str]]:
@@ -272,5 +314,8 @@ class RunDirectory(RunPlaces):
             return list(csv.DictReader(file))
 
 
-def _cell(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+def _damaged(path: Path, state: str) -> RunError:
+    return RunError(
+        f"{path} of a committed round {state}. Nothing was deleted. "
+        f"Put the file back, or remove {path.parent} and all later rounds to train them again."
+    )

@@ -103,8 +103,8 @@ def check_run(job, uninterrupted, ledger=None):
     assert not list(run_dir.rglob("hpc_ckpt*"))
     assert (run_dir / "report.html").exists()
     starts = json.loads((run_dir / "environment.json").read_text())
-    assert [int(start["told"].get("SLURM_RESTART_COUNT", 0)) for start in starts] == list(range(len(starts)))
-    assert {(start["processes"], start["told"]["SLURM_JOB_ID"]) for start in starts} == {
+    assert [int(start["variables"].get("SLURM_RESTART_COUNT", 0)) for start in starts] == list(range(len(starts)))
+    assert {(start["processes"], start["variables"]["SLURM_JOB_ID"]) for start in starts} == {
         (2, run_dir.name.split("-")[-1])
     }
     assert job.said().count("was interrupted with") == len(starts) - 1

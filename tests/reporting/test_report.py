@@ -14,7 +14,7 @@ from bdistil.errors import UserError
 from bdistil.reporting.curve_plot import plot_curve
 from bdistil.reporting.curve_table import curve_table
 from bdistil.reporting.report import write_report
-from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
+from bdistil.storage.run_directory import CURVE_COLUMNS, FORMAT, RunDirectory
 
 TEACHER = {"stage": "teacher", "macs": 1_204_224, "params": 602_112, "val_accuracy": 0.965, "val_loss": 0.1123}
 ACCURACY = (0.794, 0.8765, 0.9001)
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     run.write_curve(rows())
     for number, tries in enumerate([[], ["F_1: rms error did <not> fall"], []]):
         run.folder(number).mkdir()
-        (run.folder(number) / "round.json").write_text(json.dumps({"round": number, "tries": tries}))
+        (run.folder(number) / "round.json").write_text(json.dumps({"format": FORMAT, "round": number, "tries": tries}))
     run.reject(3, "F_1: nothing gained")
     run.stop(3, "no class made <progress>")
     return run

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from bdistil.reporting import curve_tracker, tracking
 from bdistil.reporting.curve_tracker import CurveTracker
 from bdistil.reporting.tracking import Tracking, make_logger
+from bdistil.storage.run_directory import FORMAT
 
 STEPS, KEY = 3, "0123456789" * 4
 CURVE = [
@@ -48,6 +49,7 @@ def a_fit(loggers, steps_before):
 
 def a_record(number):
     return {
+        "format": FORMAT,
         "round": number,
         "steps": STEPS,
         "curve": {"macs": 10 * number, "val_accuracy": 0.9 - number / 10, "why": "x"},

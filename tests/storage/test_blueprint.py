@@ -2,8 +2,11 @@
 
 import contextlib
 import functools
+import importlib
 import json
 import math
+import operator
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -159,7 +162,7 @@ def test_rebuilt_tensors_are_its_own():
     tensors["weight"].zero_()
     assert torch.equal(module.weight, before)
     assert set(tensors) == {"weight", "bias"}
-    assert plan["class"] == "torch.nn.modules.linear.Linear"
+    assert plan["class"] == "torch.nn.Linear"
 
 
 def test_training_mode_is_kept():
@@ -173,6 +176,60 @@ def test_a_recurrent_net_can_be_trained_further():
     rebuilt(torch.randn(2, 6, 5)).sum().backward()
     assert all(p.grad is not None for p in rebuilt.parameters())
     assert rebuilt.double()(torch.randn(2, 6, 5).double()).dtype == torch.float64
+
+
+# ---- names that stay when files are moved
+
+PACKAGE = {
+    "__init__.py": "from shelf.inner import Listed, Unlisted, _Hidden\n__all__ = ['Listed']",
+    "inner/__init__.py": "from shelf.inner.nets import Listed, Unlisted, _Hidden",
+    "inner/nets.py": """
+from torch import nn
+class Listed(nn.Module): pass
+class Unlisted(nn.Module): pass
+class _Hidden(nn.Module): pass
+class Deep(nn.Module):
+    class Inner(nn.Module): pass
+""",
+    "_private/__init__.py": "from torch import nn\nclass Net(nn.Module): pass",
+}
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A package of the user's own, with classes that it exports from its top, from a folder, and not at all."""
+    for name, text in PACKAGE.items():
+        (tmp_path / "shelf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "shelf" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shelf"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("defined", "name", "named"),
+    [
+        ("bdistil.models.convnets", "ConvStudent", "bdistil.models.ConvStudent"),
+        ("bdistil.models.student", "Student", "bdistil.Student"),
+        ("bdistil.models.student", "Join", "bdistil.models.student.Join"),
+        ("torch.nn.modules.linear", "Linear", "torch.nn.Linear"),
+        ("timm.models.resnet", "ResNet", "timm.models.ResNet"),
+        ("shelf.inner.nets", "Listed", "shelf.Listed"),
+        ("shelf.inner.nets", "Unlisted", "shelf.inner.Unlisted"),
+        ("shelf.inner.nets", "_Hidden", "shelf.inner.nets._Hidden"),
+        ("shelf.inner.nets", "Deep.Inner", "shelf.inner.nets.Deep.Inner"),
+        ("shelf._private", "Net", "shelf._private.Net"),
+    ],
+)
+@pytest.mark.usefixtures("shelf")
+def test_a_class_has_its_shortest_public_name(defined, name, named):
+    kind = operator.attrgetter(name)(importlib.import_module(defined))
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    plan, tensors = describe(module)
+    assert plan["class"] == named
+    assert type(rebuild(plan, tensors)) is kind
 
 
 # ---- what JSON cannot say
@@ -346,7 +403,7 @@ def test_rebuilding_runs_nothing_that_the_file_names(attribute, value):
 def test_a_function_that_is_not_made_for_networks_is_refused(thing):
     plan, tensors = plan_of(nn.TransformerEncoderLayer(4, 2, 4).eval())
     plan["attributes"] |= {"activation": thing, "activation_relu_or_gelu": 0}
-    with pytest.raises(UserError, match="not to be trusted"):
+    with pytest.raises(UserError, match="do not trust it"):
         rebuild(plan, tensors)
 
 
@@ -363,5 +420,5 @@ def test_answering_runs_no_method_that_the_file_replaced(attribute, value):
         rebuild(plan, tensors)(torch.zeros(2, 2))
     assert ran == []
     plan["attributes"][attribute] = 0  # whatever it is replaced by
-    with pytest.raises(UserError, match=rf"would replace torch\.nn\.modules\.linear\.Linear\.{attribute}"):
+    with pytest.raises(UserError, match=rf"replaces torch\.nn\.Linear\.{attribute}"):
         rebuild(plan, tensors)

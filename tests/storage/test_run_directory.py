@@ -99,6 +99,22 @@ def test_a_commit_that_is_cut_off_leaves_the_rounds_before(run, step):
     assert not leftover.exists()
 
 
+@pytest.mark.parametrize(("format", "found"), [(None, "none"), (1, "1"), (3, "3"), ("2", "2")])
+def test_a_round_of_another_format_is_refused(run, format, found):
+    run.commit(0, WEIGHTS, {})
+    path = run.folder(0) / "round.json"
+    record = json.loads(path.read_text())
+    assert record.pop("format") == 2
+    path.write_text(json.dumps(record if format is None else {"format": format, **record}))
+    message = (
+        rf"{path} has format {found}, but this version of bdistil reads format 2: "
+        "train the run again in a new `run_dir`, or load it with the version that wrote it"
+    )
+    for read in (run.record, run.weights):
+        with pytest.raises(RunError, match=message):
+            read(0)
+
+
 def test_a_round_is_never_written_over(run):
     run.commit(0, WEIGHTS, {"first": True})
     with pytest.raises(RunError, match="commit of round 0"):
