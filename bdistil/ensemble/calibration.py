@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from bdistil.ensemble.budget import Budget, Rule
+from bdistil.ensemble.stage_clock import BatchTimes, StageClock
 from bdistil.errors import RunError, UserError
 from bdistil.storage.run_directory import RunDirectory
 
@@ -41,29 +43,6 @@ class ExitFigures:
     full_accuracy: float
     average_macs: float
     held_out_loss: float = 0.0
-
-
-@dataclass(frozen=True)
-class BatchTimes:
-    """Seconds measured with a batch of one size, after a warm-up.
-
-    Attributes:
-        batch: samples.
-        stages: of each stage, run one after the other; like all but `late` the lower quartile of the repeats.
-        late: 99th percentile of each stage, used for deadlines.
-        check: of one evaluation of an exit rule.
-        compact: of one removal of decided samples from the batch.
-        schedules: of all stages, by schedule; without those that the students do not support.
-        schedule: the one to use where all stages run.
-    """
-
-    batch: int
-    stages: tuple[float, ...]
-    late: tuple[float, ...]
-    check: float
-    compact: float
-    schedules: Mapping[str, float] = field(default_factory=dict)
-    schedule: str = "one"
 
 
 @dataclass(frozen=True)
@@ -97,6 +76,14 @@ class Calibration:
         if not self.times or device != self.device:
             return "one"
         return min(self.times, key=lambda t: abs(math.log(t.batch / max(batch, 1)))).schedule
+
+    def clock(self, device: str) -> StageClock | None:
+        """The measured times, if they are of this type of device."""
+        return self._clock if self.times and device == self.device else None
+
+    @cached_property  # it caches its own decisions
+    def _clock(self) -> StageClock:
+        return StageClock(self.times)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from bdistil.ensemble.budget import Budget, Prediction
 from bdistil.ensemble.calibration import Calibration, exits_of, load_calibration
 from bdistil.ensemble.prediction import predict_within
-from bdistil.ensemble.stage_clock import StageClock
 from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner
 from bdistil.errors import UserError
 from bdistil.metrics.quality import PrefixMetric, Task, prefix_metric
@@ -76,7 +75,6 @@ class ProgressiveEnsemble(nn.Module):
         self.macs = list(macs) or [0] * len(self.students)
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
         self._stacked: StackedBodies | None = None
-        self._clock_of: tuple[Calibration | None, StageClock | None] = (None, None)
         self.requires_grad_(False).train(False)
 
     @classmethod
@@ -231,16 +229,7 @@ class ProgressiveEnsemble(nn.Module):
             )
         exits = exits_of(budget, self.calibration)
         runner = self.stage_runner(x, count_votes=exits is not None and exits.rule == "agreement")
-        return predict_within(runner, budget, exits, self._clock(x.device), started)
-
-    def _clock(self, device: torch.device) -> StageClock | None:
-        """The measured times if they are of this type of device; one object per calibration, as it caches decisions."""
-        calibration = self.calibration
-        if not calibration.times or calibration.device != device.type:
-            return None
-        if self._clock_of[0] is not calibration:
-            self._clock_of = calibration, StageClock(calibration.times)
-        return self._clock_of[1]
+        return predict_within(runner, budget, exits, self.calibration.clock(x.device.type), started)
 
 
 def restore_student(

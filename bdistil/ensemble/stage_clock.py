@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from bdistil.ensemble.calibration import BatchTimes
-
 # Cost of exit checks allowed, as a share of all stages, where the share of decided samples is unknown.
 ALLOWANCE = 0.02
+
+
+@dataclass(frozen=True)
+class BatchTimes:
+    """Seconds measured with a batch of one size, after a warm-up.
+
+    Attributes:
+        batch: samples.
+        stages: of each stage, run one after the other; like all but `late` the lower quartile of the repeats.
+        late: 99th percentile of each stage, used for deadlines.
+        check: of one evaluation of an exit rule.
+        compact: of one removal of decided samples from the batch.
+        schedules: of all stages, by schedule; without those that the students do not support.
+        schedule: the one to use where all stages run.
+    """
+
+    batch: int
+    stages: tuple[float, ...]
+    late: tuple[float, ...]
+    check: float
+    compact: float
+    schedules: Mapping[str, float] = field(default_factory=dict)
+    schedule: str = "one"
 
 
 def at_batch(times: Sequence[BatchTimes], batch: float, read: Callable[[BatchTimes], float]) -> float:

@@ -70,7 +70,6 @@ class StageRunner:
         macs: cumulative, one value per stage.
         weights: of the students in the sum; empty for equal weights.
         count_votes: count the students' own answers, for the exit rule ``agreement``.
-        bodies: features (B, D) of all students, where they were computed before.
         offset: (L,), added to real outputs.
     """
 
@@ -83,13 +82,12 @@ class StageRunner:
         macs: Sequence[int],
         weights: Sequence[float] = (),
         count_votes: bool = False,
-        bodies: Sequence[Tensor] = (),
         offset: Tensor | None = None,
     ) -> None:
         self.students, self.x, self.scale = students, x, scale
         self.macs, self.weights, self.count_votes = macs, weights, count_votes
-        self.bodies, self.offset = bodies, offset
-        self.number = 0
+        self.offset, self.number = offset, 0
+        self.bodies: Sequence[Tensor] = ()  # features (B, D) of all students, if they were computed before
         self.features: list[Tensor] = []
         self.total: Tensor | None = None
         self.votes: Tensor | None = None

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bdistil.ensemble.budget import Rule
-from bdistil.ensemble.calibration import BatchTimes, Exits
+from bdistil.ensemble.calibration import Exits
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.prediction import Answers
+from bdistil.ensemble.stage_clock import BatchTimes
 from bdistil.errors import UserError
 
 BATCHES = (1, 8, 64, 256)

@@ -25,13 +25,7 @@ def conv3x3(inside: int, outside: int, stride: int = 1) -> nn.Conv2d:
 
 
 class PadShortcut(nn.Module):
-    """A shortcut without weights: strided pixels, and zeros for the new channels.
-
-    Args:
-        inside: input channels.
-        outside: output channels, at least as many.
-        stride: of the block.
-    """
+    """A shortcut without weights: strided pixels, and zeros for the new channels."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -44,14 +38,7 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions and a shortcut, with ReLU after their sum.
-
-    Args:
-        inside: input channels.
-        outside: output channels.
-        stride: of the first convolution.
-        shortcut: where the shape changes: `project` with a 1x1 convolution, or `pad` with zeros.
-    """
+    """Two convolutions and a shortcut, with ReLU after their sum; the first convolution has the stride."""
 
     def __init__(self, inside: int, outside: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
@@ -71,13 +58,7 @@ class BasicBlock(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Batch norm and ReLU before each of two convolutions, and a shortcut; a new shape is projected after the ReLU.
-
-    Args:
-        inside: input channels.
-        outside: output channels.
-        stride: of the first convolution.
-    """
+    """Batch norm and ReLU before each of two convolutions, and a shortcut; a new shape is projected after the ReLU."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -95,17 +76,10 @@ class WideBlock(nn.Module):
 def _blocks(
     depth: int, rest: int, channels: Sequence[int], block: Callable[[int, int, int], nn.Module], kind: str
 ) -> list[nn.Module]:
-    """Three stages of equally many blocks of two convolutions; the second and third stage start with stride 2.
+    """Three stages of n blocks each, where depth = 6 n + rest; the second and third stage start with stride 2.
 
-    Args:
-        depth: as in the name of the network: 6 n + `rest`, with n blocks per stage.
-        rest: number of layers outside the blocks that the name counts.
-        channels: of the input and of the three stages.
-        block: makes a block of input channels, output channels and stride.
-        kind: name of the network, for the message.
-
-    Raises:
-        UserError: there is no network of this depth.
+    `block` makes a block of input channels, output channels and stride; `channels` has those of the input and of the
+    three stages.
     """
     count, over = divmod(depth - rest, 6)
     if over or count < 1:
@@ -135,7 +109,8 @@ class CifarResNet(Student):
         depth: 6 n + 2, with n blocks per stage.
         channels: of the first convolution and of the three stages.
         outputs: L.
-        shortcut: `project` as in the literature on distillation, `pad` as in the original paper on CIFAR.
+        shortcut: where the shape changes, `project` with a 1x1 convolution, as in the literature on distillation, or
+            `pad` with zeros, as in the original paper on CIFAR.
         width: factor on all channels, for wider rungs of the ladder.
 
     Raises:

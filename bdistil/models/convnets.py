@@ -51,7 +51,7 @@ _LAYERS: dict[int, tuple[Callable[..., nn.Module], ...]] = {
 
 
 def _conv_layers(dims: int, channels: Sequence[int], kernel: int, strides: Sequence[int], pooled: int) -> nn.Sequential:
-    """Convolutions over 1 or 2 dimensions from each number of channels to the next, batch norm, ReLU, and pooling."""
+    """Convolutions from each number of channels to the next with batch norm and ReLU, average pooling, flattened."""
     conv, norm, pool = _LAYERS[dims]
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (inside, outside, stride) in enumerate(zip(channels, channels[1:], strides, strict=False)):
@@ -62,12 +62,7 @@ def _conv_layers(dims: int, channels: Sequence[int], kernel: int, strides: Seque
 
 
 def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequential:
-    """3x3 convolutions of stride 2 with batch norm and ReLU, then average pooling to `pooled` x `pooled`, flattened.
-
-    Args:
-        in_channels: of the image.
-        channels: of each convolution; each halves the side of the image.
-        pooled: side of the pooled features.
+    """Maps images to (B, channels[-1] * pooled²): 3x3 convolutions of stride 2, and average pooling to pooled x pooled.
 
     Raises:
         UserError: no channels, or a number below 1.
@@ -136,14 +131,7 @@ class ConvStudent(Student):
 def sequence_conv_body(
     in_channels: int, channels: Sequence[int], *, kernel: int, strides: Sequence[int], pooled: int
 ) -> nn.Sequential:
-    """Convolutions over the steps with batch norm and ReLU, then average pooling to `pooled` steps, flattened.
-
-    Args:
-        in_channels: C of the sequence.
-        channels: of each convolution.
-        kernel: size of each convolution in steps, odd.
-        strides: of each convolution.
-        pooled: steps after pooling.
+    """Maps sequences to (B, channels[-1] * pooled): convolutions over the steps, and average pooling to `pooled` steps.
 
     Raises:
         UserError: no channels, another number of strides, an even kernel, or a number below 1.

@@ -27,14 +27,7 @@ def _rnn(cell: str, in_channels: int, hidden: int, layers: int = 1, bidirectiona
 
 
 class RecurrentBody(nn.Module):
-    """A recurrent network up to the output of its top layer after the last step.
-
-    Args:
-        in_channels: C.
-        hidden: H, of each layer and direction.
-        cell: ``gru``, ``lstm`` or ``rnn``.
-        layers: number of layers.
-        bidirectional: run over the sequence from both ends; D is then 2 H.
+    """A recurrent network up to the output of its top layer after the last step; D is H, or 2 H for both directions.
 
     Raises:
         UserError: an unknown cell, or a number below 1.

@@ -60,14 +60,7 @@ class Rung:
 
 
 class Join(nn.Module):
-    """Layers by which linked features enter a student.
-
-    Args:
-        own: D of the student's own features.
-        linked: D of each linked student, the most recent first.
-        outputs: L.
-        rung: kind of link and hidden width.
-    """
+    """Layers by which the linked features of earlier students (B, D) enter a student."""
 
     def __init__(self, own: int, linked: Sequence[int], outputs: int, rung: Rung) -> None:
         super().__init__()

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from bdistil.ensemble.budget import RULES, Budget, add_votes, confidence_of
-from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures
+from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.stage_clock import Deadline, StageClock
+from bdistil.ensemble.stage_clock import BatchTimes, Deadline, StageClock
 from bdistil.errors import UserError
 from bdistil.evaluation.evaluate import CONFIDENCES, sweep_budgets
 from bdistil.models.inputs import InputSpec

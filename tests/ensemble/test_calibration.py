@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bdistil.ensemble.budget import RULES, add_votes, confidence_of
-from bdistil.ensemble.calibration import BatchTimes, Calibration, ExitFigures, load_calibration, save_calibration
+from bdistil.ensemble.calibration import Calibration, ExitFigures, load_calibration, save_calibration
+from bdistil.ensemble.stage_clock import BatchTimes
 from bdistil.errors import RunError
 from bdistil.storage.run_directory import RunDirectory
 
