@@ -15,21 +15,6 @@ from bdistil.errors import UserError
 from bdistil.models.student import Rung, Student, linkable
 
 
-def segment_of(number: int, segments: int, steps: int) -> tuple[int, int]:
-    """First and last step (exclusive) of a segment; the lengths of segments differ by at most one step.
-
-    Args:
-        number: of the segment, from 0.
-        segments: number of segments.
-        steps: M, of the sequence.
-
-    Example:
-        >>> [segment_of(number, 3, 10) for number in range(3)]
-        [(0, 3), (3, 6), (6, 10)]
-    """
-    return number * steps // segments, (number + 1) * steps // segments
-
-
 class SegmentStudent(Student):
     """A student that reads one segment of a sequence x (B, M, ...), from the state of the student before.
 
@@ -100,8 +85,8 @@ class SegmentStudent(Student):
         return self
 
     def span(self, steps: int) -> tuple[int, int]:
-        """First and last step (exclusive) that the student reads of a sequence of `steps` steps."""
-        return segment_of(self.number, self.segments, steps)
+        """First and last step (exclusive) that it reads of a sequence; segments differ by at most one step."""
+        return self.number * steps // self.segments, (self.number + 1) * steps // self.segments
 
     def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
         """State (B, D) after the segment, from the state of the student before, first of `linked`.

@@ -13,7 +13,7 @@ from bdistil import Budget, ProgressiveEnsemble, Rung, Student
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.recurrent import RecurrentNet, RecurrentSegmentStudent
-from bdistil.models.segment_student import SegmentStudent, segment_of
+from bdistil.models.segment_student import SegmentStudent
 from bdistil.models.student import build_student, linked_features, run_student
 
 M, C, L, H, T = 13, 3, 4, 5, 4
@@ -45,7 +45,10 @@ def x():
 
 @pytest.mark.parametrize(("segments", "steps"), [(4, 13), (8, 50), (1, 7), (7, 7), (5, 99)])
 def test_segments_follow_each_other_to_the_end(segments, steps):
-    spans = [segment_of(number, segments, steps) for number in range(segments)]
+    students = []
+    for _ in range(segments):
+        students.append(SegmentStudent(nn.Identity(), nn.Linear(2, L), segments).link(students, Rung(0)))
+    spans = [student.span(steps) for student in students]
     assert [step for low, high in spans for step in range(low, high)] == list(range(steps))
     sizes = [high - low for low, high in spans]
     assert max(sizes) - min(sizes) <= 1
@@ -343,7 +346,7 @@ def test_the_guide_is_true():
     scope["wait_for"] = lambda low, high: (asked.append((low, high)), torch.randn(1, high - low, 6))[1]
     scope["ensemble"] = ProgressiveEnsemble(made)
     exec(stream, scope)
-    assert asked == [segment_of(number, 8, 50) for number in range(8)]
+    assert asked == [student.span(50) for student in made]
     asked.clear()
     torch.nn.init.constant_(made[0].head.bias[:1], 50.0)
     exec(stream, scope)
