@@ -1,4 +1,4 @@
-"""The callback that turns single fits into a boosting run."""
+"""The callback that runs boosting rounds: one fit per round, with acceptance, commit, logging and restart."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
+from bdistil.boosting.checks import check_precision, check_strategy
 from bdistil.boosting.commit import close_round
-from bdistil.boosting.curve_rows import Uncounted
-from bdistil.boosting.round import BoostingRound
-from bdistil.boosting.round_state import RoundState
-from bdistil.boosting.run import Boosting
+from bdistil.boosting.costs import Uncounted
+from bdistil.boosting.round import BoostingRound, RoundState
+from bdistil.boosting.run import Boosting, RoundPlan
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.trainer_checks import check_precision, check_strategy
 from bdistil.data.loaders import distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
@@ -31,29 +30,48 @@ from bdistil.utils.signals import StopSignals
 
 
 class RoundController(Checkpoint):
-    """Boosts: a fresh module and a fresh Trainer a round, and this one callback in all of them.
+    """Runs boosting: a new module and a new Trainer for each round, and this callback in all of them.
 
-    It asks the teacher once, adds the index to the batches, decides whether a student is accepted, widens the class of
-    students when it is not, commits student, ledger and metrics in one piece, logs cost and curve of every prefix, and
-    goes on where a run stopped. It is a ``Checkpoint``, so its hooks run after those of all other callbacks.
+    It evaluates the teacher once, adds the index to the batches, decides whether a student is accepted, widens the
+    class of students when it is not, commits student, ledger and metrics together, logs cost and curve of every prefix,
+    and resumes a run. It is a ``Checkpoint``, so Lightning calls its hooks after those of other callbacks.
 
     Args:
-        run_dir: the run directory; a run found there goes on.
+        run_dir: the run directory; a run found there is resumed.
         teacher: any module, x -> logits (B, L).
         student: ``make_student(round)``, rounds from 0; a `Student` also takes links.
         settings: of the run.
         seed: all randomness of the run is a function of it, the round, the epoch and the rank.
-        config: what config.yaml keeps, as nested plain values; settings and seed by default.
-        uncounted: an operator whose multiply-adds are not known is an ``error`` before training, or recorded with a
+        config: content of config.yaml, as nested plain values; settings and seed by default.
+        uncounted: an operator whose multiply-adds are unknown is an ``error`` before training, or recorded with a
             warning.
 
-    Example::
-
-        controller = RoundController("runs/mine", teacher=teacher, student=make_student, settings=settings)
-        for round_module in controller.rounds(datamodule):
-            trainer = L.Trainer(max_epochs=20, callbacks=[controller])
-            trainer.fit(round_module, datamodule, ckpt_path=controller.ckpt_path)
-        ensemble = controller.ensemble
+    Example:
+        >>> import tempfile, torch, lightning as L
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from bdistil import BoostingSettings, Student
+        >>> data = TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
+        >>> class Data(L.LightningDataModule):
+        ...     def train_dataloader(self):
+        ...         return DataLoader(data, batch_size=16, shuffle=True)
+        ...     def val_dataloader(self):
+        ...         return DataLoader(data, batch_size=16)
+        >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> controller = RoundController(
+        ...     folder.name,
+        ...     teacher=nn.Linear(4, 2),
+        ...     student=lambda round: Student(nn.Linear(4, 3), nn.Linear(3, 2)),
+        ...     settings=BoostingSettings(rounds=1),
+        ... )
+        >>> datamodule = Data()
+        >>> for round_module in controller.rounds(datamodule):
+        ...     trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[controller], **quiet)
+        ...     trainer.fit(round_module, datamodule, ckpt_path=controller.ckpt_path)
+        >>> len(controller.ensemble)
+        1
+        >>> folder.cleanup()
     """
 
     def __init__(
@@ -73,34 +91,48 @@ class RoundController(Checkpoint):
             uncounted=uncounted,
         )  # fmt: skip
         self.run = self.boosting.run
-        self.tracker, self.signals = RoundTracker(self.run), StopSignals(self.how_to_go_on)
-        self.begin(0)
+        self.tracker, self.signals = RoundTracker(self.run), StopSignals(self.resume_message)
+        self.state, self.device = RoundState(), torch.device("cpu")
+        self._plan: RoundPlan | None = None
+        self._closed, self._first_epoch, self._read = False, True, 0
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
-        """The modules of the rounds to come, one after the other; fit each with this callback.
+        """The modules of the remaining rounds; fit each with this callback before the next is taken.
 
         Args:
             datamodule: training and validation datasets are map-style and yield (x, y).
 
         Raises:
-            UserError: something is wrong that can be known before training.
+            UserError: an invalid argument, found before training.
             RunError: a round came back without a verdict, or a committed round is torn.
         """
         with self.signals:
-            for module in self.boosting.rounds(datamodule):
-                self.begin(module.number)
-                yield module
+            for plan in self.boosting.rounds(datamodule):
+                self._plan, self.state = plan, RoundState(plan.module.number, plan.attempt)
+                self._closed, self._first_epoch, self._read = False, True, 0
+                yield plan.module
             self.boosting.finish(datamodule, self.device)
             if distributed.early_rank() == 0 and self.run.committed():
                 write_report(self.run)
                 self.tracker.finish()
 
-    def how_to_go_on(self) -> str:
-        """What to say when the run is interrupted."""
+    def resume_message(self) -> str:
+        """What an interrupted run prints."""
         return (
             f"The run in {self.run.root} was interrupted with {self.run.committed()} of {self.settings.rounds} rounds "
             "committed. Give the same command again: it goes on from there."
         )
+
+    @property
+    def plan(self) -> RoundPlan:
+        """The round under way."""
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def number(self) -> int:
+        """Number of the round under way, from 0."""
+        return self.state.number
 
     @property
     def ckpt_path(self) -> str | None:
@@ -113,35 +145,25 @@ class RoundController(Checkpoint):
         """The ensemble of the committed rounds."""
         return self.boosting.ensemble
 
-    # ---- hooks
-
-    def begin(self, number: int) -> None:
-        """A round begins; its state is that of no other."""
-        self.state = RoundState(number, self.boosting.attempt)
-        self.closed, self.fresh, self.read, self.device = False, True, 0, torch.device("cpu")
-
-    @property
-    def number(self) -> int:
-        """The round under way, from 0."""
-        return self.state.number
-
     def state_dict(self) -> dict[str, Any]:
-        """Where the round under way is."""
-        return self.state.plain()
+        """Progress of the round under way."""
+        return self.state.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a checkpoint of this round was written."""
+        """Restores the progress from a checkpoint of this round."""
         self.state.load(state_dict)
 
+    # ---- hooks
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses what is not this round; seeds, as configure_optimizers may make the loader."""
+        """Checks Trainer and module; seeds, as configure_optimizers may make the loader."""
         check_strategy(trainer.strategy)
         check_precision(str(trainer.precision))
         self.signals.watch(trainer)
-        if not isinstance(pl_module, BoostingRound) or pl_module.number != self.number:
+        if self._plan is None or pl_module is not self._plan.module:
             raise UserError(
                 "RoundController expected the module that `controller.rounds(datamodule)` gave for round "
-                f"{self.number + 1}, got {type(pl_module).__name__}."
+                f"{self.number + 1}, got another module ({type(pl_module).__name__})."
             )
         self._reseed(trainer)
 
@@ -149,35 +171,34 @@ class RoundController(Checkpoint):
         reseed(self.boosting.seed, self.number, self.state.attempt, self.state.epochs, trainer.global_rank)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Brings the ledger up to date; a round that had ended and was not committed trains no more."""
-        assert isinstance(pl_module, BoostingRound)
+        """Opens the ledger; a round that ended before its verdict is not trained further."""
         self.device = pl_module.device
         with disk_errors(f"the ledger of round {self.number}", self.run.root):
-            self.boosting.open(pl_module)
+            self.boosting.open(self.plan)
         self.tracker.start(trainer, self.number)
         self._reseed(trainer)
         trainer.should_stop |= self.state.done
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Answers signals in place of the Trainer."""
+        """Handles signals in place of the Trainer."""
         self.signals.watch(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds the epoch; the first one was, before its loader was made."""
-        if not self.fresh:
+        """Seeds the epoch; for the first one `on_fit_start` did, before its loader was made."""
+        if not self._first_epoch:
             self._reseed(trainer)
-        self.fresh, self.read = False, 0
+        self._first_epoch, self._read = False, 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts samples, for the cost of training."""
-        self.read += len(batch[-1])
+        self._read += len(batch[-1])
         self.signals.check()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the round under way."""
-        read = int(distributed.all_sum(torch.tensor(self.read)))
+        read = int(distributed.all_sum(torch.tensor(self._read)))
         self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
         self.state.epochs += 1
         self.state.done = trainer.should_stop
@@ -185,24 +206,23 @@ class RoundController(Checkpoint):
             save_epoch(trainer, self.run.checkpoint(self.number))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Judges the student and commits it, or sends the round to a wider class."""
-        assert isinstance(pl_module, BoostingRound)
-        self._close(trainer, pl_module)
+        """Evaluates the student, and commits or rejects it."""
+        self._close(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes a round that was resumed after its last epoch, for which `on_train_end` is not called."""
-        if not self.closed:
-            assert isinstance(pl_module, BoostingRound)
-            self._close(trainer, pl_module.to(self.device))
+        if not self._closed:
+            pl_module.to(self.device)
+            self._close(trainer)
             pl_module.cpu()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Says how to go on after Ctrl-C, to which Lightning answers."""
+        """Prints how to resume after Ctrl-C, which Lightning handles."""
         if isinstance(exception, KeyboardInterrupt):
             self.signals.tell()
 
-    def _close(self, trainer: pl.Trainer, module: BoostingRound) -> None:
-        self.closed = True
-        row = close_round(self.boosting, module, self.state, self.device, steps=trainer.global_step)
+    def _close(self, trainer: pl.Trainer) -> None:
+        self._closed = True
+        row = close_round(self.boosting, self.plan, self.state, self.device, steps=trainer.global_step)
         if row is not None:
             self.tracker.committed(trainer, row, self.number)

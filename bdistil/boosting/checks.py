@@ -1,4 +1,4 @@
-"""What can be known to be wrong before an hour is spent on training."""
+"""Validation before training: data, teacher, students and Trainer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -24,12 +25,15 @@ from bdistil.models.student import Rung, Student
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
 
+# Strategies with one device, or one process per device that runs the script from its top; `auto` chooses between them.
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+
 
 def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
-    """Training and validation loader of a data module that has been set up.
+    """Sets a data module up and returns its training and validation loader.
 
     Raises:
-        UserError: it lacks one, or changes batches after they are read.
+        UserError: a loader is missing, or the data module changes batches after they are read.
     """
     for method in ("train_dataloader", "val_dataloader"):
         if not is_overridden(method, datamodule, pl.LightningDataModule):
@@ -55,15 +59,15 @@ def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
 
 
 def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bool:
-    """Does the training part augment at random? Cached logits belong to an x that is the same at every reading.
+    """Whether the training part augments at random, which cached logits of a fixed x do not allow for.
 
     Args:
-        loader: of the training part.
-        settings: of the run: cached state needs fixed views.
+        loader: training loader.
+        settings: of the run.
         seed: of the run.
 
     Raises:
-        UserError: random augmentation with cached state and no views, or one that the views do not fix.
+        UserError: random augmentation with cached state and without views, or that views do not fix.
     """
     random = is_random(loader.dataset)
     if settings.state == "recompute":
@@ -71,8 +75,8 @@ def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bo
     if settings.views is None and (random or is_random(_Collated(loader, loader.dataset))):
         raise UserError(
             "Reading a training sample twice gives two different x (random augmentation), so cached teacher logits "
-            "would not belong to the x of a batch. Give BoostingSettings(state='recompute') to ask the teacher about "
-            "every batch, or BoostingSettings(views=K) to cache its answers on K fixed views of each sample."
+            "would not belong to the x of a batch. Give BoostingSettings(state='recompute') to evaluate the teacher on "
+            "every batch, or BoostingSettings(views=K) to cache its logits on K fixed views of each sample."
         )
     if is_random(_Collated(loader, Views(loader.dataset, seed))):
         raise UserError(
@@ -84,7 +88,7 @@ def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bo
 
 
 class _Collated(Dataset[Any]):
-    """Samples as batches of one."""
+    """A dataset of the collated batches of one sample."""
 
     def __init__(self, loader: Any, dataset: Any) -> None:
         self.loader, self.dataset = loader, dataset
@@ -97,25 +101,25 @@ class _Collated(Dataset[Any]):
 
 
 def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:
-    """A ladder with wider students needs a function that makes them.
+    """Checks that `student` takes a width where the ladder has wider rungs.
 
     Raises:
-        UserError: it takes no `width`.
+        UserError: it does not.
     """
     wider = [rung.width for rung in ladder if rung.width != 1]
     parameters = inspect.signature(make).parameters.values()
     if wider and not any(p.name == "width" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise UserError(
-            f"The ladder asks for students of width x{wider[0]:g}, but `student` takes no `width`. "
+            f"The ladder has students of width x{wider[0]:g}, but `student` takes no `width`. "
             "Write make_student(round, width=1.0), or leave such rungs out."
         )
 
 
 def check_rounds(student: nn.Module, rounds: int) -> None:
-    """Students that read segments of a sequence are as many as there are segments, at most.
+    """Checks that there are not more rounds than segments that the students read.
 
     Raises:
-        UserError: more rounds than that.
+        UserError: there are more rounds.
     """
     most = student.most_rounds if isinstance(student, Student) else None
     if most is not None and rounds > most:
@@ -127,13 +131,13 @@ def check_rounds(student: nn.Module, rounds: int) -> None:
 
 @torch.no_grad()
 def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Task = "classification") -> int:
-    """Teacher and student must give logits (B, L) of the same L.
+    """Checks that teacher and student return logits (B, L) of the same L.
 
     Args:
         teacher: the teacher.
-        student: an unlinked student; left in eval mode.
+        student: an unlinked student; it is left in eval mode.
         example: x of two samples.
-        task: classes need two outputs or more.
+        task: of the run; classification needs L >= 2.
 
     Returns:
         L.
@@ -146,7 +150,7 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
     for name, logits in (("teacher", goal), ("student", answer)):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"Expected logits of shape (2, L) of the {name} for a batch of 2 samples, got {got}.")
+            raise UserError(f"Expected logits of shape (2, L) from the {name} for a batch of 2 samples, got {got}.")
     if goal.shape[1] < 2 and task == "classification":
         raise UserError(
             "Expected a teacher of L >= 2 outputs (classes), got L=1. Give BoostingSettings(task='regression') "
@@ -163,21 +167,21 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
 
 
 def check_task(task: Task, teacher: nn.Module) -> None:
-    """A mean of probabilities is no answer of a regression.
+    """Checks that teachers of a regression are not averaged as probabilities.
 
     Raises:
-        UserError: several teachers of real outputs are averaged so.
+        UserError: they are.
     """
     inner = teacher.network if isinstance(teacher, AdaptedTeacher) else teacher
     if task == "regression" and isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
         raise UserError(
-            "Expected several teachers of real outputs to be averaged as they are, got AveragedTeacher(..., "
-            "of='probabilities') with task='regression'. Give of='logits'."
+            "Expected an average of the outputs of several teachers for task='regression', got AveragedTeacher(..., "
+            "of='probabilities'). Give of='logits'."
         )
 
 
 def check_labels(labels: Any, task: Task, outputs: int) -> None:
-    """Classes are numbers 0 … L-1, real labels one number an output.
+    """Checks that labels are class numbers 0 … L-1, or one number per output for a regression.
 
     Args:
         labels: y of two samples.
@@ -185,7 +189,7 @@ def check_labels(labels: Any, task: Task, outputs: int) -> None:
         outputs: L.
 
     Raises:
-        UserError: other labels.
+        UserError: they are not.
     """
     if not isinstance(labels, Tensor):
         return
@@ -197,16 +201,58 @@ def check_labels(labels: Any, task: Task, outputs: int) -> None:
         )
     if task == "regression" and labels.numel() != 2 * outputs:
         raise UserError(
-            f"Expected {outputs} numbers as the label y of a sample, one an output of the teacher, got labels of shape "
-            f"{tuple(labels.shape)} for 2 samples."
+            f"Expected {outputs} numbers as the label y of a sample, one per output of the teacher, got labels of "
+            f"shape {tuple(labels.shape)} for 2 samples."
         )
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights are; the CPU for one that has none."""
+    """Device of a module's weights; the CPU if it has none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def first_of(x: Any) -> Any:
-    """The first sample of a batch, as a batch of one: of a tensor, or of all tensors in a collection."""
+    """The first sample of a batch, a tensor or a collection of tensors, as a batch of one."""
     return tree_map_only(Tensor, lambda part: part[:1], x)
+
+
+def check_strategy(strategy: Strategy | str) -> None:
+    """Checks that each process holds a whole student, which a round evaluates and commits.
+
+    Args:
+        strategy: of a Trainer, or its name in a recipe.
+
+    Raises:
+        UserError: the strategy splits the weights of a module, or starts processes in the middle of the script.
+    """
+    if isinstance(strategy, str):
+        name, known = strategy, strategy in STRATEGIES
+    else:
+        started = getattr(strategy, "_start_method", "popen")  # of DDP; not public (lightning 2.6)
+        name = type(strategy).__name__ if started == "popen" else f"ddp_{started}"
+        whole = isinstance(strategy, DDPStrategy | SingleDeviceStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+        known = whole and started == "popen"
+    if known:
+        return
+    raise UserError(
+        f"Expected `strategy` of the Trainer to be 'auto' or 'ddp', got {name}. FSDP, DeepSpeed and other strategies "
+        "that split a module leave no process a whole student, which a round evaluates, commits and links to; "
+        "ddp_spawn, ddp_fork and ddp_notebook start new processes for every round. Give strategy='ddp': every process "
+        "then holds one student in training, and the frozen ones and the teacher in eval mode."
+    )
+
+
+def check_precision(precision: str) -> None:
+    """Checks that weights stay float32: students are evaluated and committed outside the Trainer's precision.
+
+    Args:
+        precision: of a Trainer.
+
+    Raises:
+        UserError: the Trainer converts the weights.
+    """
+    if precision not in ("32-true", "16-mixed", "bf16-mixed"):
+        raise UserError(
+            f"Expected `precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got {precision!r}. "
+            "With the mixed ones the network's products are in half precision; weights, loss and ledger are float32."
+        )

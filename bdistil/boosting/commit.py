@@ -1,20 +1,19 @@
-"""The end of a round: the verdict on its student, and what is written of it."""
+"""The end of a round: the verdict on its student, the row of the curve, and the commit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
-from bdistil.boosting.acceptance import Verdict
-from bdistil.boosting.curve_rows import dtype_of, round_training_macs, shape_of, stage_row
-from bdistil.boosting.round import BoostingRound
-from bdistil.boosting.round_state import RoundState
-from bdistil.boosting.run import Boosting
+from bdistil.boosting.costs import round_training_macs, student_latency
+from bdistil.boosting.ledger.records import RoundEvidence
+from bdistil.boosting.round import RoundState
+from bdistil.boosting.run import Boosting, RoundPlan
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.metrics.curve import curve_figures
 from bdistil.metrics.quality import score_name
 from bdistil.models.student import Rung, links_of
@@ -23,117 +22,173 @@ from bdistil.storage.files import disk_errors
 from bdistil.utils import distributed
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Decision on a trained student, and the figures behind it; accuracy and loss are the prefix's on validation."""
+
+    accepted: bool
+    reason: str
+    training: RoundEvidence
+    validation: RoundEvidence
+    accuracy: float
+    loss: float
+
+
+def accepts_progress(before: float, after: float, minimum: float) -> tuple[bool, str]:
+    """Whether the prefix's rms error to the teacher fell by more than `minimum`, relative to `before`; and the reason.
+
+    Example:
+        >>> accepts_progress(0.5, 0.4, minimum=0.002)
+        (True, 'rms error to the teacher fell by more than 0.002: 0.5000 -> 0.4000, -20.00%')
+    """
+    fall = 1.0 - after / before if before > 0 else 0.0
+    verdict = "fell" if fall > minimum else "did not fall"
+    change = f"{before:.4f} -> {after:.4f}, {-fall:+.2%}"
+    return fall > minimum, f"rms error to the teacher {verdict} by more than {minimum:g}: {change}"
+
+
+def accepts_margin(margin_share: float, required: float) -> tuple[bool, str]:
+    """Whether a share `required` of the outputs meets its margin, the paper's condition made softer; and the reason.
+
+    Example:
+        >>> accepts_margin(0.4, required=0.5)
+        (False, '40% of the outputs meet their margin, less than 50%')
+    """
+    met = margin_share >= required
+    relation = "at least" if met else "less than"
+    return met, f"{margin_share:.0%} of the outputs meet their margin, {relation} {required:.0%}"
+
+
+def decide(
+    settings: BoostingSettings, number: int, training: RoundEvidence, validation: RoundEvidence
+) -> tuple[bool, str]:
+    """Whether the student of a round is accepted, and why; the same on all ranks, as the evidence is."""
+    if number == 0:
+        return True, "the first round is always accepted"
+    if settings.accept == "margin":
+        return accepts_margin(training.margin_share, settings.margin_share)
+    return accepts_progress(validation.rms_before, validation.rms_after, settings.min_progress)
+
+
 def close_round(
-    boosting: Boosting, module: BoostingRound, state: RoundState, device: torch.device, *, steps: int
+    boosting: Boosting, plan: RoundPlan, state: RoundState, device: torch.device, *, steps: int
 ) -> dict[str, Any] | None:
-    """Judges the student of a round; commits it, or sends the round to a wider class.
+    """Evaluates the trained student of a round; commits it, or records that it was rejected.
 
     Args:
         boosting: the run.
-        module: the round, trained.
+        plan: the round.
         state: its progress.
-        device: where the student is.
+        device: device of the student.
         steps: optimizer steps of the round.
 
     Returns:
         The row of the curve; None when the student was rejected.
 
     Raises:
-        RunError: NaN or infinity among the student's logits, or the disk refused.
+        RunError: NaN or infinity among the student's logits, or a disk error.
     """
-    distributed.share(module.student.buffers())  # each rank has batch statistics of its own; that of 0 is committed
-    with disk_errors(f"round {module.number}", boosting.run.root):
-        verdict = judge(boosting, module, device)
-    name = f"Round {module.number + 1} of {boosting.settings.rounds}, class {boosting.rung.name}"
+    number, settings = plan.module.number, boosting.settings
+    distributed.share(plan.module.student.buffers())  # batch statistics differ between ranks; those of 0 are committed
+    with disk_errors(f"round {number}", boosting.run.root):
+        verdict = _evaluate(settings, plan, device)
+    name = f"Round {number + 1} of {settings.rounds}, class {plan.rung.name}"
     if not verdict.accepted:
-        then = "A wider class is tried." if _reject(boosting, module.number, verdict) else "Boosting stops."
+        then = "A wider class is tried." if _reject(boosting, plan, verdict.reason) else "Boosting stops."
         rank_zero_info(f"{name}: rejected, {verdict.reason}. {then}")
         return None
-    row, what = _row(boosting, module, verdict, state), score_name(boosting.settings.task).capitalize()
-    _commit(boosting, module, verdict, row, epochs=state.epochs, steps=steps)
+    row = _curve_row(boosting, plan, verdict, state, device)
+    _commit(boosting, plan, verdict, row, epochs=state.epochs, steps=steps)
     rank_zero_info(
-        f"{name}: accepted, {verdict.reason}. {what} of the prefix {verdict.accuracy:.4f} on validation, "
-        f"{row['macs']:,} MACs."
+        f"{name}: accepted, {verdict.reason}. {score_name(settings.task).capitalize()} of the prefix "
+        f"{verdict.accuracy:.4f} on validation, {row['macs']:,} MACs."
     )
     return row
 
 
-def judge(boosting: Boosting, module: BoostingRound, device: torch.device) -> Verdict:
-    """One pass over the training part and one over the validation part: is the student accepted?
-
-    Raises:
-        RunError: NaN or infinity among the student's logits.
-    """
-    earlier, settings = boosting.students, boosting.settings
-    validation, accuracy, loss = boosting.val.score(module.student, earlier, device, settings)
-    training, _, _ = boosting.train.score(module.student, earlier, device, settings)
-    accepted, reason = boosting.decide(module.number, training, validation)
+def _evaluate(settings: BoostingSettings, plan: RoundPlan, device: torch.device) -> Verdict:
+    """One pass over the validation part and one over the training part."""
+    module, parts = plan.module, plan.run.parts
+    validation, accuracy, loss = parts.val.score(module.student, module.earlier, device)
+    training, _, _ = parts.train.score(module.student, module.earlier, device)
+    accepted, reason = decide(settings, module.number, training, validation)
     return Verdict(accepted, reason, training, validation, accuracy, loss)
 
 
-def _row(boosting: Boosting, module: BoostingRound, verdict: Verdict, state: RoundState) -> dict[str, Any]:
-    """The row of the prefix that ends with this round."""
-    teacher, *prefixes = boosting.run.rows()
-    kind = boosting.rung if links_of(module.student) else Rung(0, width=boosting.rung.width)
-    for student in boosting.students:
+def _curve_row(
+    boosting: Boosting, plan: RoundPlan, verdict: Verdict, state: RoundState, device: torch.device
+) -> dict[str, Any]:
+    """The row of the prefix that ends with this round: MACs and parameters are cumulative, other costs its own."""
+    module, cost, example = plan.module, plan.cost, plan.run.example
+    latency = student_latency(module.student, module.earlier, example, device)
+    for student in module.earlier:
         student.cpu()
-    asked = teacher["macs"] if boosting.recompute else 0
-    spent = round_training_macs(
-        module.student, boosting.cost, boosting.students, boosting.example, state.samples_seen, asked
-    )  # fmt: skip
+    teacher, *prefixes = boosting.run.rows()
+    before = prefixes[-1] if prefixes else {"macs": 0, "params": 0}
     row = {
-        **stage_row(module.number, prefixes[-1] if prefixes else teacher, boosting.cost, verdict),
-        "train_macs": spent,
-        "latency_ms": boosting.latency,
+        "stage": module.number + 1,
+        "macs": before["macs"] + cost.macs,
+        "link_macs": cost.by_module.get("join", 0),
+        "params": before["params"] + cost.params,
+        "train_macs": round_training_macs(
+            module.student, cost, module.earlier, example, state.samples_seen,
+            teacher["macs"] if boosting.settings.state == "recompute" else 0,
+        ),
+        "val_accuracy": verdict.accuracy,
+        "val_loss": verdict.loss,
+        "latency_ms": latency,
         "seconds": state.elapsed(),
-        "accepted_class": kind.name,
-    }
+        "accepted_class": (plan.rung if links_of(module.student) else Rung(0, width=plan.rung.width)).name,
+        "margin_share": verdict.training.margin_share,
+        "reason": verdict.reason,
+        "margin_min": verdict.training.margin_min,
+        "rms_error": verdict.validation.rms_after,
+        "sup_error": verdict.validation.sup_after,
+        "activation_bytes": cost.activation_bytes,
+    }  # fmt: skip
     curve = [*prefixes, row]
     return row | curve_figures([r["macs"] for r in curve], [r["val_accuracy"] for r in curve])
 
 
-def _commit(boosting: Boosting, module: BoostingRound, verdict: Verdict, row: Mapping[str, Any], **extra: int) -> None:
-    """Student, S and metrics: all of it, or nothing."""
-    for part in (boosting.train, boosting.val):
-        part.keep(module.student, module.number)
+def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str, Any], **counts: int) -> None:
+    """Commits student, S and metrics: all of them, or nothing."""
+    run, parts, number, example = boosting.run, plan.run.parts, plan.module.number, plan.run.example
+    for part in (parts.train, parts.val):
+        part.keep(plan.module.student, number)
     if distributed.rank() == 0:
-        plan, tensors, why = _described(module.student)
+        why, tensors, blueprint = None, plan.module.student.state_dict(), None
+        try:
+            blueprint, tensors = describe(plan.module.student)
+        except IndescribableError as error:
+            why, tensors = str(error), {name: value.clone() for name, value in tensors.items()}
+        head, tensor = parts.train.ledger.head, isinstance(example, Tensor)
         record = {
-            "round": module.number,
+            "round": number,
             "reason": verdict.reason,
-            "tries": boosting.run.tries(module.number),
-            "rung": asdict(boosting.rung),
-            "scale": boosting.train.ledger.head.scale,
-            "offset": boosting.train.ledger.head.offset,
-            "input_shape": shape_of(boosting.example),
-            "input_dtype": dtype_of(boosting.example),
-            "curve": dict(row),
+            "tries": run.tries(number),
+            "rung": asdict(plan.rung),
+            "scale": head.scale,
+            "offset": head.offset,
+            "input_shape": list(example.shape[1:]) if tensor else None,
+            "input_dtype": str(example.dtype).removeprefix("torch.") if tensor else None,
+            "curve": row,
             "evidence": {"training": asdict(verdict.training), "validation": asdict(verdict.validation)},
-            "uncounted": boosting.cost.uncounted,
-            **extra,
+            "uncounted": plan.cost.uncounted,
+            **counts,
             "indescribable": why,
-            "blueprint": plan,
+            "blueprint": blueprint,
         }
-        boosting.run.commit(module.number, tensors, record)
-        boosting.run.write_curve(boosting.run.rows())
+        run.commit(number, tensors, record)
+        run.write_curve(run.rows())
     distributed.barrier()
 
 
-def _reject(boosting: Boosting, number: int, verdict: Verdict) -> bool:
-    """Records a rejected try; stops the run when the ladder has no rung left. Says whether it goes on."""
-    last = boosting.attempt + 1 >= len(boosting.settings.rungs(number, links=boosting.takes_links))
+def _reject(boosting: Boosting, plan: RoundPlan, reason: str) -> bool:
+    """Records a rejected try, and stops the run when the ladder has no rung left; returns whether it continues."""
+    number, last = plan.module.number, plan.attempt + 1 >= len(plan.rungs)
     if distributed.rank() == 0:
-        boosting.run.reject(number, f"{boosting.rung.name}: {verdict.reason}")
+        boosting.run.reject(number, f"{plan.rung.name}: {reason}")
         if last:
-            boosting.stop(number, verdict.reason)
+            boosting.stop(number, reason)
     distributed.barrier()
     return not last
-
-
-def _described(student: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Tensor], str | None]:
-    """Structure and tensors of a student; without the structure, and why, where JSON cannot say it."""
-    try:
-        plan, tensors = describe(student)
-    except IndescribableError as error:
-        return None, {name: value.clone() for name, value in student.state_dict().items()}, str(error)
-    return plan, tensors, None

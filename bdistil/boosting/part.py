@@ -1,4 +1,4 @@
-"""Passes over the data at the edge of a round: what teacher and students answer, and how well."""
+"""One part of the data in a boosting run: its samples, its ledger, and the passes of teacher and students over it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from bdistil.boosting.ledger.features import FeatureCache
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.ledger.records import RoundEvidence
 from bdistil.boosting.ledger.reductions import BLOCK
-from bdistil.boosting.ledger.rows import Storage
 from bdistil.boosting.ledger.units import Units
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Views, check_dataset, rows_loader
 from bdistil.functional.boosting import prefix_error
-from bdistil.metrics.quality import PrefixErrors, PrefixMetric, Task, output_figures, prefix_metric
+from bdistil.metrics.quality import PrefixErrors, PrefixMetric, output_figures, prefix_metric
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 from bdistil.utils.modules import eval_mode
@@ -30,7 +29,7 @@ from bdistil.utils.seeding import seed_of
 
 
 def _on_each_disk(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a pass fill each of the disks that hold a ledger; its sums count one of them."""
+    """Makes a pass fill every disk that holds a copy of the ledger; sums over processes count one copy."""
 
     @wraps(method)
     def wrapped(self: Part, *args: Any, **kwargs: Any) -> Any:
@@ -41,16 +40,15 @@ def _on_each_disk(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Part:
-    """The training or the validation part: its samples, the ledger of their g and S, the features that are linked to.
+    """The training part, the validation part, or one view of the training part under random augmentation.
 
     Args:
         name: ``train`` or ``val``: as in ``train_dataloader`` and in the ledger's folder.
         loader: the user's loader, yields (x, y).
-        folder: where the ledgers of a run are.
+        folder: folder of all ledgers of a run.
+        settings: of the run.
         seed: of the run.
-        task: classes, or real outputs.
-        storage: of the ledger.
-        view: which view of a dataset that augments at random; the canonical one has the ledger of S.
+        view: number of the view of a dataset that augments at random; S is defined on view 0.
 
     Raises:
         UserError: the dataset is iterable or empty, or its items are not (x, y).
@@ -61,87 +59,78 @@ class Part:
         name: str,
         loader: DataLoader[Any],
         folder: Path,
+        settings: BoostingSettings,
         seed: int,
-        task: Task = "classification",
-        storage: Storage = "float32",
         view: int | None = None,
     ) -> None:
         self.samples = check_dataset(loader, f"{name}_dataloader")
-        self.name, self.loader, self.seed, self.task = name, loader, seed, task
-        self.views = None if view is None else Views(loader.dataset, seed, view)
+        self.loader, self.settings, self.seed, self.view = loader, settings, seed, view
+        self.dataset_view = None if view is None else Views(loader.dataset, seed, view)
         folder = folder / name / f"view{view:03d}" if view else folder / name
-        self.ledger = ErrorLedger(folder, storage)
+        self.ledger = ErrorLedger(folder, settings.storage)
         self.features = FeatureCache(folder, self.samples)
         self.sharers: distributed.Sharers | None = None  # of the ledger's disk, where each node has one
 
-    def _rows(self, number: int) -> DataLoader[Any]:
-        """The rows of this process as (x, y, index), whole blocks in order."""
-        rows = [range(low, high) for low, high in distributed.my_blocks(self.samples, BLOCK)]
-        return rows_loader(self.loader, rows, seed=seed_of(self.seed, number, "score"), views=self.views)
-
     @_on_each_disk
-    def ask(
+    def query(
         self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, units: Units | None = None
     ) -> tuple[float, float]:
         """Writes the teacher's logits of all samples to the ledger.
 
         Args:
             teacher: maps x to logits (B, L).
-            device: where the teacher is.
+            device: device of the teacher.
             outputs: L.
             fingerprint: of the teacher.
             units: of the ledger, where another part gives them.
 
         Returns:
-            The teacher's accuracy and cross entropy; of real outputs R² and rms error.
+            The teacher's accuracy and cross entropy; R² and rms error for a regression.
 
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        scores = prefix_metric(self.task, outputs)
-        answers = self._teacher_answers(teacher, device, scores)
-        self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=self.task, units=units)
+        task = self.settings.task
+        scores = prefix_metric(task, outputs)
+        answers = self._teacher_logits(teacher, device, scores)
+        self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)
         return _summed(scores)
 
     @_on_each_disk
-    def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str, reach: int) -> None:
-        """Opens S after the committed students, and the features of the last of them: as on the disk, else made again.
+    def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
+        """Opens S after the committed students, and their features that links may read; computes what is missing.
 
         Args:
             students: the committed ones, in order.
             device: where they are to run.
             fingerprint: of the teacher.
-            reach: how many students back a link may go.
 
         Raises:
-            UserError: the number of samples or the teacher is another than at the start of the run.
+            UserError: the number of samples or the teacher differs from the start of the run.
             RunError: a file is torn.
         """
         self.ledger.open(self.samples, fingerprint)
+        if self.view:
+            self.ledger.look()  # g alone
+        else:
+            self._catch_up_errors(students, device)
+        self._catch_up_features(students, device)
+
+    def _catch_up_errors(self, students: Sequence[nn.Module], device: torch.device) -> None:
         if not distributed.agreed(self.ledger.has(len(students))):
             self.ledger.use(0)
             for number, student in enumerate(students):
-                answers = self._answers(
-                    student.to(device), students[:number], device, prefix_metric(self.task, self.ledger.outputs)
-                )
+                scores = prefix_metric(self.settings.task, self.ledger.outputs)
+                answers = self._student_logits(student.to(device), students[:number], device, scores)
                 self.ledger.advance(answers, eta=1.0, tolerance=0.0)
                 self.ledger.keep()
                 self.ledger.use(number + 1)
         self.ledger.use(len(students))
-        self.reach = reach
-        self._catch_up_features(students, device, reach)
-
-    @_on_each_disk
-    def catch_up_view(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str, reach: int) -> None:
-        """The same for a view that is not the canonical one: g, and the features that are linked to."""
-        self.ledger.open(self.samples, fingerprint)
-        self.ledger.look()
-        self._catch_up_features(students, device, reach)
 
     @torch.no_grad()
-    def _catch_up_features(self, students: Sequence[nn.Module], device: torch.device, reach: int) -> None:
+    def _catch_up_features(self, students: Sequence[nn.Module], device: torch.device) -> None:
         widths: dict[int, int] = {}
-        for number in linked_numbers(students, reach):
+        for number in linked_numbers(students, self.settings.cached_links):
             student = students[number]
             assert isinstance(student, Student)
             widths[number] = student.width
@@ -149,16 +138,16 @@ class Part:
                 self.features.begin(student.width)
                 for earlier in students[: number + 1]:
                     earlier.to(device)
-                for x, _, index in self._rows(number):
+                for x, _, index in self._blocks(number):
                     self.features.write(int(index[0]), features_of(students, number, move_data_to_device(x, device)))
                 self.features.keep(number)
         self.features.use(widths)
 
     @_on_each_disk
     def score(
-        self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device, settings: BoostingSettings
+        self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device
     ) -> tuple[RoundEvidence, float, float]:
-        """One pass of a new student, in eval mode. What it makes waits for `keep`.
+        """One pass of a new student in eval mode; writes S and its features beside those in use, see `keep`.
 
         Returns:
             The evidence, and accuracy and cross entropy (or R² and rms error) of the prefix that ends with
@@ -167,68 +156,67 @@ class Part:
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        scores = prefix_metric(self.task, self.ledger.outputs)
+        settings = self.settings
+        scores = prefix_metric(settings.task, self.ledger.outputs)
         if isinstance(student, Student):
             self.features.begin(student.width)
         with eval_mode(student):
-            answers = self._answers(student, earlier, device, scores, write=isinstance(student, Student))
+            answers = self._student_logits(student, earlier, device, scores, write=isinstance(student, Student))
             evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
         return evidence, *_summed(scores)
 
     @_on_each_disk
     def keep(self, student: nn.Module, number: int) -> None:
-        """Keeps what `score` made of a student that was accepted: S of the next version, and its features."""
+        """Gives the files that `score` wrote for an accepted student their names."""
         self.ledger.keep()
         if isinstance(student, Student):
             self.features.keep(number)
 
+    def linked(self, numbers: Sequence[int], index: np.ndarray[Any, Any], device: torch.device) -> list[Tensor]:
+        """Cached features (B, D) of some students for samples, on the device."""
+        return [rows.to(device, non_blocking=True) for rows in self.features.rows(numbers, index)]
+
+    def _blocks(self, number: int) -> DataLoader[Any]:
+        """The rows of this process as (x, y, index), whole blocks in order."""
+        rows = [range(low, high) for low, high in distributed.my_blocks(self.samples, BLOCK)]
+        return rows_loader(self.loader, rows, seed=seed_of(self.seed, number, "score"), views=self.dataset_view)
+
     @torch.no_grad()
-    def _teacher_answers(
+    def _teacher_logits(
         self, teacher: nn.Module, device: torch.device, scores: PrefixMetric
     ) -> Iterator[tuple[int, Tensor]]:
-        """(first row, teacher logits (rows, L)) block by block."""
-        for x, y, index in self._rows(0):
+        """(first row, teacher logits (rows, L)) block by block; updates `scores`."""
+        for x, y, index in self._blocks(0):
             logits = teacher(move_data_to_device(x, device)).float().cpu()
             scores.update(logits[None], y)
             yield int(index[0]), logits
 
     @torch.no_grad()
-    def _answers(
-        self,
-        student: nn.Module,
-        earlier: Sequence[nn.Module],
-        device: torch.device,
-        scores: PrefixMetric,
+    def _student_logits(
+        self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device, scores: PrefixMetric,
         write: bool = False,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(first row, student logits (rows, L)) block by block; `scores` sees the prefix that ends with the student."""
-        reads = linked_numbers(earlier, links_of(student))
-        for x, y, index in self._rows(len(earlier)):
+    ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+        """(first row, student logits (rows, L)) block by block; updates `scores` with the prefix's logits."""
+        numbers = linked_numbers(earlier, links_of(student))
+        for x, y, index in self._blocks(len(earlier)):
             moved = move_data_to_device(x, device)
             if write and isinstance(student, Student):
-                cached = self.reach > 0
-                linked = self.linked(reads, index, device) if cached else linked_features(student, earlier, moved)
+                cached = self.settings.cached_links > 0
+                linked = self.linked(numbers, index, device) if cached else linked_features(student, earlier, moved)
                 own = student.features(moved, linked)
                 self.features.write(int(index[0]), own)
                 logits = student.answer(own, linked)
             else:
                 logits = run_student(student, earlier, moved)
             logits = logits.float().cpu()
-            scores.update(self._prefix(logits, index)[None], y)
+            g, s = self.ledger.rows(index)
+            prefix = g + prefix_error(logits, g, s, self.ledger.version)
+            scores.update(self.ledger.units.outward(prefix)[None], y)
             yield int(index[0]), logits
-
-    def linked(self, numbers: Sequence[int], index: np.ndarray[Any, Any], device: torch.device) -> list[Tensor]:
-        """Cached features (B, D) of some students for samples, on the device."""
-        return [rows.to(device, non_blocking=True) for rows in self.features.rows(numbers, index)]
-
-    def _prefix(self, answer: Tensor, index: np.ndarray[Any, Any]) -> Tensor:
-        """Logits of the prefix that ends with a student, in the teacher's units."""
-        g, s = self.ledger.rows(index)
-        return self.ledger.units.outward(g + prefix_error(answer, g, s, self.ledger.version))
 
 
 def _summed(scores: PrefixMetric) -> tuple[float, float]:
-    """Accuracy and loss of one predictor over all processes, of which some may have had no rows."""
+    """Accuracy and loss of one predictor over all processes, some of which may have had no rows."""
     if isinstance(scores, PrefixErrors):
         r2, rms = output_figures(distributed.all_sum(scores.sums))
         return float(r2.sum()), float(rms.sum())

@@ -1,8 +1,10 @@
-"""One round of boosting: a LightningModule that trains one student against the teacher and the ledger."""
+"""A boosting round as a LightningModule: trains one student against the teacher and the errors in the ledger."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index
@@ -21,28 +24,120 @@ from bdistil.metrics.quality import as_columns, output_figures, output_sums
 from bdistil.models.student import linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 
-# Makes of g, S, the labels and the index of a batch the target and the error of a round that mixes labels in.
+# (g, S, labels, index) of a batch -> target and error of a round that mixes labels in.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
 
-# Training steps between two looks at the loss for NaN: each look waits for the device.
-WATCH_EVERY = 50
+# Training steps between two checks of the losses for NaN: each check waits for the device.
+CHECK_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Game:
+    """Constants of the loss in one round; arguments of `bdistil.functional.round_loss`.
+
+    Attributes:
+        log_z: log-normaliser of the game's weights over all N samples, shape (L,), float32, on the device.
+        eta: step size of the game.
+        gamma: weight of the squared error against the barrier.
+        bound: b = 2 max|g|.
+        population: N.
+        across: mean over the processes that share a batch; None for one process.
+    """
+
+    log_z: Tensor
+    eta: float
+    gamma: float
+    bound: float
+    population: int
+    across: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(cls, ledger: ErrorLedger, settings: BoostingSettings, device: torch.device) -> Game:
+        """The game against the current S of a ledger."""
+        return cls(
+            log_z=ledger.log_normaliser(settings.eta).float().to(device),
+            eta=settings.eta,
+            gamma=settings.gamma_for(ledger.bound),
+            bound=ledger.bound,
+            population=ledger.samples,
+            across=distributed.all_mean if distributed.world_size() > 1 else None,
+        )
+
+    @property
+    def kappa(self) -> float:
+        """Correction strength: a student aims at g - kappa S."""
+        return self.eta / (4.0 * self.bound * self.gamma)
+
+    def loss(self, deviation: Tensor, error: Tensor) -> Tensor:
+        """The loss () of a batch, given d = f - g and S, both (B, L)."""
+        return round_loss(
+            deviation, error, self.log_z, eta=self.eta, population=self.population, bound=self.bound,
+            gamma=self.gamma, across=self.across,
+        )  # fmt: skip
+
+
+@dataclass
+class RoundState:
+    """Progress of one try of one round, as plain numbers that a checkpoint keeps.
+
+    Attributes:
+        number: the round, from 0.
+        attempt: index of the rung that is tried.
+        done: the last epoch is over, only the verdict is missing.
+        epochs: finished epochs.
+        samples_seen: by all processes.
+        seconds: wall time before this start.
+    """
+
+    number: int = 0
+    attempt: int = 0
+    done: bool = False
+    epochs: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Wall seconds of this round, including those before a restart."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self) | {"seconds": self.elapsed()}
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Restores the values of a checkpoint.
+
+        Raises:
+            RunError: the checkpoint belongs to another round or try.
+        """
+        found, expected = (values["number"], values["attempt"]), (self.number, self.attempt)
+        if found != expected:
+            raise RunError(
+                f"Expected a checkpoint of (round, try) {expected}, got one of {found}. Fit with "
+                "ckpt_path=controller.ckpt_path; under SLURM give each round's Trainer a default_root_dir of its own."
+            )
+        for field in fields(self):
+            setattr(self, field.name, values[field.name])
 
 
 class BoostingRound(pl.LightningModule):
-    """Trains student t; the earlier students and the teacher are out of its module tree.
+    """Trains student t. The teacher and the earlier students are outside its module tree.
 
-    They are in no checkpoint, no gradient reaches them, and there is nothing of them for DDP to reduce.
+    They are in no checkpoint, receive no gradient, and DDP does not reduce them.
 
     Args:
         student: the student of this round, linked.
         number: t, from 0.
         settings: of the run.
         earlier: the committed students, in order, in eval mode.
-        train: g, S and linked features of the training part.
-        val: the same of the validation part.
-        views: g and linked features of further views of the training part, where it augments at random.
-        teacher: asked about each batch where settings.state is `recompute`.
-        run_dir: the run directory, for what callbacks leave there.
+        train: training part: g, S and linked features.
+        val: validation part.
+        views: further views of a training part that augments at random.
+        teacher: evaluated on each batch where settings.state is `recompute`.
+        run_dir: the run directory, where callbacks put their files.
     """
 
     earlier: list[nn.Module]
@@ -62,42 +157,64 @@ class BoostingRound(pl.LightningModule):
         run_dir: Path,
     ) -> None:
         super().__init__()
-        self.student, self.run_dir = student, run_dir
-        self.number, self.settings, self.train_part, self.val_part = number, settings, train, val
-        self.ledger, self.views = train.ledger, [train, *views]
+        self.student, self.run_dir, self.number, self.settings = student, run_dir, number, settings
+        self.train_part, self.val_part, self.views = train, val, [train, *views]
         object.__setattr__(self, "earlier", list(earlier))
         object.__setattr__(self, "teacher", teacher)
-        self.recompute = settings.state == "recompute"
-        self._regression = settings.task == "regression"
         self.mix: Mix | None = None  # set by LossMixing
+        self._linked = linked_numbers(self.earlier, links_of(student)) if teacher is None else []
+        self._game: Game | None = None
+        self._losses: list[Tensor] = []  # not yet checked for NaN
+        self._sums: list[Tensor] = []
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As of any module, but quickly where Lightning notes the hook under way, some 40 times a step.
+    @property
+    def ledger(self) -> ErrorLedger:
+        """g and S of the training part."""
+        return self.train_part.ledger
 
-        A module looks for parameters and buffers first, which takes longer than the arithmetic of the game.
+    @property
+    def game(self) -> Game:
+        """Constants of the loss, once `start` has set them."""
+        assert self._game is not None
+        return self._game
+
+    def start(self, game: Game) -> None:
+        """Sets the constants of the loss: when the ledger is open, and again where a callback changes the errors."""
+        self._game = game
+
+    def on_fit_start(self) -> None:
+        """Moves the earlier students and the teacher to the device.
+
+        Raises:
+            UserError: the Trainer has no RoundController, which opens the ledger.
         """
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+        if self._game is None:
+            raise UserError(
+                "A round is fitted by a Trainer with callbacks=[controller]; this one has no RoundController."
+            )
+        for module in [*self.earlier, *([self.teacher] if self.teacher is not None else [])]:
+            module.to(self.device)
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) of this round's student, in units of the ledger."""
         return run_student(self.student, self.earlier, x)
 
     def answer(self, x: Any, index: Index, part: Part) -> Tensor:
-        """Logits (B, L) float32 of this round's student for samples of a part, whose linked features are cached."""
-        if self.recompute or not self._reads:
+        """Logits (B, L) float32 of this round's student for samples of a part, with cached linked features."""
+        if not self._linked:
             return run_student(self.student, self.earlier, x).float()
-        logits: Tensor = self.student(x, part.linked(self._reads, index, self.device))
+        logits: Tensor = self.student(x, part.linked(self._linked, index, self.device))
         return logits.float()
 
-    def on_fit_start(self) -> None:
-        """Refuses a Trainer without the controller, which opens the ledger."""
-        if not hasattr(self, "log_z"):
-            raise UserError(
-                "A round is fitted by a Trainer with callbacks=[controller]; this one has no RoundController."
-            )
+    def state(self, x: Any, index: Index, part: Part) -> tuple[Tensor, Tensor]:
+        """g on the view of a batch, and S, which is defined on the canonical view, both (B, L)."""
+        if self.teacher is not None:
+            error = self.ledger.errors(index).to(self.device, non_blocking=True)
+            return self.ledger.units.inward(self.teacher(x).float()), error
+        target, error = self.ledger.rows(index)
+        if part is not self.train_part:
+            target = part.ledger.targets(index)
+        return target.to(self.device, non_blocking=True), error.to(self.device, non_blocking=True)
 
     # ---- training
 
@@ -108,64 +225,25 @@ class BoostingRound(pl.LightningModule):
         target, error = self.state(x, index, part)
         if self.mix is not None:
             target, error = self.mix(target, error, y, index)
-        deviation = self.answer(x, index, part) - target
-        loss = round_loss(deviation, error, self.log_z, **self.game)
-        self._watch(loss, batch_idx)
+        loss = self.game.loss(self.answer(x, index, part) - target, error)
+        self._losses.append(loss.detach())
+        if len(self._losses) == CHECK_EVERY:
+            self._check_losses(batch_idx)
         return loss
 
     def _view_of(self, index: Index) -> tuple[Part, Index]:
-        """The view that a batch is of, and the numbers of its samples."""
+        """The view of a batch, and its sample numbers in it."""
         if len(self.views) == 1:
             return self.train_part, index
         views, rows = np.divmod(index, self.ledger.samples)
         return self.views[int(views[0])], rows
 
-    def state(self, x: Any, index: Index, part: Part) -> tuple[Tensor, Tensor]:
-        """g of the view that a batch is of, and S, which is defined on the canonical view, both (B, L)."""
-        if self.recompute:
-            assert self.teacher is not None
-            error = self.ledger.errors(index).to(self.device, non_blocking=True)
-            return self.ledger.units.inward(self.teacher(x).float()), error
-        target, error = self.ledger.rows(index)
-        if part is not self.train_part:
-            target = part.ledger.targets(index)
-        if self._on_cpu:
-            return target, error
-        return target.to(self.device, non_blocking=True), error.to(self.device, non_blocking=True)
-
-    def prepare(self) -> None:
-        """Reads from the ledger what holds for all batches of the round, and moves what is hidden to the device."""
-        self.log_z = self.ledger.log_normaliser(self.settings.eta).float().to(self.device)
-        self._on_cpu = self.device.type == "cpu"
-        bound, eta = self.ledger.bound, self.settings.eta
-        self.game: dict[str, Any] = {
-            "eta": eta, "population": self.ledger.samples, "bound": bound, "gamma": self.settings.gamma_for(bound),
-            "across": distributed.all_mean if distributed.world_size() > 1 else None,
-        }  # fmt: skip
-        self._reads = linked_numbers(self.earlier, links_of(self.student))
-        self._recent = [torch.zeros((), device=self.device)] * WATCH_EVERY
-        for module in [*self.earlier, *([self.teacher] if self.teacher is not None else [])]:
-            module.to(self.device)
-
-    def _watch(self, loss: Tensor, batch_idx: int) -> None:
-        """Remembers the loss of a batch; looks at the last ones now and then."""
-        place = batch_idx % WATCH_EVERY
-        self._recent[place] = loss.detach()
-        if place == WATCH_EVERY - 1:
-            self.check_finite(batch_idx - place)
-
-    def check_finite(self, first: int) -> None:
-        """Stops the round if one of the last losses was NaN or infinite.
-
-        Args:
-            first: batch of the first of them.
-
-        Raises:
-            RunError: names round, epoch and batch.
-        """
-        bad = (~torch.stack(self._recent).isfinite()).nonzero()
+    def _check_losses(self, last: int) -> None:
+        """Raises RunError if one of the losses up to batch `last` is NaN or infinite."""
+        losses, self._losses = self._losses, []
+        bad = (~torch.stack(losses).isfinite()).nonzero()
         if len(bad):
-            batch = first + int(bad[0])
+            batch = last + 1 - len(losses) + int(bad[0])
             raise RunError(
                 f"The loss of round {self.number + 1}, epoch {self.current_epoch}, batch {batch} is NaN or infinite. "
                 f"Nothing of this round was committed; the {self.number} committed rounds are intact. "
@@ -173,41 +251,38 @@ class BoostingRound(pl.LightningModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        """A last look at the epoch's losses."""
-        last = self.trainer.fit_loop.batch_idx
-        self.check_finite(last - last % WATCH_EVERY)
+        """Checks the last losses of the epoch for NaN."""
+        if self._losses:
+            self._check_losses(self.trainer.fit_loop.batch_idx)
 
     # ---- validation: sums on the device, logged once an epoch
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums: of the labels, then squared error to the teacher, and outputs."""
-        outputs = self.val_part.ledger.outputs
-        self._label_sums = torch.zeros((3, outputs + 1) if self._regression else (3,), device=self.device)
-        self._teacher_sums = torch.zeros(2, device=self.device)
+        """Resets the sums against the labels and against the teacher."""
+        shape = (3, self.ledger.outputs + 1) if self.settings.task == "regression" else (3,)
+        self._sums = [torch.zeros(shape, device=self.device), torch.zeros(2, device=self.device)]
 
     def validation_step(self, batch: tuple[Any, Tensor, Index], batch_idx: int) -> None:
-        """Scores the prefix that ends with this student."""
+        """Adds the scores of the prefix that ends with this student."""
         x, y, index = batch
         target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
         miss = prefix_error(self.answer(x, index, self.val_part), target, error, self.number)
-        self._label_sums += self._against_labels(target + miss, y)
-        self._teacher_sums += torch.stack((miss.square().sum(), miss.new_full((), miss.numel())))
+        self._sums[0] += self._label_sums(target + miss, y)
+        self._sums[1] += torch.stack((miss.square().sum(), miss.new_full((), miss.numel())))
 
-    def _against_labels(self, answers: Tensor, y: Tensor) -> Tensor:
-        """Sums of answers (B, L) in units of the ledger; real labels are put into the same, where they are small."""
+    def _label_sums(self, answers: Tensor, y: Tensor) -> Tensor:
+        """Sums over a batch of answers (B, L) in units of the ledger, in which real labels are small numbers, too."""
         units = self.ledger.units
-        if self._regression:
+        if self.settings.task == "regression":
             return output_sums(answers, units.inward(as_columns(y, self.ledger.outputs).float()))
         logits = units.outward(answers)
         right, entropy = (logits.argmax(-1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
         return torch.stack((right, entropy, right.new_full((), len(y))))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs accuracy and loss (R² and rms error of real outputs), and the rms error to the teacher."""
-        sums, (squares, outputs) = (
-            self.trainer.strategy.reduce(part, reduce_op="sum") for part in (self._label_sums, self._teacher_sums)
-        )
-        if self._regression:
+        """Logs accuracy and loss (R² and rms error for a regression), and the rms error to the teacher."""
+        sums, (squares, outputs) = (self.trainer.strategy.reduce(part, reduce_op="sum") for part in self._sums)
+        if self.settings.task == "regression":
             accuracy, loss = output_figures(sums, sums.new_tensor(self.ledger.units.scale))
         else:
             accuracy, loss = sums[:2] / sums[2]
@@ -216,8 +291,6 @@ class BoostingRound(pl.LightningModule):
             prog_bar=True,
             rank_zero_only=False,
         )
-
-    # ---- the rest
 
     def configure_optimizers(self) -> Any:
         """AdamW, fused where the precision allows it, on a cosine over the epochs."""

@@ -1,4 +1,4 @@
-"""The settings of a boosting run, checked when they are made."""
+"""Settings of a boosting run, validated on construction."""
 
 from __future__ import annotations
 
@@ -14,37 +14,48 @@ from bdistil.models.student import Rung
 
 
 def _default_ladder() -> list[Rung]:
-    """No link, one link, then wider in kind: a second link through a hidden joint layer."""
+    """No link, one link, then two links through a hidden joint layer."""
     return [Rung(0), Rung(1), Rung(2, "hidden")]
 
 
 @dataclass(frozen=True)
 class BoostingSettings:
-    """What defines a boosting run beside its data, teacher and students.
+    """Settings of a boosting run, besides its data, teacher and students.
 
     Attributes:
-        rounds: T, how many students at most.
-        task: `regression` takes real outputs: R² stands in place of accuracy, rms error in place of cross entropy, and
-            each output has a unit of its own.
+        rounds: T, the largest number of students.
+        task: with `regression` outputs are real: R² replaces accuracy, rms error replaces cross entropy, and each
+            output has a unit of its own.
         eta: step size of the game: how much harder the worst samples pull.
         kappa: correction strength: a student aims at g - kappa S. 0 is plain averaging, 1 repairs the whole error.
             1 unless `gamma` is given.
         gamma: the raw weight of the paper, instead of `kappa`.
-        accept: `progress` asks that the prefix's rms error to the teacher on the validation part falls by more than
-            `min_progress`; `margin` (the paper's) that a share `margin_share` of the outputs meets its margin.
+        accept: `progress` requires that the prefix's rms error to the teacher on the validation part falls by more
+            than `min_progress`; `margin` (the paper's) that a share `margin_share` of the outputs meets its margin.
         min_progress: smallest relative fall of the rms error that counts.
         margin_share: q, share of the outputs that has to meet its margin.
         margin_tolerance: a margin is met from -margin_tolerance * b on.
         ladder: the classes F_0 … F_R; a rejected round is trained again one rung higher.
         start: rung of the rounds from the second on; the first round, which has nothing to link to, starts at 0.
-        state: `cached` reads g and S from the ledger; `recompute` asks teacher and linked students about each batch,
-            random augmentation needs.
-        views: K: with random augmentation, so many fixed views of each sample are cached, and epoch e trains on view
-            e mod K. Costs K passes of the teacher, and the room of K - 1 more tables of g and linked features.
-        storage: of g and S on the disk; `int16` halves the room, at an error of 1.5e-5 of the largest number of a row.
+        state: `cached` reads g and S from the ledger; `recompute` evaluates teacher and linked students on each batch,
+            which random augmentation needs.
+        views: K: with random augmentation, K fixed views of each sample are cached, and epoch e trains on view
+            e mod K. Costs K passes of the teacher, and the space of K - 1 more tables of g and linked features.
+        storage: of g and S on the disk; `int16` halves the size, at an error of 1.5e-5 of the largest number of a row.
         lr: learning rate of a round.
         weight_decay: of AdamW.
         schedule: of the learning rate over the epochs of a round.
+
+    Raises:
+        UserError: a value is out of range.
+
+    Example:
+        >>> settings = BoostingSettings(rounds=4, kappa=1.5, ladder=[Rung(0), Rung(1)])
+        >>> [rung.name for rung in settings.rungs(1, links=True)]
+        ['F1']
+        >>> BoostingSettings(eta=0.0)
+        Traceback (most recent call last):
+        bdistil.errors.UserError: Expected `eta` of the boosting settings to be > 0 (0.5 is a good start), got 0.0.
     """
 
     rounds: int = 6
@@ -69,7 +80,7 @@ class BoostingSettings:
         if self.kappa is not None and self.gamma is not None:
             raise UserError(
                 f"Expected `kappa` or `gamma`, got both ({self.kappa} and {self.gamma}): gamma = eta / (4 b kappa) "
-                "says the same thing. Leave one out; `kappa` is the one to tune."
+                "is the same setting. Leave one out; `kappa` is the one to tune."
             )
         _require(self, "rounds", self.rounds >= 1, ">= 1")
         _require(self, "task", self.task in ("classification", "regression"), "'classification' or 'regression'")
@@ -86,8 +97,8 @@ class BoostingSettings:
         _require(self, "views", self.views is None or self.views >= 1, ">= 1, or left out")
         if self.views is not None and self.state == "recompute":
             raise UserError(
-                f"Expected `views` or `state='recompute'`, got both (views={self.views}): fixed views are cached, and "
-                "what is recomputed is asked anew about every batch. Leave one out."
+                f"Expected `views` or `state='recompute'`, got both (views={self.views}): fixed views are cached, "
+                "recomputed state is not. Leave one out."
             )
         _require(self, "storage", self.storage in ("float32", "int16"), "'float32' or 'int16'")
         _require(self, "lr", self.lr > 0, "> 0")
@@ -95,26 +106,29 @@ class BoostingSettings:
         _require(self, "schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
 
     def gamma_for(self, bound: float) -> float:
-        """Gamma of the loss: as given, or derived of eta, kappa and b = 2 max|g|."""
-        return (
-            self.gamma
-            if self.gamma is not None
-            else gamma_of(self.eta, 1.0 if self.kappa is None else self.kappa, bound)
-        )
+        """Gamma of the loss: as given, or from eta, kappa and b = 2 max|g|."""
+        if self.gamma is not None:
+            return self.gamma
+        return gamma_of(self.eta, 1.0 if self.kappa is None else self.kappa, bound)
+
+    @property
+    def cached_links(self) -> int:
+        """How many of the last students links may read from the cache; 0 where state is recomputed."""
+        return 0 if self.state == "recompute" else max(rung.links for rung in self.ladder)
 
     def rungs(self, number: int, *, links: bool) -> Sequence[Rung]:
         """The classes that a round may try, in order.
 
         Args:
             number: the round, from 0.
-            links: do students take links? Others have F_0, and wider ones where the ladder has them.
+            links: whether students take links; others have F_0, and wider ones where the ladder has them.
         """
         if number == 0 or not links:
             bare = [rung for rung in self.ladder if rung.links == 0]
             return bare or [Rung(0)]
         return self.ladder[min(self.start, len(self.ladder) - 1) :]
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""
         return asdict(self)
 

@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from bdistil.boosting.checks import check_strategy
 from bdistil.boosting.run import FREE_KEYS
-from bdistil.boosting.trainer_checks import check_strategy
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.cli.commands import say_end
 from bdistil.cli.distiller import Distiller

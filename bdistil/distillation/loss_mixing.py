@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class RoundMix:
             index = np.arange(low, min(low + 8 * BLOCK, ledger.samples))
             _, error = self(*ledger.rows(index), self.labels[index], index)
             total = torch.logaddexp(total, log_normaliser(error.double(), self.module.settings.eta))
-        self.module.log_z = total.float().to(self.module.device)
+        self.module.start(replace(self.module.game, log_z=total.float().to(self.module.device)))
         self.module.mix = self
 
 

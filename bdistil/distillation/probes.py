@@ -17,7 +17,7 @@ from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders import Index, check_dataset, rows_loader
 from bdistil.distillation.last_layer import capture_last_layer, last_layers
-from bdistil.functional.boosting import prefix_error, round_loss
+from bdistil.functional.boosting import prefix_error
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
 
@@ -139,7 +139,7 @@ class RoundProbe(Probe):
         """Residuals of the round's loss with the labels as its target, and with the teacher."""
         activations, answer, target, error = self._state(batch, self.module.train_part)
         labels = label_target(batch[1], answer.shape[1])
-        kappa = self.module.settings.eta / (4.0 * self.module.ledger.bound * self.module.game["gamma"])
+        kappa = self.module.game.kappa
         residuals = round_residuals(answer, target, error, labels, kappa=kappa, rounds=self.number)
         return self._captured(activations, self._prefix(answer, target, error), residuals, batch[1])
 
@@ -150,7 +150,7 @@ class RoundProbe(Probe):
             target, error = self.module.mix(target, error, batch[1], batch[2])
         deviation = (answer - target).requires_grad_()
         with torch.enable_grad():
-            loss = round_loss(deviation, error, self.module.log_z, **self.module.game)
+            loss = self.module.game.loss(deviation, error)
         (game,) = torch.autograd.grad(loss, deviation)
         residuals = torch.stack((2.0 / answer.shape[1] * deviation.detach(), len(answer) * game))
         return self._captured(activations, self._prefix(answer, target, error), residuals, batch[1])

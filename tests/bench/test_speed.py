@@ -146,10 +146,10 @@ def test_a_commit_costs_about_one_pass(tmp_path):
     data, commits, passes = Noise(), [], []
     close = controller._close
 
-    def timed(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        passes.append(bare_pass(module.student, controller.boosting.students, data))
+    def timed(trainer: pl.Trainer) -> None:
+        passes.append(bare_pass(controller.plan.module.student, controller.boosting.students, data))
         started = time.process_time()
-        close(trainer, module)
+        close(trainer)
         commits.append(time.process_time() - started)
 
     controller._close = timed

@@ -1,7 +1,6 @@
 """Whole boosting runs on toy data: what holds in every round of one."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,13 +35,12 @@ from helpers.toys import (
     settings_for,
 )
 from safetensors.torch import load_file
-from torch import nn
 
-from bdistil import BoostingSettings, ProgressiveEnsemble, RunError, Rung, UserError
+from bdistil import ProgressiveEnsemble, RunError, Rung, UserError
+from bdistil.boosting import commit
 from bdistil.boosting import part as scoring
-from bdistil.boosting.ledger.records import RoundEvidence
+from bdistil.boosting.commit import decide
 from bdistil.boosting.round import BoostingRound
-from bdistil.boosting.run import Boosting
 from bdistil.functional.boosting import margins
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -117,27 +115,6 @@ def optimizer_of(settings, epochs=4, precision="32-true"):
     return (made[0][0], made[1]) if isinstance(made, tuple) else (made, [])
 
 
-# ---- steps
-
-
-def test_the_hook_under_way_is_noted_without_a_search_for_parameters(tmp_path, monkeypatch):
-    slow, seen, original = [], [], nn.Module.__setattr__
-
-    def watched(module, name, value):
-        slow.append(name)
-        original(module, name, value)
-
-    def look(trainer, module):
-        seen.append(module._current_fx_name)
-        monkeypatch.setattr(nn.Module, "__setattr__", watched)
-
-    hooks = Hook(on_train_batch_start=look, on_train_end=lambda *_: monkeypatch.undo())
-    boost(tmp_path, callbacks=lambda: [hooks], settings=settings_for(1))
-    assert set(seen) == {"on_train_batch_start"}
-    assert slow, "what a module is given otherwise is looked at"
-    assert "_current_fx_name" not in slow
-
-
 # ---- teacher and earlier students are out of reach
 
 
@@ -205,39 +182,6 @@ def test_checks_before_a_run_draw_nothing(tmp_path):
 # ---- accept, widen, stop
 
 
-def decide(tmp_path, number, *, before=1.0, after=1.0, share=0.0, **settings):
-    """The decision on evidence that speaks for the other verdict in the part that does not count."""
-    boosting = Boosting(
-        tmp_path / "none", teacher=make_teacher(), student=make_student, settings=BoostingSettings(**settings)
-    )
-    training = RoundEvidence(share, -1.0, before, before * 1.5 if after < before else before / 2, 9.0)
-    validation = RoundEvidence(1 - share, -1.0, before, after, 9.0)
-    return boosting.decide(number, training, validation)
-
-
-@pytest.mark.parametrize(
-    ("evidence", "settings", "accepted", "reason"),
-    [
-        ({"after": 0.98}, {"min_progress": 0.01}, True, "fell by more than 0.01: 1.0000 -> 0.9800"),
-        ({"after": 0.98}, {"min_progress": 0.03}, False, r"did not fall by more than 0.03: 1.0000 -> 0.9800"),
-        ({"after": 1.0}, {"min_progress": 0.0}, False, "did not fall"),
-        ({"after": 2.0}, {}, False, "did not fall by more than 0.002: 1.0000 -> 2.0000"),
-        ({"before": 0.0, "after": 0.0}, {}, False, "did not fall"),
-        ({"share": 0.5}, {"accept": "margin", "margin_share": 0.5}, True, "50% of the outputs .* at least 50%"),
-        ({"share": 0.25}, {"accept": "margin", "margin_share": 0.5}, False, "25% of the outputs .* less than 50%"),
-    ],
-)
-def test_the_decision(tmp_path, evidence, settings, accepted, reason):
-    verdict, why = decide(tmp_path, 1, **evidence, **settings)
-    assert verdict is accepted
-    assert re.search(reason, why)
-    first, why = decide(tmp_path, 0, **evidence, **settings)
-    assert first is True
-    assert why == "the first round is always accepted"
-    assert decide(tmp_path, 1, **evidence, **settings)[0] is accepted
-    assert not list(tmp_path.iterdir()), "a decision writes nothing"
-
-
 def test_margins_are_those_of_the_game(finished):
     truth = by_hand(ProgressiveEnsemble.load(finished.run_dir), make_teacher(), samples(TRAIN, 11)[0])
     error = torch.zeros_like(truth.g)
@@ -294,40 +238,33 @@ def test_linked_features_are_made_when_a_student_is_scored_and_never_again(tmp_p
 
 def test_the_game_of_a_round_and_modes_that_stay(tmp_path):
     """The settings of the loss by hand; a module that the student keeps in eval mode stays so when it is scored."""
-    games, modes = [], {}
+    games, modes, wanted = [], {}, ("eta", "population", "bound", "gamma", "kappa")
 
     def look(trainer, module):
         modes.setdefault(module.number, set()).add(tuple(part.training for part in module.student.modules()))
 
     def start(trainer, module):
         module.student.body[1].eval()
-        games.append(dict(module.game))
+        games.append([getattr(module.game, name) for name in wanted])
 
     hooks = {"on_train_start": start, "on_train_batch_end": look, "on_fit_end": look}
     boost(tmp_path, settings=settings_for(2, kappa=0.5), callbacks=lambda: [Hook(**hooks)])
     bound = 2 * float(ledger(tmp_path, version=1)[0].abs().max())
-    wanted = {"eta": 0.5, "population": TRAIN, "bound": bound, "gamma": 0.5 / (4 * bound * 0.5), "across": None}
-    assert games == [pytest.approx(wanted)] * 2
+    values = {"eta": 0.5, "population": TRAIN, "bound": bound, "gamma": 0.5 / (4 * bound * 0.5), "kappa": 0.5}
+    assert [dict(zip(wanted, game, strict=True)) for game in games] == [pytest.approx(values)] * 2
     assert [len(found) for found in modes.values()] == [1, 1]
     assert not any(all(found) for found in modes[0])
 
 
-def reject_first_try(controller, number):
-    """Rejects the first try of a round, whatever speaks for it."""
-    original = controller.boosting.decide
-
-    def decide(round_number, training, validation):
-        if (round_number, controller.boosting.attempt) == (number, 0):
+def test_a_wider_student_is_built_and_shown(tmp_path, monkeypatch):
+    def reject_the_first_try(settings, number, *evidence):
+        if (number, controller.state.attempt) == (1, 0):
             return False, "not wanted"
-        return original(round_number, training, validation)
+        return decide(settings, number, *evidence)
 
-    controller.boosting.decide = decide
-    return controller
-
-
-def test_a_wider_student_is_built_and_shown(tmp_path):
+    monkeypatch.setattr(commit, "decide", reject_the_first_try)
     ladder = [Rung(0), Rung(1), Rung(1, "residual", width=2)]
-    controller = reject_first_try(control(tmp_path, settings=settings_for(2, ladder=ladder)), 1)
+    controller = control(tmp_path, settings=settings_for(2, ladder=ladder))
     fit(controller)
     wide = controller.ensemble.students[1]
     assert wide.body[0].out_features == 2 * WIDTH
@@ -406,6 +343,6 @@ def test_a_checkpoint_of_another_round_is_refused(tmp_path):
     controller, data = control(tmp_path / "run", student=make_plain), Toys()  # its weights would fit
     rounds = controller.rounds(data)
     make_trainer(Hook(on_train_end=keep), controller).fit(next(rounds), data)
-    with pytest.raises(RunError, match=r"checkpoint of \(round, try\) \(0, 0\) was offered to \(1, 0\)"):
+    with pytest.raises(RunError, match=r"checkpoint of \(round, try\) \(1, 0\), got one of \(0, 0\)"):
         make_trainer(controller).fit(next(rounds), data, ckpt_path=tmp_path / "old.ckpt")
     assert list(digests(tmp_path / "run")) == ["000"]

@@ -103,7 +103,7 @@ def test_a_ladder_of_links_alone_still_has_a_first_round(number, links):
 
 
 def test_settings_as_plain_values():
-    plain = BoostingSettings().plain()
+    plain = BoostingSettings().to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert [rung["links"] for rung in plain["ladder"]] == [0, 1, 2]
     again = BoostingSettings(**{**plain, "ladder": [Rung(**rung) for rung in plain["ladder"]]})

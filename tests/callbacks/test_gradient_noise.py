@@ -17,7 +17,6 @@ from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.distillation import MixingSettings
 from bdistil.distillation.module import Distillation, generations
-from bdistil.functional.boosting import round_loss
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.gradient_noise import gradient_moments, noise_to_signal, variance_at
 
@@ -201,11 +200,11 @@ def test_a_round_reports_its_noise_without_and_with_the_game(tmp_path):
         with torch.no_grad():
             module.student.eval()
             inputs = [module.student.features(x), torch.ones(192, 1)]
-            inputs += module.train_part.linked(module._reads, index, module.device) if module.number else []
+            inputs += module.train_part.linked(module._linked, index, module.device) if module.number else []
             deviation = module.answer(x, index, module.train_part) - g
             module.student.train()
         deviation.requires_grad_()
-        (game,) = torch.autograd.grad(round_loss(deviation, error, module.log_z, **module.game), deviation)
+        (game,) = torch.autograd.grad(module.game.loss(deviation, error), deviation)
         a, plain = torch.cat(inputs, 1), 2 * deviation.detach() / 4
         outer = [(r[:, :, None] * a[:, None, :]).flatten(1) for r in (plain, 192 * game)]
         seen.append(gradient_moments(*outer, 192))

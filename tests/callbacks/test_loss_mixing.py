@@ -223,7 +223,7 @@ def test_a_boosting_run_mixes_labels_into_its_targets(tmp_path):
         torch.testing.assert_close(error, s + module.number * (g - target))
         total = torch.cat([module.mix(*module.ledger.rows(i), mixing._labels[i], i)[1] for i in [np.arange(192)]])
         scaled = module.settings.eta * total.double()
-        torch.testing.assert_close(module.log_z, (scaled.exp() + (-scaled).exp()).sum(0).log().float())
+        torch.testing.assert_close(module.game.log_z, (scaled.exp() + (-scaled).exp()).sum(0).log().float())
         seen.append((module.number, mixing.history[-1]["label_weight"], share[:, 0].tolist()))
 
     def callbacks():

@@ -29,6 +29,7 @@ from helpers.toys import (
 from torch import nn
 
 from bdistil import ErrorLedger, ProgressiveEnsemble, Rung
+from bdistil.boosting import commit
 
 TRAIN, VAL = 1101, 601  # odd, so that a sampler repeats one; of blocks of 512 rows, one and two, one and one
 SETTINGS = settings_for(2, ladder=[Rung(0), Rung(1), Rung(1, width=2)])
@@ -50,19 +51,19 @@ def script(folder):
         with open(folder / f"rank{os.environ['RANK']}", "a") as file:
             file.write(json.dumps(what) + "\n")
 
-    def judged(number, training, validation):
-        first = (number, controller.boosting.attempt) == (1, 0)
-        verdict = (False, "not wanted") if first else decide(number, training, validation)
-        say("verdict", number, controller.boosting.rung.name, verdict, asdict(training), asdict(validation))
+    def judged(settings, number, training, validation):
+        first = (number, controller.plan.attempt) == (1, 0)
+        verdict = (False, "not wanted") if first else decide(settings, number, training, validation)
+        say("verdict", number, controller.plan.rung.name, verdict, asdict(training), asdict(validation))
         return verdict
 
     def committed(number, *args):
         say("commit", number)
-        commit(number, *args)
+        write(number, *args)
 
     controller = control(folder / "run", settings=SETTINGS)
-    decide, controller.boosting.decide = controller.boosting.decide, judged
-    commit, controller.run.commit = controller.run.commit, committed
+    decide, commit.decide = commit.decide, judged
+    write, controller.run.commit = controller.run.commit, committed
     # Without a validation at the end, which would happen to bring the batch statistics of the ranks together.
     fit(controller, Toys(train=TRAIN, val=VAL), strategy="ddp", devices=2, check_val_every_n_epoch=3)
     answers = controller.ensemble(samples(64, 13)[0])

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from bdistil import functional as bf
-from bdistil.boosting.acceptance import accepts_margin, accepts_progress
 from bdistil.boosting.ledger.reductions import margin_sums
 
 SHAPES = [(1, 1), (7, 3), (64, 100), (2000, 10)]
@@ -274,42 +273,6 @@ def test_centre_takes_away_what_softmax_does_not_see():
     ours = bf.centre(logits)
     torch.testing.assert_close(ours.sum(-1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(ours.softmax(-1), logits.softmax(-1))
-
-
-# ---- acceptance
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "accepted", "parts"),
-    [
-        (0.5, 0.4, True, ["fell by more than 0.002", "0.5000 -> 0.4000"]),
-        (0.5, 0.4995, False, ["did not fall by more than 0.002", "0.5000 -> 0.4995"]),
-        (0.5, 0.6, False, ["did not fall", "0.5000 -> 0.6000"]),
-        (0.01, 0.009, True, ["fell by more than 0.002"]),  # relative to what it was
-        (10.0, 9.99, False, ["did not fall by more than 0.002"]),
-        (0.0, 0.0, False, ["did not fall"]),
-        (0.5, math.nan, False, ["did not fall", "nan"]),
-    ],
-)
-def test_accepts_progress(before, after, accepted, parts):
-    decision, reason = accepts_progress(before, after, 0.002)
-    assert decision is accepted
-    assert all(part in reason for part in parts), reason
-
-
-@pytest.mark.parametrize(
-    ("share", "accepted", "sentence"),
-    [
-        (0.7, True, "70% of the outputs meet their margin, at least 50%"),
-        (0.5, True, "50% of the outputs meet their margin, at least 50%"),
-        (0.4, False, "40% of the outputs meet their margin, less than 50%"),
-        (math.nan, False, "less than 50%"),
-    ],
-)
-def test_accepts_margin(share, accepted, sentence):
-    decision, reason = accepts_margin(share, 0.5)
-    assert decision is accepted
-    assert sentence in reason
 
 
 # ---- label loss and teacher loss

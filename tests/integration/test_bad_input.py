@@ -70,7 +70,7 @@ def test_logits_of_another_shape(refused, who, shape):
 
     wrong = {"teacher": Folded(FEATURES, CLASSES)} if who == "teacher" else {"student": lambda r: Folded(FEATURES, 4)}
     got = ", ".join(map(str, shape))
-    refused(UserError, rf"logits of shape \(2, L\) of the {who} for a batch of 2 samples, got \({got},?\)", **wrong)
+    refused(UserError, rf"logits of shape \(2, L\) from the {who} for a batch of 2 samples, got \({got},?\)", **wrong)
 
 
 def test_an_answer_that_is_no_tensor(refused):
@@ -78,7 +78,7 @@ def test_an_answer_that_is_no_tensor(refused):
         def forward(self, x):
             return super().forward(x), x
 
-    refused(UserError, r"logits of shape \(2, L\) of the student .* got tuple", student=lambda r: Pair(FEATURES, 4))
+    refused(UserError, r"logits of shape \(2, L\) from the student .* got tuple", student=lambda r: Pair(FEATURES, 4))
 
 
 def test_no_module_as_a_student(refused):
@@ -127,7 +127,7 @@ def make_breaking(round):
 
 @pytest.mark.parametrize("every", [50, 2])
 def test_nan_in_the_loss(tmp_path, monkeypatch, every):
-    monkeypatch.setattr(rounds, "WATCH_EVERY", every)
+    monkeypatch.setattr(rounds, "CHECK_EVERY", every)
     with pytest.raises(
         RunError, match=r"round [12], epoch 1, batch 2 is NaN.*\n?.*Nothing of this round was committed"
     ):
@@ -314,11 +314,13 @@ def test_a_strangers_module(tmp_path):
     controller, data = control(tmp_path), Toys()
     rounds = controller.rounds(data)
     module = next(rounds)
-    with pytest.raises(UserError, match=r"controller\.rounds\(datamodule\)` gave for round 1, got BoringModel"):
+    with pytest.raises(
+        UserError, match=r"controller\.rounds\(datamodule\)` gave for round 1, got another module \(BoringModel\)"
+    ):
         make_trainer(controller).fit(BoringModel(), data)
     make_trainer(controller).fit(module, data)
     next(rounds)
-    with pytest.raises(UserError, match=r"gave for round 2, got BoostingRound"):
+    with pytest.raises(UserError, match=r"gave for round 2, got another module \(BoostingRound\)"):
         make_trainer(controller).fit(module, data)
     rounds.close()
     assert list(digests(tmp_path)) == ["000"]

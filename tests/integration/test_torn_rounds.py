@@ -22,6 +22,7 @@ from helpers.toys import (
 )
 
 from bdistil import RunError
+from bdistil.boosting import commit
 from bdistil.callbacks import round_controller
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -84,11 +85,11 @@ def test_the_way_out_that_a_message_names(two_rounds, tmp_path, torn):
     assert len(read) == (1 if torn.startswith("rounds") else 0 if finished else 1), "the test part of new students"
 
 
-def test_a_round_of_a_stopped_run_can_be_trained_again(tmp_path):
+def test_a_round_of_a_stopped_run_can_be_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(commit, "decide", lambda settings, number, *_: (number < 2, "as the test says"))
+
     def stop_at_round_2():
-        controller = control(tmp_path)
-        controller.boosting.decide = lambda number, *_: (number < 2, "as the test says")
-        return fit(controller)
+        return fit(control(tmp_path))
 
     stop_at_round_2()
     wanted = digests(tmp_path)

@@ -233,7 +233,7 @@ def test_a_run_loads_without_the_code_that_made_it(run):
 def test_the_ledger_has_the_errors_of_the_committed_students(run):
     controller, _ = run
     x = Hums().parts["train"][0]
-    ledger = controller.boosting.train.ledger
+    ledger = controller.plan.module.ledger
     hand = by_hand(controller.ensemble, make_teacher(), x)
     error = hand.error
     ledger.open(len(x))

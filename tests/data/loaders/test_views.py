@@ -103,7 +103,7 @@ def test_state_belongs_to_the_view_of_a_batch(tmp_path, workers):
         torch.testing.assert_close(error, canonical.error, atol=5e-6, rtol=0)
         if view:
             assert (target - canonical.g).abs().max() > 0.01  # what a cache by index alone would have given
-        linked = part.linked(module._reads, rows, module.device)
+        linked = part.linked(module._linked, rows, module.device)
         torch.testing.assert_close(linked[0], ensemble.students[module.number - 1].features(x), atol=1e-6, rtol=0)
         seen.add((module.number, view))
 

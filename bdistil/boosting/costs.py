@@ -1,0 +1,108 @@
+"""Cost of the teacher and of students, for rows of the curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from bdistil.boosting.checks import first_of
+from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
+from bdistil.models.student import linked_features, links_of
+from bdistil.teachers.api import ApiTeacher
+
+Uncounted = Literal["error", "record"]
+
+
+def _inputs(student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of a student for one sample: x, and the features (1, D) that it reads of earlier students."""
+    x = move_data_to_device(first_of(example), device)
+    return (x, linked_features(student, earlier, x)) if links_of(student) else (x,)
+
+
+def student_latency(student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device) -> float:
+    """Milliseconds of a student for one sample; all modules are on the device."""
+    return latency_ms(student, _inputs(student, earlier, example, device))
+
+
+def student_cost(student: nn.Module, earlier: Sequence[nn.Module], example: Any, uncounted: Uncounted) -> Cost:
+    """Cost of a student for one sample; moves all modules to the CPU.
+
+    Raises:
+        UserError: an operator's cost is unknown, and `uncounted` is ``error``.
+    """
+    for module in (*earlier, student):
+        module.cpu()
+    cost = measure_cost(student, _inputs(student, earlier, example, torch.device("cpu")), uncounted=uncounted)
+    _warn_of_uncounted(cost, type(student).__name__)
+    return cost
+
+
+def _warn_of_uncounted(cost: Cost, name: str) -> None:
+    if cost.uncounted:
+        rank_zero_warn(f"The MACs of {name} lack operators that could not be counted: {cost.uncounted}.")
+
+
+def teacher_row(
+    teacher: nn.Module, example: Any, device: torch.device, samples: int, uncounted: Uncounted
+) -> dict[str, Any]:
+    """Row of the curve with the cost of the teacher, and of one pass over all samples; leaves it on the device."""
+    if is_api(teacher):
+        rank_zero_info("The teacher is an API: its MACs and parameters are unknown and written as 0.")
+        unknown = ("macs", "link_macs", "params", "train_macs", "activation_bytes", "weight_bytes")
+        return {"stage": "teacher", **dict.fromkeys(unknown, 0), "latency_ms": 0.0}
+    cost = measure_cost(teacher.cpu(), (first_of(example),), uncounted=uncounted)
+    _warn_of_uncounted(cost, "the teacher")
+    latency = latency_ms(teacher.to(device), (move_data_to_device(first_of(example), device),))
+    return {
+        "stage": "teacher",
+        "macs": cost.macs,
+        "link_macs": 0,
+        "params": cost.params,
+        "train_macs": cost.macs * samples,
+        "latency_ms": latency,
+        "activation_bytes": cost.activation_bytes,
+        "weight_bytes": cost.weight_bytes,
+        "uncounted": cost.uncounted,
+    }
+
+
+def is_api(teacher: nn.Module) -> bool:
+    """Whether a teacher, frozen or not, is an ApiTeacher."""
+    return isinstance(getattr(teacher, "module", teacher), ApiTeacher)
+
+
+def round_training_macs(
+    student: nn.Module, cost: Cost, earlier: Sequence[nn.Module], example: Any, samples_seen: int, teacher_macs: int
+) -> int:
+    """MACs of training one round: the student; without cached state also the teacher and the linked students.
+
+    Args:
+        student: of the round.
+        cost: of the student.
+        earlier: the students before it, on the CPU.
+        example: x of some samples.
+        samples_seen: in all epochs and processes.
+        teacher_macs: 0 with cached state; else the teacher and the linked bodies run for every batch.
+    """
+    links = 0
+    if teacher_macs and links_of(student):
+        links = measure_cost(_Links(student, earlier), (first_of(example),), uncounted="record").macs
+    return training_macs(
+        student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen
+    )
+
+
+class _Links(nn.Module):
+    """Computes all features that a student reads of earlier ones; a module, so that its cost can be measured."""
+
+    def __init__(self, student: nn.Module, earlier: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.student, self.earlier = student, nn.ModuleList(earlier)
+
+    def forward(self, x: Any) -> list[Tensor]:
+        return linked_features(self.student, list(self.earlier), x)

@@ -1,0 +1,137 @@
+"""All parts of the data in a boosting run, and their ledgers: on the run's disk, or on a scratch disk of each node."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from bdistil.boosting.checks import check_augmentation
+from bdistil.boosting.part import Part
+from bdistil.boosting.settings import BoostingSettings
+from bdistil.data.loaders import CANONICAL, ViewPlan, check_dataset, is_random
+from bdistil.storage.files import write_atomically
+from bdistil.storage.run_directory import RunDirectory
+from bdistil.utils import distributed
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Training and validation part, and further views of a training part that augments at random.
+
+    Attributes:
+        train: training part; its view 0, where there are views.
+        val: validation part.
+        views: views 1 … K-1 of the training part.
+        plans: the views that the training and the validation loader read; None without random augmentation.
+    """
+
+    train: Part
+    val: Part
+    views: tuple[Part, ...]
+    plans: tuple[ViewPlan | None, ViewPlan | None]
+
+    @classmethod
+    def of(
+        cls, train: DataLoader[Any], val: DataLoader[Any], folder: Path, settings: BoostingSettings, seed: int
+    ) -> Parts:
+        """The parts of the user's loaders.
+
+        Args:
+            train: training loader, yields (x, y).
+            val: validation loader.
+            folder: folder of the ledgers.
+            settings: of the run.
+            seed: of the run.
+
+        Raises:
+            UserError: a dataset is iterable or empty, its items are not (x, y), or random augmentation that the
+                settings do not allow for.
+        """
+        check_dataset(train, "train_dataloader")
+        check_dataset(val, "val_dataloader")
+        augments, val_augments = check_augmentation(train, settings, seed), is_random(val.dataset)
+        views = settings.views if augments else None
+        part = partial(Part, folder=folder, settings=settings, seed=seed)
+        return cls(
+            part("train", train, view=CANONICAL if augments else None),
+            part("val", val, view=CANONICAL if val_augments else None),
+            tuple(part("train", train, view=view) for view in range(1, views or 1)),
+            (ViewPlan(seed, views) if views else None, ViewPlan(seed) if val_augments else None),
+        )
+
+    def __iter__(self) -> Iterator[Part]:
+        yield from (self.train, self.val, *self.views)
+
+    @property
+    def exist(self) -> bool:
+        """Whether the teacher's logits of all parts are on this process's disk."""
+        return all(part.ledger.exists for part in self)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that the teacher is evaluated on."""
+        return sum(part.samples for part in self)
+
+    def query(self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str) -> tuple[float, float]:
+        """Writes the teacher's logits of all parts; returns its accuracy and loss on the validation part.
+
+        Arguments and errors are those of `Part.query`.
+        """
+        self.train.query(teacher, device, outputs, fingerprint)
+        units = self.train.ledger.units
+        figures: tuple[float, float] = self.val.query(teacher, device, outputs, fingerprint, units)
+        for view in self.views:
+            view.query(teacher, device, outputs, fingerprint, units)
+        return figures
+
+    def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
+        """Brings the ledgers of all parts up to date, see `Part.catch_up`."""
+        for part in self:
+            part.catch_up(students, device, fingerprint)
+
+    def claim(self, run: RunDirectory) -> None:
+        """Finds the processes that share a node's scratch disk, and removes files of other runs or rounds from it.
+
+        A node may come back after rounds that it took no part in, or the run may have been started anew. Removed
+        files are made again from the teacher and the committed students; the run directory stays the truth.
+
+        Args:
+            run: a run with its ledger on a scratch disk.
+        """
+        history = distributed.from_first(_history(run) if distributed.rank() == 0 else None)
+        sharers = distributed.sharers_of(run.ledger)
+        with distributed.within(sharers):
+            if distributed.rank() == 0:
+                _clear(run.ledger, history, continuing=self.train.ledger.version >= 0)
+            distributed.barrier()
+        for part in self:
+            part.sharers = sharers
+
+
+def _history(run: RunDirectory) -> dict[str, Any]:
+    """Identity of the run, and the hashes of its committed weights."""
+    seals = [run.record(number)["weights"]["sha256"] for number in range(run.committed())]
+    return {"run": run.identity(), "rounds": seals}
+
+
+def _clear(folder: Path, history: Mapping[str, Any], *, continuing: bool) -> None:
+    """Removes from a folder what is not of a history. A continuing process has written the last round itself."""
+    owner = folder / "owner.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = json.loads(owner.read_text()) if owner.exists() else {"run": None}
+    if found["run"] != history["run"]:
+        for part in ("train", "val"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+    elif found["rounds"] != history["rounds"] and not continuing:
+        for file in [*folder.rglob("error.*"), *folder.rglob("features.*")]:
+            file.unlink()
+    write_atomically(owner, json.dumps(history))
