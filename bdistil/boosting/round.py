@@ -23,6 +23,7 @@ from bdistil.functional.boosting import prefix_error, round_loss
 from bdistil.metrics.quality import as_columns, output_figures, output_sums
 from bdistil.models.student import linked_numbers, links_of, run_student
 from bdistil.utils import distributed
+from bdistil.utils.modules import adamw_cosine
 
 # (g, S, labels, index) of a batch -> target and error of a round that mixes labels in.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
@@ -293,13 +294,9 @@ class BoostingRound(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """AdamW, fused where the precision allows it, on a cosine over the epochs."""
+        """AdamW, fused where the precision allows it, on a cosine over the epochs or with a constant rate."""
         # A gradient scaler unscales outside the optimizer, which a fused step does not allow.
         fused = str(self.trainer.precision) != "16-mixed"
-        optimizer = torch.optim.AdamW(
-            self.student.parameters(), self.settings.lr, weight_decay=self.settings.weight_decay, fused=fused
-        )
-        epochs = self.trainer.max_epochs or -1
-        if self.settings.schedule == "constant" or epochs <= 0:
-            return optimizer
-        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)]
+        epochs = 0 if self.settings.schedule == "constant" else self.trainer.max_epochs or 0
+        options = {"weight_decay": self.settings.weight_decay, "fused": fused}
+        return adamw_cosine(self.student.parameters(), self.settings.lr, epochs, **options)

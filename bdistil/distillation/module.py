@@ -18,7 +18,7 @@ from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
 from bdistil.functional.gradient_noise import Suggestion, scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
 from bdistil.teachers.wrappers import FrozenTeacher
-from bdistil.utils.modules import eval_mode
+from bdistil.utils.modules import adamw_cosine, eval_mode
 
 CAUTIOUS = 0.1  # weight of `auto` before the first suggestion
 
@@ -166,9 +166,8 @@ class Distillation(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on a cosine over the epochs."""
-        optimizer = torch.optim.AdamW(self.student.parameters(), self.lr, weight_decay=self.weight_decay)
-        epochs = self.trainer.max_epochs or -1
-        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)] if epochs > 0 else []
+        epochs = self.trainer.max_epochs or 0
+        return adamw_cosine(self.student.parameters(), self.lr, epochs, weight_decay=self.weight_decay)
 
 
 def _mean_kl(terms: KDTerms) -> Tensor:

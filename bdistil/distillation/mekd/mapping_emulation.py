@@ -13,6 +13,7 @@ from bdistil.distillation.mekd.networks import Generator
 from bdistil.distillation.mekd.stage import EmulationStage
 from bdistil.errors import UserError
 from bdistil.functional.mekd import hard_emulation, soft_emulation
+from bdistil.utils.modules import adamw_cosine
 from bdistil.utils.seeding import reseed
 
 Optimizer = Literal["sgd", "adamw"]
@@ -141,12 +142,10 @@ class MappingEmulation(EmulationStage):
     def configure_optimizers(self) -> Any:
         """The optimizer, with a schedule per step."""
         steps, parameters = int(self.trainer.estimated_stepping_batches), self.student.parameters()
-        schedule: torch.optim.lr_scheduler.LRScheduler
-        if self.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9, weight_decay=5e-4)
+        if self.optimizer == "adamw":
+            (optimizer,), (schedule,) = adamw_cosine(parameters, self.lr, steps)
+        else:
+            optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9, weight_decay=5e-4)
             cuts = sorted({max(1, steps // 3), max(1, 2 * steps // 3)})
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, cuts)
-        else:
-            optimizer = torch.optim.AdamW(parameters, self.lr)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
