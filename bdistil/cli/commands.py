@@ -117,7 +117,7 @@ def export(
     format: Literal["onnx", "torch", "executorch"] = "onnx",
     normalisation: Literal["declared", "inside"] = "declared",
     quantise: Literal["dynamic", "static"] | None = None,
-    fuse: Literal["pairs", "all", "exits"] | None = None,
+    fuse: Literal["all", "exits"] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write one graph a stage and a manifest; for onnx a runner that needs no torch.
@@ -128,7 +128,7 @@ def export(
         format: onnx runs with onnxruntime and numpy alone; torch writes .pt2 files; executorch a program for devices.
         normalisation: inside puts the normalisation of the data into the graphs, which then read raw samples.
         quantise: int8 weights; static takes ranges from training samples. Accuracies are printed beside float.
-        fuse: pairs or all adds graphs of two or all stages, exits one that leaves early; used where measured faster.
+        fuse: all adds one graph of all stages, exits one with early exits; the runner uses it if it was faster here.
         overwrite: replace an older export.
     """
     options = ExportOptions(format, normalisation, quantise, fuse, overwrite)

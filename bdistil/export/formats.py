@@ -72,27 +72,11 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
 
         found |= int8_stages(folder, manifest, options.quantise, export.data.datamodule, export.to_raw)
     if options.fuse:
-        found["fused"] = _fused(export, folder, {**manifest, **found})
+        from bdistil.export.fusion import fuse_all, fuse_exits
+
+        fuse = fuse_exits if options.fuse == "exits" else fuse_all
+        found["fused"] = fuse(export, folder, {**manifest, **found})
     return {**found, "times": ExportedEnsemble(folder, {**manifest, **found}, threads=1).measure()}
-
-
-def _fused(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Graphs of several stages: the part `fused` of the manifest."""
-    kind, given = export.options.fuse, (export.ensemble, export.data.x, export.raw)
-    if kind == "exits":
-        from bdistil.export.exits import fused_exits
-
-        return fused_exits(folder, manifest, *given)
-    from bdistil.export.fusion import fused_spans, spans
-
-    assert kind
-    graphs = [
-        export.write(
-            folder, f"stages_{numbers[0] + 1:02d}_{numbers[-1] + 1:02d}.onnx", numbers, EXPORTERS[manifest["exporter"]]
-        )
-        for numbers in spans(kind, len(export.ensemble))
-    ]
-    return fused_spans(folder, manifest, {"kind": kind, "graphs": graphs}, *given)
 
 
 def onnx_run(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Run:

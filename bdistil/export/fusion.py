@@ -1,96 +1,123 @@
-"""Pairs of stages, or all, as one graph, measured beside the stages themselves.
-
-Links join at the head, so the bodies of these stages have nothing to wait for and may run together.
-"""
+"""All stages as one graph, plain or with early exits: compared with PyTorch, and measured beside the single stages."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import timeit
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.errors import RunError
+from bdistil.ensemble.budget import NEVER, Rule, confidence_of
+from bdistil.errors import RunError, UserError
+from bdistil.export.exit_graph import write_exits
+from bdistil.export.graphs import EXPORTERS
+from bdistil.export.job import Export
 from bdistil.export.parity import BATCHES, TOLERANCE, difference
-from bdistil.export.runner import ExportedEnsemble
+from bdistil.export.runner import ALWAYS, Exits, ExportedEnsemble
 
 MEASURED = (1, 64)  # batch sizes
-TURNS = 100
+REPEATS = 100
+COMPARED = 32  # samples, each at every exit
+NEAR = 1e-3  # distance of the thresholds from the confidence of a compared sample
 
 
-def spans(kind: str, count: int) -> list[list[int]]:
-    """Numbers, from 0, of the stages that run as one graph; of pairs an odd last stage stays alone."""
-    return [list(range(count))] if kind == "all" else [[n, n + 1] for n in range(0, count - 1, 2)]
+def fuse_all(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Exports all stages as one graph. Links join at the heads, so all bodies run before the first head.
+
+    Args:
+        export: of the run.
+        folder: with the graphs of the stages.
+        manifest: of these graphs.
+
+    Returns:
+        The entry `fused` of the manifest; the graph is `faster` if it is so for one sample.
+
+    Raises:
+        RunError: the graph differs from PyTorch.
+    """
+    count = len(export.ensemble)
+    entry = export.write(folder, f"stages_01_{count:02d}.onnx", range(count), EXPORTERS[manifest["exporter"]])
+    fused = {"kind": "all", "graphs": [entry]}
+    stages, whole = fused_runner(folder, manifest, None), fused_runner(folder, manifest, fused)
+    largest, latency = 0.0, {}
+    for batch in BATCHES:
+        logits = whole.predict(export.raw[:batch].numpy()).logits
+        largest = max(largest, difference(Tensor(logits), export.ensemble(export.data.x[:batch])))
+    _check_tolerance(largest, "all")
+    for batch in MEASURED:
+        x = export.raw[:batch].numpy()
+        taken = {"stages_ms": best_ms(stages.predict, x), "fused_ms": best_ms(whole.predict, x)}
+        latency[str(batch)] = taken
+    faster = latency["1"]["fused_ms"] < latency["1"]["stages_ms"]
+    return {**fused, "difference": largest, "latency": latency, "faster": faster}
+
+
+def fuse_exits(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the graph with early exits; arguments and result as of `fuse_all`.
+
+    Raises:
+        UserError: the run is a regression.
+        RunError: the graph differs from PyTorch.
+    """
+    if manifest["task"] == "regression":
+        raise UserError("`--fuse exits` needs the confidence of classes, which real outputs do not have. Leave it out.")
+    fused = write_exits(folder, manifest)
+    largest = _exit_difference(export, fused_runner(folder, manifest, fused), fused["rule"])
+    _check_tolerance(largest, "exits")
+    stages, whole = fused_runner(folder, manifest, None), fused_runner(folder, manifest, fused)
+    x, count = export.raw[:1].numpy(), len(stages)
+    taken: dict[str, list[float]] = {"stages_ms": [], "fused_ms": []}
+    for number in range(count):
+        exits = Exits(fused["rule"], exit_after(number, count), [1.0] * count)
+        taken["stages_ms"].append(best_ms(stages.run_stages, x, exits, count))
+        taken["fused_ms"].append(best_ms(whole.run_exits, x, exits.thresholds, count))
+    faster = sum(taken["fused_ms"]) < sum(taken["stages_ms"])
+    return {**fused, "difference": largest, "latency": {"1": taken}, "faster": faster}
+
+
+def _exit_difference(export: Export, runner: ExportedEnsemble, rule: Rule) -> float:
+    """Largest difference to PyTorch over samples and exits.
+
+    For each exit the thresholds lie just above the confidence of the sample before that stage, and just below from
+    there on.
+
+    Raises:
+        RunError: the graph exits after another stage.
+    """
+    ensemble, count, largest = export.ensemble, len(export.ensemble), 0.0
+    answers = [stage.logits for stage in ensemble.stages(export.data.x[:COMPARED])]
+    confidence = torch.stack(
+        [confidence_of(logits, rule, ensemble.calibration.temperature(n)) for n, logits in enumerate(answers)], 1
+    )
+    for row, at_stages in enumerate(confidence):
+        for number in range(count):
+            shift = [NEAR] * number + [-NEAR] * (count - number)
+            thresholds = (at_stages + torch.tensor(shift)).tolist()
+            given = runner.run_exits(export.raw[row : row + 1].numpy(), thresholds, count)
+            if given.stages[0] != number + 1:
+                raise RunError(f"The graph with exits left after stage {given.stages[0]}, expected {number + 1}.")
+            largest = max(largest, difference(Tensor(given.logits), answers[number][row : row + 1]))
+    return largest
+
+
+def exit_after(number: int, count: int) -> list[float]:
+    """Thresholds (T,) at which every sample exits after a stage, from 0."""
+    return [NEVER] * number + [ALWAYS] * (count - number)
 
 
 def fused_runner(folder: Path, manifest: Mapping[str, Any], fused: Mapping[str, Any] | None) -> ExportedEnsemble:
-    """With these graphs in use, whether they are faster or not."""
+    """A runner that uses the fused graph, if there is one, whether it is faster or not."""
     return ExportedEnsemble(folder, {**manifest, "fused": fused and {**fused, "faster": True}}, threads=1)
 
 
-def fused_spans(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    graphs: Mapping[str, Any],
-    ensemble: ProgressiveEnsemble,
-    x: Tensor,
-    raw: Tensor,
-) -> dict[str, Any]:
-    """Compares with PyTorch and measures all stages with and without these graphs.
-
-    Args:
-        folder: with the graphs.
-        manifest: of the stages.
-        graphs: `kind` and `graphs`, the entries.
-        ensemble: as it was trained.
-        x: (N, ...) samples as in training.
-        raw: the same as the graphs read them.
-
-    Returns:
-        The part `fused` of the manifest: the graphs are `faster` where they are so for one sample.
-
-    Raises:
-        RunError: a graph differs from PyTorch.
-    """
-    plain, together = fused_runner(folder, manifest, None), fused_runner(folder, manifest, graphs)
-    largest, latency = 0.0, {}
-    for batch in BATCHES:
-        given = together.predict(raw[:batch].numpy()).logits
-        largest = max(largest, difference(Tensor(given), ensemble(x[:batch])))
-    within_tolerance(largest, graphs["kind"])
-    for batch in MEASURED:
-        samples = raw[:batch].numpy()
-        taken = interleaved_ms([runner_call(plain, samples), runner_call(together, samples)])
-        latency[str(batch)] = dict(zip(("stages_ms", "fused_ms"), taken, strict=True))
-    faster = latency["1"]["fused_ms"] < latency["1"]["stages_ms"]
-    return {**graphs, "difference": largest, "latency": latency, "faster": faster}
+def best_ms(function: Callable[..., object], *args: Any) -> float:
+    """Shortest time of a call in ms."""
+    return 1e3 * min(timeit.repeat(lambda: function(*args), number=1, repeat=REPEATS))
 
 
-def runner_call(runner: ExportedEnsemble, x: Any) -> Callable[[], object]:
-    """All stages on x, to be measured."""
-    return lambda: runner.predict(x)
-
-
-def within_tolerance(found: float, kind: str) -> None:
-    """Is the difference to PyTorch small enough?
-
-    Raises:
-        RunError: it is above `TOLERANCE`.
-    """
+def _check_tolerance(found: float, kind: str) -> None:
     if found > TOLERANCE:
-        raise RunError(f"The graphs of `--fuse {kind}` differ from PyTorch by {found:.2g} (allowed: {TOLERANCE:g}).")
-
-
-def interleaved_ms(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Smallest time of each call, in turns, in ms."""
-    taken = np.full((TURNS, len(calls)), np.inf)
-    for turn in taken:
-        for place, call in enumerate(calls):
-            begun = time.perf_counter()
-            call()
-            turn[place] = 1e3 * (time.perf_counter() - begun)
-    return [float(value) for value in taken.min(0)]
+        raise RunError(f"The graph of `--fuse {kind}` differs from PyTorch by {found:.2g} (allowed: {TOLERANCE:g}).")

@@ -31,15 +31,15 @@ class ExportOptions:
             the data module declares into the graphs, which then read raw x.
         quantise: int8 weights: ``dynamic`` takes the ranges of activations from each batch, ``static`` from training
             samples.
-        fuse: ``pairs`` adds one graph for each two stages, ``all`` one for all: their bodies run together. ``exits``
-            adds one of all stages that leaves where one sample is sure. Used where they were measured to be faster.
+        fuse: ``all`` adds one graph of all stages, ``exits`` one that stops at the first stage whose confidence
+            reaches a threshold. The runner uses it if it was faster when exported.
         overwrite: replace an older export.
     """
 
     format: Literal["onnx", "torch", "executorch"] = "onnx"
     normalisation: Literal["declared", "inside"] = "declared"
     quantise: Literal["dynamic", "static"] | None = None
-    fuse: Literal["pairs", "all", "exits"] | None = None
+    fuse: Literal["all", "exits"] | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class ExportOptions:
         if self.format != "onnx" and chosen:
             raise UserError(f"`{chosen[0]}` is for --format onnx, got --format {self.format}. Leave one out.")
         if len(chosen) == 2:
-            raise UserError("`--quantise` and `--fuse` are for one stage and for two: give one of them, not both.")
+            raise UserError("`--quantise` and `--fuse` cannot be combined: give one of them.")
 
 
 class Export:

@@ -12,10 +12,10 @@ import torch
 from helpers.export_runs import write_run
 
 from bdistil import ProgressiveEnsemble
-from bdistil.export.exits import leaving, write_exits
-from bdistil.export.fusion import fused_runner
+from bdistil.export.exit_graph import write_exits
+from bdistil.export.fusion import exit_after, fused_runner
 from bdistil.export.run import export_run
-from bdistil.export.runner import Budget, ExitRule, ExportedEnsemble
+from bdistil.export.runner import Budget, Exits, ExportedEnsemble
 from bdistil.models.convnets import ConvStudent
 from bdistil.models.recurrent import RecurrentStudent
 
@@ -89,9 +89,10 @@ def test_the_graph_with_exits_beside_its_stages(case):
     array, count, runner.clock = x.numpy(), len(runner), None  # by its times it may ask nobody
     graph = fused_runner(folder, runner.manifest, write_exits(folder, runner.manifest))
     for number in range(count):
-        thresholds = leaving(number, count)
-        exits = ExitRule("max_prob", thresholds, [1.0] * count)
-        functions = [partial(graph.leave, array, thresholds, count), partial(runner.decide, array, exits, count),
+        thresholds = exit_after(number, count)
+        exits = Exits("max_prob", thresholds, [1.0] * count)
+        functions = [partial(graph.run_exits, array, thresholds, count),
+                     partial(runner.run_stages, array, exits, count),
                      partial(runner.predict, array, Budget(stages=number + 1))]  # fmt: skip
         smallest_ms(functions, 20)
         one, asked, plain = smallest_ms(functions, TURNS)

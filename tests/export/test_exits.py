@@ -15,8 +15,8 @@ from bdistil import Budget, ProgressiveEnsemble, UserError
 from bdistil.ensemble.budget import confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.errors import RunError
-from bdistil.export import exits as export_exits
-from bdistil.export.exits import leaving
+from bdistil.export.exit_graph import write_exits
+from bdistil.export.fusion import exit_after
 from bdistil.export.run import ExportOptions, export_run
 from bdistil.export.runner import Budget as RunnerBudget
 from bdistil.export.runner import ExportedEnsemble
@@ -78,7 +78,7 @@ def test_it_leaves_where_pytorch_does(exported, monkeypatch):
 def test_it_leaves_at_fitted_thresholds(exported, monkeypatch):
     ensemble, runner, x = exported
     has_rule = runner.manifest["fused"]["rule"] == runner.manifest["exits"]["rule"]
-    monkeypatch.setattr(runner, "_stages" if has_rule else "leave", None)  # agreement runs stage by stage
+    monkeypatch.setattr(runner, "_stages" if has_rule else "run_exits", None)  # agreement runs stage by stage
     monkeypatch.setattr(runner, "clock", None)  # by its times it may ask nobody; the run has none
     for number in range(len(x)):
         theirs = ensemble.predict(x[number : number + 1], Budget(confidence="fitted"))
@@ -89,7 +89,7 @@ def test_it_leaves_at_fitted_thresholds(exported, monkeypatch):
 
 def test_batches_deadlines_and_other_rules_run_stage_by_stage(exported, monkeypatch):
     _, runner, x = exported
-    monkeypatch.setattr(runner, "leave", None)
+    monkeypatch.setattr(runner, "run_exits", None)
     other = "entropy" if runner.manifest["fused"]["rule"] == "margin" else "margin"
     for batch, given in (
         (2, {"confidence": "fitted"}),
@@ -202,7 +202,7 @@ def test_stages_after_the_exit_do_not_run(convolutions, leave, tmp_path):
     session = onnxruntime.InferenceSession(
         str(convolutions / "exits.onnx"), options, providers=["CPUExecutionProvider"]
     )
-    given = {"x": np.zeros((1, 1, 28, 28), np.float32), "thresholds": np.float32(leaving(leave, 4))}
+    given = {"x": np.zeros((1, 1, 28, 28), np.float32), "thresholds": np.float32(exit_after(leave, 4))}
     assert session.run(["stages"], given)[0] == leave + 1
     ran = [
         event["name"] for event in json.loads(Path(session.end_profiling()).read_text()) if event.get("cat") == "Node"
@@ -215,13 +215,13 @@ def test_stages_after_the_exit_do_not_run(convolutions, leave, tmp_path):
 
 def test_a_graph_that_leaves_elsewhere_than_pytorch_is_refused(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", *KINDS["mlp"], figures("margin"))
-    monkeypatch.setattr("bdistil.export.exits.write_exits", swapped_rule)
+    monkeypatch.setattr("bdistil.export.fusion.write_exits", swapped_rule)
     with pytest.raises(RunError, match="left after stage"):
         export_run(run, tmp_path / "out", ExportOptions(fuse="exits"))
     assert not (tmp_path / "out").exists()
 
 
-def swapped_rule(folder, manifest, write=export_exits.write_exits):
+def swapped_rule(folder, manifest, write=write_exits):
     """Asks for the margin where the entropy is meant."""
     return write(folder, manifest) | {"rule": "entropy"}
 
@@ -239,5 +239,5 @@ def test_real_outputs_have_no_exits(tmp_path):
         path = run.root / "rounds" / f"{number:03d}" / "round.json"
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"scale": [1.0] * 5, "offset": [0.0] * 5}))
-    with pytest.raises(UserError, match="real outputs cannot be"):
+    with pytest.raises(UserError, match="real outputs do not have"):
         export_run(run, tmp_path / "out", ExportOptions(fuse="exits"))

@@ -68,7 +68,7 @@ def test_stages_in_another_order_read_what_is_not_there_yet(folder):
 def test_arrays_that_are_none_of_the_graph_are_refused(folder, shape):
     """The runner makes them by the manifest, and lets onnxruntime write into them."""
     change_manifest(folder, lambda m: m["stages"][0]["outputs"][0].update(shape=shape))
-    refuses(folder, "stage_01.onnx has total_1 as", f"the manifest says {shape}")
+    refuses(folder, "stage_01.onnx has total_1 as", f"the manifest has {shape}")
 
 
 @pytest.mark.parametrize("name", ["../out2/stage_01.onnx", "/etc/passwd", "..", "", "a/b.onnx", "..\\x.onnx"])
@@ -112,7 +112,7 @@ def test_what_is_no_manifest_is_refused(folder, text):
 
 def test_a_manifest_that_is_not_whole_is_refused(folder):
     change_manifest(folder, lambda m: m.pop("times"))
-    refuses(folder, "manifest.json is not whole")
+    refuses(folder, "manifest.json is incomplete")
 
 
 def test_nothing_in_a_folder_is_a_pickle(mlp, tmp_path):

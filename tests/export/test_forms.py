@@ -1,4 +1,4 @@
-"""Pairs of stages as one graph, int8 weights, measured times, and a machine that has never seen torch."""
+"""All stages as one graph, int8 weights, measured times, and a machine that has never seen torch."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Student, UserError
 from bdistil.export.run import ExportOptions, export_run
+from bdistil.export.runner import BatchTimes, ExportedEnsemble, StageClock
 from bdistil.export.runner import Budget as RunnerBudget
-from bdistil.export.runner import Clock, ExportedEnsemble, Times
 
 QUICK = (("mlp", mlp_student, (6,)), ("gru", *KINDS["gru"]), ("segments", *KINDS["segments"]))
 
@@ -34,30 +34,23 @@ def run(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("fuse", ["pairs", "all"])
 @pytest.mark.parametrize(("make", "shape"), [kind[1:] for kind in QUICK], ids=[kind[0] for kind in QUICK])
-def test_graphs_of_several_stages_give_the_same_numbers_and_the_faster_are_taken(fuse, make, shape, tmp_path):
+def test_the_graph_of_all_stages_gives_the_same_numbers_and_runs_where_it_is_faster(make, shape, tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", make, shape)
-    manifest = export_run(run, tmp_path / "out", ExportOptions(fuse=fuse))
-    fused, wanted = manifest["fused"], {"pairs": [(1, 2), (3, 4)], "all": [(1, 4)]}[fuse]
-    assert [(entry["first"], entry["last"]) for entry in fused["graphs"]] == wanted
+    manifest = export_run(run, tmp_path / "out", ExportOptions(fuse="all"))
+    fused = manifest["fused"]
+    assert [(entry["first"], entry["last"]) for entry in fused["graphs"]] == [(1, 4)]
     assert fused["difference"] <= 1e-4
     assert fused["faster"] == (fused["latency"]["1"]["fused_ms"] < fused["latency"]["1"]["stages_ms"])
+    ensemble, x = ProgressiveEnsemble.load(run.root), torch.randn(9, *shape)
     for faster in (True, False):
         runner = ExportedEnsemble(tmp_path / "out", {**manifest, "fused": {**fused, "faster": faster}}, 1)
-        ensemble, x = ProgressiveEnsemble.load(run.root), torch.randn(9, *shape)
         for stages in range(1, 5):
-            plan = [(graph.first, graph.last) for graph in runner.plan(stages)]
-            assert plan == (plans(wanted, stages) if faster else [(k, k) for k in range(1, stages + 1)])
+            if stages == 4 and faster:
+                monkeypatch.setattr(runner, "_stages", None)  # nothing can run stage by stage
             answer = runner.predict(x.numpy(), RunnerBudget(stages=stages))
             np.testing.assert_allclose(answer.logits, ensemble(x, stages=stages).numpy(), atol=1e-4)
             assert set(answer.stages) == {stages}
-
-
-def plans(spans, stages):
-    """The graphs of several stages that end in time, and single stages after them."""
-    plan = [span for span in spans if span[1] <= stages]
-    return plan + [(k, k) for k in range((plan[-1][1] if plan else 0) + 1, stages + 1)]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -85,9 +78,9 @@ def test_int8_stands_beside_float(run, kind, tmp_path):
 
 def test_options_that_do_not_go_together_are_refused(tmp_path):
     with pytest.raises(UserError, match="`--fuse` is for --format onnx"):
-        ExportOptions(format="torch", fuse="pairs")
+        ExportOptions(format="torch", fuse="all")
     with pytest.raises(UserError, match="give one of them"):
-        ExportOptions(quantise="static", fuse="pairs")
+        ExportOptions(quantise="static", fuse="all")
     with pytest.raises(UserError, match="names none"):
         export_run(write_run(tmp_path / "run", mlp_student, (6,)), tmp_path / "out", ExportOptions(quantise="static"))
     assert not (tmp_path / "out").exists()
@@ -130,8 +123,8 @@ def test_samples_only_leave_where_that_pays(timed):
         graph.run = lambda values, number=number, run=graph.run: (sizes.append((number, len(values["x"]))), run(values))
     for compact, leaves in ((0.0, True), (1e9, False)):
         sizes.clear()
-        slow = [Times(batch, [1e-2 * batch] * 4, [1e-2] * 4, 1e-6, compact) for batch in (1, 64)]
-        runner.clock = Clock(slow)
+        slow = [BatchTimes(batch, [1e-2 * batch] * 4, [1e-2] * 4, 1e-6, compact) for batch in (1, 64)]
+        runner.clock = StageClock(slow)
         runner.predict(x, budget)
         assert bool(sizes) == leaves
         assert all(0 < size < 64 for _, size in sizes)

@@ -1,30 +1,29 @@
-"""Runs an exported ensemble with onnxruntime and numpy alone; a copy of this package lies in every exported folder.
+"""Runs an exported ensemble with onnxruntime and numpy alone; every exported folder holds a copy of this package.
 
     python FOLDER/runner --input x.npy --confidence 0.9
 
-Nothing that is loaded is executed as code: a folder holds JSON and ONNX graphs. Every graph is held to the size and
-sha256 that the manifest gives, and must lie in the folder itself. Who can change the manifest can change the answers.
+A folder holds JSON and ONNX graphs; nothing that is loaded is executed as code. Every graph must match the size and
+sha256 in the manifest and lie in the folder itself. The manifest is not signed: changing it can change the answers.
 """
 
-from .budget import RULES, Array, Budget, Prediction, Stage, confidence_of
+from .budget import RULES, Array, Budget, ExportError, Prediction, Stage, confidence_of
 from .ensemble import ExportedEnsemble
-from .files import ExportError
 from .graphs import Graph
-from .stage_clock import Clock, Times
-from .stages import ALWAYS, ExitRule
+from .stage_clock import BatchTimes, StageClock
+from .stages import ALWAYS, Exits
 
 __all__ = [
     "ALWAYS",
     "RULES",
     "Array",
+    "BatchTimes",
     "Budget",
-    "Clock",
-    "ExitRule",
+    "Exits",
     "ExportError",
     "ExportedEnsemble",
     "Graph",
     "Prediction",
     "Stage",
-    "Times",
+    "StageClock",
     "confidence_of",
 ]

@@ -1,4 +1,4 @@
-"""`python FOLDER/runner`: Python then knows no package, only this file."""
+"""Entry point of `python FOLDER/runner`, which Python runs as a file outside of any package."""
 
 import sys
 from pathlib import Path

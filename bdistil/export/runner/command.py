@@ -9,22 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from .budget import RULES, Budget
+from .budget import RULES, Budget, ExportError
 from .ensemble import ExportedEnsemble
-from .files import ExportError
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Predicts the samples of a .npy file: a line each with the class, its probability and the stages that it took."""
+    """Predicts the samples of a .npy file: prints a line per sample with the class, the stages and the MACs."""
     parser = argparse.ArgumentParser(prog="runner", description=(main.__doc__ or "").split(":")[0])
     parser.add_argument("folder", nargs="?", default=Path(__file__).parent.parent, help="exported folder")
     parser.add_argument("--input", required=True, help="x (B, ...) as .npy")
     parser.add_argument("--output", help="write the logits (B, L) to this .npy instead of printing classes")
-    parser.add_argument("--stages", type=int)
-    parser.add_argument("--macs", type=int)
-    parser.add_argument("--seconds", type=float)
-    parser.add_argument("--confidence", help="in (0, 1], or 'fitted'")
-    parser.add_argument("--rule", choices=RULES)
+    parser.add_argument("--stages", type=int, help="maximum number of students")
+    parser.add_argument("--macs", type=int, help="maximum number of multiply-adds per sample")
+    parser.add_argument("--seconds", type=float, help="maximum time")
+    parser.add_argument(
+        "--confidence", help="a sample is decided at this confidence, in (0, 1], or at the 'fitted' thresholds"
+    )
+    parser.add_argument("--rule", choices=RULES, help="exit rule; default: max_prob")
     given = parser.parse_args(args)
     try:
         _print_predictions(given)
@@ -37,13 +38,13 @@ def main(args: Sequence[str] | None = None) -> int:
 def _print_predictions(given: argparse.Namespace) -> None:
     try:
         x = np.load(given.input, allow_pickle=False)
-        sure = float(given.confidence) if given.confidence not in (None, "fitted") else given.confidence
+        confidence = float(given.confidence) if given.confidence not in (None, "fitted") else given.confidence
     except ValueError as error:
         raise ExportError(
-            f"Expected --input as .npy of numbers and --confidence as a number or 'fitted': {error}"
+            f"Expected `--input` to be a .npy file of numbers and `--confidence` a number or 'fitted': {error}"
         ) from error
     ensemble = ExportedEnsemble.load(given.folder)
-    budget = Budget(given.stages, given.macs, given.seconds, sure, given.rule)
+    budget = Budget(given.stages, given.macs, given.seconds, confidence, given.rule)
     prediction = ensemble.predict(x, budget)
     if given.output:
         np.save(given.output, prediction.logits, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""The ensemble of an exported folder."""
+"""The ensemble of an exported folder: every prefix of its stages is a predictor."""
 
 from __future__ import annotations
 
@@ -9,67 +9,57 @@ from typing import Any
 
 import numpy as np
 
-from .budget import Array, Budget, Prediction, Stage
-from .files import ExportError, read_manifest
-from .graphs import Chains, Graph, require_order
-from .inputs import check_input
-from .stage_clock import Clock, Deadline, Times
-from .stages import ALWAYS, ExitRule, StageRunner
-from .timing import example, stage_times
-
-
-def _factor(value: float | list[float]) -> float | Array:
-    return value if isinstance(value, float) else np.asarray(value, np.float32)
+from .budget import Array, Budget, ExportError, Prediction, Stage
+from .graphs import Graph, PipelinePool, read_manifest
+from .stage_clock import BatchTimes, Deadline, StageClock
+from .stages import ALWAYS, Exits, StageRunner, measure_stages
 
 
 class ExportedEnsemble:
-    """An ordered ensemble in an exported folder; `load` opens one.
+    """Students in the order of their rounds, run by onnxruntime; open a folder with `load`.
+
+    Example::
+
+        ensemble = ExportedEnsemble.load("exported")
+        for stage in ensemble.stages(x):  # lazy: stop after any stage
+            print(stage.index, stage.logits.argmax(1))
+        prediction = ensemble.predict(x, Budget(macs=50_000))
 
     Attributes:
         manifest: of the folder.
-        macs: cumulative multiply-adds a sample, one number a stage.
-        clock: measured stage times, where there are any.
+        macs: cumulative multiply-adds per sample, one value per stage.
+        clock: measured stage times, or None.
     """
 
     def __init__(self, root: str | os.PathLike[str], manifest: Mapping[str, Any], threads: int) -> None:
         self.manifest, stages = manifest, manifest["stages"]
         self.graphs = [Graph(Path(root), entry, threads) for entry in stages]
         self.macs: list[int] = [entry["macs"] for entry in stages]
-        self.factors: list[float | Array] = [_factor(entry["factor"]) for entry in stages]
+        factors = [entry["factor"] for entry in stages]
+        self.factors = [np.asarray(factor, np.float32) if isinstance(factor, list) else factor for factor in factors]
         self.offset = None if manifest["offset"] is None else np.float32(manifest["offset"])
-        self.clock = Clock([Times(**times) for times in manifest["times"]]) if manifest["times"] else None
+        self.clock = StageClock([BatchTimes(**times) for times in manifest["times"]]) if manifest["times"] else None
         self._shape, self._dtype = tuple(manifest["input"]["shape"]), np.dtype(manifest["input"]["dtype"])
-        fused = manifest["fused"] or {"faster": False, "graphs": [], "kind": None}
-        graphs = [Graph(Path(root), entry, threads) for entry in fused["graphs"]] if fused["faster"] else []
-        self._exits = Chains(graphs) if graphs and fused["kind"] == "exits" else None
-        spans = {} if self._exits else {graph.first: graph for graph in graphs}
-        self._stages = Chains(self.graphs)
-        self._whole = [Chains(self._planned(allowed, spans)) for allowed in range(1, len(self) + 1)]
-        for chains in (self._stages, *self._whole):
-            require_order(chains.graphs)
-
-    def plan(self, allowed: int) -> Sequence[Graph]:
-        """The graphs that run the first `allowed` stages where nobody leaves between them."""
-        return self._whole[allowed - 1].graphs
-
-    def _planned(self, allowed: int, spans: Mapping[int, Graph]) -> list[Graph]:
-        """Graphs of several stages where they end in time, single ones elsewhere."""
-        plan: list[Graph] = []
-        while (number := plan[-1].last if plan else 0) < allowed:
-            span = spans.get(number + 1)
-            plan.append(span if span and span.last <= allowed else self.graphs[number])
-        return plan
+        self._stages = PipelinePool(self.graphs)
+        self._all = self._exits = None
+        fused = manifest["fused"]
+        if fused and fused["faster"]:
+            graphs = [Graph(Path(root), entry, threads) for entry in fused["graphs"]]
+            if fused["kind"] == "exits":
+                self._exits = PipelinePool(graphs, ("x", "thresholds"))
+            else:
+                self._all = PipelinePool(graphs)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, threads: int = 1) -> ExportedEnsemble:
         """Opens an exported folder.
 
         Args:
-            folder: that `bdistil export` wrote.
+            folder: written by `bdistil export`.
             threads: of onnxruntime; small students are fastest with one.
 
         Raises:
-            ExportError: the folder is no export, or a file of it is missing, truncated, another one or elsewhere.
+            ExportError: the folder is no export, or a file in it is missing, truncated, changed or outside of it.
         """
         manifest = read_manifest(Path(folder))
         if manifest["kind"] != "onnx":
@@ -77,136 +67,152 @@ class ExportedEnsemble:
         try:
             return cls(folder, manifest, threads)
         except (KeyError, TypeError) as error:
-            raise ExportError(f"{folder}/manifest.json is not whole ({error!r}). Export again.") from error
+            raise ExportError(f"{folder}/manifest.json is incomplete ({error!r}). Export again.") from error
 
     def __len__(self) -> int:
         return len(self.graphs)
 
     def check(self, x: Array) -> None:
-        """Is x (B, ...) a batch as in training, without NaN or infinity?
+        """Checks that x is a batch (B, ...) as in training, without NaN or infinity.
 
         Raises:
-            ExportError: names what is wrong with x, and what was expected.
+            ExportError: it is not.
         """
-        check_input(x, self._shape, self._dtype)
+        if not isinstance(x, np.ndarray) or x.ndim == 0 or x.shape[1:] != self._shape or not len(x):
+            expected = ", ".join(map(str, ("B", *self._shape)))
+            got = x.shape if isinstance(x, np.ndarray) else type(x).__name__
+            raise ExportError(f"Expected `x` to be an array of shape ({expected}) with B >= 1, got {got}.")
+        if x.dtype != self._dtype:
+            raise ExportError(
+                f"Expected `x` of dtype {self._dtype}, got {x.dtype}. Convert it: x.astype('{self._dtype}')."
+            )
+        if self._dtype.kind == "f" and not np.isfinite(x).all():
+            wrong = ~np.isfinite(x).reshape(len(x), -1).all(1)
+            raise ExportError(
+                f"Expected `x` without NaN or infinity, got {wrong.sum()} such samples of {len(x)}, the first at "
+                f"index {wrong.argmax()}."
+            )
 
-    def _answer(self, number: int, total: Array) -> Stage:
+    def _stage(self, number: int, total: Array) -> Stage:
         return Stage(total, self.factors[number], number + 1, self.macs[number], self.offset)
 
     def stages(self, x: Array) -> Iterator[Stage]:
-        """The answers of the prefixes, lazily: a student runs when its stage is asked for."""
-        self.check(x)
-        chain = self._stages.take(len(x))
-        chain.values["x"][...] = x
-        for number, step in enumerate(chain.steps):
-            step()
-            yield self._answer(number, chain.values[f"total_{number + 1}"].copy())
-        self._stages.put(len(x), chain)
-
-    def predict(self, x: Array, budget: Budget | None = None) -> Prediction:
-        """Answers within a budget; work beyond it is not done. Decided samples leave the batch where that pays.
+        """Yields the answers of the prefixes; a student runs when its stage is requested.
 
         Args:
             x: a batch (B, ...).
-            budget: limits; none runs all students.
+        """
+        self.check(x)
+        pipeline = self._stages.acquire(x)
+        for number, step in enumerate(pipeline.steps):
+            step()
+            yield self._stage(number, pipeline.values[f"total_{number + 1}"].copy())
+        self._stages.release(pipeline)
+
+    def predict(self, x: Array, budget: Budget | None = None) -> Prediction:
+        """Predicts within a budget. Decided samples are removed from the batch where that saves time.
+
+        Args:
+            x: a batch (B, ...).
+            budget: limits; None runs all students.
 
         Raises:
-            ExportError: x or the budget cannot be used.
+            ExportError: x is no batch as in training, or the budget needs confidences or thresholds that do not exist.
         """
         self.check(x)
         allowed = budget.stages_within(self.macs) if budget else len(self)
         if budget and (budget.confidence is not None or budget.seconds is not None):
-            exits = self._exit_rule(budget)
+            exits = self._exits_of(budget)
             one_sample = len(x) == 1 and budget.seconds is None
             if self._exits and exits and one_sample and exits.rule == self.manifest["fused"]["rule"]:
-                return self.leave(x, exits.thresholds, allowed)
-            return self.decide(x, exits, allowed, budget.seconds)
-        chains, count = self._whole[allowed - 1], len(x)
-        chain = chains.take(count)
-        chain.values["x"][...] = x
-        for step in chain.steps:
+                return self.run_exits(x, exits.thresholds, allowed)
+            return self.run_stages(x, exits, allowed, budget.seconds)
+        pool = self._all if self._all and allowed == len(self) else self._stages
+        pipeline = pool.acquire(x)
+        for step in pipeline.steps[:allowed]:
             step()
-        logits = self._answer(allowed - 1, chain.values[f"total_{allowed}"]).logits
-        chains.put(count, chain)
-        return Prediction(logits, np.full(count, allowed), np.full(count, self.macs[allowed - 1]))
+        logits = self._stage(allowed - 1, pipeline.values[f"total_{allowed}"]).logits
+        pool.release(pipeline)
+        return Prediction(logits, np.full(len(x), allowed), np.full(len(x), self.macs[allowed - 1]))
 
-    def _exit_rule(self, budget: Budget) -> ExitRule | None:
-        """How samples are decided, where they are."""
+    def _exits_of(self, budget: Budget) -> Exits | None:
+        """The exits of a budget; None without a confidence."""
         if budget.confidence is None:
             return None
         if self.manifest["task"] == "regression":
             raise ExportError("Expected no `confidence` for real outputs, which have none. Limit stages or macs.")
         fitted, temperatures = self.manifest["exits"], self.manifest["temperatures"] or [1.0] * len(self)
         if budget.confidence != "fitted":
-            return ExitRule(budget.rule or "max_prob", [float(budget.confidence)] * len(self), temperatures)
+            return Exits(budget.rule or "max_prob", [float(budget.confidence)] * len(self), temperatures)
         if fitted is None or budget.rule not in (None, fitted["rule"]):
-            have = f"those of the rule {fitted['rule']!r}" if fitted else "none"
-            raise ExportError(f"Expected fitted thresholds of rule {budget.rule!r} in the manifest, found {have}.")
-        return ExitRule(fitted["rule"], fitted["thresholds"], temperatures, fitted["decided_share"])
+            found = f"those of the rule {fitted['rule']!r}" if fitted else "none"
+            raise ExportError(f"Expected fitted thresholds of rule {budget.rule!r} in the manifest, found {found}.")
+        return Exits(fitted["rule"], fitted["thresholds"], temperatures, fitted["decided_share"])
 
-    def decide(self, x: Array, exits: ExitRule | None, allowed: int, seconds: float | None = None) -> Prediction:
-        """Answers stage by stage, where samples may be decided or time may run out.
+    def run_stages(self, x: Array, exits: Exits | None, allowed: int, seconds: float | None = None) -> Prediction:
+        """Runs stage by stage, with exits and a time limit.
 
         Args:
-            x: a batch (B, ...), which was checked.
-            exits: how samples are decided; None: nobody is.
-            allowed: how many stages may run.
-            seconds: for all of it.
+            x: a batch (B, ...), checked before.
+            exits: None keeps all samples in the batch.
+            allowed: maximum number of stages.
+            seconds: maximum time.
         """
-        clock, asked = self.clock, 0
-        deadline = Deadline(seconds, clock)
+        clock, deadline, checked = self.clock, Deadline(seconds, self.clock), 0
         if exits:
-            asked = clock.stages_to_ask(len(x), allowed, exits.shares) if clock else allowed - 1
-        chain = self._stages.take(len(x))
-        walk, stages = StageRunner(self.graphs, chain, x), np.zeros(len(x), np.int64)
+            checked = clock.stages_to_check(len(x), allowed, exits.shares) if clock else allowed - 1
+        pipeline = self._stages.acquire(x)
+        runner, stages = StageRunner(self.graphs, pipeline), np.zeros(len(x), np.int64)
         logits: Array | None = None
         for number in range(allowed):
-            if not deadline.allows(number, len(walk.rows)):
+            samples = len(runner.rows)
+            if not deadline.allows(number, samples):
                 break
-            answer = self._answer(number, walk.run(number)).logits
-            deadline.done(number, len(walk.rows))
+            answer = self._stage(number, runner.run(number)).logits
+            deadline.done(number, samples)
             logits = answer if logits is None else logits
-            logits[walk.rows], stages[walk.rows] = answer, number + 1
-            if exits and number < asked:
-                left = np.flatnonzero(~exits.decides(number, answer, walk))
+            logits[runner.rows], stages[runner.rows] = answer, number + 1
+            if exits and number < checked:
+                left = np.flatnonzero(~exits.decided(number, answer, runner))
                 if not len(left):
                     break
-                if len(left) < len(walk.rows) and (
-                    clock is None or clock.leaving_pays(number, len(walk.rows), len(left), allowed)
-                ):
-                    walk.keep(left)
+                if len(left) < samples and (clock is None or clock.removal_pays(number, samples, len(left), allowed)):
+                    runner.keep(left)
         assert logits is not None
-        self._stages.put(len(x), chain)
+        self._stages.release(pipeline)
         return Prediction(logits, stages, np.asarray(self.macs)[stages - 1])
 
-    def leave(self, x: Array, thresholds: Sequence[float], allowed: int) -> Prediction:
-        """All stages and exits in one call of the graph with exits.
+    def run_exits(self, x: Array, thresholds: Sequence[float], allowed: int) -> Prediction:
+        """Runs the fused graph with exits.
 
         Args:
-            x: one sample (1, ...), which was checked.
-            thresholds: one a stage.
-            allowed: how many stages may run.
+            x: one sample (1, ...), checked before.
+            thresholds: one per stage.
+            allowed: maximum number of stages.
         """
         assert self._exits is not None
-        chain = self._exits.take(1)
-        chain.values["x"][...] = x
-        chain.values["thresholds"][:] = thresholds
-        chain.values["thresholds"][allowed - 1 :] = ALWAYS
-        chain.steps[0]()
-        logits, number = chain.values["logits"].copy(), int(chain.values["stages"])
-        self._exits.put(1, chain)
+        pipeline = self._exits.acquire(x)
+        pipeline.values["thresholds"][:] = thresholds
+        pipeline.values["thresholds"][allowed - 1 :] = ALWAYS
+        pipeline.steps[0]()
+        logits, number = pipeline.values["logits"].copy(), int(pipeline.values["stages"])
+        self._exits.release(pipeline)
         return Prediction(logits, np.full(1, number), np.full(1, self.macs[number - 1]))
 
     def measure(self, batches: Sequence[int] = (1, 16, 128), repeats: int = 30) -> list[dict[str, Any]]:
-        """Times of this machine, as they stand in the manifest; `clock` takes them from now on.
+        """Measures the stage times on this machine and uses them from now on.
 
         Args:
-            batches: sizes.
+            batches: sizes, smallest first.
             repeats: of each.
+
+        Returns:
+            The entry `times` of a manifest.
         """
         entries = []
         for batch in batches:
-            x = example(batch, self._shape, self._dtype)
-            entries.append(stage_times(self.graphs, self._stages.take(batch), x, repeats))
-        self.clock = Clock([Times(**entry) for entry in entries])
+            size = (batch, *self._shape)
+            x = np.random.default_rng(0).standard_normal(size) if self._dtype.kind == "f" else np.zeros(size)
+            entries.append(measure_stages(self.graphs, self._stages.acquire(x.astype(self._dtype)), repeats))
+        self.clock = StageClock([BatchTimes(**entry) for entry in entries])
         return entries

@@ -1,7 +1,10 @@
-"""Graphs of onnxruntime, alone and in a row."""
+"""Files of an exported folder, checked against its manifest, and the onnxruntime sessions that run its graphs."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,78 +13,111 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from .budget import Array
-from .files import ExportError, read_file
+from .budget import Array, ExportError
 
-SPARE = 8  # batch sizes whose arrays are kept
+FORMAT = "bdistil-export"
+SPARE = 8  # batch sizes for which a pool keeps arrays
 
 
-def open_session(data: bytes, name: str, threads: int) -> ort.InferenceSession:
-    """A graph ready to run.
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Reads the manifest of an exported folder.
 
     Raises:
-        ExportError: it is no graph that onnxruntime can run.
+        ExportError: it is missing, torn, or of another format.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    options.log_severity_level = 4
+    path = root / "manifest.json"
     try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has no common class for its errors
-        raise ExportError(f"{name} cannot be run by onnxruntime {ort.__version__}: {error}") from error
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = (manifest["format"], manifest["version"]) == (FORMAT, 1)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(
+            f"Expected {path} to be the manifest of an export, got {type(error).__name__}: {error}. Give the folder "
+            "that `bdistil export` wrote, or export again."
+        ) from error
+    if not known:
+        raise ExportError(f"Expected {path} of format {FORMAT} 1, got {manifest['format']} {manifest['version']}.")
+    return dict(manifest)
+
+
+def read_file(root: Path, entry: Mapping[str, Any]) -> bytes:
+    """Reads a file that the manifest names.
+
+    Raises:
+        ExportError: it lies outside the folder, is missing, or differs from its size or sha256 in the manifest.
+    """
+    name, remedy = str(entry["file"]), "Copy the exported folder again, or export again."
+    path = root / name
+    if name != os.path.basename(name) or "\\" in name or name in ("", ".", "..") or path.is_symlink():
+        raise ExportError(
+            f"Expected the manifest of {root} to name a file in this folder, got {name!r}: no path may leave it. "
+            f"{remedy}"
+        )
+    if not path.is_file():
+        raise ExportError(f"{path} is missing; expected {entry['bytes']} bytes, sha256 {entry['sha256']}. {remedy}")
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry["sha256"]:
+        state = f"{len(data)} of {entry['bytes']} bytes" if len(data) < entry["bytes"] else "another file"
+        raise ExportError(f"{path} is {state}: sha256 {found}, expected {entry['sha256']}. {remedy}")
+    return data
 
 
 class Graph:
-    """A session, the names of what it reads and gives, and the stages that it runs, from 1."""
+    """The onnxruntime session of one graph.
 
-    def __init__(self, root: Path, entry: Mapping[str, Any], threads: int) -> None:
-        self.session = open_session(read_file(root, entry), entry["file"], threads)
-        self.inputs, self.outputs, self.file = entry["inputs"], entry["outputs"], entry["file"]
-        self.first, self.last = entry["first"], entry["last"]
-        self.reads = [tensor["name"] for tensor in self.inputs]
-        self.gives = [tensor["name"] for tensor in self.outputs]
-        found = sorted(tensor.name for tensor in self.session.get_inputs())
-        if found != sorted(self.reads):
-            raise ExportError(f"{self.file} reads {found}, but the manifest says {sorted(self.reads)}.")
-        self._hold_to_shapes()
-
-    def _hold_to_shapes(self) -> None:
-        """Arrays are made by the manifest's shapes, so these have to be those of the graph, where it knows them."""
-        have = {tensor.name: tensor.shape for tensor in (*self.session.get_inputs(), *self.session.get_outputs())}
-        for tensor in (*self.inputs, *self.outputs):
-            said, real = tensor["shape"], have.get(tensor["name"], ())
-            same = [a == b or not isinstance(b, int) for a, b in zip(said, real)]  # noqa: B905
-            if real and not (len(said) == len(real) and all(same)):
-                raise ExportError(f"{self.file} has {tensor['name']} as {real}, but the manifest says {said}.")
-
-    def run(self, values: dict[str, Array]) -> None:
-        """Adds what the graph gives to the values."""
-        gives = self.session.run(self.gives, {name: values[name] for name in self.reads})
-        values.update(zip(self.gives, gives))  # noqa: B905
-
-
-def require_order(graphs: Sequence[Graph]) -> None:
-    """Does each graph read only x and what those before it gave?
-
-    Raises:
-        ExportError: one reads something else, which would be left-over memory.
-    """
-    given = {"x"}
-    for graph in graphs:
-        if missing := sorted(set(graph.reads) - given):
-            raise ExportError(f"{graph.file} reads {missing}, which no stage before it gives. Export again.")
-        given |= set(graph.gives)
-
-
-class Chain:
-    """Graphs in a row over arrays of their own, at one batch size.
-
-    The arrays are bound once, so that between two graphs nothing is allocated, named or checked: for tiny students that
-    is a quarter of the time. What is read from `values` has to be copied before the next run.
+    Args:
+        root: the exported folder.
+        entry: of the graph in the manifest.
+        threads: of onnxruntime.
 
     Attributes:
-        values: by name; whoever runs the chain writes what no graph gives.
-        steps: one call a graph.
+        reads: names of the inputs.
+        gives: names of the outputs.
+
+    Raises:
+        ExportError: onnxruntime cannot run the file, or its tensors are not those of the manifest.
+    """
+
+    def __init__(self, root: Path, entry: Mapping[str, Any], threads: int) -> None:
+        self.inputs, self.outputs, self.file = entry["inputs"], entry["outputs"], entry["file"]
+        options, data = ort.SessionOptions(), read_file(root, entry)
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+        options.log_severity_level = 4
+        try:
+            self.session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise ExportError(f"{self.file} cannot be run by onnxruntime {ort.__version__}: {error}") from error
+        self.reads = [tensor["name"] for tensor in self.inputs]
+        self.gives = [tensor["name"] for tensor in self.outputs]
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Arrays are allocated with the shapes of the manifest, so these must be those of the graph."""
+        found = sorted(tensor.name for tensor in self.session.get_inputs())
+        if found != sorted(self.reads):
+            raise ExportError(f"{self.file} reads {found}, but the manifest has {sorted(self.reads)}.")
+        shapes = {tensor.name: tensor.shape for tensor in (*self.session.get_inputs(), *self.session.get_outputs())}
+        for tensor in (*self.inputs, *self.outputs):
+            declared, shape = tensor["shape"], shapes.get(tensor["name"], ())
+            same = [a == b or not isinstance(b, int) for a, b in zip(declared, shape)]  # noqa: B905
+            if shape and not (len(declared) == len(shape) and all(same)):
+                raise ExportError(f"{self.file} has {tensor['name']} as {shape}, but the manifest has {declared}.")
+
+    def run(self, values: dict[str, Array]) -> None:
+        """Runs the graph on `values`, by name, and adds its outputs to them."""
+        outputs = self.session.run(self.gives, {name: values[name] for name in self.reads})
+        values.update(zip(self.gives, outputs))  # noqa: B905
+
+
+class Pipeline:
+    """Graphs in sequence on preallocated arrays of one batch size.
+
+    Inputs and outputs are bound once, so that a run allocates nothing: this saves a quarter of the time of tiny
+    convolutional students. Copy what you read from `values` before the next run.
+
+    Attributes:
+        values: arrays by name; the caller fills those that no graph computes.
+        steps: one call per graph.
     """
 
     def __init__(self, graphs: Sequence[Graph], batch: int) -> None:
@@ -96,7 +132,7 @@ class Chain:
             self.steps.append(partial(graph.session.run_with_iobinding, binding))
 
     def _bound(self, tensor: Mapping[str, Any], batch: int) -> tuple[Any, ...]:
-        """Name, device, type, shape and address of the array of a tensor, which is made where there is none yet."""
+        """Arguments that bind a tensor to its array, which is allocated at its first use."""
         name = tensor["name"]
         if name not in self.values:
             shape = [batch if size == "batch" else size for size in tensor["shape"]]
@@ -105,19 +141,33 @@ class Chain:
         return name, "cpu", 0, array.dtype, array.shape, array.ctypes.data
 
 
-class Chains:
-    """Chains of the same graphs by batch size. One that is taken belongs to the taker alone, also among threads."""
+class PipelinePool:
+    """Pipelines of the same graphs, kept by batch size. An acquired one is used by one caller only: threads are safe.
 
-    def __init__(self, graphs: Sequence[Graph]) -> None:
-        self.graphs = graphs
-        self._spare: dict[int, Chain] = {}
+    Args:
+        graphs: in order.
+        inputs: names of the arrays that the caller fills.
 
-    def take(self, batch: int) -> Chain:
-        """A chain for a batch size, kept or new."""
-        return self._spare.pop(batch, None) or Chain(self.graphs, batch)
+    Raises:
+        ExportError: a graph reads what neither the caller nor an earlier graph provides, which would be uninitialised.
+    """
 
-    def put(self, batch: int, chain: Chain) -> None:
-        """Keeps a chain for the next taker."""
+    def __init__(self, graphs: Sequence[Graph], inputs: Sequence[str] = ("x",)) -> None:
+        self.graphs, known = graphs, set(inputs)
+        self._spare: dict[int, Pipeline] = {}
+        for graph in graphs:
+            if missing := sorted(set(graph.reads) - known):
+                raise ExportError(f"{graph.file} reads {missing}, which no stage before it gives. Export again.")
+            known |= set(graph.gives)
+
+    def acquire(self, x: Array) -> Pipeline:
+        """A pipeline, kept or new, with the batch (B, ...) as its input."""
+        pipeline = self._spare.pop(len(x), None) or Pipeline(self.graphs, len(x))
+        pipeline.values["x"][...] = x
+        return pipeline
+
+    def release(self, pipeline: Pipeline) -> None:
+        """Keeps a pipeline for the next caller."""
         if len(self._spare) >= SPARE:
             self._spare.clear()
-        self._spare[batch] = chain
+        self._spare[len(pipeline.values["x"])] = pipeline

@@ -102,7 +102,7 @@ def test_input_that_is_none_is_named(mlp, x, message):
         ({"confidence": 2}, r"`confidence`.*\(0, 1\]"),
         ({"confidence": "sure"}, "'sure'"),
         ({"confidence": 0.5, "rule": "max"}, "'max'"),
-        ({"rule": "margin"}, "beside a confidence"),
+        ({"rule": "margin"}, "with a confidence"),
     ],
 )
 def test_a_budget_that_is_none_is_refused(limits, message):
