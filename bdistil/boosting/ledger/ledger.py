@@ -32,7 +32,7 @@ from bdistil.errors import RunError, UserError
 from bdistil.functional.distillation import centre
 from bdistil.metrics.quality import Task
 from bdistil.utils import distributed
-from bdistil.utils.threads import in_order
+from bdistil.utils.threads import ordered_map
 
 # Numbers that are worked on at once: a block of a thousand outputs.
 PIECE = 1 << 19
@@ -227,7 +227,7 @@ class ErrorLedger:
         margins, squares = block_sums(self.samples, self.outputs), block_sums(self.samples, 2)
         normalisers, largest = block_sums(self.samples, self.outputs) - np.inf, 0.0
         work = Pass(self._g, self._s, eta, self.storage, self.log_normaliser(eta), first=not self.version)
-        spare = [self._scratch() for _ in range(self._threads + 1)]
+        spare = [self._scratch() for _ in range(self._threads or 1)]
 
         def step(piece: tuple[int, Tensor]) -> tuple[int, Sums]:
             low, rows = piece
@@ -238,7 +238,7 @@ class ErrorLedger:
                 spare.append(scratch)
 
         with row_files.flushed_meanwhile(target):
-            for block, sums in in_order(step, self._small(answers), self._threads):
+            for block, sums in ordered_map(step, self._small(answers), threads=self._threads):
                 margins[block] += sums.margins
                 squares[block] += sums.squares
                 largest = max(largest, sums.largest)
@@ -266,8 +266,8 @@ class ErrorLedger:
 
     @property
     def _threads(self) -> int:
-        """That work on a pass beside the caller, who helps: one at least, which reads while a student is run."""
-        return max(1, min(THREADS, torch.get_num_threads()) - 1) if self._bytes > row_files.LARGE else 0
+        """That work on a pass: one at least, which reads while a student is run."""
+        return min(THREADS, torch.get_num_threads()) if self._bytes > row_files.LARGE else 0
 
     @property
     def _piece(self) -> int:
@@ -326,7 +326,7 @@ class ErrorLedger:
                 row_files.read_into(out[: high - low], table, low, memory[2])
             return low, high, memory
 
-        for low, high, memory in in_order(read, distributed.my_blocks(self.samples, BLOCK), self._threads):
+        for low, high, memory in ordered_map(read, distributed.my_blocks(self.samples, BLOCK), threads=self._threads):
             yield low, memory[0][: high - low], memory[1][: high - low]
             spare.append(memory)
 
