@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 
 from bdistil.boosting.ledger.features import FeatureCache
 from bdistil.boosting.ledger.ledger import ErrorLedger
-from bdistil.boosting.ledger.records import RoundEvidence
+from bdistil.boosting.ledger.records import RoundEvidence, Units
 from bdistil.boosting.ledger.reductions import BLOCK
-from bdistil.boosting.ledger.units import Units
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Views, check_dataset, rows_loader
 from bdistil.functional.boosting import prefix_error
@@ -111,7 +110,7 @@ class Part:
         """
         self.ledger.open(self.samples, fingerprint)
         if self.view:
-            self.ledger.look()  # g alone
+            self.ledger.use_teacher()
         else:
             self._catch_up_errors(students, device)
         self._catch_up_features(students, device)
@@ -123,7 +122,7 @@ class Part:
                 scores = prefix_metric(self.settings.task, self.ledger.outputs)
                 answers = self._student_logits(student.to(device), students[:number], device, scores)
                 self.ledger.advance(answers, eta=1.0, tolerance=0.0)
-                self.ledger.keep()
+                self.ledger.publish()
                 self.ledger.use(number + 1)
         self.ledger.use(len(students))
 
@@ -140,7 +139,7 @@ class Part:
                     earlier.to(device)
                 for x, _, index in self._blocks(number):
                     self.features.write(int(index[0]), features_of(students, number, move_data_to_device(x, device)))
-                self.features.keep(number)
+                self.features.publish(number)
         self.features.use(widths)
 
     @_on_each_disk
@@ -168,9 +167,9 @@ class Part:
     @_on_each_disk
     def keep(self, student: nn.Module, number: int) -> None:
         """Gives the files that `score` wrote for an accepted student their names."""
-        self.ledger.keep()
+        self.ledger.publish()
         if isinstance(student, Student):
-            self.features.keep(number)
+            self.features.publish(number)
 
     def linked(self, numbers: Sequence[int], index: np.ndarray[Any, Any], device: torch.device) -> list[Tensor]:
         """Cached features (B, D) of some students for samples, on the device."""

@@ -1,4 +1,4 @@
-"""A ledger of ImageNet's size: a commit and reading rows beside cp and cat of the same bytes, and the memory it takes.
+"""A ledger of ImageNet's size: a commit beside cp and cat of the same bytes, random batches, and the memory it takes.
 
 Synthetic logits, N = 1,281,167 by L = 1,000: needs some 21 GB of disk, and minutes.
 """
@@ -57,27 +57,19 @@ def commits(ledger: ErrorLedger) -> tuple[float, float]:
         ledger.log_normaliser(ETA)
         g, s = str(ledger._teacher_file), str(ledger._error_file(number))
         by_hand = (("cat", g), ("cp", s, copy), ("sync", copy))
-        ours.append(timed(lambda seed=number + 1: ledger.advance(logits(seed), eta=ETA, tolerance=1e-3), ledger.keep))
+        ours.append(
+            timed(lambda seed=number + 1: ledger.advance(logits(seed), eta=ETA, tolerance=1e-3), ledger.publish)
+        )
         theirs.append(timed(*(partial(command, *words) for words in by_hand)))
         os.unlink(copy)
-    return min(ours[1:]), min(theirs[1:])  # the first S is 0, which no disk has to read; what is compiled, is by then
-
-
-def reads_in_order(ledger: ErrorLedger) -> tuple[float, float]:
-    """Seconds of reading all rows block by block, and of cat of the same bytes, in the same way."""
-    files = str(ledger._teacher_file), str(ledger._error_file(ledger.version))
-    both = [
-        (timed(lambda: deque(ledger.blocks(), maxlen=0)), timed(lambda: command("cat", *files)))
-        for _ in range(2 * TURNS)
-    ]
-    return min(ours for ours, _ in both), min(theirs for _, theirs in both)
+    return min(ours[1:]), min(theirs[1:])  # the first S is 0, which no disk has to read
 
 
 def reads_of_batches(ledger: ErrorLedger) -> tuple[float, float]:
     """Seconds of reading all rows in random batches, and of one read a row."""
     order = np.split(np.random.default_rng(0).permutation(SAMPLES), range(BATCH, SAMPLES, BATCH))
-    width, paths = ledger._bytes // SAMPLES, (ledger._teacher_file, ledger._error_file(ledger.version))
-    files = [os.open(path, os.O_RDONLY) for path in paths]
+    files = [os.open(path, os.O_RDONLY) for path in (ledger._teacher_file, ledger._error_file(ledger.version))]
+    width = ledger._teacher_file.stat().st_size // SAMPLES
 
     def by_hand() -> None:
         for batch in order:
@@ -94,37 +86,38 @@ def in_process_of_its_own(folder: Path, storage: str) -> None:
     ledger.create(SAMPLES, logits(0), outputs=OUTPUTS)
     seconds = commits(ledger)
     ledger.use(1 + TURNS)
-    seconds += reads_in_order(ledger) + reads_of_batches(ledger)
+    seconds += reads_of_batches(ledger)
     some = np.arange(0, SAMPLES, 641)
     weights = torch.stack(game_rows(ledger.rows(some)[1], ledger.log_normaliser(ETA).float(), ETA))
     np.save(folder / "weights.npy", weights.numpy())
     print(*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-@pytest.mark.parametrize("storage", ["float32", "int16"])
+@pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_a_ledger_of_the_size_of_imagenet(tmp_path_factory, storage):
     root = tmp_path_factory.getbasetemp() / "large"
     folder = root / storage
     folder.mkdir(parents=True)
-    program = f"import sys; sys.path[:0] = {sys.path!r}; from pathlib import Path; import tests.bench.test_large as t; "
-    program += f"t.in_process_of_its_own(Path({str(folder)!r}), {storage!r})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, __file__, str(folder), storage]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stderr
-    commit, copied, blocks, read, scattered, preads, resident = map(float, done.stdout.split())
+    commit, copied, scattered, preads, resident = map(float, done.stdout.split())
     print(
-        f"\n{storage}: commit {commit:.1f} s, {commit / copied:.2f} of cat and cp; rows in order {blocks:.1f} s, "
-        f"{blocks / read:.2f} of cat; in random batches {scattered:.1f} s, {scattered / preads:.2f} of one "
-        f"read a row, {scattered / read:.2f} of cat; "
-        f"resident {resident / 2**20:.2f} GiB"
+        f"\n{storage}: commit {commit:.1f} s, {commit / copied:.2f} of cat and cp; rows in random batches "
+        f"{scattered:.1f} s, {scattered / preads:.2f} of one read a row; resident {resident / 2**20:.2f} GiB"
     )
-    for file in folder.glob("*.?[13]?"):  # room for the other
+    for file in folder.glob("*.f??"):  # room for the other
         file.unlink()
     assert resident / 2**20 < 2
-    if storage == "int16":
-        full, half = (np.load(root / name / "weights.npy") for name in ("float32", "int16"))
+    if storage == "float16":
+        full, half = (np.load(root / name / "weights.npy") for name in ("float32", "float16"))
         off = np.abs(half / full - 1)
-        print(f"K of int16 after {1 + TURNS} rounds off by {off.max():.2e} at most")
-        assert off.max() < 1e-3
+        print(f"K of float16 after {1 + TURNS} rounds off by {off.max():.2e} at most")
+        assert off.max() < 5e-3
     assert commit <= ALLOWED * copied
-    assert blocks <= ALLOWED * read
     assert scattered <= ALLOWED * preads
+
+
+if __name__ == "__main__":
+    in_process_of_its_own(Path(sys.argv[1]), sys.argv[2])

@@ -1,6 +1,6 @@
 """A whole run on two processes at ImageNet's number of samples and classes: what a process holds, beside a small run.
 
-N = 1,281,167 by L = 1,000 in 16 bits: needs some 13 GB of disk, and minutes. Samples are tiny: not they are measured.
+N = 1,281,167 by L = 1,000 in float16: needs some 13 GB of disk, and minutes. Samples are tiny: not they are measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bdistil.utils.memory import keep_freed_memory
 pytestmark = pytest.mark.slow
 
 SAMPLES, SMALL, VAL, CLASSES, FEATURES, BATCH, ROUNDS = 1_281_167, 160_146, 4096, 1000, 16, 256, 2
-# What a sample may add to a process: x, y, its place in an order, sums of its block. A row of the ledger is 2,004.
+# What a sample may add to a process: x, y, its place in an order, sums of its block. A row of the ledger is 2,000.
 BYTES_A_SAMPLE = 200
 
 
@@ -68,7 +68,7 @@ def rank_of_a_run(run_dir: Path, count: int) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     data = Points(count)
-    settings = settings_for(ROUNDS, storage="int16", ladder=[Rung(0)])
+    settings = settings_for(ROUNDS, storage="float16", ladder=[Rung(0)])
     controller = control(run_dir, settings=settings, student=make_student, teacher=make_teacher(data.centres))
     for module in controller.rounds(data):
         trainer = make_trainer(controller, epochs=1, devices=2, strategy="ddp", use_distributed_sampler=False)

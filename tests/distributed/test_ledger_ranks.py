@@ -13,8 +13,8 @@ from helpers.processes import BUSY, started
 
 from bdistil import ErrorLedger
 from bdistil.boosting.ledger import rows as row_files
-from bdistil.boosting.ledger.large_rows import LargeRows
 from bdistil.boosting.ledger.reductions import BLOCK
+from bdistil.boosting.ledger.rows import RowFile
 from bdistil.utils import distributed
 
 pytestmark = pytest.mark.distributed
@@ -29,30 +29,30 @@ def answers(seed):
 
 
 def two_rounds(folder, storage):
-    """What is said of the second student, log Z, and the rows that were read and written for it."""
+    """Evidence on the second student, log Z, and the rows that were read and written in two rounds."""
     rows = {"read": [], "written": []}
-    fill, write = LargeRows.fill, LargeRows.__setitem__
+    read, write = RowFile.read, RowFile.write
 
-    def noted_fill(table, out, low):
-        rows["read"].append((low, low + len(out)))
-        fill(table, out, low)
+    def noted_read(table, low, high):
+        rows["read"].append((low, high))
+        return read(table, low, high)
 
-    def noted_write(table, part, values):
-        rows["written"].append((part.start, part.stop))
-        write(table, part, values)
+    def noted_write(table, low, values):
+        rows["written"].append((low, low + len(values)))
+        return write(table, low, values)
 
     ledger = ErrorLedger(folder, storage)
     ledger.create(N, answers(0), outputs=L)
-    LargeRows.fill, LargeRows.__setitem__ = noted_fill, noted_write
+    RowFile.read, RowFile.write = noted_read, noted_write
     try:
         for number in range(2):
             ledger.use(number)
             evidence = ledger.advance(answers(number + 1), eta=ETA, tolerance=1e-3)
-            ledger.keep()
+            ledger.publish()
         ledger.use(2)
         return asdict(evidence), ledger.log_normaliser(ETA).tolist(), rows
     finally:
-        LargeRows.fill, LargeRows.__setitem__ = fill, write
+        RowFile.read, RowFile.write = read, write
 
 
 def script(folder, storage):
@@ -66,7 +66,7 @@ def script(folder, storage):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("storage", ["float32", "int16"])
+@pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_each_rank_reads_and_writes_its_own_rows_of_the_ledger(tmp_path, monkeypatch, storage):
     command = [sys.executable, __file__, str(tmp_path), storage]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

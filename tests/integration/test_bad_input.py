@@ -252,7 +252,7 @@ def test_an_index_out_of_range(tmp_path):
         ({"state": "none"}, r"`state` .*'cached' or 'recompute', got 'none'"),
         ({"views": 0}, r"`views` .*>= 1, or left out, got 0"),
         ({"views": 2, "state": "recompute"}, r"`views` or `state='recompute'`, got both \(views=2\)"),
-        ({"storage": "int8"}, r"`storage` .*'float32' or 'int16', got 'int8'"),
+        ({"storage": "int8"}, r"`storage` .*'float32' or 'float16', got 'int8'"),
         ({"ladder": []}, r"`ladder` .*one rung or more, got \[\]"),
         ({"lr": 0.0}, r"`lr` .*got 0\.0"),
     ],

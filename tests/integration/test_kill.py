@@ -43,7 +43,7 @@ WATCHED = {
     "steps of a round": [("bdistil.boosting.round.BoostingRound", "training_step")],
     "verdict": [
         ("bdistil.boosting.ledger.ledger.ErrorLedger", "advance"),
-        ("bdistil.boosting.ledger.ledger.ErrorLedger", "keep"),
+        ("bdistil.boosting.ledger.ledger.ErrorLedger", "publish"),
     ],
     "files": [("os", "replace"), ("os", "fsync"), ("shutil", "rmtree")],
 }

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import AveragedTeacher, Budget, ErrorLedger, ProgressiveEnsemble, RunError, UserError
-from bdistil.boosting.ledger.units import Units
+from bdistil.boosting.ledger.records import Units
 from bdistil.cli.app import main
 from bdistil.data.diabetes import Diabetes
 from bdistil.export.run import export_run

@@ -1,8 +1,7 @@
-"""The ledger: teacher logits and running errors of every sample, on the disk."""
+"""The ledger: teacher logits and running errors of all samples, on disk."""
 
 from bdistil.boosting.ledger.ledger import ErrorLedger
-from bdistil.boosting.ledger.records import LedgerHead, RoundEvidence
-from bdistil.boosting.ledger.units import Units
+from bdistil.boosting.ledger.records import LedgerHead, RoundEvidence, Units
 
 __all__ = [
     "ErrorLedger",

@@ -1,4 +1,4 @@
-"""What a ledger's file says of all its rows, and what a pass over them says of a student."""
+"""Records of a ledger: units, the head file, and the evidence that one pass gives on a student."""
 
 from __future__ import annotations
 
@@ -7,13 +7,53 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bdistil.errors import RunError, UserError
+from bdistil.functional.distillation import centre
 from bdistil.storage.files import write_atomically
 
 
 @dataclass(frozen=True)
+class Units:
+    """Units of a ledger, in those of the teacher.
+
+    Attributes:
+        scale: one for all outputs (classification), or one for each output (regression).
+        offset: one for each output. None in classification: its logits are centred per sample, because softmax does
+            not depend on their mean.
+    """
+
+    scale: float | tuple[float, ...] = 1.0
+    offset: tuple[float, ...] | None = None
+
+    def inward(self, answers: Tensor) -> Tensor:
+        """Converts answers of the teacher (..., L) to units of the ledger."""
+        if self.offset is None:
+            return centre(answers) / self._scale(answers)
+        return (answers - answers.new_tensor(self.offset)) / self._scale(answers)
+
+    def outward(self, numbers: Tensor) -> Tensor:
+        """Converts numbers of the ledger (..., L) to the teacher's units."""
+        answers = numbers * self._scale(numbers)
+        return answers if self.offset is None else answers + numbers.new_tensor(self.offset)
+
+    def _scale(self, like: Tensor) -> float | Tensor:
+        return like.new_tensor(self.scale) if isinstance(self.scale, tuple) else self.scale
+
+
+@dataclass(frozen=True)
 class LedgerHead:
-    """What is known of all rows: N samples, L outputs, their units, and the largest value in these."""
+    """Contents of `ledger.json`.
+
+    Attributes:
+        samples: N.
+        outputs: L.
+        scale: of `Units`.
+        offset: of `Units`.
+        largest: max|g|, in units of the ledger.
+        teacher: fingerprint of the teacher's weights; empty if unknown.
+    """
 
     samples: int
     outputs: int
@@ -24,10 +64,10 @@ class LedgerHead:
 
     @classmethod
     def read(cls, path: Path) -> LedgerHead:
-        """Reads what `write` wrote.
+        """Reads the file that `write` wrote.
 
         Raises:
-            RunError: the file is torn.
+            RunError: the file is missing or torn.
         """
         try:
             head: Any = json.loads(path.read_text()).items()
@@ -36,7 +76,7 @@ class LedgerHead:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{path} is missing or torn ({error}). Nothing was deleted. "
-                f"Remove {path.parent} to have the teacher asked again."
+                f"Remove {path.parent}: the teacher's logits are then computed again."
             ) from error
 
     def write(self, path: Path) -> None:
@@ -49,10 +89,10 @@ class LedgerHead:
         Args:
             folder: of the ledger.
             samples: N of the dataset.
-            teacher: fingerprint; empty where it is not known.
+            teacher: fingerprint; empty if unknown.
 
         Raises:
-            UserError: one is another than at the start of the run.
+            UserError: N or the teacher differs from the start of the run.
         """
         part = "validation" if folder.name == "val" else "training"
         if self.samples != samples:
@@ -69,12 +109,12 @@ class LedgerHead:
 
 @dataclass(frozen=True)
 class RoundEvidence:
-    """What one pass of a student over all samples says of it.
+    """Evaluation of a new student over all samples, on which it is accepted or rejected.
 
     Attributes:
         margin_share: share of the L outputs whose margin is at least -tolerance * b.
         margin_min: smallest margin.
-        rms_before: rms error to the teacher of the prefix without the student; of round 0, of a constant answer.
+        rms_before: rms error to the teacher of the prefix without the student; in round 0, of a constant answer.
         rms_after: the same with the student.
         sup_after: largest error to the teacher of the prefix with the student.
     """
