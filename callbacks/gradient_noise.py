@@ -22,7 +22,7 @@ from bdistil.distillation.last_layer import check_distilling, prepared_loaders
 from bdistil.distillation.probes import probe_of
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
-from bdistil.reporting.curve_tracker import shown_step
+from bdistil.reporting.round_tracker import logger_step
 
 
 class GradientNoise(pl.Callback):
@@ -164,6 +164,6 @@ class GradientNoise(pl.Callback):
             figures["cosine"] = teacher_cosine(self.probe, module, self.samples)
         row = {f"noise/{key}": value for key, value in figures.items() if key != "reason"}
         for logger in trainer.loggers:
-            logger.log_metrics(row, step=shown_step(trainer))
+            logger.log_metrics(row, step=logger_step(trainer))
         self.history.append({"epoch": trainer.current_epoch, **figures})
         return estimate.moments

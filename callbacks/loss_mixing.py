@@ -28,7 +28,7 @@ from bdistil.distillation.loss_mixing import (
 )
 from bdistil.distillation.probes import probe_of
 from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
-from bdistil.reporting.curve_tracker import shown_step
+from bdistil.reporting.round_tracker import logger_step
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
 
@@ -150,7 +150,7 @@ class LossMixing(pl.Callback):
         self._attach(pl_module)
         weights = self.weights()
         self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, self.flipped)})
-        log_weights(trainer.loggers, weights, self.history[-1], shown_step(trainer))
+        log_weights(trainer.loggers, weights, self.history[-1], logger_step(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the learned numbers, and a histogram of the label weights."""

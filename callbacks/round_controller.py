@@ -20,8 +20,8 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
-from bdistil.reporting.curve_tracker import RoundTracker
 from bdistil.reporting.report import write_report
+from bdistil.reporting.round_tracker import RoundTracker
 from bdistil.storage.checkpoint import save_epoch
 from bdistil.storage.files import disk_errors
 from bdistil.utils import distributed

@@ -30,8 +30,6 @@ from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import fit_anytime
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tracking import Tracking, make_logger
-from bdistil.reporting.wandb_logger import RunLogger
-from bdistil.reporting.wandb_state import RunNotes
 from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
@@ -151,8 +149,6 @@ class BoostCLI(LightningCLI):
         model.speed_up(model.teacher.network)
         self._teach(model, datamodule, controller, seed)
         loggers = self._loggers(run, config) if loggers is None else loggers
-        if over and RunNotes(run.root).unsent and (tracked := self._tracked(run, config)):
-            controller.tracker.catch_up(tracked)
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
@@ -182,11 +178,8 @@ class BoostCLI(LightningCLI):
     def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
         """The loggers of the recipe, and the one of `tracking`."""
         given = self._get(self.config_init, "trainer").logger
-        tracked = self._tracked(run, config)
+        tracked = make_logger(self._get(self.config_init, "tracking"), run.root, config)
         return [*(given if isinstance(given, list) else [given] if given else []), *([tracked] if tracked else [])]
-
-    def _tracked(self, run: RunDirectory, config: Mapping[str, Any]) -> RunLogger | None:
-        return make_logger(self._get(self.config_init, "tracking"), run.root, config)
 
     def _teach(self, model: Distiller, datamodule: LightningDataModule, controller: RoundController, seed: int) -> None:
         """Loads the teacher's weights; trains and keeps them where the run has none."""

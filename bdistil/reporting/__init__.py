@@ -2,8 +2,7 @@
 
 from bdistil.reporting.curve_table import curve_table
 from bdistil.reporting.report import write_report
-from bdistil.reporting.tracking import Tracking
-from bdistil.reporting.wandb_logger import RunLogger
+from bdistil.reporting.tracking import RunLogger, Tracking
 
 __all__ = [
     "RunLogger",

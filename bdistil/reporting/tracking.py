@@ -1,44 +1,38 @@
-"""Tracking: one run of Weights & Biases for all rounds, and plain scalars for any other logger of Lightning.
-
-A tracker only watches: it asks nothing, never ends a run, and holds one up for seconds, or for two minutes where its
-server goes away meanwhile.
-"""
+"""Weights & Biases: one W&B run for each run directory, shared by all rounds and all restarts."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from socket import create_connection
-from typing import Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from typing import Any, Literal, cast
 from uuid import uuid4
 
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from bdistil.reporting.wandb_logger import RunLogger
-from bdistil.reporting.wandb_state import FLUSH_SECONDS, FLUSH_SETTING
 from bdistil.storage.files import write_atomically
 
-CONNECT_SECONDS, INIT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 60.0
+INIT_SECONDS, FINISH_SECONDS = 10.0, 60.0  # longest waits for the server, at the start and at the end of a run
+KEPT_ROWS = 1000  # more than are logged in the 15 seconds between two writes of W&B, save for the shortest steps
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """How a run is shown in Weights & Biases. WANDB_MODE=offline or disabled goes before `mode`.
+    """Settings of the Weights & Biases run. WANDB_MODE=offline or disabled overrides `mode`.
 
     Attributes:
-        mode: `auto` is online where a key is configured and the server answers, else offline. `online` is the same,
-            with a warning where it cannot be. `offline` is for `wandb sync` later. `disabled` makes no run.
-        project: the project of the run.
-        group: runs that belong together, such as the seeds of one recipe.
-        name: of the run; W&B invents one otherwise.
-        tags: labels to search by, such as data set, teacher and student.
-        job_type: what the run does: fit, evaluate or profile.
+        mode: `auto` is online if a key is configured and the server answers, otherwise offline. `online` is the same,
+            with a warning if no key is configured. `offline` stores the run for `wandb sync`. `disabled` makes no run.
+        project: the W&B project.
+        group: groups related runs, such as the seeds of one recipe.
+        name: display name of the run; W&B generates one by default.
+        tags: labels to filter by, such as the data set, the teacher and the student.
+        job_type: kind of job, such as fit, evaluate or profile.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -49,78 +43,149 @@ class Tracking:
     job_type: str = "fit"
 
 
-def make_logger(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> RunLogger | None:
-    """The W&B logger that all rounds share, with a run behind it on rank zero. None, with a warning, if that fails.
+class RunLogger(WandbLogger):
+    """`WandbLogger` for a run that may be killed, and that continues without W&B if W&B fails.
+
+    After a kill, W&B lacks the rows of about the last 15 seconds: its process ends without writing or uploading them.
+    The last rows are therefore kept in ``wandb_rows.jsonl`` in the run directory until the W&B run has ended properly;
+    the next start logs them again, at the same x.
 
     Args:
-        tracking: how the run is shown; None is returned where it is disabled.
-        folder: the run directory. ``wandb_id.txt`` in it keeps the id of the W&B run, so that a folder started again
-            goes on with its run; W&B writes to ``wandb/`` in it, or in WANDB_DIR.
+        folder: the run directory.
+        options: of `WandbLogger`.
+
+    Attributes:
+        lost: W&B has failed, for example because its process was killed.
+    """
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(save_dir=folder, **options)
+        self.lost = False
+        self._file = folder / "wandb_rows.jsonl"
+        lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
+        self._last, self._count = deque(lines, KEPT_ROWS), len(lines)
+        for line in lines:
+            with suppress(ValueError):  # torn, as the host crashed
+                self._guarded(self.experiment.log, json.loads(line))
+
+    def _guarded(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if not self.lost:
+            try:
+                call(*args, **kwargs)
+            except Exception as error:
+                self.lose(error)
+
+    def lose(self, error: Exception) -> None:
+        """Stops logging for the rest of the process, with one warning."""
+        if self.lost:
+            return
+        self.lost = True
+        rank_zero_warn(
+            f"W&B failed ({type(error).__name__}: {error}). Nothing more is logged there until the run is started "
+            "again; training continues, and curve.csv and report.html are complete."
+        )
+        with suppress(Exception):  # otherwise it fails at exit, with a traceback
+            rank_zero_only(_teardown)()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """As `WandbLogger`."""
+        self._guarded(self._log, metrics, step)
+
+    @rank_zero_only
+    def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
+        if "round" not in metrics:  # committed rounds are logged again from their own files
+            self._keep({**metrics, "trainer/global_step": step})
+        super().log_metrics(metrics, step)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self._last.append(json.dumps(row, default=str) + "\n")
+        self._count += 1
+        if self._count % KEPT_ROWS == 0:  # the file begins anew
+            write_atomically(self._file, "".join(self._last))
+        else:
+            with open(self._file, "a") as file:
+                file.write(self._last[-1])
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """As `WandbLogger`."""
+        self._guarded(super().log_hyperparams, *args, **kwargs)
+
+    @rank_zero_only
+    def finish(self, exit_code: int) -> None:
+        """Ends the W&B run, which then has all rows.
+
+        Raises:
+            TimeoutError: the server did not take them in time.
+        """
+        self.experiment.finish(exit_code=exit_code)
+        self._file.unlink(missing_ok=True)
+
+
+def _teardown() -> None:
+    import wandb
+
+    wandb.teardown()
+
+
+def make_logger(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> RunLogger | None:
+    """Starts the W&B run of a run directory, or resumes it, on rank zero.
+
+    Args:
+        tracking: settings of the W&B run.
+        folder: the run directory. ``wandb_id.txt`` in it stores the id of the W&B run. W&B writes to ``wandb/`` in it,
+            or to WANDB_DIR.
         config: the resolved configuration, nested plain values.
+
+    Returns:
+        The logger for all rounds; None if tracking is disabled, or, with a warning, if W&B cannot start.
     """
     if "disabled" in (tracking.mode, os.environ.get("WANDB_MODE")):
         return None
     try:
-        run = rank_zero_only(_start)(tracking, folder, config)
-        return RunLogger(folder, project=tracking.project, experiment=run)
+        return RunLogger(folder, project=tracking.project, experiment=_start(tracking, folder, config))
     except Exception as error:
         rank_zero_warn(f"W&B did not start, this run is not tracked there. {type(error).__name__}: {error}")
         return None
 
 
+@rank_zero_only
 def _start(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> Any:
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
     if not (id_file := folder / "wandb_id.txt").exists():
         write_atomically(id_file, uuid4().hex[:8])
-    settings, root = wandb.setup().settings, os.environ.get("WANDB_DIR", str(folder))
-    # Quiet, as W&B would first ask the server for the name of the user, and wait for that as well.
-    bounds = wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, quiet=True)
-    if hasattr(bounds, FLUSH_SETTING):
-        setattr(bounds, FLUSH_SETTING, FLUSH_SECONDS)
-    init = partial(
-        wandb.init, project=tracking.project, group=tracking.group, name=tracking.name, tags=tracking.tags, dir=root,
-        job_type=tracking.job_type, config=dict(config), id=id_file.read_text(), resume="allow", settings=bounds,
-    )  # fmt: skip
-    obstacle, tell = _obstacle(tracking.mode, settings)
-    if not obstacle:
+    root = os.environ.get("WANDB_DIR", str(folder))
+
+    def init(mode: Literal["online", "offline", "disabled"]) -> Any:
+        settings = wandb.Settings(
+            init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True, quiet=True,
+            silent=mode == "offline",
+        )  # fmt: skip
+        return wandb.init(
+            project=tracking.project, group=tracking.group, name=tracking.name, tags=tracking.tags, dir=root, mode=mode,
+            job_type=tracking.job_type, config=dict(config), id=id_file.read_text(), resume="allow", settings=settings,
+        )  # fmt: skip
+
+    run, configured = None, wandb.setup().settings
+    reason, tell = "as configured", cast(Callable[[str], object], rank_zero_info)
+    if configured.mode == "disabled":  # by the command `wandb disabled`
+        return init("disabled")
+    if tracking.mode != "offline" and configured.mode not in ("offline", "dryrun"):
         try:
-            run = init()
+            if wandb.login(prompt=False, verify=False):
+                run = init("online")
+            else:
+                reason = "no API key is configured, see `wandb login`"
+                tell = rank_zero_warn if tracking.mode == "online" else rank_zero_info
         except Exception as error:
-            wandb.teardown()  # or the id stays taken
-            obstacle, tell = f"{settings.base_url} did not start the run ({error})", rank_zero_warn
-    if obstacle:
-        bounds.silent = True  # online it says where the run is, and what it could not upload
-        run = init(mode="offline")  # WandbLogger(offline=True) would set WANDB_MODE for the rest of the process
-        tell(f"W&B is offline: {obstacle}. `wandb sync {root}/wandb/offline-run-*` uploads the run later.")
-    run.define_metric("trainer/global_step")  # this and the next as WandbLogger does for the runs that it makes
+            wandb.teardown()  # the id stays in use otherwise
+            message = " ".join(str(error).split())
+            reason, tell = f"{configured.base_url} did not start the run ({message})", rank_zero_warn
+    if run is None:
+        run = init("offline")  # WandbLogger(offline=True) would set WANDB_MODE for the whole process
+        tell(f"W&B is offline: {reason}. `wandb sync {root}/wandb/offline-run-*` uploads the run later.")
+    # The x axis of all metrics, as `WandbLogger` defines it for runs that it starts itself.
+    run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return run
-
-
-def _obstacle(mode: str, settings: Any) -> tuple[str, Callable[[str], object]]:
-    """Why a run cannot be online, or "", and how to tell: what the user will not have expected is a warning."""
-    from wandb.sdk.lib.wbauth import authenticate_session
-
-    if settings.mode == "disabled":  # by the command `wandb disabled`
-        return "", rank_zero_info
-    if mode == "offline" or settings.mode in ("offline", "dryrun"):
-        return "as asked for", rank_zero_info
-    try:
-        if not authenticate_session(host=settings.base_url, source="bdistil", prompt=False, update_session=False):
-            return "no API key is configured, see `wandb login`", rank_zero_info if mode == "auto" else rank_zero_warn
-        _knock(settings.base_url, CONNECT_SECONDS)
-    except Exception as error:
-        return f"{settings.base_url} is out of reach ({type(error).__name__} {error})", rank_zero_warn
-    return "", rank_zero_info
-
-
-def _knock(server: str, seconds: float) -> None:
-    """Connects to a server, or to the proxy on the way to it, or raises."""
-    parts = urlsplit(server)
-    proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
-    parts = urlsplit(proxy if "//" in proxy else f"http://{proxy}") if proxy else parts
-    address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-    with ThreadPool(1) as pool:  # the time-out of a connection does not bound the look-up of the name
-        pool.apply_async(create_connection, (address, seconds)).get(seconds).close()

@@ -1,13 +1,20 @@
-"""Reads what an offline run of W&B wrote."""
+"""Reads the file of an offline run of W&B.
+
+A ``.wandb`` file is a log in LevelDB's format, after a header of seven bytes: blocks of 32 KiB, in them chunks with a
+header of checksum, length and kind. A record, a protobuf message of W&B, is one chunk or several.
+"""
 
 import json
+import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bdistil.reporting.wandb_file import records
+from wandb.proto import wandb_internal_pb2 as messages
+
+HEADER, BLOCK = 7, 32 * 1024  # bytes; the header of the file is as long as that of a chunk
 
 
 @dataclass
@@ -37,6 +44,23 @@ def finished_runs(folder: Path, seconds: float = 20.0) -> list[OfflineRun]:
         time.sleep(0.1)
         runs = offline_runs(folder)
     return runs
+
+
+def records(data: bytes) -> Iterator[Any]:
+    """The records in a file, up to the point where a kill has torn it."""
+    at, record = HEADER, b""
+    while at + HEADER <= len(data):
+        if (left := BLOCK - at % BLOCK) < HEADER:
+            at += left  # padding: no header fits into the rest of the block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        chunk = data[at + HEADER : at + HEADER + length]
+        if kind == 0 or len(chunk) < length:
+            return
+        record = chunk if kind in (1, 2) else record + chunk  # 1 is a whole record; 2 to 4 are first, middle and last
+        if kind in (1, 4):
+            yield messages.Record.FromString(record)
+        at += HEADER + length
 
 
 def _read(data: bytes) -> OfflineRun:

@@ -1,6 +1,7 @@
 """A server that a process of W&B takes for its own: keeps the rows of each run, and says what it has of one.
 
-It answers what wandb 0.2x and 0.3x ask to start, go on with, fill and end a run; files are taken and thrown away.
+It answers what wandb 0.2x and 0.3x ask to start, go on with, fill and end a run; files are taken and thrown away,
+artifacts are refused.
 """
 
 import gzip
@@ -49,6 +50,8 @@ class Server:
     def answer(self, path, body):
         if path == "/graphql":
             asked = json.loads(body)
+            if "createArtifact" in asked["query"]:
+                return {"data": None, "errors": [{"message": "this server takes no artifacts"}]}
             return {"data": self.data(asked["query"], asked.get("variables") or {})}
         if path.endswith("/file_stream") and not self.refuses:
             self.take(path.split("/")[-2], json.loads(body))
