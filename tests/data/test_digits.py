@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from bdistil.cli.recipe_files import find_recipe, recipes, summary
@@ -14,8 +13,6 @@ from bdistil.data import digits as digits_module
 from bdistil.data.digits import Digits, read_digits
 from bdistil.data.readers import packaged_file, stratified_split
 from bdistil.errors import UserError
-from bdistil.models.convnets import ConvStudent, StridedConvNet, conv_body
-from bdistil.models.student import Rung, run_student
 
 # ---- the digits
 
@@ -203,67 +200,3 @@ def test_a_path_comes_first(tmp_path, monkeypatch):
     assert find_recipe(str(path)) == path
     monkeypatch.chdir(tmp_path)
     assert find_recipe("digits").read_text() == "# mine"
-
-
-# ---- networks
-
-
-@pytest.mark.parametrize("pooled", [1, 2])
-@pytest.mark.parametrize("side", [28, 9])
-def test_shapes(pooled, side):
-    x = torch.randn(3, 2, side, side)
-    assert conv_body(2, (4, 6), pooled)(x).shape == (3, 6 * pooled**2)
-    assert StridedConvNet((4, 6), in_channels=2, outputs=7, pooled=pooled)(x).shape == (3, 7)
-    student = ConvStudent((4, 6), in_channels=2, outputs=7, pooled=pooled)
-    assert student(x).shape == (3, 7)
-    assert student.features(x).shape == (3, student.width) == (3, 6 * pooled**2)
-
-
-def test_each_convolution_halves_the_side():
-    shapes = []
-    body = conv_body(1, (2, 3, 4), 1)
-    for layer in body:
-        if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[1:])))
-    body(torch.randn(1, 1, 28, 28))
-    assert shapes == [(2, 14, 14), (3, 7, 7), (4, 4, 4)]
-
-
-@pytest.mark.parametrize(("width", "channels"), [(1.0, (4, 8)), (1.5, (6, 12)), (2, (8, 16)), (0.1, (1, 1))])
-def test_width_widens_all_channels(width, channels):
-    student = ConvStudent((4, 8), width=width)
-    convs = [layer for layer in student.body if isinstance(layer, nn.Conv2d)]
-    assert tuple(conv.out_channels for conv in convs) == channels
-    first, second = channels
-    weights = 9 * first + 9 * first * second + 2 * (first + second) + 4 * second * 10 + 10
-    assert sum(p.numel() for p in student.parameters()) == weights
-
-
-def test_the_student_links():
-    x = torch.randn(2, 1, 28, 28)
-    earlier = [ConvStudent().eval(), ConvStudent(width=2).eval()]
-    student = ConvStudent().eval().link(earlier, Rung(2))
-    assert student.join.project.in_features == 64 + 32
-    assert run_student(student, earlier, x).shape == (2, 10)
-
-
-def test_the_teacher_drops_out_in_training_only():
-    net, x = StridedConvNet((4,), dropout=0.9), torch.randn(4, 1, 8, 8)
-    assert not torch.equal(net(x), net(x))
-    assert torch.equal(net.eval()(x), net(x))
-
-
-@pytest.mark.parametrize(
-    ("make", "values", "got"),
-    [
-        (StridedConvNet, {"channels": ()}, r"\[\], 1, 2"),
-        (StridedConvNet, {"channels": (4, 0)}, r"\[4, 0\], 1, 2"),
-        (StridedConvNet, {"in_channels": 0}, r"\[32, 64, 128\], 0, 2"),
-        (ConvStudent, {"channels": ()}, r"\[\], 1, 2"),
-        (ConvStudent, {"in_channels": 0}, r"\[4, 8\], 0, 2"),
-        (ConvStudent, {"pooled": 0}, r"\[4, 8\], 1, 0"),
-    ],
-)
-def test_networks_that_cannot_be(make, values, got):
-    with pytest.raises(UserError, match=rf"`channels`, `in_channels` and `pooled` >= 1, got {got}\."):
-        make(**values)

@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil.ensemble import timing
 from bdistil.ensemble.budget import RULES, Budget
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.stages import StackedBodies
 from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
 from bdistil.evaluation.temperature import calibration_error
@@ -18,11 +17,11 @@ IN, L, T, N = 6, 4, 3, 400
 MACS = [100, 250, 450]
 
 
-def make_ensemble(hidden=(16, 16, 16), body=None):
+def make_ensemble():
     students = []
-    for width in hidden:
-        inside = body() if body else nn.Sequential(nn.Linear(IN, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True))
-        student = Student(inside, nn.Linear(width, L)).link(students, Rung(1 if students else 0))
+    for _ in range(T):
+        body = nn.Sequential(nn.Linear(IN, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True))
+        student = Student(body, nn.Linear(16, L)).link(students, Rung(1 if students else 0))
         students.append(student)
     return ProgressiveEnsemble(students, scale=2.0, macs=MACS)
 
@@ -123,63 +122,3 @@ def test_times_are_measured_at_every_batch_and_decide_the_schedule(ensemble, dat
         assert times.schedule == "one" or times.schedules[times.schedule] < times.schedules["one"]
         assert figures.schedule(times.batch, "cpu") == times.schedule
     assert figures.schedule(7, "cuda") == "one"
-
-
-def conv():
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(16))
-
-
-@pytest.mark.parametrize("kind", ["dense", "conv"])
-def test_schedules_give_the_same_numbers(kind, monkeypatch):
-    x = torch.randn(9, IN) if kind == "dense" else torch.randn(9, 1, 6, 6)
-    students = make_ensemble((16,) * 5).students if kind == "dense" else []
-    while len(students) < 5:
-        body = conv()
-        body(x)
-        students.append(Student(body, nn.Linear(16, L)).link(students, Rung(min(len(students), 2))))
-    ensemble = ProgressiveEnsemble(students, scale=2.0)
-    calls = []
-    call = StackedBodies.__call__
-    monkeypatch.setattr(StackedBodies, "__call__", lambda self, x: calls.append(1) or call(self, x))
-    for stages in (1, 2, 4, 5):
-        calls.clear()
-        torch.testing.assert_close(
-            ensemble(x, stages, schedule="all"), ensemble(x, stages, schedule="one"), atol=1e-5, rtol=1e-5
-        )
-        assert len(calls) == (stages == 5)  # no body runs beyond the prefix
-
-
-def test_stacked_parameters_follow_the_ensemble(ensemble, data):
-    x = data[0].double()
-    ensemble(data[0], schedule="all")
-    ensemble.double()
-    torch.testing.assert_close(ensemble(x, schedule="all"), ensemble(x, schedule="one"))
-
-
-@pytest.mark.parametrize(
-    "ensemble",
-    [make_ensemble((16, 16, 8)), ProgressiveEnsemble([nn.Linear(IN, L), nn.Linear(IN, L)])],
-    ids=["other widths", "no Student"],
-)
-def test_students_that_differ_run_one_after_the_other(ensemble):
-    with pytest.raises(UserError, match="Take schedule='one'"):
-        ensemble(torch.randn(3, IN), schedule="all")
-    with pytest.raises(UserError, match="one of one, all, got 'al'"):
-        ensemble(torch.randn(3, IN), schedule="al")
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn = nn.LSTM(2, 16, batch_first=True)
-
-    def forward(self, x):
-        return self.rnn(x)[0][:, -1]
-
-
-def test_operators_that_cannot_be_stacked_leave_one_after_the_other():
-    students = [Student(Recurrent(), nn.Linear(16, L)) for _ in range(2)]
-    ensemble = ProgressiveEnsemble(students)
-    times = timing.measure_times(ensemble, torch.randn(4, 5, 2), batches=(4,))
-    assert times[0].schedule in times[0].schedules
-    assert "one" in times[0].schedules

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
-from bdistil.models.convnets import Classifier, SequenceConvNet, SequenceConvStudent, sequence_conv_body
+from bdistil.models.convnets import SequenceConvNet, SequenceConvStudent
 from bdistil.models.recurrent import RecurrentBody, RecurrentNet, RecurrentStudent
 from bdistil.models.student import Rung, run_student
 from bdistil.storage.blueprint import describe, rebuild
@@ -34,16 +33,6 @@ def test_logits_of_sequences_and_a_copy_from_its_description(make, x):
     logits = net(x)
     assert logits.shape == (4, L)
     torch.testing.assert_close(rebuild(*describe(net))(x), logits)
-
-
-def test_a_convolution_by_hand(x):
-    """One convolution of stride 2: each window of 3 steps times the weights, batch norm at its start, ReLU, mean."""
-    body = sequence_conv_body(C, [2], kernel=3, strides=[2], pooled=1).eval()
-    padded = nn.functional.pad(x, (0, 0, 1, 1))
-    weight = body.conv0.weight
-    steps = [(padded[:, t : t + 3, None, :] * weight.permute(2, 0, 1)).sum((1, 3)) for t in range(0, M, 2)]
-    expected = (torch.stack(steps, 1) / (1 + 1e-5) ** 0.5).clamp_min(0).mean(1)
-    torch.testing.assert_close(body(x), expected)
 
 
 def test_a_recurrent_body_gives_what_it_knows_after_the_last_step(x):
@@ -82,18 +71,6 @@ def test_teachers_see_noise_and_dropout_in_training_only(x, kind, options, moves
     assert torch.equal(net(x), net(x)) is not moves
     net.eval()
     assert torch.equal(net(x), net(x))
-
-
-def test_noise_in_training_only(x):
-    seen = []
-    net = Classifier(nn.Flatten(), M * C, L, dropout=0.0, noise=0.5)
-    net.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    net(x)
-    net.eval()(x)
-    Classifier(net.body, M * C, L, dropout=0.0)(x)
-    assert 0.3 < (seen[0] - x).std() < 0.7
-    assert seen[1] is x
-    assert seen[2] is x
 
 
 @pytest.mark.parametrize(

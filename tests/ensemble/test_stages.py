@@ -1,0 +1,86 @@
+"""Schedules: all bodies together on stacked parameters, and the ensembles that do not support it."""
+
+import pytest
+import torch
+from torch import nn
+
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.ensemble.stages import StackedBodies
+from bdistil.ensemble.timing import measure_times
+from bdistil.errors import UserError
+from bdistil.models.student import Rung, Student
+
+IN, L = 6, 4
+ACTIVATIONS = (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2))
+
+
+def make_ensemble(hidden=(16, 16, 16)):
+    students = []
+    for width in hidden:
+        body = nn.Sequential(nn.Linear(IN, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True))
+        students.append(Student(body, nn.Linear(width, L)).link(students, Rung(1 if students else 0)))
+    return ProgressiveEnsemble(students, scale=2.0)
+
+
+def conv():
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(16))
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_schedules_give_the_same_numbers(kind, monkeypatch):
+    x = torch.randn(9, IN) if kind == "dense" else torch.randn(9, 1, 6, 6)
+    students = make_ensemble((16,) * 5).students if kind == "dense" else []
+    while len(students) < 5:
+        body = conv()
+        body(x)
+        students.append(Student(body, nn.Linear(16, L)).link(students, Rung(min(len(students), 2))))
+    ensemble = ProgressiveEnsemble(students, scale=2.0)
+    calls = []
+    call = StackedBodies.__call__
+    monkeypatch.setattr(StackedBodies, "__call__", lambda self, x: calls.append(1) or call(self, x))
+    for stages in (1, 2, 4, 5):
+        calls.clear()
+        torch.testing.assert_close(
+            ensemble(x, stages, schedule="all"), ensemble(x, stages, schedule="one"), atol=1e-5, rtol=1e-5
+        )
+        assert len(calls) == (stages == 5)  # no body runs beyond the prefix
+
+
+def test_stacked_parameters_follow_the_ensemble():
+    ensemble, x = make_ensemble(), torch.randn(9, IN)
+    ensemble(x, schedule="all")
+    ensemble, x = ensemble.double(), x.double()
+    torch.testing.assert_close(ensemble(x, schedule="all"), ensemble(x, schedule="one"))
+
+
+@pytest.mark.parametrize(
+    "ensemble",
+    [
+        make_ensemble((16, 16, 8)),
+        ProgressiveEnsemble([Student(nn.Sequential(nn.Linear(IN, 4), act), nn.Linear(4, L)) for act in ACTIVATIONS]),
+        ProgressiveEnsemble([nn.Linear(IN, L), nn.Linear(IN, L)]),
+    ],
+    ids=["other widths", "another slope", "no Student"],
+)
+def test_students_that_differ_run_one_after_the_other(ensemble):
+    with pytest.raises(UserError, match="Take schedule='one'"):
+        ensemble(torch.randn(3, IN), schedule="all")
+    with pytest.raises(UserError, match="one of one, all, got 'al'"):
+        ensemble(torch.randn(3, IN), schedule="al")
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(2, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0][:, -1]
+
+
+def test_operators_that_cannot_be_stacked_leave_one_after_the_other():
+    students = [Student(Recurrent(), nn.Linear(16, L)) for _ in range(2)]
+    ensemble = ProgressiveEnsemble(students)
+    times = measure_times(ensemble, torch.randn(4, 5, 2), batches=(4,))
+    assert times[0].schedule in times[0].schedules
+    assert "one" in times[0].schedules
