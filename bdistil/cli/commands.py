@@ -12,10 +12,9 @@ from bdistil.ensemble.budget import Budget, Rule
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
-from bdistil.evaluation.evaluate import Part, Sweep, evaluate_budgets, sweep_budgets
-from bdistil.evaluation.profile import profile_run
-from bdistil.evaluation.run_data import loader_of
-from bdistil.evaluation.tables import table, teacher_row, write_csv, write_picture
+from bdistil.evaluation.evaluate import Sweep, evaluate_budgets, profile_run, sweep_budgets
+from bdistil.evaluation.run_data import Part, loader_of
+from bdistil.evaluation.tables import reference_row, table, write_csv, write_picture
 from bdistil.export.run import ExportOptions, export_run, export_summary
 from bdistil.reporting.curve_table import curve_table
 from bdistil.reporting.report import write_report
@@ -54,7 +53,7 @@ def evaluate(
         macs = ProgressiveEnsemble.load(run_dir).macs
         budgets = sweep_budgets(sweep, budget, macs, load_calibration(run), batch_size)
     rows = evaluate_budgets(run, budgets, part, batch_size)
-    teacher = teacher_row(run, part)
+    teacher = reference_row(run, part)
     beside = [*([teacher] if teacher else []), *rows]
     if csv is not None:
         write_csv(beside, Path(csv))

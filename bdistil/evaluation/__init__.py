@@ -1,17 +1,15 @@
-"""Evaluation of finished runs: accuracy within budgets, calibration, exit thresholds, early classification."""
+"""Evaluation of finished runs: accuracy within budgets, costs, calibration, exit thresholds, early classification."""
 
-from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, fit_figures
+from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, fit_calibration
 from bdistil.evaluation.early import early_figures
-from bdistil.evaluation.evaluate import evaluate_budgets, evaluate_outputs, sweep_budgets
-from bdistil.evaluation.profile import profile_run
+from bdistil.evaluation.evaluate import evaluate_budgets, profile_run, sweep_budgets
 
 __all__ = [
     "ExitTarget",
     "early_figures",
     "evaluate_budgets",
-    "evaluate_outputs",
     "fit_anytime",
-    "fit_figures",
+    "fit_calibration",
     "profile_run",
     "sweep_budgets",
 ]

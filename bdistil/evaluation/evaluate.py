@@ -1,4 +1,4 @@
-"""What a finished run is worth within a budget, or within each of a sweep: accuracy, cost, latency."""
+"""Accuracy, cost and latency of a finished run, within budgets and stage by stage."""
 
 from __future__ import annotations
 
@@ -10,110 +10,88 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bdistil.data.loaders import first_samples
 from bdistil.ensemble.budget import Budget
 from bdistil.ensemble.calibration import Calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.early import early_figures
-from bdistil.evaluation.run_data import first_samples, loader_of
-from bdistil.metrics.quality import PrefixErrors
+from bdistil.evaluation.run_data import Part, loader_of
+from bdistil.metrics.cost import latency_ms, measure_cost
+from bdistil.metrics.quality import PrefixMetric, prefix_metric
+from bdistil.models.student import linked_features, links_of
 from bdistil.storage.run_directory import RunDirectory
 
-Part = Literal["test", "val"]
 Sweep = Literal["stages", "macs", "seconds", "confidence"]
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 DEADLINES = 6
-SINGLES, BATCHES = 100, 30  # calls that are timed
+SINGLES, BATCHES = 100, 30  # timed calls
+
+
+# ---- within budgets
 
 
 def evaluate_budgets(
     run: RunDirectory, budgets: Sequence[Budget], part: Part = "test", batch_size: int = 256
 ) -> list[dict[str, Any]]:
-    """Accuracy, average cost, latency and the share of samples decided at each stage, for each of some budgets.
+    """Accuracy (R² and rms error for a regression), average cost, latency and exits, one row per budget.
 
-    Students that read segments of a sequence also get the figures of early classification (`bdistil.evaluation.early`).
+    With a single budget, students that read segments of a sequence also get the figures of early classification.
 
     Args:
         run: a run of a recipe.
         budgets: limits.
         part: of the data.
-        batch_size: of the second latency; the first is of single samples.
+        batch_size: of the second latency; the first is that of single samples.
 
     Raises:
-        UserError: `batch_size` < 1, or the run is not one of a recipe.
+        UserError: `batch_size` < 1, or the run was not started by a recipe.
     """
-    if batch_size < 1:
-        raise UserError(f"Expected `batch_size` to be >= 1, got {batch_size}.")
+    _check_batch_size(batch_size)
     ensemble, loader = ProgressiveEnsemble.load(run.root), loader_of(run, part)
     x = first_samples(loader, max(SINGLES, batch_size))
-    singles = list(x[:SINGLES].split(1))
-    batch = x[torch.arange(batch_size) % len(x)]
+    singles, batch = list(x[:SINGLES].split(1)), x[torch.arange(batch_size) % len(x)]
+    early = {}
+    if len(budgets) == 1 and ensemble.task != "regression":
+        early = early_figures(ensemble, loader, budgets[0].confidence)
     rows = []
-    classes = ensemble.task != "regression"
-    quality = _quality if classes else evaluate_outputs
-    early = early_figures(ensemble, loader, budgets[0].confidence) if classes and len(budgets) == 1 else {}
     for budget in budgets:
-        row = {"budget": budget_text(budget), "part": part, **quality(ensemble, loader, budget)}
+        row = {"budget": budget_text(budget), "part": part, **_quality(ensemble, loader, budget)}
         row |= _latency(ensemble, singles, budget, "single") | _latency(ensemble, [batch] * BATCHES, budget, "batch")
         rows.append({**row, "batch_size": batch_size, **early})
     return rows
 
 
 def budget_text(budget: Budget) -> str:
-    """The limits of a budget in short: ``stages=2 confidence=0.9``."""
-    given = {key: value for key, value in asdict(budget).items() if value is not None}
-    texts = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in given.items())
+    """The limits of a budget as text: ``stages=2 confidence=0.9``, or ``none``."""
+    limits = {key: value for key, value in asdict(budget).items() if value is not None}
+    texts = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in limits.items())
     return " ".join(texts) or "none"
 
 
 def _quality(ensemble: ProgressiveEnsemble, loader: Iterable[Any], budget: Budget) -> dict[str, Any]:
-    right, macs, samples, decided = 0, 0, 0, torch.zeros(len(ensemble) + 1, dtype=torch.int64)
+    metric: PrefixMetric | None = None
+    macs, decided = 0, torch.zeros(len(ensemble) + 1, dtype=torch.int64)
     started = time.perf_counter()
     for x, y in loader:
         prediction = ensemble.predict(x, budget)
-        right += int((prediction.logits.argmax(-1) == y).sum())
+        metric = metric or prefix_metric(ensemble.task, prediction.logits.shape[-1])
+        metric.update(prediction.logits[None], y)
         macs += int(prediction.macs.sum())
-        samples += len(y)
         decided += prediction.stages.bincount(minlength=len(ensemble) + 1)
-    return {
-        "samples": samples,
-        "accuracy": round(right / samples, 6),
-        "average_macs": round(macs / samples),
-        "all_stages_macs": ensemble.macs[-1],
-        "decided_share": [round(float(d) / samples, 4) for d in decided[1:]],
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-
-
-def evaluate_outputs(ensemble: ProgressiveEnsemble, loader: Any, budget: Budget) -> dict[str, Any]:
-    """R², rms error on the labels and average cost of an ensemble of real outputs within a budget.
-
-    Args:
-        ensemble: of a regression.
-        loader: yields (x, y).
-        budget: limits, without confidence.
-    """
-    scores, macs, samples, started = None, 0, 0, time.perf_counter()
-    for x, y in loader:
-        prediction = ensemble.predict(x, budget)
-        scores = scores or PrefixErrors(outputs=prediction.logits.shape[-1])
-        scores.update(prediction.logits[None], y)
-        macs, samples = macs + int(prediction.macs.sum()), samples + len(y)
-    if scores is None:
+    if metric is None:
         raise UserError("Expected the part to hold samples, got none.")
-    r2, rms = (round(float(figure), 6) for figure in scores.compute())
-    return {
-        "samples": samples,
-        "r2": r2,
-        "rms": rms,
-        "average_macs": round(macs / samples),
-        "all_stages_macs": ensemble.macs[-1],
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+    seconds, samples = time.perf_counter() - started, int(decided.sum())
+    score, error = (round(float(figure), 6) for figure in metric.compute())
+    regression = ensemble.task == "regression"
+    costs = {"average_macs": round(macs / samples), "all_stages_macs": ensemble.macs[-1]}
+    exits = {} if regression else {"decided_share": [round(float(d) / samples, 4) for d in decided[1:]]}
+    quality = {"r2": score, "rms": error} if regression else {"accuracy": score}
+    return {"samples": samples, **quality, **costs, **exits, "seconds": round(seconds, 3)}
 
 
 def _latency(ensemble: ProgressiveEnsemble, calls: Sequence[Tensor], budget: Budget, name: str) -> dict[str, float]:
-    """Median and 95th percentile of the milliseconds of a call, after one that is not counted."""
+    """Median and 95th percentile of the milliseconds of a call, after one warm-up call."""
     ensemble.predict(calls[0], budget)
     milliseconds = []
     for x in calls:
@@ -125,37 +103,80 @@ def _latency(ensemble: ProgressiveEnsemble, calls: Sequence[Tensor], budget: Bud
 
 
 def sweep_budgets(
-    sweep: Sweep, budget: Budget, macs: Sequence[int], figures: Calibration | None, batch_size: int
+    sweep: Sweep, budget: Budget, macs: Sequence[int], calibration: Calibration | None, batch_size: int
 ) -> list[Budget]:
-    """Budgets that differ in one limit; the other limits are those of `budget`.
+    """Budgets that vary one limit of `budget`.
 
-    Stages from 1 to all, the MACs of each prefix, six deadlines from the first stage to all of them by the measured
-    times, or confidences from 0.5 to 0.99.
+    Stages from 1 to all, the MACs of each prefix, six deadlines from the measured time of the first stage to that of
+    all stages, or confidences from 0.5 to 0.99.
 
     Args:
-        sweep: the limit.
+        sweep: the limit to vary.
         budget: the other limits.
-        macs: cumulative, one number a stage.
-        figures: measured times, for deadlines.
-        batch_size: that the deadlines are for.
+        macs: cumulative, one value per stage.
+        calibration: measured times, for deadlines.
+        batch_size: of the deadlines.
 
     Raises:
-        UserError: the budget fixes that limit itself, or deadlines are asked for and no times were measured.
+        UserError: `budget` sets that limit itself, or a sweep of seconds lacks measured times.
     """
     if getattr(budget, sweep) is not None:
-        raise UserError(
-            f"`budget.{sweep}` is what `sweep` is to vary, got {budget_text(budget)}. Leave one of the two out."
-        )
+        raise UserError(f"Expected `budget.{sweep}` to be unset as `sweep` varies it, got {budget_text(budget)}.")
     if sweep == "stages":
         return [replace(budget, stages=k + 1) for k in range(len(macs))]
     if sweep == "macs":
         return [replace(budget, macs=m) for m in macs]
     if sweep == "confidence":
         return [replace(budget, confidence=c) for c in CONFIDENCES]
-    if figures is None or not figures.times:
+    if calibration is None or not calibration.times:
         raise UserError(
             "Expected measured stage times for a sweep of seconds. Run `bdistil calibrate` on the run first."
         )
-    times = min(figures.times, key=lambda t: abs(t.batch - batch_size))
+    times = min(calibration.times, key=lambda t: abs(t.batch - batch_size))
     deadlines = torch.linspace(times.late[0], 1.2 * sum(times.late), DEADLINES).tolist()
     return [replace(budget, seconds=s) for s in deadlines]
+
+
+# ---- stage by stage
+
+
+def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
+    """Costs of each stage, after those of the teacher: MACs per sample, parameters, bytes, latency.
+
+    The teacher's were measured at the start of the run with a batch size of 1; what depends on it is None for others.
+
+    Args:
+        run: the run directory.
+        batch_size: for the activation bytes and the latency.
+
+    Raises:
+        UserError: `batch_size` < 1, no round is committed, or x is not a tensor.
+    """
+    _check_batch_size(batch_size)
+    ensemble = ProgressiveEnsemble.load(run.root)
+    if ensemble.inputs.shape is None:
+        raise UserError("Expected x of this run to be a tensor, to profile its stages; it was something else.")
+    x, rows = ensemble.inputs.random(batch_size), []
+    if teacher := run.teacher_figures():
+        rows = [
+            {"stage": "teacher", "macs": teacher["macs"], "link_macs": 0, "params": teacher["params"],
+             "weight_bytes": teacher["weight_bytes"],
+             "activation_bytes": teacher["activation_bytes"] if batch_size == 1 else None,
+             "latency_ms": round(teacher["latency_ms"], 3) if batch_size == 1 else None,
+             "cumulative_macs": teacher["macs"]}
+        ]  # fmt: skip
+    students = list(ensemble.students)
+    for number, student in enumerate(students):
+        inputs = (x, linked_features(student, students[:number], x)) if links_of(student) else (x,)
+        cost = measure_cost(student, inputs, uncounted="record")
+        rows.append(
+            {"stage": number + 1, "macs": cost.macs // len(x), "link_macs": cost.by_module.get("join", 0) // len(x),
+             "params": cost.params, "weight_bytes": cost.weight_bytes, "activation_bytes": cost.activation_bytes,
+             "latency_ms": round(latency_ms(student, inputs), 3), "cumulative_macs": ensemble.macs[number]}
+        )  # fmt: skip
+    return rows
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"Expected `batch_size` to be >= 1, got {batch_size}.")

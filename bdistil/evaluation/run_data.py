@@ -1,23 +1,22 @@
-"""The data that the configuration of a run names."""
+"""Data of a finished run, from the data module that its configuration names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 
 from bdistil.data.loaders import single_loader
 from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
 from bdistil.storage.run_directory import RunDirectory
 
+Part = Literal["test", "val"]
+
 
 def datamodule_of(run: RunDirectory) -> LightningDataModule:
-    """The data module that config.yaml of a run names. Such a file names classes that are imported: it is code.
+    """The data module named in config.yaml of a run. The file names classes that are imported: treat it as code.
 
     Raises:
         UserError: the run was not started by a recipe.
@@ -34,7 +33,7 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
     return open_generated(run.emulation, module) if run.emulation.exists() else module
 
 
-def loader_of(run: RunDirectory, part: Literal["test", "val"]) -> Any:
+def loader_of(run: RunDirectory, part: Part) -> Any:
     """The loader of a part of the data of a run, in the order of its samples.
 
     Raises:
@@ -44,13 +43,3 @@ def loader_of(run: RunDirectory, part: Literal["test", "val"]) -> Any:
     datamodule.prepare_data()
     datamodule.setup("test" if part == "test" else "fit")
     return single_loader(datamodule.test_dataloader() if part == "test" else datamodule.val_dataloader())
-
-
-def first_samples(loader: Iterable[Any], samples: int) -> Tensor:
-    """x (samples, ...) of the first samples of a loader that yields (x, y), or of as many as there are."""
-    found: list[Tensor] = []
-    for x, _ in loader:
-        found.append(x)
-        if sum(map(len, found)) >= samples:
-            break
-    return torch.cat(found)[:samples]

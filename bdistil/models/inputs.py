@@ -37,6 +37,14 @@ class InputSpec:
         shape = record.get("input_shape")
         return cls(None if shape is None else tuple(shape), record.get("input_dtype"))
 
+    def random(self, count: int) -> Tensor:
+        """Random samples (count, ...), always the same: standard normal, or zeros and ones for an integer dtype."""
+        assert self.shape is not None
+        generator, dtype = torch.Generator().manual_seed(0), getattr(torch, self.dtype or "float32")
+        if dtype.is_floating_point:
+            return torch.randn(count, *self.shape, generator=generator).to(dtype)
+        return torch.randint(2, (count, *self.shape), generator=generator).to(dtype)
+
     def check(self, x: Any) -> None:
         """Checks that x is a batch of such samples, without NaN or infinity; what is no tensor is not checked.
 

@@ -146,7 +146,7 @@ def test_a_sweep_for_the_terminal(run, capsys):
 @pytest.mark.parametrize(
     ("args", "names"),
     [
-        (["--sweep", "stages", "--budget.stages", "1"], "`budget.stages` is what `sweep` is to vary, got stages=1"),
+        (["--sweep", "stages", "--budget.stages", "1"], "`budget.stages` to be unset as `sweep` varies it"),
         (["--sweep", "watts"], "watts"),
         (["--batch_size", "0"], "`batch_size` to be >= 1, got 0"),
         (["--budget.confidence", "fitted", "--budget.rule", "agreement"], "budget has rule='agreement'"),

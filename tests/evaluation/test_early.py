@@ -7,39 +7,42 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ProgressiveEnsemble, Rung
-from bdistil.evaluation.early import early_figures, early_row, first_sure, share_decided_by, steps_saved
+from bdistil.evaluation.early import early_figures, early_row, first_decided
 from bdistil.models.convnets import ConvStudent
 from bdistil.models.recurrent import RecurrentSegmentStudent
 from bdistil.models.student import build_student
 
-SURE = torch.tensor([[0.95, 0.2, 0.3, 0.1], [0.5, 0.9, 0.2, 0.1], [0.99, 0.1, 0.9, 0.1], [0.9, 0.9, 0.9, 0.89]])
+CONFIDENCE = torch.tensor([[0.95, 0.2, 0.3, 0.1], [0.5, 0.9, 0.2, 0.1], [0.99, 0.1, 0.9, 0.1], [0.9, 0.9, 0.9, 0.89]])
 RIGHT = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
 ENDS, M = [3, 6, 8, 12], 12
 
 
-def test_the_first_sure_stage():
-    stages, decided = first_sure(SURE, 0.9)
+def test_the_first_stage_that_decides():
+    stages, decided = first_decided(CONFIDENCE, 0.9)
     assert stages.tolist() == [0, 1, 2, 3]
     assert decided.tolist() == [True, True, True, False]
 
 
 def test_figures_by_hand():
     """Read 3, 6, 8 and 12 of 12 steps; the last sample is never decided and is answered at its last step."""
-    row = early_row(SURE, RIGHT, ENDS, M, 0.9)
+    row = early_row(CONFIDENCE, RIGHT, ENDS, M, 0.9)
     assert row == {"decided_by_55": 0.5, "decided_by_75": 0.75, "accuracy": 0.75, "steps_saved": round(1 - 29 / 48, 4)}
 
 
-def test_a_part_that_ends_on_a_step_takes_it_in():
-    read, decided = torch.tensor([55, 56, 75, 100]), torch.tensor([True, True, False, True])
-    assert share_decided_by(read, decided, 100, 0.55) == 0.25
-    assert share_decided_by(read, decided, 100, 0.75) == 0.5
-    assert share_decided_by(read, decided, 100, 1.0) == 0.75
+def test_a_fraction_that_ends_on_a_step_includes_it():
+    """Samples decided at steps 55, 56 and 75 of 100, and one that never is."""
+    confidence = torch.eye(4)
+    confidence[3, 3] = 0.0
+    row = early_row(confidence, torch.ones(4, 4, dtype=torch.bool), [55, 56, 75, 100], 100, 0.9)
+    assert (row["decided_by_55"], row["decided_by_75"]) == (0.25, 0.75)
 
 
 def test_steps_saved_are_those_of_the_formula():
-    last = torch.randint(0, 99, (50,))
-    assert steps_saved(last + 1, 99) == pytest.approx(1 - sum(int(step) + 1 for step in last) / (50 * 99))
-    assert steps_saved(torch.tensor([99, 99]), 99) == 0.0
+    confidence = torch.rand(99, 50)
+    row = early_row(confidence, confidence > 0, range(1, 100), 99, 0.98)
+    read = first_decided(confidence, 0.98)[0] + 1
+    assert row["steps_saved"] == pytest.approx(1 - sum(int(steps) for steps in read) / (50 * 99), abs=1e-4)
+    assert early_row(torch.zeros(3, 2), torch.ones(3, 2) > 0, [1, 2, 3], 3, 0.5)["steps_saved"] == 0.0
 
 
 @pytest.fixture(scope="module")

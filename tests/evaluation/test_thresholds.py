@@ -7,13 +7,13 @@ import pytest
 
 from bdistil.ensemble.budget import NEVER
 from bdistil.errors import UserError
-from bdistil.evaluation.thresholds import exit_stages, fit_thresholds, outcome
+from bdistil.evaluation.thresholds import exit_outcome, exit_stages, fit_thresholds
 
 MACS = [10, 25, 45, 70]
 
 
 def drawn(seed, stages, samples, levels=None):
-    """Sureness (T, N), and answers that are right the more often the surer and the later."""
+    """Confidence (T, N), and answers that are right more often with confidence and at later stages."""
     rng = np.random.default_rng(seed)
     sure = rng.random((stages, samples))
     sure = sure if levels is None else np.round(sure * levels) / levels
@@ -34,7 +34,7 @@ def every_choice(confidence, right, macs):
 
 def reached(confidence, right, macs, **target):
     thresholds = np.array(fit_thresholds(confidence, right, macs, **target))
-    return outcome(exit_stages(confidence, thresholds), right, np.array(macs))
+    return exit_outcome(exit_stages(confidence, thresholds), right, np.array(macs))
 
 
 @pytest.mark.parametrize("levels", [None, 4])
@@ -82,13 +82,13 @@ def test_no_other_threshold_of_one_stage_is_better(target, seed, levels):
     sure, right = drawn(seed, 4, 200, levels)
     macs = np.array(MACS)
     fitted = np.array(fit_thresholds(sure, right, MACS, **target))
-    best = outcome(exit_stages(sure, fitted), right, macs)
+    best = exit_outcome(exit_stages(sure, fitted), right, macs)
     least = right[-1].sum() - 2
     for number in range(3):
         for cut in [*np.unique(sure[number]), NEVER]:
             moved = fitted.copy()
             moved[number] = cut
-            other = outcome(exit_stages(sure, moved), right, macs)
+            other = exit_outcome(exit_stages(sure, moved), right, macs)
             if "max_loss" in target and other.right >= least:
                 assert other.macs >= best.macs
             elif "average_macs" in target and other.macs <= 30 * 200:
@@ -109,8 +109,10 @@ def test_one_threshold_for_all_stages_is_the_best_of_200_quantiles(target):
     *fitted, last = fit_thresholds(sure, right, MACS, **target, shared=True)
     assert last == 0
     assert len(set(fitted)) == 1
-    tries = [outcome(exit_stages(sure, np.full(4, t)), right, macs) for t in np.quantile(sure, np.linspace(0, 1, 200))]
-    found = outcome(exit_stages(sure, np.array([*fitted, 0])), right, macs)
+    tries = [
+        exit_outcome(exit_stages(sure, np.full(4, t)), right, macs) for t in np.quantile(sure, np.linspace(0, 1, 200))
+    ]
+    found = exit_outcome(exit_stages(sure, np.array([*fitted, 0])), right, macs)
     if "max_loss" in target:
         assert found.macs == min(o.macs for o in tries if o.right >= right[-1].sum() - 1)
     else:

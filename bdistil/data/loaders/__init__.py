@@ -1,6 +1,6 @@
 """DataLoaders that carry each sample's index, checks of datasets, and fixed random views."""
 
-from bdistil.data.loaders.checks import check_dataset, distinct_samples, is_random, single_loader
+from bdistil.data.loaders.checks import check_dataset, distinct_samples, first_samples, is_random, single_loader
 from bdistil.data.loaders.indexing import (
     LOADERS,
     Index,
@@ -23,6 +23,7 @@ __all__ = [
     "Views",
     "check_dataset",
     "distinct_samples",
+    "first_samples",
     "indexed_loaders",
     "is_random",
     "rows_loader",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sized
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
@@ -15,6 +16,16 @@ from bdistil.errors import UserError
 def single_loader(loader: Any) -> Any:
     """The loader, or the only one of a list, as some data modules return it."""
     return loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
+
+
+def first_samples(loader: Any, count: int) -> Tensor:
+    """x (n, ...) of the first samples of a loader that yields (x, y), or of a list of one; n is at most `count`."""
+    batches: list[Tensor] = []
+    for x, _ in single_loader(loader):
+        batches.append(x)
+        if sum(map(len, batches)) >= count:
+            break
+    return torch.cat(batches)[:count]
 
 
 def check_dataset(loader: Any, name: str) -> int:
