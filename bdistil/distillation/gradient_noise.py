@@ -12,7 +12,7 @@ import torch
 
 from bdistil.distillation.probes import Batch, Probe, RoundProbe
 from bdistil.functional.gradient_noise import (
-    STEPS,
+    REPORTED_STEPS,
     GradientMoments,
     best_weight,
     explained_share,
@@ -94,13 +94,13 @@ def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
             figures[f"nsr_{name}"] = noise_to_signal(moments, weight)
         return figures
     return figures | {
-        **moments.plain(),
+        **moments.to_dict(),
         "nsr_labels": noise_to_signal(moments, 0.0),
         "nsr_teacher": noise_to_signal(moments, 1.0),
         "least_variance_weight": least_variance_weight(moments),
         "explained": explained_share(moments),
         "pull_curvature": estimate.curvature,
-        **{f"best_weight_{step:g}": best_weight(moments, step) for step in STEPS},
+        **{f"best_weight_{step:g}": best_weight(moments, step) for step in REPORTED_STEPS},
     }
 
 

@@ -14,7 +14,7 @@ from bdistil.functional.boosting import (
 from bdistil.functional.distillation import KDTerms, at_least_float32, centre, kd_terms
 from bdistil.functional.gradient_noise import (
     INTERPOLATED,
-    STEPS,
+    REPORTED_STEPS,
     USUAL_STEP,
     GradientMoments,
     Suggestion,
@@ -70,7 +70,7 @@ __all__ = [
     "HIGHEST",
     "INNER",
     "INTERPOLATED",
-    "STEPS",
+    "REPORTED_STEPS",
     "TRAIN_SHARE",
     "USUAL_STEP",
     "GradientMoments",

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Losses of knowledge distillation and their gradients with respect to the logits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,34 @@ from torch import Tensor
 
 
 def centre(logits: Tensor) -> Tensor:
-    """Logits less their mean over the outputs of a sample, shape (B, L): the part that softmax sees."""
+    """Logits (B, L) less their mean over the outputs, which softmax does not depend on.
+
+    Example:
+        >>> centre(torch.tensor([[3.0, 1.0]])).tolist()
+        [[1.0, -1.0]]
+    """
     return logits - logits.mean(-1, keepdim=True)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """The same values, as float32 where they are of 16 bits: mixed precision is too coarse for softmax and sums."""
+    """The same values, as float32 where they have 16 bits, which are too coarse for softmax and sums.
+
+    Example:
+        >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 class KDTerms(NamedTuple):
-    """Per-sample losses and the residuals that drive the last layer, as `kd_terms` returns them."""
+    """Losses of each sample and their gradients with respect to the logits, as `kd_terms` returns them.
+
+    Attributes:
+        ce: cross entropy of the labels, (B,).
+        kl: tau^2 KL(teacher || student), (B,), or (M, B) for M teachers.
+        label_residual: R_g = softmax(z) - y, (B, L).
+        teacher_residual: R_k = tau (softmax(z / tau) - softmax(z_t / tau)), (B, L), or (M, B, L).
+    """
 
     ce: Tensor
     kl: Tensor
@@ -29,25 +46,28 @@ class KDTerms(NamedTuple):
 
 
 def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> KDTerms:
-    """Label loss and teacher loss of every sample, with the gradients of both with respect to the logits.
+    """Label loss and teacher loss of each sample, with the gradients of both with respect to the logits.
 
-    Convention: the teacher's loss carries tau^2, so that its gradient keeps its size at any temperature.
+    Convention: the teacher's loss has the factor tau^2 (Hinton et al., arXiv 1503.02531, section 2), so that its
+    gradient keeps its size at any temperature.
 
     Args:
-        student_logits: shape (B, L).
-        teacher_logits: shape (B, L), or (M, B, L) of M teachers.
-        target: class numbers, shape (B,).
+        student_logits: z, (B, L).
+        teacher_logits: z_t, (B, L), or (M, B, L) for M teachers.
+        target: class numbers y, (B,).
         temperature: tau > 0 of both softmaxes of the teacher's loss.
 
-    Returns:
-        ce (B,), kl (B,) = tau^2 KL(teacher || student), and the residuals R_g = softmax(z) - y and
-        R_k = tau (softmax(z/tau) - softmax(z_t/tau)), both (B, L). Of M teachers kl is (M, B) and R_k (M, B, L).
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+        >>> ce, kl, *_ = kd_terms(student, teacher, torch.tensor([0]), temperature=2.0)
+        >>> ce, kl
+        (tensor([0.1269]), tensor([0.4805]))
     """
     soft = F.log_softmax(student_logits / temperature, -1)
     goal = F.log_softmax(teacher_logits / temperature, -1)
     kl = temperature**2 * F.kl_div(soft.expand_as(goal), goal, reduction="none", log_target=True).sum(-1)
     classes = torch.arange(student_logits.shape[-1], device=target.device)
-    one_hot = (target[:, None] == classes).to(student_logits.dtype)  # as F.one_hot, which torch.func.vmap refuses
+    one_hot = (target[:, None] == classes).to(student_logits.dtype)  # F.one_hot does not run in torch.func.vmap
     return KDTerms(
         F.cross_entropy(student_logits, target, reduction="none"),
         kl,

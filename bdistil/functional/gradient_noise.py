@@ -1,10 +1,11 @@
-"""How noisy the gradient of distillation is, and what weight helps: KD as partial variance reduction.
+"""Gradient noise of distillation, and the distillation weight that reduces it.
 
-The gradient (1 - lambda) grad CE + lambda grad KL is that of the labels with the teacher's as a control variate
-(arXiv 2305.17581). Three scalars of the last linear layer, made without a backward pass, give its noise at any lambda.
+The gradient (1 - lambda) grad CE + lambda grad KL is the label gradient with the teacher's as a control variate:
+knowledge distillation as partial variance reduction (arXiv 2305.17581). Three second moments give its noise at any
+lambda; those of the last linear layer need no backward pass.
 
-Letters: n samples that were looked at, D inputs of the last layer, P parameters, g the label gradient of a sample, k
-the teacher's, h = g - k.
+Letters: n measured samples, D inputs of the last layer, P parameters, L outputs; of a sample g is the label gradient,
+k the teacher gradient, h = g - k.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bdistil.errors import UserError
 
-# alpha mu / B for which the best weight is reported, and the one that a suggestion is made for; see `best_weight`.
-STEPS = (1e-3, 1e-2, 1e-1)
+# alpha mu / B for which the best weight is reported, and the one behind a suggestion; see `best_weight`.
+REPORTED_STEPS = (1e-3, 1e-2, 1e-1)
 USUAL_STEP = 1e-2
-# Below this mean cross entropy a student fits its labels, and there is no noise left that a teacher could take away.
+# Below this mean cross entropy a student fits its labels, and no noise is left to reduce.
 INTERPOLATED = 0.01
 
 
@@ -32,7 +34,12 @@ class GradientMoments:
         samples: n.
         gg, kk, gk: mean over the samples of <u_i, v_i>.
         mean_gg, mean_kk, mean_gk: <mean u, mean v>.
-        unseen: share of the training part that was not looked at; of a whole part the mean gradient is exact.
+        unseen: share of the training part that was not measured; at 0 the mean gradient is exact.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> moments.variance, moments.mean_square
+        ((2.0, 2.0, 0.0), (3.0, 4.0, 4.0))
     """
 
     samples: int
@@ -44,24 +51,21 @@ class GradientMoments:
     mean_gk: float
     unseen: float = 1.0
 
-    def _variance(self, second: float, mean: float) -> float:
-        return (second - mean) * self.samples / (self.samples - 1)
-
     @property
     def variance(self) -> tuple[float, float, float]:
-        """V_gg, V_kk, V_gk: (co)variances of single samples, without bias."""
-        pairs = ((self.gg, self.mean_gg), (self.kk, self.mean_kk), (self.gk, self.mean_gk))
-        gg, kk, gk = (self._variance(*pair) for pair in pairs)
+        """V_gg, V_kk, V_gk: unbiased (co)variances of single samples."""
+        n, pairs = self.samples, ((self.gg, self.mean_gg), (self.kk, self.mean_kk), (self.gk, self.mean_gk))
+        gg, kk, gk = ((second - mean) * n / (n - 1) for second, mean in pairs)
         return gg, kk, gk
 
     @property
     def mean_square(self) -> tuple[float, float, float]:
-        """The same of the mean gradients; what the noise adds to it is taken away, so a value may be below 0."""
+        """Unbiased <mean u, mean v> of gg, kk, gk: without the part due to noise, so a value may be below 0."""
         gg, kk, gk = (self.unseen * v / self.samples for v in self.variance)
         return self.mean_gg - gg, self.mean_kk - kk, self.mean_gk - gk
 
-    def plain(self) -> dict[str, float]:
-        """The scalars by name, for logs."""
+    def to_dict(self) -> dict[str, float]:
+        """The variances by name, for logs."""
         gg, kk, gk = self.variance
         return {"v_gg": gg, "v_kk": kk, "v_gk": gk}
 
@@ -69,7 +73,7 @@ class GradientMoments:
 def last_layer_moments(
     activations: Tensor, label_residual: Tensor, teacher_residual: Tensor, population: int | None = None
 ) -> GradientMoments:
-    """Moments of the last layer's gradients, from what goes in and the residuals at its output; no backward pass.
+    """Moments of the last layer's gradients, from its inputs and the residuals at its output.
 
     The gradient of a sample is R_i a_i^T, so <u_i, v_i> = <R_u,i, R_v,i> |a_i|^2 and the mean is R^T A / n.
 
@@ -77,13 +81,18 @@ def last_layer_moments(
         activations: inputs of the layer (n, D), with a column of ones where it has a bias.
         label_residual: R_g (n, L).
         teacher_residual: R_k (n, L).
-        population: N that the n samples are of; endless by default.
+        population: N, size of the training part; infinite by default.
 
     Raises:
         UserError: fewer than two samples.
+
+    Example:
+        >>> inputs, residual = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([[-0.5, 0.5], [0.5, -0.5]])
+        >>> last_layer_moments(inputs, residual, residual / 2).variance
+        (3.25, 0.8125, 1.625)
     """
     a, g, k = activations.double(), label_residual.double(), teacher_residual.double()
-    size = a.square().sum(1)
+    size = torch.square(a).sum(1)
     second = [((u * v).sum(1) * size).mean() for u, v in ((g, g), (k, k), (g, k))]
     return _moments(len(a), second, g.T @ a / len(a), k.T @ a / len(a), population)
 
@@ -91,10 +100,15 @@ def last_layer_moments(
 def gradient_moments(
     label_gradients: Tensor, teacher_gradients: Tensor, population: int | None = None
 ) -> GradientMoments:
-    """Moments of gradients that are given sample by sample, both (n, P), of a training part of `population` samples.
+    """Moments of the gradients of single samples, both (n, P), of a training part of `population` samples.
 
     Raises:
         UserError: fewer than two samples.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> moments.gg, moments.mean_gg
+        (5.0, 4.0)
     """
     g, k = label_gradients.double(), teacher_gradients.double()
     second = [(u * v).sum(1).mean() for u, v in ((g, g), (k, k), (g, k))]
@@ -103,7 +117,7 @@ def gradient_moments(
 
 def _moments(samples: int, second: Sequence[Tensor], g: Tensor, k: Tensor, population: int | None) -> GradientMoments:
     if samples < 2:
-        raise UserError(f"Expected two samples or more to tell noise from gradient, got {samples}.")
+        raise UserError(f"Expected two samples or more to estimate a variance, got {samples}.")
     means = [(u * v).sum() for u, v in ((g, g), (k, k), (g, k))]
     unseen = 1.0 - samples / population if population else 1.0
     gg, kk, gk, mean_gg, mean_kk, mean_gk = (float(value) for value in (*second, *means))
@@ -119,28 +133,51 @@ def _at(weight: float, scalars: tuple[float, float, float]) -> float:
 
 
 def variance_at(moments: GradientMoments, weight: float) -> float:
-    """Var(lambda): variance of the gradient of one sample at a distillation weight."""
+    """Var(lambda): variance of the gradient of one sample at a distillation weight.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> variance_at(moments, 0.0), variance_at(moments, 0.5)
+        (2.0, 1.0)
+    """
     return _at(weight, moments.variance)
 
 
 def noise_to_signal(moments: GradientMoments, weight: float) -> float:
-    """NSR(lambda) = Var / Mean^2 of one sample; infinite where the mean gradient can not be told from 0.
+    """NSR(lambda) = Var / Mean^2 of one sample; infinite where the mean gradient is not distinguishable from 0.
 
-    Raw variance is not to be compared across temperatures, this is.
+    Unlike the variance, it can be compared across temperatures.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> round(noise_to_signal(moments, 0.0), 3), round(noise_to_signal(moments, 0.5), 3)
+        (0.667, 0.267)
     """
     signal = _at(weight, moments.mean_square)
     return variance_at(moments, weight) / signal if signal > 0 else math.inf
 
 
 def least_variance_weight(moments: GradientMoments) -> float:
-    """lambda_minvar = (V_gg - V_gk) / V_hh, in 0 … 1."""
+    """lambda_minvar = (V_gg - V_gk) / V_hh, in 0 … 1: the weight of least variance.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> least_variance_weight(moments)
+        0.5
+    """
     gg, kk, gk = moments.variance
     spread = gg + kk - 2 * gk
     return min(max((gg - gk) / spread, 0.0), 1.0) if spread > 0 else 0.0
 
 
 def explained_share(moments: GradientMoments) -> float:
-    """R^2 = V_gh^2 / (V_gg V_hh): the share of the label gradient's variance that the control variate can take away."""
+    """R^2 = V_gh^2 / (V_gg V_hh): the share of the label gradient's variance that the control variate can remove.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> explained_share(moments)
+        0.5
+    """
     gg, kk, gk = moments.variance
     spread = gg * (gg + kk - 2 * gk)
     return (gg - gk) ** 2 / spread if spread > 0 else 0.0
@@ -153,14 +190,19 @@ def _control(moments: GradientMoments) -> tuple[float, float, float]:
 
 
 def best_weight(moments: GradientMoments, step: float) -> float:
-    """lambda* of the theory, near convergence: E<g,h> / (E|h|^2 + |mean h|^2 / step), in 0 … 1.
+    """lambda* = E<g,h> / (E|h|^2 + |mean h|^2 / step), in 0 … 1: the best weight near convergence, by the theory.
 
     Args:
-        moments: at the point where training settles.
-        step: alpha mu / B, of a step size alpha and batches of B samples: a batch has B times less noise than a
-            sample, and the same pull to the teacher's faults. mu is that of f - f* = mu |x - x*|^2 in the direction of
-            this pull, as `pull_curvature` measures it. With it the formula is exact to first order; mu as strong
-            convexity would give a bound.
+        moments: measured at the point where training settles.
+        step: alpha mu / B, for step size alpha and batches of B samples: a batch has B times less noise than a sample
+            and the same bias from the teacher's errors. mu is that of f - f* = mu |x - x*|^2 in the direction of this
+            bias, see `pull_curvature`. With it the formula is exact to first order; with mu of strong convexity it
+            is a bound.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> round(best_weight(moments, step=0.01), 3)
+        0.333
     """
     shared, size, bias = _control(moments)
     spread = size + bias / step
@@ -168,15 +210,20 @@ def best_weight(moments: GradientMoments, step: float) -> float:
 
 
 def neighbourhood(moments: GradientMoments, weight: float, step: float) -> float:
-    """N(lambda) / N(0): how far from the optimum SGD settles with a teacher, as a ratio to the labels alone.
+    """N(lambda) / N(0): distance from the optimum at which SGD settles, relative to that with the labels alone.
 
-    N(lambda) is the noise alpha / 4B E|g - lambda h|^2, and what the pull to the teacher costs, lambda^2 |mean h|^2 /
+    N(lambda) is the sum of the noise alpha / 4B E|g - lambda h|^2 and the bias to the teacher, lambda^2 |mean h|^2 /
     4 mu. At lambda* the ratio is 1 - rho^2 / (1 + beta) of arXiv 2305.17581.
 
     Args:
-        moments: at the point where training settles.
+        moments: measured at the point where training settles.
         weight: lambda.
         step: alpha mu / B, see `best_weight`.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> neighbourhood(moments, 0.5, step=0.01)
+        0.95
     """
     shared, size, bias = _control(moments)
     gained = 2.0 * weight * shared - weight**2 * (size + bias / step)
@@ -186,20 +233,25 @@ def neighbourhood(moments: GradientMoments, weight: float, step: float) -> float
 def pull_curvature(
     activations: Tensor, logits: Tensor, label_residual: Tensor, teacher_residual: Tensor, iterations: int = 30
 ) -> float:
-    """mu in the direction of the teacher's pull: |m|^2 / (2 m^T H^-1 m), m the mean of h, H the Hessian of CE.
+    """mu in the direction of the teacher's bias: |m|^2 / (2 m^T H^-1 m), with m the mean of h, H the Hessian of CE.
 
-    Of the last layer, near its optimum. H is solved by conjugate gradients, so directions that are much flatter than
-    the others, which training hardly reaches either, are left out when the iterations end.
+    Both are those of the last layer, near its optimum. The system is solved by conjugate gradients, so directions that
+    are much flatter than the others, in which training hardly moves either, are left out when the iterations end.
 
     Args:
         activations: inputs of the layer (n, D), with a column of ones where it has a bias.
         logits: (n, L).
         label_residual: R_g (n, L).
         teacher_residual: R_k (n, L).
-        iterations: of conjugate gradients, at most.
+        iterations: most iterations of conjugate gradients.
 
     Returns:
-        mu; 0 where there is no pull.
+        mu; 0 where m is 0.
+
+    Example:
+        >>> inputs, residual = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([[-0.5, 0.5], [0.5, -0.5]])
+        >>> round(pull_curvature(inputs, torch.zeros(2, 2), residual, residual / 2), 4)
+        0.0625
     """
     p, a = logits.softmax(-1), activations
 
@@ -227,7 +279,7 @@ def pull_curvature(
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A distillation weight, and the sentence that says why."""
+    """A distillation weight and the reason for it."""
 
     weight: float
     reason: str
@@ -236,15 +288,22 @@ class Suggestion:
 def suggest(
     moments: GradientMoments, *, label_loss: float, step: float = USUAL_STEP, highest: float = 0.9
 ) -> Suggestion:
-    """The distillation weight to train with from here on: the theory's, never above the one of least variance.
+    """The distillation weight for the next steps: `best_weight`, but not above `least_variance_weight`.
 
-    Too large a weight is far worse than too small a one: it pulls to the teacher's faults, and no step size mends that.
+    A weight that is too large is much worse than one that is too small: no step size removes its bias to the teacher's
+    errors.
 
     Args:
-        moments: of the student as it is.
+        moments: measured at the current student.
         label_loss: its mean cross entropy on the same samples.
         step: alpha mu / B, see `best_weight`.
-        highest: no suggestion is above it.
+        highest: upper bound of the weight.
+
+    Example:
+        >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
+        >>> suggestion = suggest(moments, label_loss=0.5)
+        >>> round(suggestion.weight, 3), suggestion.reason[:24]
+        (0.333, 'the teacher explains 50%')
     """
     if label_loss < INTERPOLATED:
         return Suggestion(
@@ -252,7 +311,7 @@ def suggest(
         )
     theory, calm = best_weight(moments, step), least_variance_weight(moments)
     weight = min(theory, calm, highest)
-    by_step = ", ".join(f"{best_weight(moments, s):.2f} at {s:g}" for s in sorted({*STEPS, step}))
+    by_step = ", ".join(f"{best_weight(moments, s):.2f} at {s:g}" for s in sorted({*REPORTED_STEPS, step}))
     return Suggestion(
         weight,
         f"the teacher explains {explained_share(moments):.0%} of the label gradient's variance; best weight by step "
@@ -262,5 +321,10 @@ def suggest(
 
 
 def scheduled_weight(start: float, factor: float, epoch: int) -> float:
-    """Distillation weight of an epoch: decays (factor < 1) or grows (factor > 1) by a factor an epoch, in 0 … 1."""
+    """Distillation weight of an epoch, in 0 … 1: multiplied by `factor` in each epoch.
+
+    Example:
+        >>> [scheduled_weight(0.8, 0.5, epoch) for epoch in range(3)]
+        [0.8, 0.4, 0.2]
+    """
     return min(max(start * factor**epoch, 0.0), 1.0)

@@ -1,10 +1,10 @@
 """Per-sample mixing of label loss and teacher loss, learned on a clean validation part: ALM-KD and AMAL.
 
-ALM-KD (arXiv 2202.03250 v1) and AMAL (v3, AAAI 2023) solve min over lambda of CE_val(w*(lambda)), where w* minimises
-mean_i [w_i0 CE_i + sum_m w_im KL_im]. One look-ahead step of the last linear layer makes the outer gradient a closed
-form.
+ALM-KD (arXiv 2202.03250 v1) and AMAL (v3, AAAI 2023) minimise CE_val(w*(lambda)) over lambda, where w* minimises
+mean_i [w_i0 CE_i + sum_m w_im KL_im]. With one look-ahead step of the last linear layer in place of w*, the gradient of
+the outer loss has a closed form.
 
-Letters: K losses (the labels' and one of each of M teachers, K = 1 + M), C numbers a sample that are learned.
+Letters: K losses (of the labels and of each of M teachers, K = 1 + M), C learned numbers per sample.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from bdistil.functional.distillation import KDTerms
 
 Mode = Literal["convex", "independent"]
 
-# Of each mode: the largest weight, the share of training samples in the outer loss and the inner steps of the authors.
+# For each mode: largest weight, share of training samples in the outer loss, and inner steps, as in the papers.
 HIGHEST: dict[str, float] = {"convex": 1.0, "independent": 2.0}
 TRAIN_SHARE: dict[str, float] = {"convex": 0.25, "independent": 0.0}
 INNER: dict[str, int] = {"convex": 10, "independent": 5}
 
 
 def loss_weights(mix: Tensor, mode: Mode) -> Tensor:
-    """Weights (B, K) of the losses of each sample, the labels' first, of what is learned (B, C)."""
+    """Weights (B, K) of the losses of each sample, the label loss first, from the learned numbers (B, C).
+
+    Example:
+        >>> loss_weights(torch.tensor([[0.25], [0.75]]), "convex").tolist()
+        [[0.75, 0.25], [0.25, 0.75]]
+    """
     return mix if mode == "independent" else torch.cat((1.0 - mix.amax(1, keepdim=True), mix), 1)
 
 
@@ -36,28 +41,45 @@ def mixed_loss(terms: KDTerms, weights: Tensor) -> Tensor:
     """Mean over the batch of the weighted losses, shape ().
 
     Args:
-        terms: of `kd_terms`, of one teacher or of M.
-        weights: (B, K), the labels' first.
+        terms: from `kd_terms`, of one teacher or of M.
+        weights: (B, K), the label loss first.
+
+    Example:
+        >>> terms = KDTerms(torch.tensor([1.0]), torch.tensor([2.0]), torch.zeros(1, 2), torch.ones(1, 2))
+        >>> mixed_loss(terms, torch.tensor([[0.5, 0.25]]))
+        tensor(1.)
     """
     losses = torch.cat((terms.ce[None], terms.kl if terms.kl.ndim == 2 else terms.kl[None]))
     return (losses * weights.T).sum(0).mean()
 
 
 def residuals_of(terms: KDTerms) -> Tensor:
-    """Gradients of the losses with respect to the logits, (K, B, L), the labels' first."""
+    """Gradients of the losses with respect to the logits, (K, B, L), the label loss first.
+
+    Example:
+        >>> terms = KDTerms(torch.tensor([1.0]), torch.tensor([2.0]), torch.zeros(1, 2), torch.ones(1, 2))
+        >>> residuals_of(terms).tolist()
+        [[[0.0, 0.0]], [[1.0, 1.0]]]
+    """
     teachers = terms.teacher_residual
     return torch.cat((terms.label_residual[None], teachers if teachers.ndim == 3 else teachers[None]))
 
 
 class OuterLoss(NamedTuple):
-    """The cross entropy that the weights are learned for, as a function of the last layer.
+    """The outer loss, a cross entropy, as a function of the last layer.
 
     Attributes:
         activations: inputs of the last layer (n, D), with a column of ones where it has a bias.
-        logits: (n, L), of which the cross entropy is taken.
+        logits: (n, L).
         target: class numbers (n,).
         share: weight of each sample (n,), with sum 1.
-        gain: by how much the logits rise when the last layer's output rises by one.
+        gain: rise of the logits when the last layer's output rises by one.
+
+    Example:
+        >>> inputs, target = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1])
+        >>> outer = OuterLoss(inputs, torch.zeros(2, 2), target, torch.tensor([0.5, 0.5]))
+        >>> outer.slope(torch.zeros(2, 2)).tolist()
+        [[0.25, 0.0], [-0.25, 0.0]]
     """
 
     activations: Tensor
@@ -76,7 +98,14 @@ class OuterLoss(NamedTuple):
 
 
 def outer_loss(validation: OuterLoss, training: OuterLoss, share: float) -> OuterLoss:
-    """Mixes a share of training samples into the outer loss; both must have the same gain."""
+    """Outer loss of validation samples and, with the weight `share`, of training samples; both have the same gain.
+
+    Example:
+        >>> inputs, target = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1])
+        >>> outer = OuterLoss(inputs, torch.zeros(2, 2), target, torch.tensor([0.5, 0.5]))
+        >>> outer_loss(outer, outer, share=0.25).share.tolist()
+        [0.375, 0.375, 0.125, 0.125]
+    """
     if share == 0:
         return validation
     pairs = zip(validation[:3], training[:3], strict=True)
@@ -88,7 +117,7 @@ def outer_loss(validation: OuterLoss, training: OuterLoss, share: float) -> Oute
 def meta_gradient(
     mix: Tensor, residuals: Tensor, activations: Tensor, outer: OuterLoss, *, mode: Mode, step: float
 ) -> Tensor:
-    """Gradient of the outer loss with respect to what is learned, after one look-ahead step of the last layer.
+    """Gradient of the outer loss with respect to the learned numbers, after one look-ahead step of the last layer.
 
     With W' = W - (step/B) sum_k (w_:k R_k)^T A and G the gradient of the outer loss at W', the weight of loss k of
     sample i has the gradient -(step/B) <R_k,i, G a_i>. The K sums over validation samples are one product with G.
@@ -98,11 +127,19 @@ def meta_gradient(
         residuals: gradients of the K losses with respect to the last layer's output, (K, B, L).
         activations: (B, D), with a column of ones where the layer has a bias.
         outer: the outer loss.
-        mode: of the weights.
-        step: of the look-ahead.
+        mode: mode of the weights.
+        step: size of the look-ahead step.
 
     Returns:
         Shape (B, C).
+
+    Example:
+        >>> inputs, target = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1])
+        >>> outer = OuterLoss(inputs, torch.zeros(2, 2), target, torch.tensor([0.5, 0.5]))
+        >>> residuals = torch.tensor([[[-0.5, 0.5], [0.5, -0.5]], [[0.0, 0.0], [0.25, -0.25]]])
+        >>> meta_gradient(torch.full((2, 1), 0.5), residuals, inputs, outer, mode="convex", step=0.1)
+        tensor([[-0.0096],
+                [ 0.0102]])
     """
     scale = step / len(mix)
     pull = (loss_weights(mix, mode).T[..., None] * residuals).sum(0)
@@ -110,17 +147,21 @@ def meta_gradient(
     gradient: Tensor = -scale * (residuals * (activations @ slope.T)).sum(-1).T
     if mode == "independent":
         return gradient
-    # The labels' weight is 1 - max_m lambda_m, so the largest lambda takes from it.
+    # The weight of the label loss is 1 - max_m lambda_m, so only the largest lambda changes it.
     chosen = mix == mix.amax(1, keepdim=True)
     return gradient[:, 1:] - torch.where(chosen, gradient[:, :1], 0.0)
 
 
 def label_target(target: Tensor, outputs: int) -> Tensor:
-    """What labels ask of a student in units of the ledger: one-hot, centred, of rms 1, shape (B, L).
+    """Labels as a target in units of the ledger: one-hot, centred, with rms 1, shape (B, L).
 
     Args:
         target: class numbers (B,).
         outputs: L.
+
+    Example:
+        >>> label_target(torch.tensor([1]), outputs=5).tolist()
+        [[-0.5, 2.0, -0.5, -0.5, -0.5]]
     """
     one_hot = torch.nn.functional.one_hot(target, outputs).float()
     return (one_hot - 1.0 / outputs) * (outputs / math.sqrt(outputs - 1))
@@ -129,18 +170,23 @@ def label_target(target: Tensor, outputs: int) -> Tensor:
 def mixed_target(target: Tensor, error: Tensor, labels: Tensor, share: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     """Target and running error of a boosting round whose target is a mix of labels and teacher.
 
-    With g' = (1 - lambda) h + lambda g the error to it is S' = S + t (g - g') after t rounds, so S of the ledger, which
-    is against the teacher, is all that has to be kept, whatever lambda was in earlier rounds.
+    With g' = (1 - lambda) h + lambda g the error after t rounds is S' = S + t (g - g'). So the ledger only keeps S, the
+    error to the teacher, whatever lambda was in earlier rounds.
 
     Args:
         target: g, (B, L).
         error: S, (B, L).
-        labels: h, (B, L), of `label_target`.
+        labels: h, (B, L), from `label_target`.
         share: lambda, (B,).
         rounds: t, committed rounds.
 
     Returns:
         (g', S'), both (B, L).
+
+    Example:
+        >>> g, s, h = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5]]), torch.tensor([[-1.0, 1.0]])
+        >>> mixed_target(g, s, h, share=torch.tensor([0.5]), rounds=2)
+        (tensor([[0., 0.]]), tensor([[ 2.5000, -2.5000]]))
     """
     mixed = torch.lerp(labels, target, share[:, None])
     return mixed, error + rounds * (target - mixed)
@@ -149,10 +195,10 @@ def mixed_target(target: Tensor, error: Tensor, labels: Tensor, share: Tensor, r
 def round_residuals(
     answer: Tensor, target: Tensor, error: Tensor, labels: Tensor, *, kappa: float, rounds: int
 ) -> Tensor:
-    """Gradients (2, B, L) of a round's loss where its target is the labels alone, and the teacher alone.
+    """Gradients (2, B, L) of a round's loss for the labels alone and for the teacher alone as target.
 
-    To the first order of the game a student aims at u - kappa S'(u), with S'(u) of `mixed_target`, so the gradient of
-    the squared error to that aim is linear in the target u, as mixing asks for.
+    To the first order of the game the aim of a student is u - kappa S'(u), with target u and S'(u) as in
+    `mixed_target`, so the gradient of the squared error to it is linear in u, which mixing requires.
 
     Args:
         answer: f, (B, L).
@@ -161,6 +207,11 @@ def round_residuals(
         labels: h, (B, L).
         kappa: correction strength.
         rounds: t, committed rounds.
+
+    Example:
+        >>> g, s, h = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5]]), torch.tensor([[-1.0, 1.0]])
+        >>> round_residuals(torch.zeros(1, 2), g, s, h, kappa=0.5, rounds=1).tolist()
+        [[[2.25, -2.25]], [[-0.75, 0.75]]]
     """
     both = torch.stack((labels, target))
     aim = both - kappa * (error + rounds * (target - both))
@@ -172,21 +223,29 @@ def round_residuals(
 
 @dataclass(frozen=True)
 class MixingSettings:
-    """How the weights of each sample are learned.
+    """Settings of the updates of the weights.
 
     Attributes:
-        mode: `convex` (ALM-KD) gives (1 - lambda) to the labels and lambda to the teacher, of several teachers
-            1 - max lambda to the labels; `independent` (AMAL) a weight in 0 … 2 to each loss.
+        mode: `convex` (ALM-KD) weights the labels by 1 - lambda and the teacher by lambda, or several teachers by their
+            lambdas and the labels by 1 - max lambda; `independent` (AMAL) gives each loss a weight in 0 … 2.
         warmup: epochs before the first update.
         every: epochs between two updates.
-        inner: steps of an update on each block of samples; 10 of `convex`, 5 of `independent` by default.
-        rate: how far an inner step moves the average weight.
-        look_ahead: step of the last layer that is looked ahead, as part of the one that would take all of a residual
-            away; `lr` takes the student's learning rate as it is, as the authors do. Without `normalise` their updates
-            are proportional to it, so the weights freeze when it decays.
+        inner: steps of an update on each block of samples; by default 10 for `convex`, 5 for `independent`.
+        rate: change of the average weight in an inner step.
+        look_ahead: size of the look-ahead step, as a share of the step that would remove a whole residual; `lr` takes
+            the student's learning rate, as the papers do. Without `normalise` the updates are then proportional to it,
+            so the weights freeze when it decays.
         normalise: divide the gradient by its mean size over the block, so that `rate` means the same for any
             network. Without it `rate` multiplies B times the gradient.
-        train_share: share of the training part in the outer loss; 0.25 of `convex`, 0 of `independent` by default.
+        train_share: share of the training part in the outer loss; by default 0.25 for `convex`, 0 for `independent`.
+
+    Raises:
+        UserError: a value outside of its range.
+
+    Example:
+        >>> settings = MixingSettings(mode="convex", warmup=2, every=3)
+        >>> settings.steps, settings.share, [epoch for epoch in range(9) if settings.due(epoch)]
+        (10, 0.25, [2, 5, 8])
     """
 
     mode: Mode = "independent"
@@ -219,11 +278,11 @@ class MixingSettings:
         return TRAIN_SHARE[self.mode] if self.train_share is None else self.train_share
 
     def columns(self, teachers: int) -> int:
-        """C, numbers a sample that are learned."""
+        """C, learned numbers per sample."""
         return teachers + (self.mode == "independent")
 
     def due(self, epoch: int) -> bool:
-        """Is an update due before this epoch, from 0?"""
+        """Whether an update is due before this epoch, counted from 0."""
         return epoch >= self.warmup and (epoch - self.warmup) % self.every == 0
 
 
@@ -233,16 +292,20 @@ def _require(settings: MixingSettings, name: str, holds: bool, allowed: str) -> 
 
 
 def start_mix(samples: int, teachers: int, mode: Mode, seed: int) -> Tensor:
-    """Where the authors start: U(0, 1) of `convex`, 0.1 for the labels and 0.9 for each teacher of `independent`.
+    """First values, as in the papers: U(0, 1) for `convex`, 0.1 for labels and 0.9 for teachers for `independent`.
 
     Args:
         samples: N.
         teachers: M.
-        mode: of the weights.
-        seed: of the draw.
+        mode: mode of the weights.
+        seed: seed of the uniform values.
 
     Returns:
         Shape (N, C).
+
+    Example:
+        >>> start_mix(samples=1, teachers=2, mode="independent", seed=0)
+        tensor([[0.1000, 0.9000, 0.9000]])
     """
     if mode == "convex":
         return torch.rand(samples, teachers, generator=torch.Generator().manual_seed(seed))
@@ -250,18 +313,28 @@ def start_mix(samples: int, teachers: int, mode: Mode, seed: int) -> Tensor:
 
 
 def move_mix(mix: Tensor, gradient: Tensor, settings: MixingSettings) -> Tensor:
-    """One inner step of (B, C) downhill, kept in the range of the mode."""
+    """One step of gradient descent on the learned numbers (B, C), clamped to the range of the mode.
+
+    Example:
+        >>> move_mix(torch.tensor([[0.25], [0.75]]), torch.tensor([[1.0], [-1.0]]), MixingSettings(mode="convex"))
+        tensor([[0.2000],
+                [0.8000]])
+    """
     scale = gradient.abs().mean().clamp_min(torch.finfo(gradient.dtype).tiny) if settings.normalise else 1 / len(mix)
     return (mix - settings.rate * gradient / scale).clamp(0.0, HIGHEST[settings.mode])
 
 
 def look_ahead_step(activations: Tensor, settings: MixingSettings, lr: float) -> float:
-    """Step of the last layer: with `look_ahead` = 1 a residual of a typical sample moves its own logits by its size.
+    """Size of the look-ahead step: with `look_ahead` = 1 the residual of a typical sample moves its logits by its size.
 
     Args:
         activations: (B, D).
-        settings: of mixing.
+        settings: settings of mixing.
         lr: learning rate of the student.
+
+    Example:
+        >>> look_ahead_step(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), MixingSettings(), lr=0.1)
+        0.5
     """
     ahead = settings.look_ahead
     return lr if isinstance(ahead, str) else ahead / float(activations.square().sum(1).mean().clamp_min(1e-12))
@@ -270,7 +343,16 @@ def look_ahead_step(activations: Tensor, settings: MixingSettings, lr: float) ->
 def learn_mix(
     mix: Tensor, residuals: Tensor, activations: Tensor, outer: OuterLoss, settings: MixingSettings, lr: float
 ) -> Tensor:
-    """All inner steps of an update on a block of samples, (B, C); arguments as of `meta_gradient` and above."""
+    """All inner steps of an update on a block of samples, (B, C); arguments as for `meta_gradient`.
+
+    Example:
+        >>> inputs, target = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1])
+        >>> outer = OuterLoss(inputs, torch.zeros(2, 2), target, torch.tensor([0.5, 0.5]))
+        >>> residuals = torch.tensor([[[-0.5, 0.5], [0.5, -0.5]], [[0.0, 0.0], [0.25, -0.25]]])
+        >>> learn_mix(torch.full((2, 1), 0.5), residuals, inputs, outer, MixingSettings(mode="convex", inner=1), lr=0.1)
+        tensor([[0.5424],
+                [0.4424]])
+    """
     step = look_ahead_step(activations, settings, lr)
     for _ in range(settings.steps):
         gradient = meta_gradient(mix, residuals, activations, outer, mode=settings.mode, step=step)

@@ -1,7 +1,7 @@
-"""The arithmetic of MEKD: losses of its two stages, soft and hard, and the distances that choose a generator.
+"""Losses of the two stages of MEKD, for soft and hard answers, and distances of generated samples to real ones.
 
-After "Aligning Logits Generatively for Principled Black-Box Knowledge Distillation" (arXiv 2205.10490). Letters: m
-samples of a batch, L outputs. All functions are differentiable in what a network made.
+Source: "Aligning Logits Generatively for Principled Black-Box Knowledge Distillation" (MEKD, arXiv 2205.10490).
+Letters: m samples of a batch, L outputs. All functions are differentiable in the outputs of the networks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from bdistil.functional.distillation import centre
 
 
 def _same_shape(*tensors: Tensor) -> None:
-    """Shapes (m,) and (m, 1) would broadcast to (m, m), every sample with every other."""
+    """Asserts equal shapes: (m,) and (m, 1) would broadcast to (m, m), each sample with every other."""
     assert len({tensor.shape for tensor in tensors}) == 1, [tuple(tensor.shape) for tensor in tensors]
 
 
 def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
-    """BCE(D(x_real), 1) + BCE(D(G(z)), 0), from logits (m,) each."""
+    """BCE(D(x_real), 1) + BCE(D(G(z)), 0), from logits (m,) each.
+
+    Example:
+        >>> discriminator_loss(torch.zeros(2), torch.zeros(2))  # 2 log 2
+        tensor(1.3863)
+    """
     return F.softplus(-real).mean() + F.softplus(generated).mean()
 
 
@@ -30,8 +35,12 @@ def generator_loss(generated: Tensor, weight: Tensor, share: float = 0.5) -> Ten
 
     Args:
         generated: logits of the discriminator, (m,).
-        weight: what the teacher says of each generated sample, (m,): `confidence` or `balance`. No gradient.
-        share: of the second term.
+        weight: weight of each generated sample, (m,), from `confidence` or `balance`. No gradient.
+        share: weight of the second term.
+
+    Example:
+        >>> generator_loss(torch.zeros(1), torch.ones(1))  # 1.5 log 2
+        tensor(1.0397)
     """
     _same_shape(generated, weight)
     miss = F.softplus(-generated)  # -log sigmoid
@@ -39,38 +48,61 @@ def generator_loss(generated: Tensor, weight: Tensor, share: float = 0.5) -> Ten
 
 
 def confidence(answers: Tensor) -> Tensor:
-    """The teacher's largest softmax probability (m,) from its logits (m, L): a probability, not the class."""
+    """The teacher's largest softmax probability (m,), from its logits (m, L).
+
+    Example:
+        >>> confidence(torch.zeros(1, 4))
+        tensor([0.2500])
+    """
     return answers.softmax(-1).amax(-1)
 
 
 def balance(labels: Tensor, counts: Tensor) -> Tensor:
-    """Weights (m,) that grow with the rarity of the teacher's label, in place of a confidence that hard answers lack.
+    """Weights (m,) that grow with the rarity of the teacher's label; they replace `confidence` for hard answers.
 
     weight_i = n / (L · n_label) with n = sum of counts, at most 10: 1 for all where the classes are balanced.
 
     Args:
         labels: top-1 classes (m,).
-        counts: how often each class was answered so far, (L,).
+        counts: number of answers of each class so far, (L,).
+
+    Example:
+        >>> balance(torch.tensor([0, 1]), torch.tensor([3, 1]))
+        tensor([0.6667, 2.0000])
     """
     counts = counts.double().clamp_min(1e-12)
     return (counts.sum() / (len(counts) * counts)).clamp_max(10.0).float()[labels]
 
 
 def statistics(answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sd (L,) over centred answers (N, L) of a probe; with them an answer looks like a standard normal."""
+    """Mean and sd (L,) of centred answers (N, L), which standardise the answers of a teacher.
+
+    Example:
+        >>> statistics(torch.tensor([[2.0, 0.0], [0.0, 2.0], [4.0, 0.0]]))
+        (tensor([ 0.6667, -0.6667]), tensor([1.5275, 1.5275]))
+    """
     centred = centre(answers)
     return centred.mean(0), centred.std(0).clamp_min(1e-6)
 
 
 def soft_latent(logits: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
-    """Logits (m, L) as the generator's z: centred, and standardised by the teacher's statistics."""
+    """Logits (m, L) as the generator's z: centred, and standardised by the teacher's `statistics`.
+
+    Example:
+        >>> soft_latent(torch.tensor([[3.0, 1.0]]), mean=torch.zeros(2), sd=torch.full((2,), 2.0))
+        tensor([[ 0.5000, -0.5000]])
+    """
     return (centre(logits) - mean) / sd
 
 
 def hard_latent(logits: Tensor) -> Tensor:
-    """Logits (m, L) as the generator's z where the teacher gives labels: probabilities times sqrt(L).
+    """Logits (m, L) as the generator's z for a teacher that returns labels: probabilities times sqrt(L).
 
-    A one-hot then has the norm sqrt(L) of a standard normal z, and a student that is sure gives the same.
+    A one-hot then has the norm sqrt(L) of a standard normal z, and so has the answer of a confident student.
+
+    Example:
+        >>> hard_latent(torch.zeros(1, 4))
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     return logits.softmax(-1) * math.sqrt(logits.shape[-1])
 
@@ -80,20 +112,26 @@ def soft_emulation(
 ) -> tuple[Tensor, Tensor]:
     """The two parts of the loss of stage 2 with soft answers.
 
-    L1(G(z_S), G(z_T)) as a mean, with z as `soft_latent` gives it, in the place of the paper's y/tau that is to look
-    like N(0, I); and kl · tau · KL(softmax(y_T/tau) || softmax(y_S/tau)). The factor is tau, as in MEKD, and not tau².
+    The first is the mean of |G(z_S) - G(z_T)|, with z from `soft_latent` in place of the paper's y/tau, which should be
+    distributed as N(0, I). The second is kl · tau · KL(softmax(y_T/tau) || softmax(y_S/tau)), with the factor tau of
+    MEKD and not tau².
 
     Args:
         generator: G, frozen.
-        student: its logits y_S (m, L).
+        student: logits y_S (m, L).
         teacher: logits y_T (m, L).
-        mean: of the teacher's centred logits, (L,).
-        sd: likewise, (L,).
+        mean: mean of the teacher's centred logits, (L,).
+        sd: standard deviation of the same, (L,).
         tau: temperature.
         kl: weight of the second part.
 
     Returns:
-        Both, shape () each; the loss is their sum.
+        Both parts, shape () each; the loss is their sum.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+        >>> soft_emulation(nn.Identity(), student, teacher, torch.zeros(2), torch.ones(2), tau=1.0)
+        (tensor(1.), tensor(0.3278))
     """
     _same_shape(student, teacher)
     with torch.no_grad():
@@ -104,16 +142,20 @@ def soft_emulation(
 
 
 def hard_emulation(generator: nn.Module, student: Tensor, labels: Tensor, *, kl: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The two parts of the loss of stage 2 with top-1 answers: tau is 1, so that KL to the one-hot is cross entropy.
+    """The two parts of the loss of stage 2 with top-1 answers; tau is 1, so KL to the one-hot is cross entropy.
 
     Args:
         generator: G, frozen.
-        student: its logits y_S (m, L).
+        student: logits y_S (m, L).
         labels: the teacher's classes (m,).
         kl: weight of the second part.
 
     Returns:
-        Both, shape () each; the loss is their sum.
+        Both parts, shape () each; the loss is their sum.
+
+    Example:
+        >>> hard_emulation(nn.Identity(), torch.zeros(1, 2), torch.tensor([0]))
+        (tensor(0.7071), tensor(0.6931))
     """
     outputs = student.shape[-1]
     with torch.no_grad():
@@ -127,28 +169,36 @@ def kernel_distance(first: Tensor, second: Tensor) -> Tensor:
 
     Args:
         first: (n, ...), n >= 2.
-        second: (k, ...), k >= 2, of the same shape behind.
+        second: (k, ...), k >= 2, samples of the same shape.
 
     Returns:
-        Shape (): around 0 where both are drawn alike, and then also below.
+        Shape (): around 0, and possibly below, for two sets of one distribution.
+
+    Example:
+        >>> kernel_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]]))
+        tensor(9.5000, dtype=torch.float64)
     """
     x, y = first.flatten(1).double(), second.flatten(1).double()
     return _discrepancy(*(((a @ b.T) / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))))
 
 
 def narrow_distance(first: Tensor, second: Tensor) -> Tensor:
-    """The same with the kernel exp(-4 |x - y|² / median), the median being that of |x - y|² within the second set.
+    """`kernel_distance` with the kernel exp(-4 |x - y|² / median), with the median of |x - y|² in the second set.
 
-    For sequences, which begin anywhere, so that the mean of all is near 0. `kernel_distance` then calls a flat line
-    nearer than waves of a few of the kinds. This kernel is 1/50 at the median: what is nothing like a sample counts
-    nothing, and each further kind that is made is a gain. The scale of the values does not matter.
+    It is meant for sequences of any phase, whose mean is near 0. For them `kernel_distance` prefers a constant sequence
+    to waves of some of the classes. This kernel is 1/50 at the median, so samples unlike any other do not count, and
+    each further class that is generated reduces the distance. It does not depend on the scale of the values.
 
     Args:
         first: (n, ...), n >= 2.
-        second: (k, ...), k >= 2, of the same shape behind.
+        second: (k, ...), k >= 2, samples of the same shape.
 
     Returns:
-        Shape (): around 0 where both are drawn alike, and then also below; at most 2.
+        Shape (): around 0, and possibly below, for two sets of one distribution; at most 2.
+
+    Example:
+        >>> narrow_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [4.0]]))
+        tensor(0.0366, dtype=torch.float64)
     """
     x, y = first.flatten(1).double(), second.flatten(1).double()
     scale = F.pdist(y).square().median().clamp_min(1e-12) / 4

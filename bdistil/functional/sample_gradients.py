@@ -1,4 +1,4 @@
-"""Per-sample gradients of all parameters by `torch.func`: the full version of `gradient_noise`."""
+"""Gradients of all parameters for each sample, by `torch.func`, in place of those of the last layer alone."""
 
 from __future__ import annotations
 
@@ -19,23 +19,32 @@ def _flat(gradients: dict[str, Tensor]) -> Tensor:
 def sample_gradients(
     student: nn.Module, x: Tensor, target: Tensor, teacher_logits: Tensor, *, temperature: float, chunk: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of all parameters for each sample, of the label loss and of the teacher's loss; by `torch.func`.
+    """Gradients of the label loss and of the teacher's loss with respect to all P parameters, for each sample.
 
     Args:
-        student: in eval mode, so that samples do not see each other; maps x to logits.
+        student: maps x to logits; in eval mode, so that samples do not depend on each other.
         x: (n, ...).
         target: (n,).
         teacher_logits: (n, L).
         temperature: tau.
-        chunk: samples at once.
+        chunk: samples computed at once.
 
     Returns:
         Both (n, P).
+
+    Example:
+        >>> student = nn.Linear(1, 2, bias=False)
+        >>> _ = nn.init.zeros_(student.weight)
+        >>> labels, _ = sample_gradients(
+        ...     student, torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1]), torch.zeros(2, 2), temperature=1.0
+        ... )
+        >>> labels.tolist()
+        [[-0.5, 0.5], [1.0, -1.0]]
     """
     weights = {name: p.detach() for name, p in student.named_parameters()}
 
     def loss(weights: dict[str, Tensor], which: int, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        # Where a module has two names, `tie_weights` would swap it twice and put back what it had swapped in.
+        # `tie_weights` would swap a module with two names twice, and restore the wrong weights.
         logits = functional_call(student, weights, (x[None],), tie_weights=False)
         return kd_terms(logits, z[None], y[None], temperature=temperature)[which].sum()
 
@@ -47,10 +56,10 @@ def sample_gradients(
 
 
 def control_cosine(student: nn.Module, teacher: nn.Module, x: Tensor, target: Tensor, *, temperature: float) -> float:
-    """How far the teacher's loss is the control variate that the theory takes it for: mean cosine over the samples.
+    """Mean cosine between grad KL at the student and grad CE(student) - grad CE(teacher), each at its own weights.
 
-    It compares the gradient of KL at the student with grad CE(student) - grad CE(teacher), each at its own weights.
-    1 for linear models at temperature 1; the nearer to 1, the more the theory says of a network.
+    The theory of arXiv 2305.17581 takes the two as equal, so a value near 1 supports its use for a network. It is 1 for
+    linear models at temperature 1.
 
     Args:
         student: in eval mode.
@@ -60,7 +69,13 @@ def control_cosine(student: nn.Module, teacher: nn.Module, x: Tensor, target: Te
         temperature: tau.
 
     Raises:
-        UserError: the two have other parameters.
+        UserError: the parameters have other names or shapes.
+
+    Example:
+        >>> student, teacher = nn.Linear(1, 2), nn.Linear(1, 2)
+        >>> x, target = torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])
+        >>> round(control_cosine(student, teacher, x, target, temperature=1.0), 3)
+        1.0
     """
     shapes = [{name: p.shape for name, p in module.named_parameters()} for module in (student, teacher)]
     if shapes[0] != shapes[1]:
