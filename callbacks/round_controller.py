@@ -219,7 +219,7 @@ class RoundController(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Prints how to resume after Ctrl-C, which Lightning handles."""
         if isinstance(exception, KeyboardInterrupt):
-            self.signals.tell()
+            self.signals.print()
 
     def _close(self, trainer: pl.Trainer) -> None:
         self._closed = True

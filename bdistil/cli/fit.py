@@ -119,7 +119,7 @@ class BoostCLI(LightningCLI):
             with controller.signals:
                 datamodule = self._fit_rounds(model, datamodule, controller, config, seed)
         except BaseException as end:  # Lightning's answer to Ctrl-C is SystemExit; one that lost its peer fails anyhow
-            if controller.signals.asked or isinstance(end, SystemExit | KeyboardInterrupt):
+            if controller.signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
                 raise controller.signals.interruption() from end
             raise
         finally:

@@ -1,4 +1,4 @@
-"""Weights of one module in one file: safetensors, or what `torch.save` wrote, read without executing anything."""
+"""Weights of a module in one file, of safetensors or of `torch.save`, read without executing code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bdistil.storage.files import atomic
 
 
 def read_weights(path: Path, argument: str) -> dict[str, Any]:
-    """The state dict in a file: safetensors by the suffix, else `torch.save` with weights_only.
+    """Reads a state dict: safetensors by the suffix, else a file of `torch.save` with weights_only.
 
     Args:
-        path: the file; of a dict with the key ``state_dict`` (a checkpoint of Lightning or timm) that part is taken.
-        argument: that named the file, for the messages.
+        path: the file; if it has the key ``state_dict`` (a checkpoint of Lightning or timm), that entry is read.
+        argument: name of the argument with the path, for messages.
 
     Raises:
-        UserError: there is no such file, or it holds no weights.
+        UserError: there is no such file, or it contains no weights.
     """
     if not path.is_file():
         raise UserError(f"Expected `{argument}` to be a file, got {str(path)!r}, which is not there.")
@@ -47,12 +47,12 @@ def load_weights(network: nn.Module, path: Path, argument: str, *, new: Collecti
 
     Args:
         network: the module.
-        path: of the file.
-        argument: that named the file, for the messages.
-        new: weights that stay as they are where the file has them of another shape, as a classifier of other classes.
+        path: the file.
+        argument: name of the argument with the path, for messages.
+        new: names of weights that stay where those in the file have another shape, as a classifier of other classes.
 
     Raises:
-        UserError: no such file, or the names or shapes are those of another network.
+        UserError: there is no such file, or names or shapes differ.
     """
     state, own = read_weights(path, argument), network.state_dict()
     state |= {name: own[name] for name in new if name in state and state[name].shape != own[name].shape}

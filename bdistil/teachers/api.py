@@ -1,4 +1,4 @@
-"""A teacher that is only an API: asked once about every input, counted, held to a budget, remembered on the disk."""
+"""A teacher behind an API: each input is sent once; answers and queries are counted and kept on the disk."""
 
 from __future__ import annotations
 
@@ -18,34 +18,39 @@ from torch import Tensor, nn
 from bdistil.errors import RunError, UserError
 from bdistil.functional.distillation import centre
 from bdistil.teachers.api_cache import AnswerCache
-from bdistil.teachers.http_endpoint import ApiRefusedError, ApiUnavailableError, Pace
+from bdistil.teachers.http_endpoint import ApiRefusedError, ApiUnavailableError
 
 Answers = Literal["logits", "probabilities", "labels"]
 LONGEST_WAIT = 60.0  # seconds between two attempts
-SMALLEST_PROBABILITY = 1e-7  # where an API rounds one to 0; about the resolution of float32 near 1
+SMALLEST_PROBABILITY = 1e-7  # in place of one that an API rounds to 0; about the resolution of float32 near 1
 
 
 class ApiTeacher(nn.Module):
-    """Anything that maps inputs to answers, as a teacher: (x -> logits), in place of a module.
+    """A function or an HTTP endpoint as a teacher (x -> logits), in place of a module.
 
-    What was asked once is never asked again, in this start or a later one. Inputs go out as float32, as they are. A
-    request that fails on the way is sent again, after a wait that doubles; one whose contents are wrong is not.
+    An input is sent once, in this start or a later one, as float32, unchanged. A request that fails on the way is sent
+    again after a wait that doubles; one with a wrong answer is not.
 
-    Limits: requests go out one after the other; `rate` holds for one process; a request that timed out, or was under
-    way when the process was killed, counts, for the API may have answered it.
+    Limits: requests go out one after the other; `rate` holds for one process; a request that timed out, or was not
+    answered when the process was killed, counts as a query, as the API may have answered it.
+
+    >>> from tempfile import mkdtemp
+    >>> api = ApiTeacher(lambda batch: batch @ np.eye(3), outputs=3, cache=f"{mkdtemp()}/answers.sqlite", budget=10)
+    >>> api(torch.eye(3)).argmax(-1), api(torch.eye(3)).shape, api.queries
+    (tensor([0, 1, 2]), torch.Size([3, 3]), 3)
 
     Args:
-        ask: maps a batch, float32 (B, ...) in NumPy, to B answers; such as an `HttpEndpoint`. It may raise
-            ConnectionError or TimeoutError to be asked again.
+        ask: maps a batch, float32 (B, ...) in NumPy, to B answers, for example an `HttpEndpoint`. Where it raises
+            ConnectionError or TimeoutError, the batch is sent again.
         outputs: L.
-        cache: file of the answers and of the count.
+        cache: file of the answers and of the number of queries.
         answers: `logits` (B, L); `probabilities` (B, L), of which the centred logarithm is taken; `labels` (B,), the
-            top-1 class, given as a one-hot of norm sqrt(L).
-        name: what the cache and a run know the API by: change it when the model behind it changes. Its address, or the
-            name of the function, by default.
-        budget: largest number of queries (samples) ever sent; None is no limit.
-        batch_size: samples a request.
-        rate: samples a second.
+            top-1 class, of which a one-hot of norm sqrt(L) is made.
+        name: identifies the API in the cache and in a run; change it with the model behind the API. Its address, or
+            the name of the function, by default.
+        budget: largest number of queries (samples) in all starts; None is no limit.
+        batch_size: samples per request.
+        rate: samples per second.
         retries: further attempts of a request that failed.
         backoff: seconds before the first of them.
 
@@ -74,18 +79,19 @@ class ApiTeacher(nn.Module):
         bad = outputs < 2 or batch_size < 1 or retries < 0 or backoff < 0
         if bad or (budget is not None and budget < 1) or (rate is not None and rate <= 0):
             raise UserError(
-                "Expected of an ApiTeacher `outputs` >= 2, `batch_size` >= 1, `retries` >= 0, `backoff` >= 0, `budget` "
-                f">= 1 and `rate` > 0 where given, got {outputs}, {batch_size}, {retries}, {backoff}, {budget}, {rate}."
+                "Expected `outputs` >= 2, `batch_size` >= 1, `retries` >= 0, `backoff` >= 0, `budget` >= 1 and `rate` "
+                f"> 0 of an ApiTeacher, got {outputs}, {batch_size}, {retries}, {backoff}, {budget}, {rate}."
             )
         self.ask, self.outputs, self.answers, self.budget = ask, outputs, answers, budget
-        self.batch_size, self.retries, self.backoff, self._pace = batch_size, retries, backoff, Pace(rate)
+        self.batch_size, self.rate, self.retries, self.backoff = batch_size, rate, retries, backoff
+        self._next_time = 0.0  # of `rate`
         known = name or getattr(ask, "name", None) or getattr(ask, "__qualname__", type(ask).__qualname__)
         self.identity = f"{known}, {answers} of {outputs} classes"
         self.cache = AnswerCache(Path(cache), self.identity)
 
     @property
     def hard(self) -> bool:
-        """Does it answer with the top-1 class alone?"""
+        """Whether the API returns the top-1 class only."""
         return self.answers == "labels"
 
     @property
@@ -98,8 +104,8 @@ class ApiTeacher(nn.Module):
         """Logits (B, L) float32 of inputs (B, ...), on their device.
 
         Raises:
-            RunError: the API does not answer, answers something else, or the budget does not allow the question.
-            UserError: x is no tensor, or holds NaN or infinity.
+            RunError: the API does not answer or its answers are invalid; the budget is spent.
+            UserError: x is no tensor, or contains NaN or infinity.
         """
         batch = _as_batch(x)
         keys = [_key(sample) for sample in batch]
@@ -108,15 +114,12 @@ class ApiTeacher(nn.Module):
             with self.cache.alone():
                 self._ask_missing(batch, keys)
             known = self.cache.find(keys)
-        rows = torch.from_numpy(np.stack([known[key] for key in keys]) if keys else np.empty((0, self._columns)))
+        columns = 1 if self.hard else self.outputs
+        rows = torch.from_numpy(np.stack([known[key] for key in keys]) if keys else np.empty((0, columns)))
         return as_logits(rows.float(), self.answers, self.outputs).to(x.device)
 
-    @property
-    def _columns(self) -> int:
-        return 1 if self.hard else self.outputs
-
     def _ask_missing(self, batch: np.ndarray, keys: Sequence[bytes]) -> None:
-        """Asks what is not known, each input once, request by request."""
+        """Sends the inputs without a recorded answer, each once, request by request."""
         known = self.cache.find(keys)
         missing = list({key: row for row, key in enumerate(keys) if key not in known}.items())
         self._check_budget(len(missing))
@@ -129,17 +132,17 @@ class ApiTeacher(nn.Module):
         if self.budget is not None and sent + wanted > self.budget:
             raise RunError(
                 f"The query budget of the API is spent: {wanted} more would make {sent + wanted}, allowed are "
-                f"{self.budget}. Nothing of them was sent, every answer so far is kept in {self.cache.path}. Raise "
-                "`budget` and give the same command again, or ask for less."
+                f"{self.budget}. None of them was sent; every answer so far is kept in {self.cache.path}. Raise "
+                "`budget` and give the same command again, or use fewer samples."
             )
 
     def _ask(self, keys: Sequence[bytes], batch: np.ndarray) -> None:
-        """One request, until it is answered or the attempts are used up; each attempt is in the budget."""
+        """Repeats a request until it is answered or the attempts are used up; each attempt counts in the budget."""
         wait, reason = self.backoff, ""
         for attempt in range(self.retries + 1):
             if attempt:
                 self._check_budget(len(batch))
-            self._pace.wait(len(batch))
+            self._wait(len(batch))
             failure = self._attempt(keys, batch)
             if failure is None:
                 return
@@ -152,8 +155,14 @@ class ApiTeacher(nn.Module):
             f"{self.cache.path}. Give the same command again later: it goes on from there."
         )
 
+    def _wait(self, samples: int) -> None:
+        if self.rate is not None:
+            now = time.monotonic()
+            time.sleep(max(0.0, self._next_time - now))
+            self._next_time = max(now, self._next_time) + samples / self.rate
+
     def _attempt(self, keys: Sequence[bytes], batch: np.ndarray) -> ApiUnavailableError | None:
-        """Sends a request once and keeps what comes; or says why nothing came."""
+        """Sends a request once and records the answers; returns the error where none came."""
         number = self.cache.sending(len(batch))
         try:
             answers = self.ask(batch)
@@ -191,17 +200,17 @@ def _key(sample: np.ndarray) -> bytes:
 
 
 def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple[np.ndarray, str]:
-    """What an API answered, as rows of numbers, and what is wrong with it.
+    """Converts the answers of an API to rows of numbers, and checks them.
 
     Args:
-        answers: as they came.
-        count: B, samples that were sent.
-        kind: what they should be.
+        answers: as the API returned them.
+        count: B, number of samples that were sent.
+        kind: the expected kind.
         outputs: L.
 
     Returns:
-        Rows (B, L), or (B, 1) of labels, NaN in those that cannot be used; and a sentence about the fault, or "". The
-        values themselves are in no sentence.
+        Rows (B, L), or (B, 1) of labels, with NaN in invalid ones; and a sentence about the fault, or "". It contains
+        none of the values.
     """
     columns = 1 if kind == "labels" else outputs
     rows: np.ndarray
@@ -223,11 +232,11 @@ def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple
         "probabilities": "probabilities >= 0 that sum to 1",
         "labels": f"labels that are whole numbers in 0 … {outputs - 1}",
     }[kind]
-    return rows, f"Expected {allowed} of the API, but {bad} of {count} answers are none." if bad else ""
+    return rows, f"Expected {allowed} of the API, but {bad} of {count} answers are invalid." if bad else ""
 
 
 def _valid(rows: np.ndarray, kind: Answers, outputs: int) -> np.ndarray:
-    """Which rows are what they should be."""
+    """A mask (B,) of the valid rows."""
     with np.errstate(invalid="ignore"):
         if kind == "probabilities":
             return np.asarray((rows >= 0).all(1) & (np.abs(rows.sum(1) - 1) < 0.02))
@@ -237,12 +246,12 @@ def _valid(rows: np.ndarray, kind: Answers, outputs: int) -> np.ndarray:
 
 
 def as_logits(rows: Tensor, kind: Answers, outputs: int) -> Tensor:
-    """Answers of an API as logits (B, L).
+    """Converts the answers of an API to logits (B, L).
 
     Args:
         rows: (B, L), or (B, 1) of labels.
-        kind: `logits` stay as they are; of `probabilities` the centred logarithm is taken; `labels` become one-hots of
-            norm sqrt(L), the length that a standard normal vector has.
+        kind: `logits` stay; of `probabilities` the centred logarithm is taken; `labels` become one-hots of norm
+            sqrt(L), that of a standard normal vector of L numbers.
         outputs: L.
     """
     if kind == "labels":

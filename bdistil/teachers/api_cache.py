@@ -1,7 +1,7 @@
-"""What an API has answered, and how often it was asked: one SQLite file that a kill cannot tear.
+"""The answers of an API and the number of its queries, in one SQLite file.
 
-A request is written down before it is sent, and its answers when they are there, each in a transaction of its own. So
-the count is never too low, whenever a process ends, and an answer that came is never asked for again.
+A request is recorded before it is sent, and its answers when they arrive, each in its own transaction: whenever a
+process is killed, the count is never too low, and no answer that arrived is requested again.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ TABLES = """
     CREATE TABLE IF NOT EXISTS requests (number INTEGER PRIMARY KEY, samples INTEGER NOT NULL, outcome TEXT);
     CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer BLOB NOT NULL) WITHOUT ROWID;
 """
-KEYS_A_LOOKUP = 500  # under the number of variables that any build of SQLite takes in one statement
+KEYS_PER_LOOKUP = 500  # below the number of variables that any build of SQLite allows in one statement
 
 
 class AnswerCache:
-    """Answers (input hash -> row of numbers) and the number of queries, on the disk.
+    """Answers (input hash -> row of numbers) and the number of queries.
 
-    A connection lives for one call, so the object can be copied, pickled and used after a fork.
+    Each call opens a connection of its own, so the object can be copied, pickled and used after a fork.
 
     Args:
-        path: of the file; its folder is made.
-        identity: of the API and the form of its answers; a file of another one is refused.
+        path: the file; its folder is created.
+        identity: names the API and the kind of its answers.
 
     Raises:
         UserError: the file is of another API, or is no such file.
@@ -51,11 +51,9 @@ class AnswerCache:
                 "Give another `cache`, or the `name` and `answers` that it was started with."
             )
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time, so that two never ask the same."""
-        with FileLock(f"{self.path}.lock"):
-            yield
+    def alone(self) -> FileLock:
+        """A lock for one process at a time, so that two never send the same input."""
+        return FileLock(f"{self.path}.lock")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -70,36 +68,36 @@ class AnswerCache:
             ) from error
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """The answers that are known, by key; each a row of float32."""
+        """The recorded answers to some keys; each a row of float32."""
         found: dict[bytes, np.ndarray] = {}
         with self._open() as base:
-            for low in range(0, len(keys), KEYS_A_LOOKUP):
-                some = keys[low : low + KEYS_A_LOOKUP]
+            for low in range(0, len(keys), KEYS_PER_LOOKUP):
+                some = keys[low : low + KEYS_PER_LOOKUP]
                 marks = ",".join("?" * len(some))
                 rows = base.execute(f"SELECT key, answer FROM answers WHERE key IN ({marks})", some)
                 found |= {key: np.frombuffer(answer, np.float32) for key, answer in rows}
         return found
 
     def sending(self, samples: int) -> int:
-        """Writes down that a request of so many samples goes out now; gives its number."""
+        """Records a request of so many samples before it is sent; returns its number."""
         with self._open() as base, base:
             return int(base.execute("INSERT INTO requests (samples) VALUES (?)", (samples,)).lastrowid or 0)
 
     def answered(self, number: int, answers: Mapping[bytes, np.ndarray]) -> None:
-        """Writes down what came back on a request: all of it, or nothing."""
+        """Records the answers to a request, in one transaction."""
         rows = [(key, row.astype(np.float32).tobytes()) for key, row in answers.items()]
         with self._open() as base, base:
             base.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", rows)
             base.execute("UPDATE requests SET outcome = 'answered' WHERE number = ?", (number,))
 
     def refused(self, number: int) -> None:
-        """Writes down that the API said that it did not answer a request, which then is no query."""
+        """Records that the API reported a request as not answered, which then is no query."""
         with self._open() as base, base:
             base.execute("UPDATE requests SET outcome = 'refused' WHERE number = ?", (number,))
 
     @property
     def queries(self) -> int:
-        """Samples sent, in all processes and starts: those answered, and those of which nobody knows."""
+        """Samples sent, in all processes and starts: answered, or with an unknown outcome."""
         with self._open() as base:
             (total,) = base.execute(
                 "SELECT COALESCE(SUM(samples), 0) FROM requests WHERE outcome IS NOT 'refused'"

@@ -1,4 +1,4 @@
-"""What looks wrong with a teacher, though it may be meant: warned of, never refused."""
+"""Warnings about a teacher that may be used wrongly: accuracy of a guess, unusual inputs, probabilities for logits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bdistil.teachers.wrappers import AdaptedTeacher
 
 
 def some_inputs(loader: Any, count: int = 64) -> Any:
-    """X of samples that are spread over the dataset of a loader."""
+    """X (B, ...) of samples that are evenly spread over the dataset of a loader."""
     data = loader.dataset
     return loader.collate_fn([data[number] for number in range(0, len(data), -(-len(data) // count))])[0]
 
 
 def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
-    """Warns of a teacher that knows no more of the labels than a guess does, by three standard errors."""
+    """Warns of a teacher that is not better than guessing by three standard errors."""
     chance = 1 / outputs
     if accuracy < chance + 3 * (chance * (1 - chance) / samples) ** 0.5:
         rank_zero_warn(
@@ -30,12 +30,12 @@ def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
 
 
 def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
-    """Warns where the inputs do not look like those that a teacher was trained on.
+    """Warns of inputs that do not look like those that a teacher was trained on.
 
     Args:
-        teacher: without the frozen wrapper.
+        teacher: the module in the FrozenTeacher.
         datamodule: may declare by `mean` and `std` how its images were normalised.
-        x: some samples (B, ...), as the data give them, on the CPU.
+        x: some samples (B, ...) of the data, on the CPU.
     """
     adapted = teacher if isinstance(teacher, AdaptedTeacher) else None
     expected = expectation_of(adapted.network if adapted else teacher)
@@ -44,10 +44,10 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
         return
     taken = (adapted.data_mean, adapted.data_std) if adapted else (expected.mean, expected.std)  # type: ignore[union-attr]
     cure = "Wrap it in AdaptedTeacher(network, mean, std, data_mean, data_std, size)."
-    if declared and not all(_alike(*pair) for pair in zip(declared, taken, strict=True)):
+    if declared and not all(_close(*pair) for pair in zip(declared, taken, strict=True)):
         rank_zero_warn(
-            f"The data say that they are normalised by mean and sd {[v.tolist() for v in declared]}, the teacher takes "
-            f"them for normalised by {[torch.as_tensor(v).tolist() for v in taken]}. {cure}"
+            f"The data module declares a normalisation by mean and sd {[v.tolist() for v in declared]}, the teacher "
+            f"expects {[torch.as_tensor(v).tolist() for v in taken]}. {cure}"
         )
     reads = (adapted.normalised(x.to(adapted.scale.device)) if adapted else x).float()
     mean, sd = float(reads.mean()), float(reads.std())
@@ -67,15 +67,15 @@ def _declared(datamodule: Any) -> tuple[Tensor, Tensor] | None:
     return torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
 
 
-def _alike(first: Any, second: Any) -> bool:
+def _close(first: Any, second: Any) -> bool:
     difference = torch.as_tensor(first).reshape(-1) - torch.as_tensor(second).reshape(-1)
     return bool(difference.abs().max() < 0.02)
 
 
 def warn_of_probabilities(answers: Tensor) -> None:
-    """Warns where a teacher's answers (B, L) are probabilities, and not their logarithms."""
+    """Warns of a teacher whose outputs (B, L) are probabilities in place of logits."""
     if bool((answers >= 0).all()) and bool(((answers.sum(-1) - 1).abs() < 1e-3).all()):
         rank_zero_warn(
-            "The teacher's answers sum to 1: they look like probabilities, but logits are expected. "
+            "The teacher's outputs sum to 1: they look like probabilities, but logits are expected. "
             "Wrap it in AdaptedTeacher(network, probabilities=True)."
         )

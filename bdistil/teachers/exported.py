@@ -1,4 +1,4 @@
-"""Teachers from files of other makers: TorchScript and ONNX. They answer and are not trained."""
+"""Teachers from exported files, which are not trained further: TorchScript and ONNX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bdistil.metrics.cost import OutsideCost
 
 
 class TorchScriptTeacher(nn.Module):
-    """A file of `torch.jit.save` as a teacher. Such a file is code: load those of people you trust.
+    """A file of `torch.jit.save` as a teacher. Such a file is code: load only files of people you trust.
 
     Args:
         path: of the file.
@@ -29,10 +29,10 @@ class TorchScriptTeacher(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        _there(path)
+        _check_file(path)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")  # the files are here all the same
+                warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")  # the user's file exists all the same
                 self.network: nn.Module = torch.jit.load(path, map_location="cpu").eval()
         except RuntimeError as error:
             raise UserError(f"Expected `path` to be a file of torch.jit.save, got {path!r}: {error}") from error
@@ -44,10 +44,10 @@ class TorchScriptTeacher(nn.Module):
 
 
 class OnnxTeacher(nn.Module):
-    """An ONNX file as a teacher, run by onnxruntime, on the CPU unless `providers` say otherwise.
+    """An ONNX file as a teacher, run by onnxruntime; on the CPU unless `providers` names another one.
 
     Args:
-        path: of the file; its one input is x (B, ...), with a batch dimension that is not fixed.
+        path: of the file; its only input is x (B, ...), with a dynamic batch dimension.
         output: name of the output (B, L) to take; the first one by default.
         providers: of onnxruntime, best first, for example ``["CUDAExecutionProvider", "CPUExecutionProvider"]``.
 
@@ -60,7 +60,7 @@ class OnnxTeacher(nn.Module):
 
     def __init__(self, path: str, output: str | None = None, providers: list[str] | None = None) -> None:
         super().__init__()
-        _there(path)
+        _check_file(path)
         self.path, self.providers = path, list(providers or ["CPUExecutionProvider"])
         self.session = _session(path, self.providers)
         inputs, outputs = self.session.get_inputs(), [o.name for o in self.session.get_outputs()]
@@ -78,7 +78,7 @@ class OnnxTeacher(nn.Module):
         self._shape: tuple[int, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the session, which knows no copy; it is opened again."""
+        """Leaves out the session, which cannot be copied."""
         return {key: value for key, value in vars(self).items() if key not in ("session", "input")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,8 +89,15 @@ class OnnxTeacher(nn.Module):
 
     @property
     def identity(self) -> str:
-        """Sha256 of the file and of those that it keeps weights in; the output's name."""
-        return f"{digest(Path(self.path))} {self.output}"
+        """Sha256 of the file and of the files beside it that hold its weights, and the output's name."""
+        import onnx
+
+        path = Path(self.path)
+        digest = hashlib.sha256(path.read_bytes())
+        graph = onnx.load(path, load_external_data=False).graph
+        for name in sorted({e.value for t in graph.initializer for e in t.external_data if e.key == "location"}):
+            digest.update((path.parent / name).read_bytes())
+        return f"{digest.hexdigest()} {self.output}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, L), on the device of x (B, ...)."""
@@ -98,7 +105,7 @@ class OnnxTeacher(nn.Module):
         given = x.detach().cpu().numpy().astype(_DTYPES.get(self.input.type, np.float32), copy=False)
         try:
             (answer,) = self.session.run([self.output], {self.input.name: given})
-        except Exception as error:  # onnxruntime's own, which have no common class
+        except Exception as error:  # onnxruntime's exceptions have no common class
             raise UserError(
                 f"The graph in {self.path} takes {self.input.name!r} of shape {self.input.shape} and type "
                 f"{self.input.type}, got x of shape {self._shape}: {error}"
@@ -118,14 +125,14 @@ _DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _there(path: str) -> None:
+def _check_file(path: str) -> None:
     if not Path(path).is_file():
         raise UserError(f"Expected `path` of the teacher to be a file, got {path!r}, which is not there.")
 
 
 def _session(path: str, providers: list[str]) -> Any:
     try:
-        import onnx  # noqa: F401  (reads what the graph costs)
+        import onnx  # noqa: F401  (for the cost of the graph)
         import onnxruntime
     except ImportError as error:
         raise UserError(
@@ -133,17 +140,5 @@ def _session(path: str, providers: list[str]) -> Any:
         ) from error
     try:
         return onnxruntime.InferenceSession(path, providers=providers)
-    except Exception as error:  # onnxruntime's own, which have no common class
+    except Exception as error:  # onnxruntime's exceptions have no common class
         raise UserError(f"Expected `path` to be an ONNX file, got {path!r}: {error}") from error
-
-
-def digest(path: Path) -> str:
-    """Sha256 of an ONNX file and of the files beside it that hold its weights."""
-    import onnx
-
-    found = hashlib.sha256(path.read_bytes())
-    graph = onnx.load(path, load_external_data=False).graph
-    outside = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
-    for name in sorted(outside):
-        found.update((path.parent / name).read_bytes())
-    return found.hexdigest()

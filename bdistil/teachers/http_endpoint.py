@@ -1,10 +1,9 @@
-"""A model behind HTTP, as a callable; and what can go wrong on the way to it."""
+"""A model behind HTTP as a callable, and its errors."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,17 +11,17 @@ import numpy as np
 
 from bdistil.errors import RunError, UserError
 
-# The server, or somebody on the way to it, says: not now.
-NOT_NOW = {408, 425, 429, 500, 502, 503, 504}
+# Status codes of a server or a proxy after which a request may be repeated.
+TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
 
 
 class ApiUnavailableError(Exception):
-    """The API gave no answer this time; asking again may help.
+    """The API did not answer this time; another attempt may help.
 
     Args:
         reason: without addresses, keys or contents.
-        answered_nothing: the API itself said so, so that nothing was counted on its side.
-        wait: seconds that it asked to wait.
+        answered_nothing: the API itself reported it, so that it has counted no query.
+        wait: seconds to wait, by its Retry-After header.
     """
 
     def __init__(self, reason: str, *, answered_nothing: bool, wait: float = 0.0) -> None:
@@ -31,11 +30,11 @@ class ApiUnavailableError(Exception):
 
 
 class ApiRefusedError(RunError):
-    """The API refuses to answer; asking again does not help.
+    """The API refuses to answer; another attempt does not help.
 
     Args:
         message: without addresses, keys or contents.
-        answered_nothing: the API itself said so, so that nothing was counted on its side.
+        answered_nothing: the API itself reported it, so that it has counted no query.
     """
 
     def __init__(self, message: str, *, answered_nothing: bool) -> None:
@@ -44,22 +43,22 @@ class ApiRefusedError(RunError):
 
 
 class HttpEndpoint:
-    """POSTs a batch as JSON and gives what comes back, in the form of TensorFlow Serving's REST interface.
+    """Sends a batch as JSON by POST, in the format of TensorFlow Serving's REST interface.
 
     `{"instances": [x, …]}` is sent, x nested lists in the shape of a sample, and `{"predictions": [answer, …]}` is
     expected. No key, address, or content of a response is ever put into a message.
 
     Args:
-        url: http or https, without user, password or query: it stands in config.yaml, which is no place for secrets.
-        key_env: NAME of the environment variable that holds the key; None where the API asks for none.
-        key_header: of the request, that carries the key.
-        key_prefix: before the key in that header.
-        timeout: seconds until a connection, and between two parts of an answer.
-        request_field: of the JSON that is sent.
-        response_field: of the JSON that is expected.
+        url: http or https, without user, password or query, as it is written to config.yaml.
+        key_env: name of the environment variable with the key; None for an API without one.
+        key_header: header of the request that carries the key.
+        key_prefix: text before the key in that header.
+        timeout: seconds for the connection, and between two parts of a response.
+        request_field: field of the JSON that is sent.
+        response_field: field of the JSON that is expected.
 
     Raises:
-        UserError: the address is none, or carries a secret; the environment variable is not set.
+        UserError: `url` is no address, or contains a secret; the environment variable is not set.
     """
 
     def __init__(
@@ -82,11 +81,11 @@ class HttpEndpoint:
 
     @property
     def name(self) -> str:
-        """What identifies the API by default."""
+        """Default identity of the API."""
         return self.url
 
     def _headers(self) -> dict[str, str]:
-        """Read when they are needed: the key is kept in no object, so no dump of one shows it."""
+        """Reads the key at each request: no object keeps it, so no dump shows it."""
         if self.key_env is None:
             return {}
         key = os.environ.get(self.key_env, "")
@@ -98,62 +97,59 @@ class HttpEndpoint:
         return {self.key_header: self.key_prefix + key}
 
     def __call__(self, batch: np.ndarray) -> Any:
-        """Answers of a batch (B, ...): as parsed from JSON, unchecked.
+        """Answers to a batch (B, ...), as parsed from JSON, unchecked.
 
         Raises:
-            ApiUnavailableError: asking again may help.
-            ApiRefusedError: it does not.
+            ApiUnavailableError: another attempt may help.
+            ApiRefusedError: another attempt does not help.
         """
         body = json.dumps({self.request_field: batch.tolist()}).encode()
-        status, wait, content, failure = self._post(body)
-        if failure:  # raised here: the client's own exception names the address, and would hang on to this one
-            raise ApiUnavailableError(failure, answered_nothing=False)
-        if status in NOT_NOW:
+        response = self._post(body)
+        if isinstance(response, str):  # raised here, as the exception of requests, which names the address, is gone
+            raise ApiUnavailableError(response, answered_nothing=False)
+        status = response.status_code
+        if status in TEMPORARY:
+            wait = _seconds(response.headers.get("Retry-After"))
             raise ApiUnavailableError(f"HTTP status {status}", answered_nothing=True, wait=wait)
         if status != 200:
             hint = f" Is the key in {self.key_env} right?" if status in (401, 403) and self.key_env else ""
             message = f"The API refused with HTTP status {status}.{hint} Every answer before it is kept."
             raise ApiRefusedError(message, answered_nothing=True)
-        return self._read(content)
+        return self._read(response.content)
 
-    def _post(self, body: bytes) -> tuple[int, float, bytes, str]:
-        """(status, seconds to wait, content, what failed on the way)."""
+    def _post(self, body: bytes) -> Any:
+        """The response, or the name of the error of the connection."""
         import requests
 
         headers = {"Content-Type": "application/json", **self._headers()}
         try:
             # No redirects: the key is for this address. No ~/.netrc either.
             with requests.Session() as session:
-                session.auth = _as_it_is
-                answer = session.post(self.url, data=body, headers=headers, timeout=self.timeout, allow_redirects=False)
-                return answer.status_code, _seconds(answer.headers.get("Retry-After")), answer.content, ""
+                session.auth = lambda request: request
+                return session.post(self.url, data=body, headers=headers, timeout=self.timeout, allow_redirects=False)
         except requests.exceptions.RequestException as error:
-            return 0, 0.0, b"", type(error).__name__
+            return type(error).__name__
 
     def _read(self, content: bytes) -> Any:
         try:
             return json.loads(content)[self.response_field]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            pass  # the exception holds what came
+            pass  # the exception contains the response
         raise ApiRefusedError(
             f"Expected the API to answer with JSON that has the field {self.response_field!r} (`response_field`), got "
-            f"{len(content)} bytes that have not. Every answer before it is kept.",
+            f"{len(content)} bytes without it. Every answer before it is kept.",
             answered_nothing=False,
         )
-
-
-def _as_it_is(request: Any) -> Any:
-    return request
 
 
 def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
-        whole, secret = parts.scheme in ("http", "https") and bool(parts.hostname), "@" in parts.netloc
-        secret = secret or bool(parts.query or parts.fragment)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname)
+        secret = "@" in parts.netloc or bool(parts.query or parts.fragment)
     except ValueError:
         whole, secret = False, False
-    if secret:  # not repeated here
+    if secret:  # the message does not repeat it
         raise UserError(
             "Expected `url` of an HttpEndpoint without user, password, query or fragment, as it is written to "
             "config.yaml and reports. Put the key into an environment variable and give its name as `key_env`."
@@ -163,26 +159,8 @@ def _check_url(url: str) -> None:
 
 
 def _seconds(text: str | None) -> float:
-    """Of a Retry-After header; a date, or nothing that is understood, is 0."""
+    """Seconds of a Retry-After header; 0 for a date or anything else."""
     try:
         return max(0.0, float(text or 0))
     except ValueError:
         return 0.0
-
-
-class Pace:
-    """Holds samples back to a rate, in one process.
-
-    Args:
-        rate: samples a second; None is as fast as it goes.
-    """
-
-    def __init__(self, rate: float | None) -> None:
-        self.rate, self._free = rate, 0.0
-
-    def wait(self, samples: int) -> None:
-        """Waits until so many more samples may go out."""
-        if self.rate is not None:
-            now = time.monotonic()
-            time.sleep(max(0.0, self._free - now))
-            self._free = max(now, self._free) + samples / self.rate

@@ -1,4 +1,4 @@
-"""A network of one's own behind HTTP on loopback, for recipes and demonstrations of what an API allows."""
+"""A local network behind HTTP on loopback, for recipes and demonstrations of teachers behind an API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bdistil.utils.seeding import reseed
 
 
 class ModelServer(ThreadingHTTPServer):
-    """Serves a function on 127.0.0.1, in a thread of its own, in the form that `HttpEndpoint` asks in.
+    """Serves a function on 127.0.0.1 in a thread, in the format of `HttpEndpoint`.
 
     Args:
         answer: maps a batch, float32 (B, ...) in NumPy, to B answers in nested lists.
@@ -39,7 +39,7 @@ class ModelServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """Address of the server."""
         return f"http://127.0.0.1:{self.server_port}/predict"
 
     def stop(self) -> None:
@@ -52,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: ModelServer
 
     def log_message(self, *args: Any) -> None:
-        """Nothing."""
+        """Logs nothing."""
 
     def do_POST(self) -> None:
         """Answers one batch."""
@@ -70,18 +70,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class LocalApi:
-    """A network, trained on data of its own when it is first asked, behind a real HTTP server on loopback.
+    """A network behind a real HTTP server on loopback, trained at the first request where it has no weights.
 
-    Give it to `ApiTeacher` in the place of an `HttpEndpoint`: whoever asks sees nothing but answers.
+    Give it to `ApiTeacher` in place of an `HttpEndpoint`: its caller has access to the answers only.
 
     Args:
         network: maps x to logits (B, L).
         checkpoint: file of its weights; trained and written there if it is missing.
-        data: what it is trained on.
-        answers: what it answers with; the same as of the ApiTeacher.
-        epochs: of the training.
-        lr: of the training.
-        seed: of the training.
+        data: training and validation data.
+        answers: kind of the answers, as of the ApiTeacher.
+        epochs: number of epochs of the training.
+        lr: learning rate of the training.
+        seed: seed of the training.
     """
 
     name = "local"
@@ -101,7 +101,7 @@ class LocalApi:
         self._ask: HttpEndpoint | None = None
 
     def __call__(self, batch: np.ndarray) -> Any:
-        """Answers of a batch (B, ...), over HTTP."""
+        """Answers to a batch (B, ...), over HTTP."""
         if self._ask is None:
             self._load()
             server = ModelServer(self._answer)
@@ -117,7 +117,7 @@ class LocalApi:
                 max_epochs=self.epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
-            with indexed_loaders(self.data, self.seed):  # as the training of a recipe's own teacher reads them
+            with indexed_loaders(self.data, self.seed):  # TeacherTraining reads (x, y, index)
                 trainer.fit(TeacherTraining(TeacherSpec(self.network, epochs=self.epochs, lr=self.lr)), self.data)
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             save_weights(self.network, self.checkpoint)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Training of a teacher on the labels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torchmetrics import MeanMetric
 
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
@@ -24,12 +25,12 @@ class TeacherSpec:
     Attributes:
         network: maps x to logits (B, L).
         checkpoint: a safetensors file, or one of `torch.save`, with its weights. Without it the recipe trains it.
-        epochs: of that training, on the training part.
-        lr: largest learning rate of that training, on a cosine over the epochs.
-        weight_decay: of the optimizer.
-        optimizer: `adamw`, or `sgd` with Nesterov's momentum of 0.9.
-        warmup: of the epochs, how many the learning rate climbs to `lr` in.
-        label_smoothing: share of the target that all classes have alike.
+        epochs: number of epochs on the training part.
+        lr: largest learning rate; it follows a cosine over the epochs.
+        weight_decay: weight decay of the optimizer.
+        optimizer: `adamw`, or `sgd` with a Nesterov momentum of 0.9.
+        warmup: number of epochs in which the learning rate rises linearly to `lr`.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
     """
 
     network: nn.Module
@@ -60,17 +61,17 @@ class TeacherSpec:
 
 
 class TeacherTraining(pl.LightningModule):
-    """Trains a teacher on the labels: cross entropy, or squared error of real outputs; a warm-up, a cosine.
+    """Trains a teacher with cross entropy, or with the squared error of a regression.
 
     Args:
         spec: network and schedule.
-        task: classes, or real outputs.
+        task: classification or regression.
     """
 
     def __init__(self, spec: TeacherSpec, task: Task = "classification") -> None:
         super().__init__()
         self.network, self.spec, self.task = spec.network, spec, task
-        self._sums = torch.zeros(2)
+        self._score = MeanMetric()
 
     def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
         """Loss of a batch (x, y, index)."""
@@ -80,29 +81,24 @@ class TeacherTraining(pl.LightningModule):
             return F.mse_loss(answers, as_columns(y, answers.shape[-1]).to(answers.dtype))
         return F.cross_entropy(answers, y, label_smoothing=self.spec.label_smoothing)
 
-    def on_validation_epoch_start(self) -> None:
-        """Starts the sums."""
-        self._sums = torch.zeros(2, device=self.device)
-
     def validation_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> None:
-        """Counts right answers, or adds up squared errors."""
+        """Adds the accuracy, or the squared error, of a batch."""
         x, y, _ = batch
         answers = at_least_float32(self.network(x))
         if self.task == "regression":
-            score = (answers - as_columns(y, answers.shape[-1])).square().mean(-1).sum()
+            self._score.update((answers - as_columns(y, answers.shape[-1])).square().mean(-1))
         else:
-            score = (answers.argmax(-1) == y).sum()
-        self._sums += torch.stack((score, score.new_full((), len(y))))
+            self._score.update((answers.argmax(-1) == y).float())
 
     def on_validation_epoch_end(self) -> None:
         """Logs the teacher's accuracy, or its rms error."""
-        score, samples = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        regression = self.task == "regression"
-        name, value = "rms error" if regression else "accuracy", score / samples
-        self.log(f"teacher {name}", value.sqrt() if regression else value, prog_bar=True, logger=False)
+        value, regression = self._score.compute(), self.task == "regression"
+        self._score.reset()
+        name = "teacher rms error" if regression else "teacher accuracy"
+        self.log(name, value.sqrt() if regression else value, prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, fused where the precision allows it; its rate climbs for some epochs, then takes a cosine."""
+        """The optimizer, fused where the precision allows it, with warm-up and cosine."""
         spec = self.spec
         options: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if spec.optimizer == "sgd" else {}
         kind = torch.optim.SGD if spec.optimizer == "sgd" else torch.optim.AdamW
@@ -111,5 +107,5 @@ class TeacherTraining(pl.LightningModule):
         cosine = lr_scheduler.CosineAnnealingLR(optimizer, spec.epochs - spec.warmup)
         if not spec.warmup:
             return [optimizer], [cosine]
-        climb = lr_scheduler.LinearLR(optimizer, 1 / (spec.warmup + 1), total_iters=spec.warmup)
-        return [optimizer], [lr_scheduler.SequentialLR(optimizer, [climb, cosine], [spec.warmup])]
+        rise = lr_scheduler.LinearLR(optimizer, 1 / (spec.warmup + 1), total_iters=spec.warmup)
+        return [optimizer], [lr_scheduler.SequentialLR(optimizer, [rise, cosine], [spec.warmup])]

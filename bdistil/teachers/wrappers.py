@@ -1,10 +1,10 @@
-"""Teachers: frozen, asked once for every sample, in no checkpoint; and what stands between the data and a teacher."""
+"""Wrappers of teachers: frozen, with other inputs or outputs than the students, several as one."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,13 +15,15 @@ from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
 from bdistil.models.inputs import expectation_of
 
-Values = float | Sequence[float]
-
 
 class FrozenTeacher(nn.Module):
-    """Any ``nn.Module`` (x -> logits) as a teacher: never in train mode, never a gradient.
+    """Any ``nn.Module`` (x -> logits) as a teacher: always in eval mode, never with a gradient.
 
-    The wrapped module is frozen in place: its parameters stop asking for gradients and it is put into eval mode.
+    The wrapped module is frozen in place: its parameters no longer require gradients.
+
+    >>> teacher = FrozenTeacher(nn.Sequential(nn.Linear(4, 3), nn.Dropout()))
+    >>> teacher.train()(torch.zeros(2, 4)).requires_grad, teacher.module.training
+    (False, False)
 
     Args:
         module: maps a batch x (B, ...) to logits (B, L).
@@ -35,7 +37,7 @@ class FrozenTeacher(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stays in eval mode, whatever is asked."""
+        """Stays in eval mode, whatever `mode` is."""
         return super().train(False)
 
     @torch.no_grad()
@@ -46,23 +48,24 @@ class FrozenTeacher(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over all weights and buffers, and over what else decides the answers: says whether two are the same.
+        """Sha256 over everything that decides the logits; equal for equal teachers.
 
-        That is the code and the constants of a scripted module, and the attribute `identity` of those that have one.
+        That is all weights and buffers, code and constants of scripted modules, and the attribute `identity` of modules
+        that have one.
         """
         digest = hashlib.sha256()
         for name, value in self.module.state_dict().items():
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         for part in _outermost(self.module):
-            said: Any = part
+            known: Any = part
             scripted = isinstance(part, torch.jit.ScriptModule)
-            digest.update(said.save_to_buffer() if scripted else str(getattr(part, "identity", "")).encode())
+            digest.update(known.save_to_buffer() if scripted else str(getattr(part, "identity", "")).encode())
         return digest.hexdigest()
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all below it, but nothing that is inside a scripted one."""
+    """A module and its submodules, without those inside a scripted one."""
     yield module
     if not isinstance(module, torch.jit.ScriptModule):
         for child in module.children():
@@ -70,22 +73,22 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def comes_trained(network: nn.Module) -> bool:
-    """Does a network say, by its attribute `trained`, that a recipe has nothing to train in it?"""
+    """Whether a recipe has nothing to train in a network: its attribute `trained`, False where it has none."""
     return bool(getattr(network, "trained", False))
 
 
 class AdaptedTeacher(nn.Module):
-    """A teacher of other inputs or answers than the students': it reads the same x, normalised and sized its own way.
+    """A teacher with another normalisation, resolution or kind of output than the students; it reads the same x.
 
     Args:
-        network: maps what it was trained on to logits (B, L).
-        mean: of each channel, as the network was trained; what timm says of its networks by default.
+        network: maps its own inputs to logits (B, L).
+        mean: per channel, with which the network's training data were normalised; that of a network of timm by default.
         std: likewise.
-        data_mean: of each channel, as the data were normalised; 0 where they were not.
-        data_std: likewise; 1 where they were not.
-        size: (H, W), or the side, that images (B, C, H, W) are scaled to; as they are by default.
+        data_mean: per channel, with which x is normalised; 0 where it is not.
+        data_std: likewise; 1 where it is not.
+        size: (H, W), or the side, to which images (B, C, H, W) are scaled; None leaves their size.
         axis: of the channels in a batch.
-        probabilities: the network answers with probabilities, of which the logarithm is taken.
+        probabilities: the network returns probabilities, of which the logarithm is taken.
 
     Raises:
         UserError: a standard deviation or a size that is not positive.
@@ -119,21 +122,21 @@ class AdaptedTeacher(nn.Module):
 
     @property
     def trained(self) -> bool:
-        """As the network says."""
+        """As the network."""
         return comes_trained(self.network)
 
     @property
     def identity(self) -> str:
-        """What decides its answers beside weights."""
+        """What decides the logits beside weights."""
         return f"{self.size} {self.axis} {self.probabilities}"
 
     def normalised(self, x: Tensor) -> Tensor:
-        """X (B, C, ...) as the network wants its values, in the size of the data."""
+        """X (B, C, ...) with the normalisation of the network, in the size of the data."""
         after = [1] * (x.ndim - 1 - self.axis % x.ndim)
         return x * self.scale.reshape(-1, *after) + self.shift.reshape(-1, *after)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, L) of x (B, C, ...), as the data give it."""
+        """Logits (B, L) of x (B, C, ...), normalised and sized as the data."""
         x = self.normalised(x)
         if self.size is not None and tuple(x.shape[-2:]) != tuple(self.size):
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
@@ -144,17 +147,17 @@ class AdaptedTeacher(nn.Module):
         return answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
 
 
-def _vector(values: Values) -> Tensor:
+def _vector(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).reshape(-1)
 
 
 class AveragedTeacher(nn.Module):
-    """Several teachers as one.
+    """The mean of several teachers.
 
     Args:
         networks: each maps x to logits (B, L).
-        of: `probabilities` answers with the logarithm of the mean of the softmax probabilities; `logits` with the mean
-            of the logits, which is also what outputs of a regression need.
+        of: `probabilities` returns the logarithm of the mean of the softmax probabilities; `logits` the mean of the
+            logits, which regression needs.
 
     Raises:
         UserError: no network, or another `of`.
@@ -171,16 +174,16 @@ class AveragedTeacher(nn.Module):
 
     @property
     def trained(self) -> bool:
-        """As all its networks say."""
+        """Whether all networks come trained."""
         return all(map(comes_trained, self.networks))
 
     @property
     def identity(self) -> str:
-        """What decides its answers beside weights."""
+        """What decides the logits beside weights."""
         return self.of
 
     def forward(self, x: Any) -> Tensor:
-        """Logits (B, L); with `probabilities` they are log-probabilities, whose mean the ledger takes off."""
+        """Logits (B, L); those of `probabilities` are log-probabilities, which the ledger centres."""
         answers = at_least_float32(torch.stack([network(x) for network in self.networks]))  # (K, B, L)
         if self.of == "logits":
             return answers.mean(0)

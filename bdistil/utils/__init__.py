@@ -1,1 +1,1 @@
-"""Helpers that know nothing of distillation: seeds, processes, threads, memory, signals."""
+"""General helpers: seeds, processes, threads, memory, signals, eval mode."""

@@ -1,4 +1,4 @@
-"""The few collective calls that the library needs; with one process each is the identity."""
+"""Collective operations; with one process each is the identity."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _active() -> bool:
 
 @dataclass(frozen=True)
 class Sharers:
-    """The processes that see the same disk.
+    """The processes that share a disk.
 
     Attributes:
         rank: number of this process among them.
-        size: how many they are.
-        first: is process 0 of all one of them?
+        size: number of these processes.
+        first: whether process 0 is among them.
     """
 
     rank: int
@@ -39,7 +39,7 @@ _sharers: Sharers | None = None
 
 @contextmanager
 def within(sharers: Sharers | None) -> Iterator[None]:
-    """Work of which every disk gets a copy: `rank` and `my_blocks` are those among its sharers, sums count it once."""
+    """Context for work of which every disk gets a copy: ranks are those among its sharers, sums count one copy."""
     global _sharers
     before, _sharers = _sharers, sharers
     try:
@@ -49,7 +49,7 @@ def within(sharers: Sharers | None) -> Iterator[None]:
 
 
 def sharers_of(folder: Path) -> Sharers | None:
-    """Finds the processes that see the same folder, whatever launched them; None where there is one process only."""
+    """Finds the processes that share a folder, with any launcher; None with one process."""
     if not _active():
         return None
     place = folder / f".processes.{from_first(uuid4().hex)}"
@@ -60,25 +60,25 @@ def sharers_of(folder: Path) -> Sharers | None:
     found = sorted(int(file.name) for file in place.iterdir())
     barrier()
     mine.unlink()
-    with suppress(OSError):  # the last one empties it
+    with suppress(OSError):  # not empty yet: the last process removes it
         place.rmdir()
     return Sharers(found.index(dist.get_rank()), len(found), found[0] == 0)
 
 
 def rank() -> int:
-    """Number of this process, 0 without a process group."""
+    """Rank of this process, 0 without a process group."""
     if not _active():
         return 0
     return dist.get_rank() if _sharers is None else _sharers.rank
 
 
 def early_rank() -> int:
-    """Number of this process even before there is a process group, as the launcher told it."""
+    """Rank of this process even before there is a process group, from the launcher."""
     return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
 def world_size() -> int:
-    """How many processes take part, 1 without a process group."""
+    """Number of processes, 1 without a process group."""
     if not _active():
         return 1
     return dist.get_world_size() if _sharers is None else _sharers.size
@@ -91,7 +91,7 @@ def barrier() -> None:
 
 
 def _collective_device() -> torch.device:
-    """NCCL reduces tensors on its device only; gloo takes those of the CPU."""
+    """The device of tensors that the backend reduces: NCCL on the GPU, gloo on the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
@@ -120,12 +120,12 @@ def _reduced(values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def agreed(flag: bool) -> bool:
-    """Does it hold on all processes?"""
+    """Whether a flag is true on all processes."""
     return not bool(all_max(torch.tensor(float(not flag))))
 
 
 def from_first(value: Any) -> Any:
-    """What process 0 has, on all processes: any plain value."""
+    """Broadcasts a plain value from process 0."""
     if not _active():
         return value
     values = [value]
@@ -134,7 +134,7 @@ def from_first(value: Any) -> Any:
 
 
 def share(tensors: Iterable[Tensor]) -> None:
-    """Gives all processes the values of process 0, in place."""
+    """Broadcasts tensors from process 0, in place."""
     if _active():
         for tensor in tensors:
             moved = tensor.detach().to(_collective_device())
@@ -145,8 +145,8 @@ def share(tensors: Iterable[Tensor]) -> None:
 def my_blocks(total: int, block: int) -> list[tuple[int, int]]:
     """The rows of this process, as (low, high) of whole blocks.
 
-    Whole blocks, so that a row is computed in the same batch whatever the number of processes: the last bits of a
-    batched product depend on the batch.
+    With whole blocks a row is computed in the same batch for any number of processes: the last bits of a batched
+    product depend on the batch.
     """
     lows = list(range(0, total, block))
     first, last = len(lows) * rank() // world_size(), len(lows) * (rank() + 1) // world_size()

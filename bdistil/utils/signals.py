@@ -1,7 +1,7 @@
-"""Stopping when asked: SIGTERM and SIGUSR1 end a run cleanly and at once, with the way to go on and status 1.
+"""Handlers of SIGTERM and SIGUSR1, which end a run cleanly and at once, with a message and status 1.
 
-At once, and not at the end of the epoch: what a scheduler leaves between the signal and the kill may be shorter than an
-epoch, and the start after it goes on from the last saved epoch anyway.
+At once and not at the end of the epoch: the time between a scheduler's signal and its kill may be shorter than an
+epoch, and the next start goes on from the last saved epoch anyway.
 """
 
 from __future__ import annotations
@@ -20,56 +20,56 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 
 class Interrupted(SystemExit):
-    """A signal asked the run to stop. Where nothing catches it, Python prints its text and ends with status 1."""
+    """A signal stopped the run. Where nothing catches it, Python prints its text and exits with status 1."""
 
 
 class StopSignals:
-    """Raises `Interrupted` in the main thread when a signal comes, while this context is open.
+    """Context in which a signal raises `Interrupted` in the main thread.
 
-    Lightning's own answers are replaced while it trains. To SIGUSR1 under SLURM it writes a checkpoint in the middle of
-    an epoch, which the next round would be offered. To SIGTERM it calls the other processes from within the handler,
-    and waits for ever where they are at another call.
+    Lightning's own handlers are replaced during training. Its handler of SIGUSR1 under SLURM writes a checkpoint in the
+    middle of an epoch, which the next round would load. That of SIGTERM makes a collective call, which waits for ever
+    where the other processes are in another one.
 
     Args:
-        text: what to say, asked for at the end.
+        text: returns the message, when it is needed.
     """
 
     def __init__(self, text: Callable[[], str]) -> None:
         self.text = text
-        self.asked = self.told = False
+        self.received = self.printed = False
         self._before: list[dict[int, Any]] = []
         self._launcher: Any = None
 
     def __enter__(self) -> StopSignals:
         if not self._before:
-            self.asked = self.told = False
+            self.received = self.printed = False
         self._before.append({number: signal.getsignal(number) for number in SIGNALS})
-        self._install(dict.fromkeys(SIGNALS, self._answer))
+        self._install(dict.fromkeys(SIGNALS, self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._install(self._before.pop())
 
     def watch(self, trainer: pl.Trainer) -> None:
-        """Replaces the handlers of a Trainer, which puts them back itself, and passes signals on to its processes."""
+        """Replaces the handlers of a Trainer, which restores them itself, and forwards signals to its processes."""
         environment: Any = getattr(trainer.strategy, "cluster_environment", None)
-        if hasattr(environment, "auto_requeue"):  # of SLURM: who launched the run requeues it
+        if hasattr(environment, "auto_requeue"):  # SLURM: the job script requeues the run
             environment.auto_requeue = False
         self._launcher = trainer.strategy.launcher
-        self._install(dict.fromkeys(SIGNALS, self._answer))
+        self._install(dict.fromkeys(SIGNALS, self._handle))
 
     def check(self) -> None:
-        """Raises again where the first exception was swallowed, as in a finaliser."""
-        if self.asked:
+        """Raises again where the first exception was lost, as in a finaliser."""
+        if self.received:
             raise self.interruption()
 
     def interruption(self) -> Interrupted:
-        """The exception; only process 0 has something to say, and that once."""
-        return Interrupted(self.text() if distributed.early_rank() == 0 and not self.told else 1)
+        """The exception, with the message on process 0 unless it is printed already."""
+        return Interrupted(self.text() if distributed.early_rank() == 0 and not self.printed else 1)
 
-    def tell(self) -> None:
-        """Says it now: Lightning answers to Ctrl-C with an exception that says nothing."""
-        self.told = True
+    def print(self) -> None:
+        """Prints the message now: on Ctrl-C Lightning raises an exception without one."""
+        self.printed = True
         rank_zero_info(self.text())
 
     @staticmethod
@@ -78,27 +78,27 @@ class StopSignals:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _answer(self, number: int, frame: Any) -> None:
-        if self.asked:  # on the way out already
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received:  # stopping already
             return
-        self.asked = True
-        if hasattr(self._launcher, "procs"):  # those that Lightning started; torchrun and SLURM tell theirs themselves
+        self.received = True
+        if hasattr(self._launcher, "procs"):  # started by Lightning; torchrun and SLURM signal theirs
             self._launcher.kill(number)
         raise self.interruption()
 
 
 class StopCallback(pl.Callback):
-    """Gives a Trainer without a RoundController the handlers of a run.
+    """Installs the handlers of a run in a Trainer without a RoundController.
 
     Args:
-        signals: of the run.
+        signals: the handlers.
     """
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lightning's own answer to SLURM is not even set up."""
+        """Replaces the handlers before Lightning sets up its own."""
         self.signals.watch(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,5 +106,5 @@ class StopCallback(pl.Callback):
         self.signals.watch(trainer)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stops where the exception got lost."""
+        """Stops where the exception was lost."""
         self.signals.check()

@@ -76,7 +76,7 @@ def test_what_is_wrong_is_refused_at_once(api, make, fault, message):
 
 def test_one_nan_costs_one_answer(api, make):
     api.faults = ["nan"]
-    with pytest.raises(RunError, match="Expected finite logits of the API, but 1 of 4 answers are none"):
+    with pytest.raises(RunError, match="Expected finite logits of the API, but 1 of 4 answers are invalid"):
         make(api)(inputs(4))
     make(api)(inputs(4))
     assert api.requests == [4, 1]
@@ -95,7 +95,7 @@ def test_one_nan_costs_one_answer(api, make):
     ],
 )
 def test_answers_that_cannot_be(make, answers, given):
-    with pytest.raises(RunError, match="of the API, but 1 of 1 answers are none"):
+    with pytest.raises(RunError, match="of the API, but 1 of 1 answers are invalid"):
         make(lambda batch: given, answers=answers)(inputs(1))
 
 
@@ -117,7 +117,7 @@ def test_the_rate_is_kept(make, monkeypatch):
         waits.append(seconds)
         clock[0] += seconds
 
-    monkeypatch.setattr("bdistil.teachers.http_endpoint.time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr("bdistil.teachers.api.time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     teacher = make(logits_of, rate=100, batch_size=5)
     teacher(inputs(18))
     assert waits == pytest.approx([0, 0.05, 0.05, 0.05])

@@ -338,7 +338,12 @@ def trained(tmp_path_factory):
     ("adapt", "data", "x", "warned"),
     [
         (None, Declared(0.5, 0.5), torch.randn(8, 3, 160, 160), None),
-        (None, Declared([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), torch.randn(8, 3, 160, 160), "The data say"),
+        (
+            None,
+            Declared([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            torch.randn(8, 3, 160, 160),
+            "The data module declares",
+        ),
         (None, object(), 255 * torch.rand(8, 3, 160, 160), r"reads some of mean 12\d"),
         (None, object(), torch.rand(8, 3, 160, 160), r"reads some of mean 0\.[45]\d* and sd 0\.[23]"),
         (None, object(), torch.randn(8, 3, 32, 32), r"images of \(160, 160\), and reads some of \(32, 32\)"),
@@ -349,9 +354,9 @@ def trained(tmp_path_factory):
             torch.rand(8, 3, 32, 32),
             r"of mean -0\.[89]\d* and sd 0\.0",
         ),
-        ({"size": 160}, Declared(0.5, 0.25), torch.rand(8, 3, 32, 32), "The data say"),
+        ({"size": 160}, Declared(0.5, 0.25), torch.rand(8, 3, 32, 32), "The data module declares"),
         ({"size": 160, "data_mean": 0.5, "data_std": 0.25}, Declared(0.5, 0.25), 2 * torch.randn(8, 3, 32, 32), None),
-        (None, Declared([0.5, 0.5, 0.47], 0.5), torch.randn(8, 3, 160, 160), "The data say"),
+        (None, Declared([0.5, 0.5, 0.47], 0.5), torch.randn(8, 3, 160, 160), "The data module declares"),
         (None, Declared([0.5, 0.5, 0.49], 0.5), torch.randn(8, 3, 160, 160), None),
         (None, object(), torch.randn(8, 3, 160, 160) + 1.1, r"reads some of mean 1\.1 and"),
         (None, object(), torch.randn(8, 3, 160, 160) * 2.1, r"reads some of mean \S+ and sd 2\.1"),
@@ -397,7 +402,7 @@ def test_a_run_looks_at_its_inputs(tmp_path):
     assert some_inputs(loader).tolist() == list(range(0, 130, 3))
     data = Toys()
     data.mean, data.std = 0.5, 0.5
-    with pytest.warns(UserWarning, match="The data say that they are normalised"):
+    with pytest.warns(UserWarning, match="The data module declares a normalisation"):
         control(tmp_path, teacher=AdaptedTeacher(make_teacher())).boosting.check(data)
 
 
