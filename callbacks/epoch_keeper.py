@@ -1,4 +1,4 @@
-"""Makes a plain fit survive a kill: the callback behind the training of a teacher."""
+"""A callback that saves a fit after each epoch, so that it can be resumed; used to train teachers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from bdistil.utils.seeding import reseed
 class EpochKeeper(Checkpoint):
     """Saves a fit at the end of each epoch, and draws the randomness of each from (key, epoch, rank).
 
-    A fit that was killed goes on with the epoch that was under way and ends as it would have ended::
+    A fit that was killed continues with the epoch that was under way, and ends as it would have ended::
 
         keeper = EpochKeeper(folder / "last.ckpt", seed, "teacher")
         Trainer(callbacks=[keeper]).fit(module, datamodule, ckpt_path=keeper.ckpt_path)
 
-    The order of the samples is a function of the epoch too where the loader's sampler is, as those of
-    `bdistil.data.loaders.indexed_loaders` are.
+    The order of the samples depends on the epoch only, too, where the loader's sampler is a function of it, as in
+    `bdistil.data.loaders.indexed_loaders`.
 
     Args:
         path: of the checkpoint; in a folder of its own.
-        key: what the randomness is for, for example the seed of the run and a name.
+        key: hashed into all seeds, for example the seed of the run and a name.
     """
 
     def __init__(self, path: Path, *key: object) -> None:
         self.path, self.key = path, key
-        self.epochs, self._fresh = 0, True
+        self.epochs, self._first = 0, True
 
     @property
     def ckpt_path(self) -> str | None:
@@ -39,11 +39,11 @@ class EpochKeeper(Checkpoint):
         return str(self.path) if self.path.exists() else None
 
     def state_dict(self) -> dict[str, Any]:
-        """How many epochs are over."""
+        """Number of finished epochs."""
         return {"epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a checkpoint was written."""
+        """Restores the number of finished epochs."""
         self.epochs = int(state_dict["epochs"])
 
     def _reseed(self, trainer: pl.Trainer) -> None:
@@ -59,16 +59,12 @@ class EpochKeeper(Checkpoint):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the epochs after the first."""
-        if not self._fresh:
+        if not self._first:
             self._reseed(trainer)
-        self._fresh = False
+        self._first = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves.
-
-        Raises:
-            RunError: the disk refused.
-        """
+        """Saves a checkpoint; a disk error becomes a RunError."""
         self.epochs += 1
         with disk_errors("an epoch", self.path.parent):
             save_epoch(trainer, self.path)

@@ -1,4 +1,4 @@
-"""A progress bar that names the round, the epoch and the accuracy of the prefix."""
+"""A progress bar with the round, the epoch and the accuracy of the prefix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RoundProgressBar(RichProgressBar):
         return epoch
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The accuracy (or R²) of the prefix and its rms error to the teacher; of another module what it logs."""
+        """The accuracy (or R²) of the prefix and its rms error to the teacher; all metrics of other modules."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if isinstance(pl_module, BoostingRound):

@@ -1,6 +1,6 @@
 """B-DISTIL: boosting rounds, the ledger of errors, acceptance and commit."""
 
-from bdistil.boosting.commit import accepts_margin, accepts_progress
+from bdistil.boosting.commit import decide
 from bdistil.boosting.ledger import ErrorLedger
 from bdistil.boosting.part import Part
 from bdistil.boosting.round import BoostingRound
@@ -13,6 +13,5 @@ __all__ = [
     "BoostingSettings",
     "ErrorLedger",
     "Part",
-    "accepts_margin",
-    "accepts_progress",
+    "decide",
 ]

@@ -30,11 +30,7 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unuse
 
 
 def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
-    """Sets a data module up and returns its training and validation loader.
-
-    Raises:
-        UserError: a loader is missing, or the data module changes batches after they are read.
-    """
+    """Sets up a data module and returns its two loaders. Raises UserError where it lacks one or changes batches."""
     for method in ("train_dataloader", "val_dataloader"):
         if not is_overridden(method, datamodule, pl.LightningDataModule):
             raise UserError(
@@ -59,16 +55,7 @@ def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
 
 
 def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bool:
-    """Whether the training part augments at random, which cached logits of a fixed x do not allow for.
-
-    Args:
-        loader: training loader.
-        settings: of the run.
-        seed: of the run.
-
-    Raises:
-        UserError: random augmentation with cached state and without views, or that views do not fix.
-    """
+    """Whether a training loader augments at random. Raises UserError where cached logits would not fit the batches."""
     random = is_random(loader.dataset)
     if settings.state == "recompute":
         return random
@@ -101,11 +88,7 @@ class _Collated(Dataset[Any]):
 
 
 def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:
-    """Checks that `student` takes a width where the ladder has wider rungs.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises UserError where the ladder has wider rungs but `student` takes no `width`."""
     wider = [rung.width for rung in ladder if rung.width != 1]
     parameters = inspect.signature(make).parameters.values()
     if wider and not any(p.name == "width" or p.kind is p.VAR_KEYWORD for p in parameters):
@@ -116,11 +99,7 @@ def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None
 
 
 def check_rounds(student: nn.Module, rounds: int) -> None:
-    """Checks that there are not more rounds than segments that the students read.
-
-    Raises:
-        UserError: there are more rounds.
-    """
+    """Raises UserError where there are more rounds than segments that the students read."""
     most = student.most_rounds if isinstance(student, Student) else None
     if most is not None and rounds > most:
         raise UserError(
@@ -131,16 +110,13 @@ def check_rounds(student: nn.Module, rounds: int) -> None:
 
 @torch.no_grad()
 def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Task = "classification") -> int:
-    """Checks that teacher and student return logits (B, L) of the same L.
+    """L, after a check that teacher and student return logits (B, L) of the same L.
 
     Args:
         teacher: the teacher.
         student: an unlinked student; it is left in eval mode.
         example: x of two samples.
         task: of the run; classification needs L >= 2.
-
-    Returns:
-        L.
 
     Raises:
         UserError: another shape, or two different L.
@@ -167,11 +143,7 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
 
 
 def check_task(task: Task, teacher: nn.Module) -> None:
-    """Checks that teachers of a regression are not averaged as probabilities.
-
-    Raises:
-        UserError: they are.
-    """
+    """Raises UserError where teachers of a regression are averaged as probabilities."""
     inner = teacher.network if isinstance(teacher, AdaptedTeacher) else teacher
     if task == "regression" and isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
         raise UserError(
@@ -181,16 +153,7 @@ def check_task(task: Task, teacher: nn.Module) -> None:
 
 
 def check_labels(labels: Any, task: Task, outputs: int) -> None:
-    """Checks that labels are class numbers 0 … L-1, or one number per output for a regression.
-
-    Args:
-        labels: y of two samples.
-        task: of the run.
-        outputs: L.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Raises UserError unless y of two samples are class numbers, or L numbers each for a regression."""
     if not isinstance(labels, Tensor):
         return
     real = labels.is_floating_point() or labels.ndim > 1
@@ -217,14 +180,7 @@ def first_of(x: Any) -> Any:
 
 
 def check_strategy(strategy: Strategy | str) -> None:
-    """Checks that each process holds a whole student, which a round evaluates and commits.
-
-    Args:
-        strategy: of a Trainer, or its name in a recipe.
-
-    Raises:
-        UserError: the strategy splits the weights of a module, or starts processes in the middle of the script.
-    """
+    """Raises UserError for a strategy, or its name, under which no process holds a whole student."""
     if isinstance(strategy, str):
         name, known = strategy, strategy in STRATEGIES
     else:
@@ -243,14 +199,7 @@ def check_strategy(strategy: Strategy | str) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Checks that weights stay float32: students are evaluated and committed outside the Trainer's precision.
-
-    Args:
-        precision: of a Trainer.
-
-    Raises:
-        UserError: the Trainer converts the weights.
-    """
+    """Raises UserError for a precision that converts weights: students are evaluated and committed in float32."""
     if precision not in ("32-true", "16-mixed", "bf16-mixed"):
         raise UserError(
             f"Expected `precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got {precision!r}. "

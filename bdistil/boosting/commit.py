@@ -34,40 +34,25 @@ class Verdict:
     loss: float
 
 
-def accepts_progress(before: float, after: float, minimum: float) -> tuple[bool, str]:
-    """Whether the prefix's rms error to the teacher fell by more than `minimum`, relative to `before`; and the reason.
-
-    Example:
-        >>> accepts_progress(0.5, 0.4, minimum=0.002)
-        (True, 'rms error to the teacher fell by more than 0.002: 0.5000 -> 0.4000, -20.00%')
-    """
-    fall = 1.0 - after / before if before > 0 else 0.0
-    verdict = "fell" if fall > minimum else "did not fall"
-    change = f"{before:.4f} -> {after:.4f}, {-fall:+.2%}"
-    return fall > minimum, f"rms error to the teacher {verdict} by more than {minimum:g}: {change}"
-
-
-def accepts_margin(margin_share: float, required: float) -> tuple[bool, str]:
-    """Whether a share `required` of the outputs meets its margin, the paper's condition made softer; and the reason.
-
-    Example:
-        >>> accepts_margin(0.4, required=0.5)
-        (False, '40% of the outputs meet their margin, less than 50%')
-    """
-    met = margin_share >= required
-    relation = "at least" if met else "less than"
-    return met, f"{margin_share:.0%} of the outputs meet their margin, {relation} {required:.0%}"
-
-
 def decide(
     settings: BoostingSettings, number: int, training: RoundEvidence, validation: RoundEvidence
 ) -> tuple[bool, str]:
-    """Whether the student of a round is accepted, and why; the same on all ranks, as the evidence is."""
+    """Whether the student of a round is accepted, and why; the same on all ranks, as the evidence is.
+
+    With `accept="progress"` the prefix's rms error to the teacher on the validation part has to fall by more than
+    `min_progress`, relative to the prefix before; with "margin", the paper's condition made softer, a share
+    `margin_share` of the outputs has to meet its margin on the training part.
+    """
     if number == 0:
         return True, "the first round is always accepted"
     if settings.accept == "margin":
-        return accepts_margin(training.margin_share, settings.margin_share)
-    return accepts_progress(validation.rms_before, validation.rms_after, settings.min_progress)
+        share, required = training.margin_share, settings.margin_share
+        relation = "at least" if share >= required else "less than"
+        return share >= required, f"{share:.0%} of the outputs meet their margin, {relation} {required:.0%}"
+    before, after, minimum = validation.rms_before, validation.rms_after, settings.min_progress
+    fall = 1.0 - after / before if before > 0 else 0.0
+    verdict, change = "fell" if fall > minimum else "did not fall", f"{before:.4f} -> {after:.4f}, {-fall:+.2%}"
+    return fall > minimum, f"rms error to the teacher {verdict} by more than {minimum:g}: {change}"
 
 
 def close_round(
@@ -154,7 +139,7 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
     """Commits student, S and metrics: all of them, or nothing."""
     run, parts, number, example = boosting.run, plan.run.parts, plan.module.number, plan.run.example
     for part in (parts.train, parts.val):
-        part.keep(plan.module.student, number)
+        part.publish(plan.module.student, number)
     if distributed.rank() == 0:
         why, tensors, blueprint = None, plan.module.student.state_dict(), None
         try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,6 @@ from bdistil.models.student import Student, features_of, linked_features, linked
 from bdistil.utils import distributed
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
-
-
-def _on_each_disk(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a pass fill every disk that holds a copy of the ledger; sums over processes count one copy."""
-
-    @wraps(method)
-    def wrapped(self: Part, *args: Any, **kwargs: Any) -> Any:
-        with distributed.within(self.sharers):
-            return method(self, *args, **kwargs)
-
-    return wrapped
 
 
 class Part:
@@ -70,7 +58,6 @@ class Part:
         self.features = FeatureCache(folder, self.samples)
         self.sharers: distributed.Sharers | None = None  # of the ledger's disk, where each node has one
 
-    @_on_each_disk
     def query(
         self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, units: Units | None = None
     ) -> tuple[float, float]:
@@ -92,10 +79,10 @@ class Part:
         task = self.settings.task
         scores = prefix_metric(task, outputs)
         answers = self._teacher_logits(teacher, device, scores)
-        self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)
-        return _summed(scores)
+        with distributed.within(self.sharers):
+            self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)
+            return _summed(scores)
 
-    @_on_each_disk
     def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
         """Opens S after the committed students, and their features that links may read; computes what is missing.
 
@@ -108,12 +95,13 @@ class Part:
             UserError: the number of samples or the teacher differs from the start of the run.
             RunError: a file is torn.
         """
-        self.ledger.open(self.samples, fingerprint)
-        if self.view:
-            self.ledger.use_teacher()
-        else:
-            self._catch_up_errors(students, device)
-        self._catch_up_features(students, device)
+        with distributed.within(self.sharers):  # each disk that holds a copy is filled; sums count one copy
+            self.ledger.open(self.samples, fingerprint)
+            if self.view:
+                self.ledger.use_teacher()
+            else:
+                self._catch_up_errors(students, device)
+            self._catch_up_features(students, device)
 
     def _catch_up_errors(self, students: Sequence[nn.Module], device: torch.device) -> None:
         if not distributed.agreed(self.ledger.has(len(students))):
@@ -142,11 +130,10 @@ class Part:
                 self.features.publish(number)
         self.features.use(widths)
 
-    @_on_each_disk
     def score(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device
     ) -> tuple[RoundEvidence, float, float]:
-        """One pass of a new student in eval mode; writes S and its features beside those in use, see `keep`.
+        """One pass of a new student in eval mode; writes S and its features beside those in use, see `publish`.
 
         Returns:
             The evidence, and accuracy and cross entropy (or R² and rms error) of the prefix that ends with
@@ -155,21 +142,20 @@ class Part:
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        settings = self.settings
-        scores = prefix_metric(settings.task, self.ledger.outputs)
-        if isinstance(student, Student):
-            self.features.begin(student.width)
-        with eval_mode(student):
+        settings, scores = self.settings, prefix_metric(self.settings.task, self.ledger.outputs)
+        with distributed.within(self.sharers), eval_mode(student):
+            if isinstance(student, Student):
+                self.features.begin(student.width)
             answers = self._student_logits(student, earlier, device, scores, write=isinstance(student, Student))
             evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
-        return evidence, *_summed(scores)
+            return evidence, *_summed(scores)
 
-    @_on_each_disk
-    def keep(self, student: nn.Module, number: int) -> None:
+    def publish(self, student: nn.Module, number: int) -> None:
         """Gives the files that `score` wrote for an accepted student their names."""
-        self.ledger.publish()
-        if isinstance(student, Student):
-            self.features.publish(number)
+        with distributed.within(self.sharers):
+            self.ledger.publish()
+            if isinstance(student, Student):
+                self.features.publish(number)
 
     def linked(self, numbers: Sequence[int], index: np.ndarray[Any, Any], device: torch.device) -> list[Tensor]:
         """Cached features (B, D) of some students for samples, on the device."""

@@ -43,14 +43,7 @@ class Parts:
     def of(
         cls, train: DataLoader[Any], val: DataLoader[Any], folder: Path, settings: BoostingSettings, seed: int
     ) -> Parts:
-        """The parts of the user's loaders.
-
-        Args:
-            train: training loader, yields (x, y).
-            val: validation loader.
-            folder: folder of the ledgers.
-            settings: of the run.
-            seed: of the run.
+        """The parts of the user's loaders, which yield (x, y).
 
         Raises:
             UserError: a dataset is iterable or empty, its items are not (x, y), or random augmentation that the
@@ -71,21 +64,8 @@ class Parts:
     def __iter__(self) -> Iterator[Part]:
         yield from (self.train, self.val, *self.views)
 
-    @property
-    def exist(self) -> bool:
-        """Whether the teacher's logits of all parts are on this process's disk."""
-        return all(part.ledger.exists for part in self)
-
-    @property
-    def samples(self) -> int:
-        """Number of samples that the teacher is evaluated on."""
-        return sum(part.samples for part in self)
-
     def query(self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str) -> tuple[float, float]:
-        """Writes the teacher's logits of all parts; returns its accuracy and loss on the validation part.
-
-        Arguments and errors are those of `Part.query`.
-        """
+        """Writes the teacher's logits of all parts; returns its accuracy and loss on the validation part."""
         self.train.query(teacher, device, outputs, fingerprint)
         units = self.train.ledger.units
         figures: tuple[float, float] = self.val.query(teacher, device, outputs, fingerprint, units)
@@ -94,7 +74,7 @@ class Parts:
         return figures
 
     def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
-        """Brings the ledgers of all parts up to date, see `Part.catch_up`."""
+        """Brings the ledgers of all parts up to date."""
         for part in self:
             part.catch_up(students, device, fingerprint)
 
@@ -103,24 +83,20 @@ class Parts:
 
         A node may come back after rounds that it took no part in, or the run may have been started anew. Removed
         files are made again from the teacher and the committed students; the run directory stays the truth.
-
-        Args:
-            run: a run with its ledger on a scratch disk.
         """
-        history = distributed.from_first(_history(run) if distributed.rank() == 0 else None)
+
+        def history() -> dict[str, Any]:
+            seals = [run.record(number)["weights"]["sha256"] for number in range(run.committed())]
+            return {"run": run.identity(), "rounds": seals}
+
+        now = distributed.from_first(history() if distributed.rank() == 0 else None)
         sharers = distributed.sharers_of(run.ledger)
         with distributed.within(sharers):
             if distributed.rank() == 0:
-                _clear(run.ledger, history, continuing=self.train.ledger.version >= 0)
+                _clear(run.ledger, now, continuing=self.train.ledger.version >= 0)
             distributed.barrier()
         for part in self:
             part.sharers = sharers
-
-
-def _history(run: RunDirectory) -> dict[str, Any]:
-    """Identity of the run, and the hashes of its committed weights."""
-    seals = [run.record(number)["weights"]["sha256"] for number in range(run.committed())]
-    return {"run": run.identity(), "rounds": seals}
 
 
 def _clear(folder: Path, history: Mapping[str, Any], *, continuing: bool) -> None:

@@ -86,17 +86,7 @@ class RoundPlan:
 
 
 class Boosting:
-    """One run on the disk.
-
-    Args:
-        run_dir: the run directory.
-        teacher: any module (x -> logits).
-        student: ``make_student(round)``, or ``make_student(round, width)`` where the ladder has wider students.
-        settings: of the run.
-        seed: all randomness of the run is a function of it, the round, the epoch and the rank.
-        config: content of config.yaml; the settings and the seed by default.
-        uncounted: an operator of unknown cost is an ``error`` before training, or recorded with a warning.
-    """
+    """One run on the disk; its arguments are those of `bdistil.callbacks.RoundController`."""
 
     def __init__(
         self,
@@ -178,7 +168,7 @@ class Boosting:
             gc.collect()  # a Trainer lingers in reference cycles
 
     def _plan_round(self, plan: RunPlan, fingerprint: str) -> RoundPlan | None:
-        """Builds the student of the next round; None when the run is finished."""
+        """The next round, with its student built; None when the run is finished."""
         run, settings, number = self.run, self.settings, self.run.committed()
         if number >= settings.rounds or run.stopped is not None:
             return None
@@ -218,15 +208,17 @@ class Boosting:
         parts, device = plan.run.parts, plan.module.device
         if self.run.scratch is not None:
             parts.claim(self.run)
-        if not distributed.agreed(parts.exist and self.run.teacher_figures() is not None):
+        known = all(part.ledger.exists for part in parts) and self.run.teacher_figures() is not None
+        if not distributed.agreed(known):
             self._query_teacher(plan, device)
         parts.catch_up(self.students, device, plan.fingerprint)
         plan.module.start(Game.of(parts.train.ledger, self.settings, device))
 
     def _query_teacher(self, plan: RoundPlan, device: torch.device) -> None:
         parts, outputs, teacher = plan.run.parts, plan.run.outputs, self.teacher
-        rank_zero_info(f"Evaluating the teacher on {parts.samples:,} samples …")
-        row = teacher_row(teacher, plan.run.example, device, parts.samples, self.uncounted)
+        samples = sum(part.samples for part in parts)
+        rank_zero_info(f"Evaluating the teacher on {samples:,} samples …")
+        row = teacher_row(teacher, plan.run.example, device, samples, self.uncounted)
         accuracy, loss = parts.query(teacher, device, outputs, plan.fingerprint)
         teacher.cpu()
         if self.settings.task == "classification":

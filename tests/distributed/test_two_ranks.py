@@ -66,6 +66,7 @@ def script(folder):
     write, controller.run.commit = controller.run.commit, committed
     # Without a validation at the end, which would happen to bring the batch statistics of the ranks together.
     fit(controller, Toys(train=TRAIN, val=VAL), strategy="ddp", devices=2, check_val_every_n_epoch=3)
+    commit.decide = decide
     answers = controller.ensemble(samples(64, 13)[0])
     seen = fit(
         control(folder / "validated", settings=settings_for(1), student=steady),
