@@ -37,7 +37,6 @@ from bdistil.teachers.training import TeacherTraining
 from bdistil.teachers.wrappers import comes_trained
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
-from bdistil.utils.signals import StopCallback
 
 # In place of what Lightning says of its keys.
 HELP = {
@@ -170,7 +169,7 @@ class BoostCLI(LightningCLI):
         """Both stages of MEKD; the data of the rounds are what it generated."""
 
         def trainer(callbacks: list[Callback], **options: Any) -> Trainer:
-            return self.new_trainer(*callbacks, StopCallback(controller.signals), logger=loggers, **options)
+            return self.new_trainer(*callbacks, controller.signals, logger=loggers, **options)
 
         teacher, folder = model.teacher.network, controller.run.emulation
         return Emulation(settings, teacher, local, folder, seed=seed, make_trainer=trainer).run(model.make_student)
@@ -192,7 +191,7 @@ class BoostCLI(LightningCLI):
             spec.network.requires_grad_(True).train()
             keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")
             trainer = self.new_trainer(
-                StopCallback(controller.signals), keeper,
+                controller.signals, keeper,
                 max_epochs=spec.epochs, logger=False, default_root_dir=str(keeper.path.parent),
             )  # fmt: skip
             with indexed_loaders(datamodule, seed_of(seed, "teacher")):

@@ -39,15 +39,18 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
     """
     adapted = teacher if isinstance(teacher, AdaptedTeacher) else None
     expected = expectation_of(adapted.network if adapted else teacher)
-    declared = _declared(datamodule)
+    declared = [getattr(datamodule, name, None) for name in ("mean", "std")]
     if not isinstance(x, Tensor) or not (expected or adapted):
         return
     taken = (adapted.data_mean, adapted.data_std) if adapted else (expected.mean, expected.std)  # type: ignore[union-attr]
     cure = "Wrap it in AdaptedTeacher(network, mean, std, data_mean, data_std, size)."
-    if declared and not all(_close(*pair) for pair in zip(declared, taken, strict=True)):
+    differ = all(v is not None for v in declared) and any(
+        (_vector(a) - _vector(b)).abs().max() >= 0.02 for a, b in zip(declared, taken, strict=True)
+    )
+    if differ:
         rank_zero_warn(
-            f"The data module declares a normalisation by mean and sd {[v.tolist() for v in declared]}, the teacher "
-            f"expects {[torch.as_tensor(v).tolist() for v in taken]}. {cure}"
+            f"The data module declares a normalisation by mean and sd {[_vector(v).tolist() for v in declared]}, the "
+            f"teacher expects {[_vector(v).tolist() for v in taken]}. {cure}"
         )
     reads = (adapted.normalised(x.to(adapted.scale.device)) if adapted else x).float()
     mean, sd = float(reads.mean()), float(reads.std())
@@ -60,16 +63,8 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
         rank_zero_warn(f"The teacher was trained on images of {expected.size}, and reads some of {tuple(size)}. {cure}")
 
 
-def _declared(datamodule: Any) -> tuple[Tensor, Tensor] | None:
-    mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
-    if mean is None or std is None:
-        return None
-    return torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
-
-
-def _close(first: Any, second: Any) -> bool:
-    difference = torch.as_tensor(first).reshape(-1) - torch.as_tensor(second).reshape(-1)
-    return bool(difference.abs().max() < 0.02)
+def _vector(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).reshape(-1)
 
 
 def warn_of_probabilities(answers: Tensor) -> None:

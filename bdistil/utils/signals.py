@@ -23,8 +23,8 @@ class Interrupted(SystemExit):
     """A signal stopped the run. Where nothing catches it, Python prints its text and exits with status 1."""
 
 
-class StopSignals:
-    """Context in which a signal raises `Interrupted` in the main thread.
+class StopSignals(pl.Callback):
+    """Context in which a signal raises `Interrupted` in the main thread; also a callback of Trainers inside it.
 
     Lightning's own handlers are replaced during training. Its handler of SIGUSR1 under SLURM writes a checkpoint in the
     middle of an epoch, which the next round would load. That of SIGTERM makes a collective call, which waits for ever
@@ -58,6 +58,18 @@ class StopSignals:
         self._launcher = trainer.strategy.launcher
         self._install(dict.fromkeys(SIGNALS, self._handle))
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Replaces the handlers of the Trainer before Lightning sets up its own for SLURM."""
+        self.watch(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replaces the handlers that Lightning has set up since."""
+        self.watch(trainer)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stops where the exception was lost."""
+        self.check()
+
     def check(self) -> None:
         """Raises again where the first exception was lost, as in a finaliser."""
         if self.received:
@@ -85,26 +97,3 @@ class StopSignals:
         if hasattr(self._launcher, "procs"):  # started by Lightning; torchrun and SLURM signal theirs
             self._launcher.kill(number)
         raise self.interruption()
-
-
-class StopCallback(pl.Callback):
-    """Installs the handlers of a run in a Trainer without a RoundController.
-
-    Args:
-        signals: the handlers.
-    """
-
-    def __init__(self, signals: StopSignals) -> None:
-        self.signals = signals
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Replaces the handlers before Lightning sets up its own."""
-        self.signals.watch(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replaces Lightning's handlers."""
-        self.signals.watch(trainer)
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stops where the exception was lost."""
-        self.signals.check()
