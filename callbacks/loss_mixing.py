@@ -17,16 +17,16 @@ from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders
 from bdistil.distillation.last_layer import check_distilling, prepared_loaders
 from bdistil.distillation.loss_mixing import (
     RoundMix,
-    check_mix_size,
     check_round,
     draw_weights,
-    first_mix,
     log_weights,
+    read_mix,
     save_mix,
     update_mix,
     weight_figures,
 )
 from bdistil.distillation.probes import probe_of
+from bdistil.errors import RunError
 from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
 from bdistil.reporting.round_tracker import logger_step
 from bdistil.utils.modules import eval_mode
@@ -52,6 +52,7 @@ class LossMixing(pl.Callback):
 
     Raises:
         UserError: a module or data that lack what is required, or a boosting run that cannot mix labels in.
+        RunError: weights of other data in the checkpoint or the folder.
 
     Example:
         >>> import lightning, tempfile, torch
@@ -133,9 +134,14 @@ class LossMixing(pl.Callback):
             self._labels = labels_of(self._loaders[0].dataset)
         self._file = folder / f"mixing.{self._round:03d}.f32"
         start = start_mix(self.probe.samples, teachers, self.settings.mode, self.seed)
-        if self.mix is None:
-            self.mix = first_mix(self._file, start)
-        check_mix_size(self.mix.numel(), start.shape, "the checkpoint")
+        found = self.mix if self.mix is not None else read_mix(self._file)
+        if found is not None and found.numel() != start.numel():
+            raise RunError(
+                f"Expected the checkpoint, or {folder}, to hold learned weights of {start.shape[0]} samples with "
+                f"{start.shape[1]} columns, got {found.numel()} numbers. Use the data and teachers that they were "
+                "learned with, or start again without them."
+            )
+        self.mix = start if found is None else found.view(start.shape)
         self.flipped = flipped_labels(self._loaders[0].dataset)
         self._attach(pl_module)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders import Index
 from bdistil.distillation.probes import Probe
-from bdistil.errors import RunError, UserError
+from bdistil.errors import UserError
 from bdistil.functional.boosting import log_normaliser
 from bdistil.functional.loss_mixing import MixingSettings, label_target, learn_mix, mixed_target, outer_loss
 from bdistil.storage.files import atomic
@@ -76,36 +75,10 @@ def save_mix(path: Path, mix: Tensor) -> None:
             mix.numpy().astype("<f4").tofile(temporary)
 
 
-def first_mix(path: Path, start: Tensor) -> Tensor:
-    """The numbers (N, C) that a fit starts from, on every process: those of the last earlier round, else `start`.
-
-    Args:
-        path: file of this round.
-        start: numbers of a first round, (N, C).
-
-    Raises:
-        RunError: the file of the earlier round has another size.
-    """
+def read_mix(path: Path) -> Tensor | None:
+    """Reads the numbers of the last round before that of a file, flat; None where there is none."""
     earlier = [file for file in sorted(path.parent.glob("mixing.*.f32")) if file.name < path.name]
-    if distributed.rank() == 0 and earlier:
-        rows = torch.from_numpy(np.fromfile(earlier[-1], "<f4"))
-        check_mix_size(rows.numel(), start.shape, str(earlier[-1]))
-        start = rows.view(start.shape)
-    distributed.share([start])
-    return start
-
-
-def check_mix_size(found: int, expected: Sequence[int], source: str) -> None:
-    """Checks the count of learned numbers.
-
-    Raises:
-        RunError: names the source, what was expected and what it holds.
-    """
-    if found != math.prod(expected):
-        raise RunError(
-            f"Expected {source} to hold learned weights of {expected[0]} samples with {expected[1]} columns, got "
-            f"{found} numbers. Use the data and teachers that it was written with, or start again without it."
-        )
+    return torch.from_numpy(np.fromfile(earlier[-1], "<f4")) if earlier else None
 
 
 # ---- the target of a boosting round

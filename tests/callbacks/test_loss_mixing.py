@@ -15,7 +15,7 @@ from bdistil import RunError, UserError
 from bdistil.callbacks import LossMixing, RoundController
 from bdistil.data.label_noise import LabelNoise, NoisyLabels, flip_labels
 from bdistil.distillation import MixingSettings
-from bdistil.distillation.loss_mixing import first_mix, save_mix
+from bdistil.distillation.loss_mixing import read_mix, save_mix
 from bdistil.distillation.module import Distillation
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import mixed_loss
@@ -84,15 +84,13 @@ def test_noise_names_what_is_wrong(options, message):
 
 
 def test_a_round_starts_from_the_numbers_of_the_round_before(tmp_path):
-    start, mix = torch.zeros(5, 2), torch.rand(5, 2)
-    assert torch.equal(first_mix(tmp_path / "mixing.000.f32", start), start)
+    mix = torch.rand(5, 2)
+    assert read_mix(tmp_path / "mixing.000.f32") is None
     save_mix(tmp_path / "mixing.000.f32", mix)
-    assert torch.equal(first_mix(tmp_path / "mixing.000.f32", start), start)  # a fit that begins anew
+    assert read_mix(tmp_path / "mixing.000.f32") is None  # a fit that begins anew
     save_mix(tmp_path / "mixing.001.f32", mix + 1)
-    assert torch.equal(first_mix(tmp_path / "mixing.001.f32", start), mix)  # a round that is tried again
-    assert torch.equal(first_mix(tmp_path / "mixing.002.f32", start), mix + 1)
-    with pytest.raises(RunError, match=r"mixing\.000\.f32 to hold learned weights of 4 samples with 2 columns, got 10"):
-        first_mix(tmp_path / "mixing.001.f32", torch.zeros(4, 2))
+    assert torch.equal(read_mix(tmp_path / "mixing.001.f32"), mix.flatten())  # a round that is tried again
+    assert torch.equal(read_mix(tmp_path / "mixing.002.f32"), mix.flatten() + 1)
 
 
 # ---- anyone's module
@@ -178,6 +176,13 @@ def test_a_fit_that_goes_on_is_the_one_that_was_not_stopped(noisy, tmp_path):
     assert [row["epoch"] for row in callback.history] == [1, 2, 3]
     for mine, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_weights_of_other_data_are_refused(noisy, tmp_path):
+    callback = LossMixing(SOON, folder=tmp_path)
+    callback.load_state_dict({"mix": torch.zeros(7, 1), "history": []})
+    with pytest.raises(RunError, match="learned weights of 2000 samples with 1 columns, got 7 numbers"):
+        fit(Own(noisy[1]), callback, noisy[0])
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -138,25 +135,14 @@ def run_stage(
     return dict(json.loads(done.read_text()))
 
 
-def sample_grid(samples: Tensor, columns: int = 8) -> np.ndarray:
-    """Samples (N, C, H, W) or sequences (N, steps, channels) as one picture (H', W'[, 3]) in 0 … 1."""
-    images = samples.float().cpu()
-    images = images if images.ndim == 4 else images.transpose(1, 2).unsqueeze(1)
-    images = images if images.shape[1] in (1, 3) else images[:, :1]
-    low, high = images.amin(), images.amax()
-    images = F.pad((images - low) / (high - low).clamp_min(1e-12), (1, 1, 1, 1))
-    rows = [torch.cat(list(row), 2) for row in images[: len(images) // columns * columns].split(columns)]
-    grid = torch.cat(rows, 1).movedim(0, -1).numpy()
-    return grid[..., 0] if grid.shape[-1] == 1 else grid
-
-
 def show_samples(trainer: pl.Trainer, samples: Tensor, path: Path) -> None:
-    """Writes a picture of generated samples, and logs it where the logger has `log_image`."""
-    from matplotlib.image import imsave
+    """Writes samples (N, C, H, W), or sequences (N, steps, channels), as one picture; logs it where a logger can."""
+    from torchvision.utils import save_image
 
-    grid = sample_grid(samples)
+    images = samples if samples.ndim == 4 else samples.transpose(1, 2).unsqueeze(1)
+    images = images if images.shape[1] in (1, 3) else images[:, :1]
     with disk_errors(f"the picture {path.name}", path.parent):
-        imsave(path, np.repeat(grid[..., None], 3, -1) if grid.ndim == 2 else grid)
+        save_image(images, path, nrow=8, padding=1, normalize=True)
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key="mekd/samples", images=[str(path)], step=trainer.global_step)

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from helpers.mekd_toys import CLASSES, LOCAL, SHAPE, Local, Model, answer, images, make_student, teacher_of, unsaved
 from helpers.toys import Hook, logged, make_trainer
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
 from bdistil import RunError, UserError
 from bdistil.distillation.mekd import Deprivatization, MappingEmulation
 from bdistil.distillation.mekd.networks import Discriminator, Generator
 from bdistil.distillation.mekd.samples import AnsweredSamples
-from bdistil.distillation.mekd.stage import StageKeeper, run_stage, sample_grid
+from bdistil.distillation.mekd.stage import StageKeeper, run_stage, show_samples
 
 # ---- stage 1
 
@@ -212,12 +213,14 @@ def test_a_stage_that_breaks_says_so_and_keeps_the_last_good_epoch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "picture"), [((1, 8, 8), (20, 80)), ((3, 8, 8), (20, 80, 3)), ((12, 3), (10, 112))], ids=str
+    ("shape", "size"), [((1, 8, 8), (73, 19)), ((3, 8, 8), (73, 19)), ((12, 3), (105, 9))], ids=str
 )
-def test_a_grid_of_samples(shape, picture):
-    grid = sample_grid(torch.randn(17, *shape))
-    assert grid.shape == picture
-    assert (grid.min(), grid.max()) == (0, 1)
+def test_samples_in_one_picture(tmp_path, shape, size):
+    show_samples(make_trainer(), torch.randn(16, *shape), tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size == size
+        assert [low for low, _ in picture.getextrema()] == [0, 0, 0]
+        assert max(high for _, high in picture.getextrema()) == 255
 
 
 def test_pictures_go_to_loggers_that_take_them(tmp_path):
