@@ -13,7 +13,7 @@ from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
 from bdistil.evaluation.evaluate import Sweep, evaluate_budgets, profile_run, sweep_budgets
-from bdistil.evaluation.run_data import Part, loader_of
+from bdistil.evaluation.run_data import Split, loader_of
 from bdistil.evaluation.tables import reference_row, table, write_csv, write_picture
 from bdistil.export.run import ExportOptions, export_run, export_summary
 from bdistil.reporting.curve_table import curve_table
@@ -26,7 +26,7 @@ NO_LIMITS = Budget()
 def evaluate(
     run_dir: str,
     budget: Budget = NO_LIMITS,
-    part: Part = "test",
+    part: Split = "test",
     sweep: Sweep | None = None,
     batch_size: int = 256,
     csv: str | None = None,

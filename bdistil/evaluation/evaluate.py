@@ -16,7 +16,7 @@ from bdistil.ensemble.calibration import Calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.early import early_figures
-from bdistil.evaluation.run_data import Part, loader_of
+from bdistil.evaluation.run_data import Split, loader_of
 from bdistil.metrics.cost import latency_ms, measure_cost
 from bdistil.metrics.quality import PrefixMetric, prefix_metric
 from bdistil.models.student import linked_features, links_of
@@ -32,7 +32,7 @@ SINGLES, BATCHES = 100, 30  # timed calls
 
 
 def evaluate_budgets(
-    run: RunDirectory, budgets: Sequence[Budget], part: Part = "test", batch_size: int = 256
+    run: RunDirectory, budgets: Sequence[Budget], part: Split = "test", batch_size: int = 256
 ) -> list[dict[str, Any]]:
     """Accuracy (R² and rms error for a regression), average cost, latency and exits, one row per budget.
 

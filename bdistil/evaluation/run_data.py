@@ -12,7 +12,7 @@ from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
 from bdistil.storage.run_directory import RunDirectory
 
-Part = Literal["test", "val"]
+Split = Literal["test", "val"]
 
 
 def datamodule_of(run: RunDirectory) -> LightningDataModule:
@@ -33,7 +33,7 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
     return open_generated(run.emulation, module) if run.emulation.exists() else module
 
 
-def loader_of(run: RunDirectory, part: Part) -> Any:
+def loader_of(run: RunDirectory, part: Split) -> Any:
     """The loader of a part of the data of a run, in the order of its samples.
 
     Raises:
