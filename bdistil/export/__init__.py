@@ -1,8 +1,5 @@
-"""Deployment: one graph a stage, with a runner that needs neither torch nor bdistil."""
+"""Deployment: one graph per stage, with a runner that needs neither torch nor bdistil."""
 
-from bdistil.export.run import export_run, export_summary
+from bdistil.export.run import ExportOptions, export_run, export_summary
 
-__all__ = [
-    "export_run",
-    "export_summary",
-]
+__all__ = ["ExportOptions", "export_run", "export_summary"]

@@ -1,7 +1,8 @@
-"""The files of each format, and what the manifest says of them."""
+"""Files of each format, with their entries in the manifest."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,66 +12,48 @@ from torch import Tensor
 
 from bdistil.errors import RunError
 from bdistil.export.folder import copy_runner, graph_entry
-from bdistil.export.graphs import EXPORTERS, opset_of, quiet_exporters, require_symbolic, torch_file
+from bdistil.export.graphs import EXPORTERS, Segment, torch_file
 from bdistil.export.job import Export
-from bdistil.export.parity import Run
+from bdistil.export.parity import RunStage
 
 
 def torch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A `.pt2` archive a stage."""
-    entries = export.stages(folder, "pt2", torch_file)
+    """Writes a `.pt2` archive per stage."""
+    entries = export.write_stages(folder, "pt2", torch_file)
     modules = [torch.export.load(folder / entry["file"]).module() for entry in entries]
 
-    def run(number: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        segment = entries[number]
-        gives = modules[number](*(values[tensor["name"]] for tensor in segment["inputs"]))
-        return dict(zip((tensor["name"] for tensor in segment["outputs"]), gives, strict=True))
+    def run_stage(number: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        entry = entries[number]
+        outputs = modules[number](*(values[tensor["name"]] for tensor in entry["inputs"]))
+        return dict(zip((tensor["name"] for tensor in entry["outputs"]), outputs, strict=True))
 
-    return {"exporter": "torch.export", "stages": entries, "parity": export.prove(run)}
-
-
-def executorch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """One program with a method a stage."""
-    from bdistil.export.executorch import method_name, program_run, write_program
-
-    path, segments = folder / "ensemble.pte", [export.segment([number]) for number in range(len(export.ensemble))]
-    write_program(segments, export.values, path)
-    entries = []
-    for number, segment in enumerate(segments):
-        one = {name: value[:1] for name, value in export.values.items()}
-        entry = graph_entry(path, segment, one, batch=1)
-        entries.append({**entry, "method": method_name(number), **export.about(number)})
-    parity = export.prove(program_run(path, segments), batches=(1,))
-    return {"exporter": "executorch", "stages": entries, "parity": parity}
+    return {"exporter": "torch.export", "stages": entries, "parity": export.compare(run_stage)}
 
 
 def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The graphs of the first exporter whose graphs are equal to PyTorch, the runner, and what it measures here."""
+    """Writes the graphs of the first exporter that matches PyTorch, and the runner with its times on this machine."""
+    import onnx
+
     from bdistil.export.runner import ExportedEnsemble
 
-    quiet_exporters()
     problems = []
     for name, exporter in EXPORTERS.items():
         try:
-            entries = export.stages(folder, "onnx", exporter)
-            parity = export.prove(onnx_run(folder, entries))
+            entries = export.write_stages(folder, "onnx", exporter)
+            parity = export.compare(_onnx_stages(folder, entries))
             break
-        except Exception as error:  # torch's exporters have no common class for their errors
+        except Exception as error:  # the errors of torch's exporters have no common class
             problems.append(f"{name}: {error}")
     else:
-        raise RunError("No exporter of torch gave graphs that are equal to PyTorch.\n" + "\n".join(problems))
-    found: dict[str, Any] = {
-        "exporter": name,
-        "opset": opset_of(folder / entries[0]["file"]),
-        "stages": entries,
-        "parity": parity,
-        "runner": copy_runner(folder),
-    }
-    manifest, options = {**manifest, **found}, export.options
+        raise RunError("No exporter of torch wrote graphs that match PyTorch.\n" + "\n".join(problems))
+    opset = onnx.load(str(folder / entries[0]["file"])).opset_import[0].version
+    found: dict[str, Any] = {"exporter": name, "opset": opset, "stages": entries, "parity": parity}
+    found["runner"] = copy_runner(folder)
+    options = export.options
     if options.quantise:
         from bdistil.export.int8 import int8_stages
 
-        found |= int8_stages(folder, manifest, options.quantise, export.data.datamodule, export.to_raw)
+        found |= int8_stages(export, folder, {**manifest, **found})
     if options.fuse:
         from bdistil.export.fusion import fuse_all, fuse_exits
 
@@ -79,25 +62,72 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
     return {**found, "times": ExportedEnsemble(folder, {**manifest, **found}, threads=1).measure()}
 
 
-def onnx_run(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Run:
-    """Stages run by the runner's own code.
-
-    Raises:
-        RunError: a graph is fixed at one batch size.
-    """
+def _onnx_stages(folder: Path, entries: Sequence[Mapping[str, Any]]) -> RunStage:
+    """Runs stages with the code of the runner."""
     from bdistil.export.runner import Graph
 
     graphs = [Graph(folder, entry, threads=1) for entry in entries]
-    for graph in graphs:
-        require_symbolic({tensor.name: tensor.shape[0] for tensor in graph.session.get_inputs()})
 
-    def run(number: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run_stage(number: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         graph = graphs[number]
         arrays = {name: values[name].numpy() for name in graph.reads}
         graph.run(arrays)
         return {name: torch.from_numpy(arrays[name]) for name in graph.gives}
 
-    return run
+    return run_stage
+
+
+def executorch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes one program with a method per stage, which reads one sample per call.
+
+    A device has one sample at a time. A dynamic batch size is left to ONNX: lowering silently narrows its range where a
+    stage reads the outputs of another.
+    """
+    path, segments = folder / "ensemble.pte", [export.segment([number]) for number in range(len(export.ensemble))]
+    values = {name: value[:1] for name, value in export.values.items()}
+    _write_program(segments, values, path)
+    entries = [
+        {**graph_entry(path, segment, values, batch=1), "method": method_name(number), **export.describe(number)}
+        for number, segment in enumerate(segments)
+    ]
+    parity = export.compare(_program_stages(path, segments), batches=(1,))
+    return {"exporter": "executorch", "stages": entries, "parity": parity}
+
+
+def method_name(number: int) -> str:
+    """Name of the ExecuTorch method of a stage, from 0."""
+    return f"stage_{number + 1:02d}"
+
+
+def _write_program(segments: Sequence[Segment], values: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a `.pte` file for XNNPACK, which takes the operators that it supports."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch and ExecuTorch warn about their own code
+        programs = {
+            method_name(number): torch.export.export(segment, tuple(values[name] for name in segment.reads))
+            for number, segment in enumerate(segments)
+        }
+        lowered = to_edge_transform_and_lower(programs, partitioner=[XnnpackPartitioner()])
+        path.write_bytes(lowered.to_executorch().buffer)
+
+
+def _program_stages(path: Path, segments: Sequence[Segment]) -> RunStage:
+    """Runs stages with the runtime of ExecuTorch."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(str(path))
+    methods = [program.load_method(method_name(number)) for number in range(len(segments))]
+
+    def run_stage(number: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert program.method_names  # keeps `program` alive, without which its methods crash
+        outputs: Sequence[Any] = methods[number].execute([values[name].contiguous() for name in segments[number].reads])
+        # The runtime returns views of memory that the next call overwrites.
+        return {name: tensor.clone() for name, tensor in zip(segments[number].gives, outputs, strict=True)}
+
+    return run_stage
 
 
 FORMATS = {"onnx": onnx_files, "torch": torch_files, "executorch": executorch_files}

@@ -45,7 +45,7 @@ def fuse_all(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[
     largest, latency = 0.0, {}
     for batch in BATCHES:
         logits = whole.predict(export.raw[:batch].numpy()).logits
-        largest = max(largest, difference(Tensor(logits), export.ensemble(export.data.x[:batch])))
+        largest = max(largest, difference(Tensor(logits), export.ensemble(export.x[:batch])))
     _check_tolerance(largest, "all")
     for batch in MEASURED:
         x = export.raw[:batch].numpy()
@@ -88,7 +88,7 @@ def _exit_difference(export: Export, runner: ExportedEnsemble, rule: Rule) -> fl
         RunError: the graph exits after another stage.
     """
     ensemble, count, largest = export.ensemble, len(export.ensemble), 0.0
-    answers = [stage.logits for stage in ensemble.stages(export.data.x[:COMPARED])]
+    answers = [stage.logits for stage in ensemble.stages(export.x[:COMPARED])]
     confidence = torch.stack(
         [confidence_of(logits, rule, ensemble.calibration.temperature(n)) for n, logits in enumerate(answers)], 1
     )

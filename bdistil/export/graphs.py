@@ -1,25 +1,22 @@
-"""One stage, or several whose bodies run together, as a module of tensors, and that module as a graph in a file.
+"""Stages of an ensemble as a module of tensors, and the exporters that write this module to a file.
 
-Stage k reads x, the running sum of stage k-1 and the features of the stages that it links to, and gives the new sum and
-its own features where a later stage reads them: names are `x`, `total_k` and `features_k`, k from 1.
+Stage k reads x, the running sum `total_{k-1}` and the `features_j` of the stages that it links to. It returns
+`total_k`, and its own `features_k` if a later stage reads them; k counts from 1.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.errors import RunError
 from bdistil.models.student import Student, linked_numbers, links_of
 
 OPSET = 17
@@ -27,17 +24,22 @@ Normalisation = tuple[Tensor, Tensor]
 
 
 def links_by_stage(students: Sequence[nn.Module]) -> list[list[int]]:
-    """Numbers, from 0, of the stages whose features each stage reads, the most recent first."""
+    """Numbers, from 0, of the stages whose features each stage reads, most recent first."""
     return [linked_numbers(students[:number], links_of(student)) for number, student in enumerate(students)]
 
 
 class Segment(nn.Module):
-    """Some stages of an ensemble in a row; their bodies run first, then their heads.
+    """Consecutive stages of an ensemble; all bodies run before the first head.
 
     Args:
         ensemble: all stages.
         numbers: of the stages, from 0, without a gap.
-        normalisation: mean and standard deviation that are taken of x before the first body; None: x is as in training.
+        normalisation: mean and standard deviation that are applied to x before the first body; None if x is as in
+            training.
+
+    Attributes:
+        reads: names of the inputs.
+        gives: names of the outputs.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Segment(nn.Module):
         self.requires_grad_(False).train(False)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors named in `gives` of those named in `reads`."""
+        """Computes the tensors named in `gives` from those named in `reads`."""
         values = dict(zip(self.reads, tensors, strict=True))
         x = values["x"]
         if self.normalisation is not None:
@@ -82,13 +84,31 @@ class Segment(nn.Module):
         return tuple(values[name] for name in self.gives)
 
 
+Exporter = Callable[[Segment, Sequence[Tensor], Path], None]
+
+
+def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None:
+    """Writes ONNX with torch's TorchScript exporter: small files in 0.1 s, also for recurrent nets.
+
+    It records one run, so decisions in Python that depend on the values or the number of samples become constants: the
+    graph must be compared with PyTorch on other samples and batch sizes.
+    """
+    dynamic = {name: {0: "batch"} for name in (*segment.reads, *segment.gives)}
+    with warnings.catch_warnings(), _silent_stdout():
+        warnings.simplefilter("ignore")  # its deprecation, and that it records one run
+        torch.onnx.export(
+            segment, tuple(example), str(path), dynamo=False, opset_version=OPSET,
+            input_names=segment.reads, output_names=segment.gives, dynamic_axes=dynamic,
+        )  # fmt: skip
+
+
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Without what C++ code prints: the whole graph, where the exporter meets an operator that it does not know."""
+    """Hides the output of C++ code: the exporter prints the whole graph if it does not support an operator."""
     sys.stdout.flush()
     kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)
     try:
         yield
     finally:
@@ -96,50 +116,27 @@ def _silent_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-Exporter = Callable[[Segment, Sequence[Tensor], Path], None]
-
-
-def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None:
-    """ONNX by torch's TorchScript exporter: small files in a tenth of a second, also for recurrent nets.
-
-    It follows one run, and so keeps what Python decides from the values or the number of the samples: what it gave has
-    to be compared at other samples and batch sizes.
-    """
-    dynamic = {name: {0: "batch"} for name in (*segment.reads, *segment.gives)}
-    with warnings.catch_warnings(), _silent_stdout():
-        # Its deprecation, and that a trace follows one run.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            segment, tuple(example), str(path), dynamo=False, opset_version=OPSET,
-            input_names=segment.reads, output_names=segment.gives, dynamic_axes=dynamic,
-        )  # fmt: skip
-
-
-def exported_program(segment: Segment, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
-    """The module by `torch.export` with dynamic batch."""
+def _exported_program(segment: Segment, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
+    """Exports with a dynamic batch size; torch.export raises an error if the module fixes it."""
     shapes = (tuple({0: torch.export.Dim.DYNAMIC} for _ in example),)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch to itself
+        warnings.simplefilter("ignore")  # torch warns about its own code
         return torch.export.export(segment, tuple(example), dynamic_shapes=shapes)
 
 
 def dynamo_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None:
-    """ONNX by torch's newer exporter: seconds a graph, for recurrent nets in proportion to their steps."""
-    program = exported_program(segment, example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            program, (), str(path), dynamo=True, verbose=False, external_data=False,
-            input_names=segment.reads, output_names=segment.gives,
-        )  # fmt: skip
-    _strip(path)
-
-
-def _strip(path: Path) -> None:
-    """Takes out what the newer exporter says of the source of each node: a kB a node, with paths of this machine."""
+    """Writes ONNX with torch's newer exporter: takes seconds per graph, and per time step of recurrent nets."""
     import onnx
 
-    model = onnx.load(str(path))
+    program = _exported_program(segment, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, input_names=segment.reads, output_names=segment.gives
+        )
+    assert exported is not None
+    model = exported.model_proto
+    # Per node the exporter stores 1 kB about its source, with paths of this machine.
     for part in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
         del part.metadata_props[:]
     del model.graph.value_info[:]
@@ -147,52 +144,11 @@ def _strip(path: Path) -> None:
 
 
 def torch_file(segment: Segment, example: Sequence[Tensor], path: Path) -> None:
-    """The `.pt2` archive of torch.export, without the example input, which would be a pickle."""
-    program = exported_program(segment, example)
-    require_symbolic({name: _first_dimension(node) for name, node in zip(segment.reads, _inputs(program), strict=True)})
-    program._example_inputs = None
+    """Writes the `.pt2` archive of torch.export, without the example input, which would be a pickle."""
+    program = _exported_program(segment, example)
+    program.example_inputs = None
     torch.export.save(program, path)
 
 
-def _inputs(program: torch.export.ExportedProgram) -> Iterable[Any]:
-    names = program.graph_signature.user_inputs
-    return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-
-
-def _first_dimension(value: Tensor) -> Any:
-    return value.shape[0]
-
-
-# TorchScript first: a hundredth of the time for recurrent nets, a third of the size, the same numbers.
+# TorchScript first: a hundredth of the time for recurrent nets and a third of the size, with the same values.
 EXPORTERS: dict[str, Exporter] = {"torchscript": traced_onnx, "dynamo": dynamo_onnx}
-
-
-def opset_of(path: Path) -> int:
-    """The opset of ONNX that a graph is written in."""
-    import onnx
-
-    return int(onnx.load(str(path)).opset_import[0].version)
-
-
-def require_symbolic(dimensions: Mapping[str, Any]) -> None:
-    """Dimension 0 of every input has to be open; a graph may else be fixed at the example's batch without a word.
-
-    Args:
-        dimensions: by input; a number is a fixed size.
-
-    Raises:
-        RunError: one is fixed.
-    """
-    fixed = {name: size for name, size in dimensions.items() if isinstance(size, int)}
-    if fixed:
-        name, size = next(iter(fixed.items()))
-        raise RunError(
-            f"The exported graph takes `{name}` with a batch of {size} only. Something in the student fixes the batch "
-            "size; write its shapes as -1 or flatten(1)."
-        )
-
-
-def quiet_exporters() -> None:
-    """The exporters report their progress as if it were a warning."""
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,113 +1,102 @@
-"""Int8 weights by onnxruntime, with the accuracy of every prefix beside that of the float graphs.
+"""Int8 weights by onnxruntime, with the accuracy of every prefix in int8 and in float.
 
-What onnxruntime can make int8: convolutions and linear layers, and LSTMs where it is done dynamically; GRUs stay float.
-The running sum and the features between the stages are float.
+onnxruntime quantises convolutions and linear layers, and LSTMs if it does so dynamically; GRUs stay float. The running
+sum and the features between the stages are float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from torch import Tensor
 
-from bdistil.data.loaders import single_loader
+from bdistil.data.loaders.checks import single_loader
 from bdistil.errors import UserError
 from bdistil.export.folder import seal
+from bdistil.export.job import Export
 from bdistil.export.runner import Array, ExportedEnsemble
 
-Kind = Literal["dynamic", "static"]
 CALIBRATION = 256  # samples
+BATCH = 32  # samples of them at once
 OPERATORS = ["Conv", "Gemm", "MatMul"]
 
 
-class _Samples(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
-    """What a stage reads, in batches of 32."""
+class _Batches(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
+    """Yields what a stage reads, batch by batch."""
 
-    def __init__(self, values: Mapping[str, Array], reads: Sequence[str]) -> None:
-        rows = range(0, len(values["x"]), 32)
-        self.batches: Iterator[dict[str, Array]] = iter(
-            [{name: values[name][begin : begin + 32] for name in reads} for begin in rows]
-        )
+    def __init__(self, values: Mapping[str, Array]) -> None:
+        rows = range(0, len(values["x"]), BATCH)
+        self.batches = iter([{name: value[i : i + BATCH] for name, value in values.items()} for i in rows])
 
     def get_next(self) -> dict[str, Array] | None:
         return next(self.batches, None)
 
 
-def int8_stages(
-    folder: Path, manifest: Mapping[str, Any], kind: Kind, datamodule: Any, to_raw: Callable[[Tensor], Tensor]
-) -> dict[str, Any]:
-    """Replaces the stages by int8 ones; gives the parts `stages` and `quantised` of the manifest.
+def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces the stages by int8 ones.
 
     Args:
+        export: of the run.
         folder: with the float graphs.
-        manifest: of them.
-        kind: see `quantise_stages`.
-        datamodule: of the run, set up.
-        to_raw: gives samples as the graphs read them.
+        manifest: of these graphs.
+
+    Returns:
+        The entries `stages` and `quantised` of the manifest.
 
     Raises:
-        UserError: the run names no data.
+        UserError: the run is a regression, or names no data.
     """
+    kind, datamodule = export.options.quantise, export.datamodule
     if manifest["task"] == "regression":
-        raise UserError(f"`--quantise {kind}` is judged by accuracy, which real outputs lack. Export without it.")
+        raise UserError(f"`--quantise {kind}` reports accuracy, which real outputs do not have. Export without it.")
     if datamodule is None:
         raise UserError(
-            f"`--quantise {kind}` is judged on the run's own data, but this run names none: it was not written by "
-            "`bdistil fit`. Export it without."
+            f"`--quantise {kind}` needs the data of the run, but this run names none: it was not written by "
+            "`bdistil fit`. Export without it."
         )
     train, validation = single_loader(datamodule.train_dataloader()), single_loader(datamodule.val_dataloader())
     count = min(CALIBRATION, len(train.dataset))
-    samples = to_raw(train.collate_fn([train.dataset[number] for number in range(count)])[0]).numpy()
-    batches = [(to_raw(batch[0]).numpy(), batch[1].numpy()) for batch in validation]
-    figures = {"float": _figures(folder, manifest, batches)}
-    entries = quantise_stages(folder, manifest, kind, samples)
-    figures["int8"] = _figures(folder, {**manifest, "stages": entries}, batches)
-    return {"stages": entries, "quantised": {"kind": kind, "calibration_samples": count, **figures}}
-
-
-def _figures(folder: Path, manifest: Mapping[str, Any], batches: Sequence[tuple[Array, Array]]) -> dict[str, Any]:
-    accuracy = prefix_accuracies(ExportedEnsemble(folder, manifest, 1), batches)
-    return {"accuracy": accuracy, "bytes": sum(entry["bytes"] for entry in manifest["stages"])}
-
-
-def quantise_stages(folder: Path, manifest: Mapping[str, Any], kind: Kind, samples: Array) -> list[dict[str, Any]]:
-    """Replaces the graph of each stage by one with int8 weights; gives the new entries of the manifest.
-
-    Args:
-        folder: with the float graphs.
-        manifest: of them.
-        kind: static takes the ranges of activations from samples, dynamic from each batch as it comes.
-        samples: of the training part, as the graphs read them.
-    """
+    samples = export.to_raw(train.collate_fn([train.dataset[number] for number in range(count)])[0]).numpy()
+    batches = [(export.to_raw(batch[0]).numpy(), batch[1].numpy()) for batch in validation]
+    quantised = {"kind": kind, "calibration_samples": count, "float": _quality(folder, manifest, batches)}
     values = {"x": samples}
     for graph in ExportedEnsemble(folder, manifest, 1).graphs:
         graph.run(values)
-    entries = []
-    for entry in manifest["stages"]:
-        path = folder / entry["file"]
-        plain, small = path.with_suffix(".plain"), path.with_suffix(".small")
-        quant_pre_process(str(path), str(plain), skip_symbolic_shape=True)
-        if kind == "dynamic":
-            # Unsigned: for signed weights onnxruntime lacks the convolution on some processors.
-            quantize_dynamic(str(plain), str(small), weight_type=QuantType.QUInt8)
-        else:
-            reader = _Samples(values, [tensor["name"] for tensor in entry["inputs"]])
-            quantize_static(str(plain), str(small), reader, op_types_to_quantize=OPERATORS, per_channel=True)
-        small.replace(path)
-        plain.unlink()
-        entries.append({**entry, **seal(path)})
-    return entries
+    stages = [_quantise(folder, entry, kind == "dynamic", values) for entry in manifest["stages"]]
+    quantised["int8"] = _quality(folder, {**manifest, "stages": stages}, batches)
+    return {"stages": stages, "quantised": quantised}
 
 
-def prefix_accuracies(ensemble: ExportedEnsemble, batches: Iterable[tuple[Array, Array]]) -> list[float]:
-    """Accuracy of every prefix on batches (x, y)."""
-    right, samples = np.zeros(len(ensemble)), 0
-    for x, y in batches:
-        right += [(stage.logits.argmax(1) == y).sum() for stage in ensemble.stages(x)]
-        samples += len(y)
-    return [round(float(value) / samples, 6) for value in right]
+def _quality(folder: Path, manifest: Mapping[str, Any], batches: Sequence[tuple[Array, Array]]) -> dict[str, Any]:
+    """Accuracy of every prefix on batches (x, y), and bytes of all stages."""
+    ensemble = ExportedEnsemble(folder, manifest, 1)
+    correct = sum(np.array([(stage.logits.argmax(1) == y).sum() for stage in ensemble.stages(x)]) for x, y in batches)
+    accuracy = np.round(correct / sum(len(y) for _, y in batches), 6).tolist()
+    return {"accuracy": accuracy, "bytes": sum(entry["bytes"] for entry in manifest["stages"])}
+
+
+def _quantise(folder: Path, entry: Mapping[str, Any], dynamic: bool, values: Mapping[str, Array]) -> dict[str, Any]:
+    """Replaces a graph by one with int8 weights; returns its new entry in the manifest.
+
+    Args:
+        folder: with the float graph.
+        entry: of the float graph.
+        dynamic: take the ranges of activations from each batch at run time, not from `values`.
+        values: outputs of all float stages on training samples.
+    """
+    path = folder / entry["file"]
+    prepared, quantised = path.with_suffix(".prepared"), path.with_suffix(".int8")
+    quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+    if dynamic:
+        # Unsigned: with signed weights onnxruntime lacks the convolution on some processors.
+        quantize_dynamic(str(prepared), str(quantised), weight_type=QuantType.QUInt8)
+    else:
+        reader = _Batches({tensor["name"]: values[tensor["name"]] for tensor in entry["inputs"]})
+        quantize_static(str(prepared), str(quantised), reader, op_types_to_quantize=OPERATORS, per_channel=True)
+    quantised.replace(path)
+    prepared.unlink()
+    return {**entry, **seal(path)}

@@ -1,7 +1,4 @@
-"""`bdistil export`: one graph a stage, a manifest, and a runner that needs no torch.
-
-The export is checked before it says done: every stage against PyTorch on 256 samples at several batch sizes.
-"""
+"""`bdistil export`: one graph per stage, a manifest, and a runner that needs no torch."""
 
 from __future__ import annotations
 
@@ -13,41 +10,47 @@ from typing import Any
 
 import numpy as np
 
-from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.export.folder import FORMAT, VERSION, check_output, new_folder
 from bdistil.export.formats import FORMATS
-from bdistil.export.graphs import Normalisation
-from bdistil.export.job import Export, ExportOptions, plain
-from bdistil.export.samples import data_of
+from bdistil.export.job import Export, ExportOptions, to_list
 from bdistil.storage.run_directory import RunDirectory
 
-__all__ = ["ExportOptions", "export_run"]
+__all__ = ["ExportOptions", "export_run", "export_summary"]
 
-# By format: the extra of this package, and what it has to have brought.
+# By format: the extra of this package, and the packages that it installs.
 NEEDED = {"onnx": ("export", ("onnx", "onnxruntime")), "executorch": ("executorch", ("executorch",))}
 
 
 def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = None) -> dict[str, Any]:
-    """Exports the ensemble of a run.
+    """Exports the ensemble of a run, after comparing every stage with PyTorch at several batch sizes.
+
+    Example::
+
+        manifest = export_run(RunDirectory("runs/digits"), Path("exported"), ExportOptions(fuse="exits"))
+        print(max(manifest["parity"]["differences"]))
 
     Args:
         run: the run directory.
         output: a new folder.
-        options: how to export.
+        options: of the export.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: nothing is committed there, `output` is taken, or a package is missing.
-        RunError: a graph could not be made or is not equal to PyTorch; nothing is left behind.
+        UserError: no round is committed in the run, `output` exists, or a package is missing.
+        RunError: a graph could not be written or differs from PyTorch; nothing is left behind.
     """
     options = options or ExportOptions()
     check_output(output, options.overwrite)
-    _require(options.format)
-    ensemble = ProgressiveEnsemble.load(run.root)
-    export = Export(ensemble, data_of(run, ensemble), options)
+    extra, packages = NEEDED.get(options.format, ("", ()))
+    for package in packages:
+        if _version(package) is None:
+            raise UserError(
+                f"Exporting needs the package `{package}`, which is not installed. pip install 'bdistil[{extra}]'"
+            )
+    export = Export(run, options)
     with new_folder(output) as folder:
         manifest = _manifest(export)
         manifest |= FORMATS[options.format](export, folder, manifest)
@@ -56,48 +59,35 @@ def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = 
     return manifest
 
 
-def _require(format: str) -> None:
-    extra, packages = NEEDED.get(format, ("", ()))
-    for package in packages:
-        if _version(package) is None:
-            raise UserError(
-                f"Exporting needs the package `{package}`, which is not installed. pip install 'bdistil[{extra}]'"
-            )
-
-
 def _manifest(export: Export) -> dict[str, Any]:
-    """What does not depend on the files."""
-    ensemble, data, figures = export.ensemble, export.data, export.ensemble.calibration
-    outputs = export.values["total_1"].shape[1]
-    if data.labels is not None and len(data.labels) != outputs:
-        raise UserError(f"Expected `labels` of the data module to be {outputs} names, got {len(data.labels)}.")
-    names = ("bdistil", "torch", "onnx", "onnxruntime", "executorch")
-    known = figures.to_dict()
+    """Entries of the manifest that do not depend on the files."""
+    ensemble, labels, x = export.ensemble, export.labels, export.x
+    outputs, normalisation = export.values["total_1"].shape[1], export.normalisation
+    if labels is not None and len(labels) != outputs:
+        raise UserError(f"Expected `labels` of the data module to be {outputs} names, got {len(labels)}.")
+    declared = None
+    if normalisation is not None:
+        mean, deviation = (tensor.tolist() for tensor in normalisation)
+        declared = {"mean": mean, "deviation": deviation, "inside": export.inside is not None}
+    calibration = ensemble.calibration.to_dict()
     return {
         "format": FORMAT,
         "version": VERSION,
         "kind": export.options.format,
-        "input": {"name": "x", "shape": list(data.x.shape[1:]), "dtype": str(data.x.dtype).removeprefix("torch.")},
+        "input": {"name": "x", "shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")},
         "outputs": outputs,
-        "labels": data.labels,
-        "normalisation": _declared(data.normalisation, export.inside is not None),
+        "labels": labels,
+        "normalisation": declared,
         "task": ensemble.task,
-        "scale": plain(ensemble.scale),
-        "offset": plain(ensemble.offset),
-        "temperatures": known["temperatures"],
-        "exits": known["exits"],
+        "scale": to_list(ensemble.scale),
+        "offset": to_list(ensemble.offset),
+        "temperatures": calibration["temperatures"],
+        "exits": calibration["exits"],
         "quantised": None,
         "fused": None,
         "times": [],
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: _version(name) for name in ("bdistil", "torch", "onnx", "onnxruntime", "executorch")},
     }
-
-
-def _declared(normalisation: Normalisation | None, inside: bool) -> dict[str, Any] | None:
-    if normalisation is None:
-        return None
-    mean, deviation = (tensor.tolist() for tensor in normalisation)
-    return {"mean": mean, "deviation": deviation, "inside": inside}
 
 
 def _version(name: str) -> str | None:
@@ -108,29 +98,24 @@ def _version(name: str) -> str | None:
 
 
 def export_summary(manifest: Mapping[str, Any], output: Path) -> str:
-    """What was exported, as a table: a stage a row."""
+    """Formats what was exported as a table with one row per stage."""
     parity = manifest["parity"]
     lines = [f"{'stage':>5} {'macs':>12} {'bytes':>10} {'difference':>11}"]
     for number, (stage, found) in enumerate(zip(manifest["stages"], parity["differences"], strict=True), 1):
         lines.append(f"{number:>5} {stage['macs']:>12,} {stage['bytes']:>10,} {found:>11.1e}")
     lines.append(f"\nDifferences to PyTorch on {parity['samples']} samples of {parity['source']}.")
     if manifest["kind"] == "executorch":
-        lines.append("The bytes are those of the one file in which each stage is a method; it reads one sample a call.")
+        lines.append("All stages are methods of one file, whose bytes are shown; a method reads one sample per call.")
     if int8 := manifest["quantised"]:
         lines.append("Accuracy of the prefixes on the validation part, and bytes of all stages:")
         for name in ("float", "int8"):
-            figures = "  ".join(f"{accuracy:.4f}" for accuracy in int8[name]["accuracy"])
-            lines.append(f"  {name:<6} {figures}  {int8[name]['bytes']:>12,}")
+            accuracies = "  ".join(f"{accuracy:.4f}" for accuracy in int8[name]["accuracy"])
+            lines.append(f"  {name:<6} {accuracies}  {int8[name]['bytes']:>12,}")
     if fused := manifest["fused"]:
-        lines += _fused_lines(fused)
+        kind = fused["kind"]
+        for batch, found in fused["latency"].items():
+            single, one = (" ".join(f"{v:.3f}" for v in np.atleast_1d(found[k])) for k in ("stages_ms", "fused_ms"))
+            lines.append(f"Batch {batch}: {single} ms by single stages, {one} ms by --fuse {kind}.")
+        use = "one sample with exits" if kind == "exits" else "all stages"
+        lines.append(f"For {use} the runner uses {'the fused graph' if fused['faster'] else 'single stages'}.")
     return "\n".join([*lines, f"{output}"])
-
-
-def _fused_lines(fused: Mapping[str, Any]) -> list[str]:
-    """Latency of the stages and of the graphs of several."""
-    lines = []
-    for batch, found in fused["latency"].items():
-        plain, together = (" ".join(f"{v:.3f}" for v in np.atleast_1d(found[k])) for k in ("stages_ms", "fused_ms"))
-        lines.append(f"Batch {batch}: {plain} ms by stages, {together} ms by --fuse {fused['kind']}.")
-    when = "one sample that may leave" if fused["kind"] == "exits" else "a whole run"
-    return [*lines, f"For {when} the runner takes {fused['kind'] if fused['faster'] else 'stages'}."]

@@ -8,7 +8,7 @@ from torch import nn
 
 from bdistil import ProgressiveEnsemble, UserError
 from bdistil.errors import RunError
-from bdistil.export.graphs import EXPORTERS, require_symbolic
+from bdistil.export.graphs import EXPORTERS
 from bdistil.export.run import ExportOptions, export_run
 from bdistil.export.runner import ExportedEnsemble, ExportError
 from bdistil.models.student import Student
@@ -87,9 +87,12 @@ def test_a_student_that_decides_from_values_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_graph_that_is_fixed_at_one_batch_is_refused():
-    with pytest.raises(RunError, match="takes `x` with a batch of 1 only"):
-        require_symbolic({"total_1": "batch", "x": 1})
+def test_a_student_that_fixes_the_batch_is_refused_as_pt2(tmp_path):
+    make = lambda number: Student(nn.Sequential(nn.Linear(6, 4), FixedBatch()), nn.Linear(5, L))  # noqa: E731
+    run = write_run(tmp_path / "run", make, (6,))
+    with pytest.raises(Exception, match="constant"):
+        export_run(run, tmp_path / "out", ExportOptions(format="torch"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["conv", "gru", "lstm"])
