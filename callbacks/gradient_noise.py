@@ -23,6 +23,7 @@ from bdistil.distillation.probes import probe_of
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
 from bdistil.reporting.round_tracker import logger_step
+from bdistil.storage.files import write_atomically
 
 
 class GradientNoise(pl.Callback):
@@ -135,7 +136,7 @@ class GradientNoise(pl.Callback):
             title = "without and with the game"
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(self.history, indent=1))
+            write_atomically(folder / f"{name}.json", json.dumps(self.history, indent=1))
             draw_noise(folder / f"{name}.png", moments, title)
 
     # ---- measurements

@@ -20,14 +20,14 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EAC
 
 @contextmanager
 def disk_errors(doing: str, root: Path) -> Iterator[None]:
-    """Turns a refusal of the disk into a message that says what is safe.
+    """Converts disk errors to a message with the cause, what is safe, and the way out.
 
     Args:
-        doing: what was to be written, for the message.
+        doing: the writing that failed, for the message.
         root: the run directory.
 
     Raises:
-        RunError: in place of an OSError, or of what safetensors makes of one.
+        RunError: in place of an OSError or the SafetensorError that stands for one.
     """
     try:
         yield

@@ -85,8 +85,8 @@ class ApiTeacher(nn.Module):
         self.ask, self.outputs, self.answers, self.budget = ask, outputs, answers, budget
         self.batch_size, self.rate, self.retries, self.backoff = batch_size, rate, retries, backoff
         self._next_time = 0.0  # of `rate`
-        known = name or getattr(ask, "name", None) or getattr(ask, "__qualname__", type(ask).__qualname__)
-        self.identity = f"{known}, {answers} of {outputs} classes"
+        label = name or getattr(ask, "name", None) or getattr(ask, "__qualname__", type(ask).__qualname__)
+        self.identity = f"{label}, {answers} of {outputs} classes"
         self.cache = AnswerCache(Path(cache), self.identity)
 
     @property
@@ -109,23 +109,23 @@ class ApiTeacher(nn.Module):
         """
         batch = _as_batch(x)
         keys = [_key(sample) for sample in batch]
-        known = self.cache.find(keys)
-        if len(known) < len(set(keys)):
+        recorded = self.cache.find(keys)
+        if len(recorded) < len(set(keys)):
             with self.cache.alone():
-                self._ask_missing(batch, keys)
-            known = self.cache.find(keys)
+                self._send_missing(batch, keys)
+            recorded = self.cache.find(keys)
         columns = 1 if self.hard else self.outputs
-        rows = torch.from_numpy(np.stack([known[key] for key in keys]) if keys else np.empty((0, columns)))
+        rows = torch.from_numpy(np.stack([recorded[key] for key in keys]) if keys else np.empty((0, columns)))
         return as_logits(rows.float(), self.answers, self.outputs).to(x.device)
 
-    def _ask_missing(self, batch: np.ndarray, keys: Sequence[bytes]) -> None:
+    def _send_missing(self, batch: np.ndarray, keys: Sequence[bytes]) -> None:
         """Sends the inputs without a recorded answer, each once, request by request."""
-        known = self.cache.find(keys)
-        missing = list({key: row for row, key in enumerate(keys) if key not in known}.items())
+        recorded = self.cache.find(keys)
+        missing = list({key: row for row, key in enumerate(keys) if key not in recorded}.items())
         self._check_budget(len(missing))
         for low in range(0, len(missing), self.batch_size):
             some = missing[low : low + self.batch_size]
-            self._ask([key for key, _ in some], batch[[row for _, row in some]])
+            self._send([key for key, _ in some], batch[[row for _, row in some]])
 
     def _check_budget(self, wanted: int) -> None:
         sent = self.queries
@@ -136,7 +136,7 @@ class ApiTeacher(nn.Module):
                 "`budget` and give the same command again, or use fewer samples."
             )
 
-    def _ask(self, keys: Sequence[bytes], batch: np.ndarray) -> None:
+    def _send(self, keys: Sequence[bytes], batch: np.ndarray) -> None:
         """Repeats a request until it is answered or the attempts are used up; each attempt counts in the budget."""
         wait, reason = self.backoff, ""
         for attempt in range(self.retries + 1):

@@ -145,16 +145,14 @@ class HttpEndpoint:
 def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname)
-        secret = "@" in parts.netloc or bool(parts.query or parts.fragment)
     except ValueError:
-        whole, secret = False, False
-    if secret:  # the message does not repeat it
+        parts = urlsplit("")
+    if "@" in parts.netloc or parts.query or parts.fragment:  # the message does not repeat them
         raise UserError(
             "Expected `url` of an HttpEndpoint without user, password, query or fragment, as it is written to "
             "config.yaml and reports. Put the key into an environment variable and give its name as `key_env`."
         )
-    if not whole:
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError("Expected `url` of an HttpEndpoint to be like https://host/path, got something else.")
 
 

@@ -58,9 +58,9 @@ class FrozenTeacher(nn.Module):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         for part in _outermost(self.module):
-            known: Any = part
+            scriptable: Any = part
             scripted = isinstance(part, torch.jit.ScriptModule)
-            digest.update(known.save_to_buffer() if scripted else str(getattr(part, "identity", "")).encode())
+            digest.update(scriptable.save_to_buffer() if scripted else str(getattr(part, "identity", "")).encode())
         return digest.hexdigest()
 
 
@@ -110,9 +110,9 @@ class AdaptedTeacher(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.axis, self.probabilities = network, axis, probabilities
-        known = expectation_of(network)
-        own_mean = _vector(mean if mean is not None else known.mean if known else 0.0)
-        own_std = _vector(std if std is not None else known.std if known else 1.0)
+        expected = expectation_of(network)
+        own_mean = _vector(mean if mean is not None else expected.mean if expected else 0.0)
+        own_std = _vector(std if std is not None else expected.std if expected else 1.0)
         self.data_mean, self.data_std = _vector(data_mean), _vector(data_std)
         self.size = (size, size) if isinstance(size, int) else size
         if min(own_std.min(), self.data_std.min()) <= 0 or (self.size and min(self.size) < 1):
