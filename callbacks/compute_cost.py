@@ -1,4 +1,4 @@
-"""The compute cost of any LightningModule: measured once, counted while it trains, logged beside its metrics."""
+"""Compute cost of any LightningModule: measured before the first step, counted in training, logged with its metrics."""
 
 from __future__ import annotations
 
@@ -16,42 +16,59 @@ from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
 
 
 class ComputeCost(Callback):
-    """Logs what a forward pass of one sample costs before the first step, and what the training cost at its end.
+    """Logs the cost of a forward pass of one sample before the first step, and the cost of the training at its end.
 
     Keys: ``cost/macs``, ``params``, ``weight_bytes``, ``activation_bytes``, ``latency_ms``, as in
-    `bdistil.metrics.cost`; then ``cost/train_macs`` and ``cost/seconds``, resumed parts included. They
-    are in ``trainer.callback_metrics`` as well.
+    `bdistil.metrics.cost`; then ``cost/train_macs`` and ``cost/seconds``, with the parts before a restart. They are in
+    ``trainer.callback_metrics`` as well.
 
     Args:
-        inputs: positional arguments of the pass, taken as they are. Default: the first row of the module's
+        inputs: positional arguments of the pass, used as they are. Default: the first row of the module's
             ``example_input_array``, else of the first training batch, which is x or begins with x.
-        attribute: dotted name of the part to measure, such as "student"; default the whole module.
-        uncounted: an operator that cannot be counted is an "error" before the first step, or left out ("record").
+        attribute: dotted name of the submodule to measure, such as "student"; by default the whole module.
+        uncounted: "error" refuses operators that cannot be counted before the first step, "record" leaves them out.
         latency: also time the pass.
+
+    Raises:
+        UserError: before the first step, for such an operator, an unknown attribute, or no inputs.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> cost = ComputeCost(latency=False)
+        >>> Trainer(max_steps=2, barebones=True, accelerator="cpu", callbacks=[cost]).fit(BoringModel())
+        >>> cost.cost.macs, cost.cost.params, cost.samples_seen  # a linear layer from 32 to 2, two batches of one
+        (64, 66, 2)
     """
 
-    def __init__(self, inputs: tuple[Any, ...] | Tensor | None = None, *, attribute: str | None = None,
-                 uncounted: Literal["error", "record"] = "error", latency: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        inputs: tuple[Any, ...] | Tensor | None = None,
+        *,
+        attribute: str | None = None,
+        uncounted: Literal["error", "record"] = "error",
+        latency: bool = True,
+    ) -> None:
         self.inputs, self.attribute, self.uncounted, self.latency = inputs, attribute, uncounted, latency
         self.cost: Cost | None = None
-        self.samples_seen, self.seconds = 0, 0.0  # samples of all ranks; until the end as if all had what this one has
-        self._rows, self._start = 1, 0.0  # samples that were measured at once, the time when the clock stood at 0
+        # Samples of all ranks; until the end an estimate from this rank.
+        self.samples_seen, self.seconds = 0, 0.0
+        self._rows, self._start = 1, 0.0  # samples in the measured pass; perf_counter() at `seconds` = 0
 
     @property
     def state_key(self) -> str:
-        """Two instances may measure two parts."""
+        """Distinguishes instances that measure different submodules."""
         return f"ComputeCost[{self.attribute}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted so far."""
+        """The counts so far."""
         return {"samples_seen": self.samples_seen, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting from a checkpoint."""
+        """Restores the counts of a checkpoint."""
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts from 0 in a fit from the beginning, also where this instance served another one."""
+        """Sets the counts to 0 in a fit from the beginning, also where this instance was in another one."""
         if trainer.global_step == 0:
             self.samples_seen, self.seconds = 0, 0.0
         self.cost = None
@@ -73,16 +90,17 @@ class ComputeCost(Callback):
         _log(trainer, figures)
         self._start = time.perf_counter() - self.seconds
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-                           ) -> None:  # fmt: skip
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Counts the samples."""
         self.samples_seen += _rows(batch) * trainer.world_size
         self.seconds = time.perf_counter() - self._start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the cost of training, with the samples that the other ranks really had."""
+        """Logs the cost of training, with the true number of samples of all ranks."""
         total = trainer.strategy.reduce(torch.tensor(self.samples_seen, device=pl_module.device), reduce_op="sum")
-        self.samples_seen = int(total) // trainer.world_size  # of each rank's own, times the ranks: the sum of its own
+        self.samples_seen = int(total) // trainer.world_size  # each rank had counted its own times the number of ranks
         if self.cost is not None:
             self.seconds = time.perf_counter() - self._start
             macs = training_macs(student=self.cost.macs, samples_seen=self.samples_seen) // self._rows
@@ -93,8 +111,10 @@ class ComputeCost(Callback):
         if x is None:
             x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, (Tensor, tuple)):
-            raise UserError("ComputeCost has no input to measure with, as the batches do not begin with a tensor. Give "
-                            "one sample: ComputeCost(inputs=...), or the module's `example_input_array`.")  # fmt: skip
+            raise UserError(
+                "ComputeCost has no input to measure with, as the batches do not begin with a tensor. Give one sample: "
+                "ComputeCost(inputs=...), or the module's `example_input_array`."
+            )
         if self.inputs is None:
             x = tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.dim() else leaf, x)
         return move_data_to_device(x if isinstance(x, tuple) else (x,), pl_module.device)

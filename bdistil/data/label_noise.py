@@ -1,4 +1,4 @@
-"""Wrong labels on purpose: symmetric and asymmetric noise, on the training part of anyone's data module alone."""
+"""Symmetric and asymmetric label noise for the training part of any data module."""
 
 from __future__ import annotations
 
@@ -30,19 +30,25 @@ def flip_labels(
 
     Args:
         labels: class numbers (N,).
-        rate: share that becomes wrong, in 0 … 1; exactly that share, rounded, of the labels that can change.
+        rate: share of wrong labels, in 0 … 1: exactly that share, rounded, of the labels that can change.
         classes: L.
-        seed: of the draw.
-        kind: `symmetric` takes any other class; `asymmetric` the one that is mistaken for it.
-        to: the class that each is mistaken for; the next one by default. Classes that are left out stay as they are.
+        seed: seed of the choice.
+        kind: `symmetric` replaces a label by any other class, `asymmetric` by the one in `to`.
+        to: the class that replaces each class; by default the next one. Classes that are left out do not change.
 
     Returns:
-        New labels (N,), and which are wrong, (N,) bool.
+        New labels (N,), and whether each is wrong, (N,) bool.
 
     Raises:
-        UserError: a rate that is not in 0 … 1, an unknown kind, or a class that is not in 0 … L-1.
+        UserError: a rate outside of 0 … 1, an unknown kind, or a class outside of 0 … L-1.
+
+    Example:
+        >>> flip_labels(torch.tensor([0, 0, 1, 1]), 0.5, classes=2, seed=0)
+        (tensor([0, 1, 1, 0]), tensor([False,  True, False,  True]))
     """
-    _check(rate, kind, to, classes)
+    _check(rate, kind)
+    if beyond := [label for pair in (to or {}).items() for label in pair if not 0 <= label < classes]:
+        raise UserError(f"Expected the classes of `to` to be in 0 … {classes - 1}, got {beyond[0]}.")
     generator = torch.Generator().manual_seed(seed)
     table = torch.arange(classes)
     if kind == "asymmetric":
@@ -57,46 +63,35 @@ def flip_labels(
     return torch.where(flipped, goal, labels), flipped
 
 
-def _check(rate: float, kind: str, to: Mapping[int, int] | None, classes: int) -> None:
+def _check(rate: float, kind: str) -> None:
     if not 0 <= rate <= 1:
         raise UserError(f"Expected `rate` of wrong labels to be in 0 … 1, got {rate}.")
     if kind not in ("symmetric", "asymmetric"):
         raise UserError(f"Expected `kind` of label noise to be 'symmetric' or 'asymmetric', got {kind!r}.")
-    beyond = [label for pair in (to or {}).items() for label in pair if not 0 <= label < classes]
-    if beyond:
-        raise UserError(f"Expected the classes of `to` to be in 0 … {classes - 1}, got {beyond[0]}.")
 
 
 class NoisyLabels(Dataset[Any]):
-    """A dataset with some labels made wrong; x is as it was.
+    """A dataset with some wrong labels; x does not change.
 
     Args:
         dataset: map-style, yields (x, y); read once, for its labels.
         rate: share of wrong labels.
-        classes: L; the largest label and one by default.
-        seed: of the draw, kept as an attribute.
-        kind: of the noise.
-        to: the class that each is mistaken for by asymmetric noise.
+        classes: L; by default the largest label plus one.
+        seed: seed of the choice.
+        noise: `kind` and `to`, as for `flip_labels`.
 
     Attributes:
-        labels: as they are now, (N,).
-        flipped: which of them are wrong, (N,) bool.
+        rate, seed: as given.
+        labels: the new labels, (N,).
+        flipped: whether each is wrong, (N,) bool.
     """
 
     def __init__(
-        self,
-        dataset: Dataset[Any],
-        rate: float,
-        *,
-        classes: int | None = None,
-        seed: int = 0,
-        kind: Noise = "symmetric",
-        to: Mapping[int, int] | None = None,
+        self, dataset: Dataset[Any], rate: float, *, classes: int | None = None, seed: int = 0, **noise: Any
     ) -> None:
-        self.dataset, self.rate, self.seed, self.kind = dataset, rate, seed, kind
-        clean = labels_of(dataset)
+        self.dataset, self.rate, self.seed, clean = dataset, rate, seed, labels_of(dataset)
         self.labels, self.flipped = flip_labels(
-            clean, rate, classes=classes or int(clean.max()) + 1, seed=seed, kind=kind, to=to
+            clean, rate, classes=classes or int(clean.max()) + 1, seed=seed, **noise
         )
 
     def __len__(self) -> int:
@@ -115,21 +110,21 @@ def labels_of(dataset: Dataset[Any]) -> Tensor:
 
 
 def flipped_labels(dataset: Any) -> Tensor | None:
-    """Which labels `NoisyLabels` made wrong, (N,) bool; None of a dataset that does not say."""
+    """`flipped` of a dataset such as `NoisyLabels`, (N,) bool; None of any other."""
     flipped = getattr(dataset, "flipped", None)
     return flipped if isinstance(flipped, Tensor) and len(flipped) == len(dataset) else None
 
 
 class LabelNoise(pl.LightningDataModule):
-    """Anyone's data module with wrong labels in its training part; validation and test stay clean.
+    """A data module with wrong labels in its training part; validation and test part do not change.
 
     Args:
-        data: the data module.
+        data: any data module.
         rate: share of wrong labels.
-        kind: `symmetric` or `asymmetric`.
-        seed: of the draw; in config.yaml of a run, as all of these.
-        classes: L; the largest label and one by default.
-        to: the class that each is mistaken for by asymmetric noise; the next one by default.
+        kind: `symmetric` or `asymmetric`, see `flip_labels`.
+        seed: seed of the choice.
+        classes: L; by default the largest label plus one.
+        to: the class that replaces each class, for asymmetric noise; by default the next one.
     """
 
     def __init__(
@@ -142,9 +137,10 @@ class LabelNoise(pl.LightningDataModule):
         to: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
-        _check(rate, kind, None, 0)
-        self.data, self.rate, self.kind, self.seed, self.classes, self.to = data, rate, kind, seed, classes, to
+        _check(rate, kind)
+        self.data = data
         self.noisy: NoisyLabels | None = None
+        self.noise: dict[str, Any] = {"rate": rate, "kind": kind, "seed": seed, "classes": classes, "to": to}
 
     def prepare_data(self) -> None:
         """As of the data module."""
@@ -155,16 +151,12 @@ class LabelNoise(pl.LightningDataModule):
         self.data.setup(stage)  # type: ignore[arg-type]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training part with wrong labels, read as before."""
+        """The training part with wrong labels, in the order of the data module."""
         loader = single_loader(self.data.train_dataloader())
         if self.noisy is None:
-            self.noisy = NoisyLabels(
-                loader.dataset, self.rate, classes=self.classes, seed=self.seed, kind=self.kind, to=self.to
-            )
-            wrong = int(self.noisy.flipped.sum())
-            rank_zero_info(
-                f"{wrong:,} of {len(self.noisy):,} training labels made wrong ({self.kind}, seed {self.seed})."
-            )
+            self.noisy = NoisyLabels(loader.dataset, **self.noise)
+            wrong, kind, seed = int(self.noisy.flipped.sum()), self.noise["kind"], self.noise["seed"]
+            rank_zero_info(f"{wrong:,} of {len(self.noisy):,} training labels made wrong ({kind}, seed {seed}).")
         return with_dataset(loader, self.noisy)
 
     def val_dataloader(self) -> Any:
