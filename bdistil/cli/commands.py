@@ -16,8 +16,8 @@ from bdistil.evaluation.evaluate import Sweep, evaluate_budgets, profile_run, sw
 from bdistil.evaluation.run_data import Split, loader_of
 from bdistil.evaluation.tables import reference_row, table, write_csv, write_picture
 from bdistil.export.run import ExportOptions, export_run, export_summary
-from bdistil.reporting.curve_table import curve_table
 from bdistil.reporting.report import write_report
+from bdistil.reporting.tables import curve_table
 from bdistil.storage.run_directory import RunDirectory
 
 NO_LIMITS = Budget()

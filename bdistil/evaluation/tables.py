@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bdistil.reporting.curve_plot import plot_curve
+from bdistil.reporting.tables import format_table
 from bdistil.storage.files import disk_errors, write_atomically
 from bdistil.storage.run_directory import RunDirectory
 
@@ -37,13 +38,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     Example:
         >>> print(table([{"stage": 1, "macs": 1200}, {"stage": 2, "accuracy": 0.91}]))
         stage   macs  accuracy
-            1  1,200         –
-            2      –      0.91
+        ----- ------ ---------
+            1  1,200         -
+            2      -      0.91
     """
     keys = [key for key in _keys(rows) if any(row.get(key) is not None for row in rows)]
-    cells = [keys, *([_text(row.get(key)) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
+    return format_table(keys, ([_text(row.get(key)) for key in keys] for row in rows))
 
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -55,7 +55,7 @@ def _text(value: Any) -> str:
         return " ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -84,16 +84,11 @@ def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     Raises:
         RunError: the file cannot be written.
     """
+    regression = any("r2" in row for row in rows)
     points = []
     for row in sorted(rows, key=lambda row: float(row["average_macs"])):
-        name, regression = str(row["budget"]), "r2" in row
-        points.append(
-            {
-                "stage": name if name == "teacher" else name.rpartition("=")[2],
-                "macs": str(row["average_macs"]),
-                f"{row['part']}_accuracy": str(row["r2" if regression else "accuracy"]),
-                "task": "regression" if regression else "",
-            }
-        )
+        name, score = str(row["budget"]), str(row["r2" if regression else "accuracy"])
+        stage = name if name == "teacher" else name.rpartition("=")[2]
+        points.append({"stage": stage, "macs": str(row["average_macs"]), f"{row['part']}_accuracy": score})
     with disk_errors("the picture of the evaluation", path.parent):
-        plot_curve(points, path, title=title)
+        plot_curve(points, path, title=title, task="regression" if regression else "classification")

@@ -14,6 +14,7 @@ from bdistil.errors import UserError
 from bdistil.export.folder import FORMAT, VERSION, check_output, new_folder
 from bdistil.export.formats import FORMATS
 from bdistil.export.job import Export, ExportOptions, to_list
+from bdistil.reporting.tables import format_table
 from bdistil.storage.run_directory import RunDirectory
 
 __all__ = ["ExportOptions", "export_run", "export_summary"]
@@ -100,9 +101,11 @@ def _version(name: str) -> str | None:
 def export_summary(manifest: Mapping[str, Any], output: Path) -> str:
     """Formats what was exported as a table with one row per stage."""
     parity = manifest["parity"]
-    lines = [f"{'stage':>5} {'macs':>12} {'bytes':>10} {'difference':>11}"]
-    for number, (stage, found) in enumerate(zip(manifest["stages"], parity["differences"], strict=True), 1):
-        lines.append(f"{number:>5} {stage['macs']:>12,} {stage['bytes']:>10,} {found:>11.1e}")
+    rows = [
+        [f"{number}", f"{stage['macs']:,}", f"{stage['bytes']:,}", f"{difference:.1e}"]
+        for number, (stage, difference) in enumerate(zip(manifest["stages"], parity["differences"], strict=True), 1)
+    ]
+    lines = [format_table(["stage", "macs", "bytes", "difference"], rows)]
     lines.append(f"\nDifferences to PyTorch on {parity['samples']} samples of {parity['source']}.")
     if manifest["kind"] == "executorch":
         lines.append("All stages are methods of one file, whose bytes are shown; a method reads one sample per call.")

@@ -1,7 +1,7 @@
 """What people see of a run: tables, pictures, the HTML report, Weights & Biases."""
 
-from bdistil.reporting.curve_table import curve_table
 from bdistil.reporting.report import write_report
+from bdistil.reporting.tables import curve_table
 from bdistil.reporting.tracking import RunLogger, Tracking
 
 __all__ = [

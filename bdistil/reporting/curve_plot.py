@@ -1,4 +1,4 @@
-"""The curve of a run as pictures: accuracy against cost, error to the teacher stage by stage."""
+"""Pictures of a run: accuracy of the prefixes against their MACs, error to the teacher by stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdistil.reporting.curve_table import Row, number, of_task, plain, short, shown, split
+from bdistil.reporting.tables import Curve, Row, format_count, number, plain
 from bdistil.storage.files import atomic
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Points = list[tuple[float, float]]
-# Name: on light paper, on dark. Blue and vermilion of Okabe and Ito are apart for every kind of colour vision.
+# Name: colour on a light page, on a dark one. Blue and vermilion of Okabe and Ito differ for every colour vision.
 COLOURS = {
     "blue": ("#0072b2", "#56b4e9"), "orange": ("#d55e00", "#f0a04b"), "ink": ("#1f2328", "#e6edf3"),
     "muted": ("#59636e", "#9aa4ae"), "line": ("#d8dee4", "#2f363d"), "paper": ("#ffffff", "#0d1117"),
@@ -25,13 +25,13 @@ BLUE, ORANGE, INK, MUTED, LINE, PAPER = (light for light, _ in COLOURS.values())
 
 
 def _points(rows: Sequence[Row], x: str, y: str) -> Points:
-    """What can be drawn of two columns, on axes that have no zero."""
+    """The points of two columns; x is positive, as its axis is logarithmic."""
     pairs = ((number(row, x), number(row, y)) for row in rows)
     return [(a, b) for a, b in pairs if a is not None and b is not None and a > 0]
 
 
 def _figure(width: float, height: float, panels: Mapping[str, int]) -> tuple[Figure, list[Axes]]:
-    """A figure of panels one over the other, by title and share of the height, for the Agg and SVG canvases."""
+    """A figure with panels one above the other, given by title and share of the height; independent of pyplot."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -60,8 +60,8 @@ def _draw(axes: Axes, points: Points, style: str, colour: str, size: float = 5.5
     axes.plot(xs, ys, style, color=colour, linewidth=1.8, markersize=size, markeredgecolor=PAPER)
 
 
-def _say(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **kw: Any) -> None:
-    """Text beside a point, on a halo, so that no line strikes it out."""
+def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **kw: Any) -> None:
+    """Text beside a point, with a halo that keeps it readable over lines."""
     from matplotlib.patheffects import withStroke
 
     kw = {"fontsize": 9.5, "weight": "bold", "path_effects": [withStroke(linewidth=3, foreground=PAPER)], **kw}
@@ -69,37 +69,38 @@ def _say(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, fl
 
 
 def _cost_axis(axes: Axes, costs: Sequence[float], last: float) -> None:
-    """A logarithmic axis of MACs with room for names to the right of the last prefix."""
+    """A logarithmic axis of MACs, with room for labels to the right of the last prefix."""
     low, high = math.log10(min(costs)), math.log10(max(costs))
     pad, room = 0.06 * (high - low) + max(0.0, 0.25 - (high - low) / 2), 0.3
     low, high = low - pad, max(high + pad, (math.log10(last) - room * (low - pad)) / (1 - room))
     axes.set(xscale="log", xlim=(10**low, 10**high))
     axes.set_xlabel("multiply-adds of one prediction (MACs)", color=MUTED, fontsize=9.5)
-    _log_ticks(axes.xaxis, (1, 2, 5) if high - low < 3 else (1,), short)
+    _log_ticks(axes.xaxis, (1, 2, 5) if high - low < 3 else (1,), format_count)
 
 
 def _number_stages(axes: Axes, stages: Sequence[Row]) -> None:
-    """The number of a prefix over its marks, from the last one backwards; those that would touch are left out."""
+    """Numbers the prefixes above their marks, from the last one backwards, without numbers that would overlap."""
     low, high = axes.get_xlim()
     limit = math.inf
     for row in reversed(stages):
         for macs, top in sorted(_points([row], "macs", "val_accuracy") + _points([row], "macs", "test_accuracy"))[-1:]:
             if macs < limit:
-                _say(axes, row["stage"], (macs, top), (-3, 5), MUTED, fontsize=8.5, ha="right", weight="normal")
+                _note(axes, row["stage"], (macs, top), (-3, 5), MUTED, fontsize=8.5, ha="right", weight="normal")
                 limit = macs / (high / low) ** 0.03
 
 
-def curve_figure(rows: Sequence[Row], size: tuple[float, float], title: str = "") -> Figure:
-    """Validation and test accuracy of every prefix against its cumulative MACs, with the teacher as reference.
+def curve_figure(curve: Curve, size: tuple[float, float], title: str = "") -> Figure:
+    """Validation and test accuracy (or R²) of every prefix against its cumulative MACs, with the teacher as reference.
 
     Args:
-        rows: as of `of_task`.
+        curve: of the run.
         size: width and height in inches.
-        title: over the picture.
+        title: of the figure.
     """
     from matplotlib.ticker import PercentFormatter
 
-    (teacher, stages), (figure, (axes,)) = split(rows), _figure(*size, {title: 1})
+    teacher, stages = curve.teacher, curve.stages
+    figure, (axes,) = _figure(*size, {title: 1})
     validation, test = (_points(stages, "macs", f"{part}_accuracy") for part in ("val", "test"))
     goal = number(teacher, "val_accuracy") or number(teacher, "test_accuracy")
     star = [(macs, goal)] if goal and (macs := number(teacher, "macs")) else []
@@ -107,45 +108,43 @@ def curve_figure(rows: Sequence[Row], size: tuple[float, float], title: str = ""
     heights = [y for _, y in points] + ([goal] if goal else [])
     span = max(max(heights) - min(heights), 0.02)
     axes.set_ylim(min(heights) - 0.12 * span, max(heights) + 0.14 * span)
-    real = bool(rows) and rows[0].get("task") == "regression"
-    show: Callable[[float], str] = "{:.3f}".format if real else "{:.1%}".format
-    if not real:
+    if not curve.regression:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     _cost_axis(axes, [x for x, _ in points + star], max(points)[0])
     curves = [c for c in ((validation, "o-", BLUE, "validation"), (test, "s--", ORANGE, "test")) if c[0]]
     beaten = bool(goal and curves) and max(points[-1][1] for points, *_ in curves) > (goal or 0.0)
     below = goal if goal and not beaten else math.inf
-    for points, style, colour, name in sorted(curves, key=lambda curve: -curve[0][-1][1]):
+    for points, style, colour, name in sorted(curves, key=lambda drawn: -drawn[0][-1][1]):
         macs, accuracy = points[-1]
-        below = min(accuracy, below - 0.075 * span)  # the names stand under one another and under the teacher's line
+        below = min(accuracy, below - 0.075 * span)  # labels are below one another and below the teacher's line
         _draw(axes, points, style, colour)
-        _say(axes, f"{name} {show(accuracy)}", (macs, below), (9, 0), colour, va="center")
+        _note(axes, f"{name} {curve.score(accuracy, 1)}", (macs, below), (9, 0), colour, va="center")
     _number_stages(axes, stages)
     if goal:
         axes.axhline(goal, color=INK, linewidth=1, linestyle=":")
         _draw(axes, star, "*", INK, 13)
-        text = f"teacher {show(goal)}" + (f", {shown(teacher, 'macs')} MACs" if star else "")
+        text = f"teacher {curve.score(goal, 1)}" + (f", {curve.cell(teacher, 'macs')} MACs" if star else "")
         place = {"ha": "left" if beaten else "right", "xycoords": axes.get_yaxis_transform()}
-        _say(axes, text, (0.01 if beaten else 0.99, goal), (0, 7), INK, **place)
+        _note(axes, text, (0.01 if beaten else 0.99, goal), (0, 7), INK, **place)
     return figure
 
 
-def error_figure(rows: Sequence[Row], size: tuple[float, float]) -> Figure:
-    """Rms and largest error to the teacher, and the share of outputs that meet their margin, stage by stage.
+def error_figure(curve: Curve, size: tuple[float, float]) -> Figure:
+    """Rms and largest error to the teacher, and the share of outputs that meet their margin, by stage.
 
     Args:
-        rows: as of `of_task`.
+        curve: of the run.
         size: width and height in inches.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure, (errors, shares) = _figure(*size, {"error to the teacher": 2, "outputs that meet their margin": 1})
-    stages = split(rows)[1]
+    stages = curve.stages
     for column, name, style, colour in (("sup_error", "largest", "s--", ORANGE), ("rms_error", "rms", "o-", BLUE)):
         points = [(x, y) for x, y in _points(stages, "stage", column) if y > 0]
         _draw(errors, points, style, colour)
         for first in points[:1]:
-            _say(errors, f"{name} {first[1]:.3g} → {points[-1][1]:.3g}", first, (2, 8), colour)
+            _note(errors, f"{name} {first[1]:.3g} → {points[-1][1]:.3g}", first, (2, 8), colour)
     errors.set_yscale("log")
     errors.margins(y=0.2)
     _log_ticks(errors.yaxis, (1, 2, 5), plain)
@@ -159,14 +158,13 @@ def error_figure(rows: Sequence[Row], size: tuple[float, float]) -> Figure:
 
 
 def plot_curve(rows: Sequence[Row], path: Path, *, title: str = "", task: str = "classification") -> None:
-    """Draws accuracy against the cumulative MACs of every prefix, with the teacher: a PNG of 1080 x 630 pixels.
+    """Draws accuracy (or R²) of every prefix against its cumulative MACs, with the teacher: a PNG of 1080 x 630 pixels.
 
     Args:
         rows: the rows of curve.csv, the teacher first; any cell may be empty.
         path: the PNG, written atomically.
-        title: over the picture.
+        title: of the picture.
         task: of the run.
     """
-    rows = of_task(rows, task)
     with atomic(path) as temporary:
-        curve_figure(rows, (7.2, 4.2), title).savefig(temporary, format="png", dpi=150)
+        curve_figure(Curve(rows, task), (7.2, 4.2), title).savefig(temporary, format="png", dpi=150)

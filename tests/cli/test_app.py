@@ -139,7 +139,7 @@ def test_a_sweep_has_a_row_for_each_budget_beside_the_teacher(run, capsys, tmp_p
 def test_a_sweep_for_the_terminal(run, capsys):
     assert main(["evaluate", "--run_dir", str(run.root), "--sweep", "stages", "--batch_size", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["budget", "teacher", "stages=1", "stages=2"]
+    assert [line.split()[0] for line in lines] == ["budget", "--------", "teacher", "stages=1", "stages=2"]
     assert len({len(line) for line in lines}) == 1
 
 
