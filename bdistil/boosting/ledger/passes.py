@@ -1,4 +1,4 @@
-"""Passes over all rows of a ledger: units and scaling of g, the next S with its evidence, and log Z."""
+"""Passes over all rows of a ledger: scaling of the teacher's logits, adding a student, normalisers of the game."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def advance(
         state: before the student.
         target: file of the new S.
         logits: (first row, student logits in units of the ledger (rows, L)) of the rows of this process.
-        smallest: margin from which on that of an output counts as met.
+        smallest: smallest margin that counts as met.
 
     Returns:
         The evidence on the student, and log Z of the new S, shape (L,) float64.
@@ -133,7 +133,7 @@ def advance(
 
 
 def _advance_rows(state: GameState, target: RowFile, low: int, logits: Tensor) -> tuple[int, RowSums]:
-    """Writes S of the rows that begin with `low`; returns their block and their part of its sums."""
+    """Writes S of the rows from `low` on; returns their block and their contribution to its sums."""
     g, s = state.g.read(low, low + len(logits)), state.s.read(low, low + len(logits))
     deviation = logits.detach().float().cpu() - g
     new = s + deviation

@@ -1,4 +1,4 @@
-"""Records of a ledger: units, the head file, and the evidence that one pass gives on a student."""
+"""Units and metadata of a ledger, and the evidence on which a new student is accepted or rejected."""
 
 from __future__ import annotations
 

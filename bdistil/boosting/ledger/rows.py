@@ -1,4 +1,4 @@
-"""Files of rows, one for each sample: all processes write disjoint rows, then one of them publishes the file."""
+"""Files with one row of numbers for each sample: all processes write disjoint rows, one of them renames the file."""
 
 from __future__ import annotations
 
