@@ -89,7 +89,7 @@ def test_data_that_are_not_there_are_one_message(name, tmp_path, capsys):
     options = ["--data.root", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]
     assert main(["fit", "--config", name, "--tracking.mode", "disabled", *options]) == 2
     message = capsys.readouterr().err
-    assert re.search(r"bdistil: error: .* is not there: looked in /.*/data/.* for .* get it from http", message)
+    assert re.search(r"bdistil: error: .* was not found in /.*/data/.*: expected .* get it from http", message)
     assert "Traceback" not in message
     assert not list(tmp_path.glob("data/*"))
 
