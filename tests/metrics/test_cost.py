@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from bdistil.errors import UserError
-from bdistil.metrics.cost import latency_ms, measure_cost, training_macs
+from bdistil.metrics.cost import FORMULAS, latency_ms, measure_cost, training_macs
 
 
 class Call(nn.Module):
@@ -317,6 +317,15 @@ def test_three_forward_passes_are_near_what_torch_counts():
         net.to("meta")(torch.randn(shape, device="meta")).sum().backward()
     first = prod((28, 28, 16, 9))  # the gradient to the image is not needed
     assert counter.get_total_flops() // 2 == 3 * forward - first
+
+
+def test_formulas_of_recurrent_layers_that_run_on_gpus():
+    """The arguments as torch's counter passes them, tensors as their shapes; a GPU test counts a real pass."""
+    x, weights = torch.Size((7, 3, 5)), [torch.Size(shape) for shape in ((24, 5), (24, 6), (24,), (24,))]
+    state = torch.Size((1, 3, 6))
+    assert FORMULAS[torch.ops.aten._cudnn_rnn](x, weights, 4, None, state, state, 2, 6, out_shape=None) == 2 * 21 * 264
+    assert FORMULAS[torch.ops.aten.miopen_rnn](x, weights, 4, state, state, 2, 6, out_shape=None) == 2 * 21 * 264
+    assert FORMULAS[torch.ops.aten._lstm_mps](x, [state, state], weights, True, 1, out_shape=None) == 2 * 21 * 264
 
 
 @pytest.mark.gpu
