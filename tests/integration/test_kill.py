@@ -25,7 +25,7 @@ POINTS, SEED = 24, 0
 SMALL = [
     "fit", "--config", "digits", "--model.boosting.rounds", "2", "--trainer.max_epochs", "3",
     "--model.teacher.epochs", "3", "--model.teacher.network.channels", "[4,8]", "--trainer.accelerator", "cpu",
-    "--tracking.mode", "disabled", "--data.batch_size", "875", "--model.student", "test_kill.Dropping",
+    "--tracking.mode", "disabled", "--data.batch_size", "875", "--model.student", f"{__name__}.Dropping",
 ]  # fmt: skip
 
 
