@@ -87,13 +87,13 @@ def predict_within(
         deadline = Deadline(budget.seconds, clock, lambda: _now(device), started)
     checked = 0  # number of first stages after which the exit rule is checked
     if exits is not None:
-        checked = allowed - 1 if clock is None else clock.stages_to_check(runner.samples, allowed, exits.shares)
+        checked = allowed - 1 if clock is None else clock.stages_to_check(len(runner.x), allowed, exits.shares)
     for number in range(allowed):
-        if deadline is not None and not deadline.allows(number, runner.samples):
+        if deadline is not None and not deadline.allows(number, len(runner.x)):
             break
         runner.advance()
         if deadline is not None:
-            deadline.done(number, runner.samples)
+            deadline.done(number, len(runner.x))
         if exits is not None and number < checked and _remove_decided(answers, exits, clock, allowed) == 0:
             break
     return answers.prediction()

@@ -93,11 +93,6 @@ class StageRunner:
         self.votes: Tensor | None = None
 
     @property
-    def samples(self) -> int:
-        """Number of samples that are left in the batch."""
-        return len(self.x)
-
-    @property
     def factor(self) -> float | Tensor:
         """Factor of the current prefix, see `prefix_factor`."""
         return prefix_factor(self.scale, self.weights, self.number)
