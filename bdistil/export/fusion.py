@@ -25,7 +25,7 @@ NEAR = 1e-3  # distance of the thresholds from the confidence of a compared samp
 
 
 def fuse_all(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Exports all stages as one graph. Links join at the heads, so all bodies run before the first head.
+    """Exports all stages as one graph.
 
     Args:
         export: of the run.
@@ -49,8 +49,7 @@ def fuse_all(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[
     _check_tolerance(largest, "all")
     for batch in MEASURED:
         x = export.raw[:batch].numpy()
-        taken = {"stages_ms": best_ms(stages.predict, x), "fused_ms": best_ms(whole.predict, x)}
-        latency[str(batch)] = taken
+        latency[str(batch)] = {"stages_ms": best_ms(stages.predict, x), "fused_ms": best_ms(whole.predict, x)}
     faster = latency["1"]["fused_ms"] < latency["1"]["stages_ms"]
     return {**fused, "difference": largest, "latency": latency, "faster": faster}
 
@@ -65,9 +64,9 @@ def fuse_exits(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
     if manifest["task"] == "regression":
         raise UserError("`--fuse exits` needs the confidence of classes, which real outputs do not have. Leave it out.")
     fused = write_exits(folder, manifest)
-    largest = _exit_difference(export, fused_runner(folder, manifest, fused), fused["rule"])
-    _check_tolerance(largest, "exits")
     stages, whole = fused_runner(folder, manifest, None), fused_runner(folder, manifest, fused)
+    largest = _exit_difference(export, whole, fused["rule"])
+    _check_tolerance(largest, "exits")
     x, count = export.raw[:1].numpy(), len(stages)
     taken: dict[str, list[float]] = {"stages_ms": [], "fused_ms": []}
     for number in range(count):
@@ -98,7 +97,7 @@ def _exit_difference(export: Export, runner: ExportedEnsemble, rule: Rule) -> fl
             thresholds = (at_stages + torch.tensor(shift)).tolist()
             given = runner.run_exits(export.raw[row : row + 1].numpy(), thresholds, count)
             if given.stages[0] != number + 1:
-                raise RunError(f"The graph with exits left after stage {given.stages[0]}, expected {number + 1}.")
+                raise RunError(f"The graph with exits stopped after stage {given.stages[0]}, expected {number + 1}.")
             largest = max(largest, difference(Tensor(given.logits), answers[number][row : row + 1]))
     return largest
 

@@ -29,7 +29,7 @@ def links_by_stage(students: Sequence[nn.Module]) -> list[list[int]]:
 
 
 class Segment(nn.Module):
-    """Consecutive stages of an ensemble; all bodies run before the first head.
+    """Consecutive stages of an ensemble.
 
     Args:
         ensemble: all stages.
@@ -65,16 +65,12 @@ class Segment(nn.Module):
         x = values["x"]
         if self.normalisation is not None:
             x = (x - self.normalisation[0]) / self.normalisation[1]
-        rows = list(zip(self.numbers, self.students, self.links, self.weights, strict=True))
-        for number, student, links, _ in rows:
-            if isinstance(student, Student):
-                linked = [values[f"features_{n + 1}"] for n in links]
-                values[f"features_{number + 1}"] = student.features(x, linked)
         total = values.get(f"total_{self.numbers[0]}")
-        for number, student, links, weight in rows:
+        for number, student, links, weight in zip(self.numbers, self.students, self.links, self.weights, strict=True):
             if isinstance(student, Student):
                 linked = [values[f"features_{n + 1}"] for n in links]
-                own = student.answer(values[f"features_{number + 1}"], linked)
+                features = values[f"features_{number + 1}"] = student.features(x, linked)
+                own = student.answer(features, linked)
             else:
                 own = student(x)
             own = own if weight == 1 else own * weight

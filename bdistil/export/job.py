@@ -104,12 +104,6 @@ class Export:
         repeats = -(-SAMPLES // len(x))
         return x.repeat(repeats, *(1,) * (x.ndim - 1))[:SAMPLES], "the validation part"
 
-    @property
-    def labels(self) -> list[str] | None:
-        """Names of the classes, if the data module declares them."""
-        labels = getattr(self.datamodule, "labels", None)
-        return None if labels is None else [str(label) for label in labels]
-
     def to_raw(self, x: Tensor) -> Tensor:
         """Converts samples as in training to samples as the graphs read them."""
         return x if self.inside is None else x * self.inside[1] + self.inside[0]

@@ -62,7 +62,7 @@ def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = 
 
 def _manifest(export: Export) -> dict[str, Any]:
     """Entries of the manifest that do not depend on the files."""
-    ensemble, labels, x = export.ensemble, export.labels, export.x
+    ensemble, labels, x = export.ensemble, getattr(export.datamodule, "labels", None), export.x
     outputs, normalisation = export.values["total_1"].shape[1], export.normalisation
     if labels is not None and len(labels) != outputs:
         raise UserError(f"Expected `labels` of the data module to be {outputs} names, got {len(labels)}.")
@@ -77,7 +77,7 @@ def _manifest(export: Export) -> dict[str, Any]:
         "kind": export.options.format,
         "input": {"name": "x", "shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")},
         "outputs": outputs,
-        "labels": labels,
+        "labels": None if labels is None else [str(label) for label in labels],
         "normalisation": declared,
         "task": ensemble.task,
         "scale": to_list(ensemble.scale),

@@ -68,7 +68,7 @@ def test_the_runner_exits_at_fitted_thresholds(exported):
     assert len(set(assert_same_prediction(exported, confidence="fitted").stages)) >= 2
 
 
-def test_the_manifest_says_what_is_there(exported):
+def test_the_manifest_describes_the_stages(exported):
     ensemble, runner, _ = exported
     manifest = runner.manifest
     assert manifest["temperatures"] == list(ensemble.calibration.temperatures)

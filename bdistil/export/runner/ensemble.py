@@ -158,7 +158,8 @@ class ExportedEnsemble:
             allowed: maximum number of stages.
             seconds: maximum time.
         """
-        clock, deadline, checked = self.clock, Deadline(seconds, self.clock), 0
+        clock, checked = self.clock, 0
+        deadline = None if seconds is None else Deadline(seconds, clock)
         if exits:
             checked = clock.stages_to_check(len(x), allowed, exits.shares) if clock else allowed - 1
         pipeline = self._stages.acquire(x)
@@ -166,10 +167,11 @@ class ExportedEnsemble:
         logits: Array | None = None
         for number in range(allowed):
             samples = len(runner.rows)
-            if not deadline.allows(number, samples):
+            if deadline and not deadline.allows(number, samples):
                 break
             answer = self._stage(number, runner.run(number)).logits
-            deadline.done(number, samples)
+            if deadline:
+                deadline.done(number, samples)
             logits = answer if logits is None else logits
             logits[runner.rows], stages[runner.rows] = answer, number + 1
             if exits and number < checked:

@@ -96,19 +96,17 @@ class Deadline:
     were slower than measured. Without them, it is expected to take as long as the longest stage so far.
 
     Args:
-        seconds: from now; None allows everything.
+        seconds: from now.
         clock: measured times, or None.
     """
 
-    def __init__(self, seconds: float | None, clock: StageClock | None) -> None:
+    def __init__(self, seconds: float, clock: StageClock | None) -> None:
         self.seconds, self.clock = seconds, clock
         self.started = self.begun = time.perf_counter()
         self.longest = self.spent = self.expected = 0.0
 
     def allows(self, number: int, batch: int) -> bool:
         """Whether a stage, from 0, may start now; the first always may."""
-        if self.seconds is None:
-            return True
         self.begun = time.perf_counter()
         if number == 0:
             return True
@@ -119,8 +117,6 @@ class Deadline:
 
     def done(self, number: int, batch: int) -> None:
         """Records the end of a stage that `allows` let start."""
-        if self.seconds is None:
-            return
         taken = time.perf_counter() - self.begun
         self.longest, self.spent = max(self.longest, taken), self.spent + taken
         if self.clock is not None:

@@ -46,12 +46,11 @@ class StageRunner:
         return self.values[f"total_{number + 1}"]
 
     def count_votes(self, number: int) -> None:
-        """Adds the answers of the student of a stage, which are what it added to the sum."""
-        own = self.values[f"total_{number + 1}"]
-        own = own - self.values[f"total_{number}"] if number else own
-        votes = np.zeros(own.shape, np.float32) if self.votes is None else self.votes
-        votes[np.arange(len(own)), own.argmax(1)] += 1
-        self.votes = votes
+        """Adds the answers of the student of a stage: the classes of what it added to the sum."""
+        total = self.values[f"total_{number + 1}"]
+        own = total - self.values[f"total_{number}"] if number else total
+        self.votes = np.zeros(own.shape, np.float32) if self.votes is None else self.votes
+        self.votes[np.arange(len(own)), own.argmax(1)] += 1
 
     def keep(self, rows: Array) -> None:
         """Reduces the batch to the given rows (m,)."""

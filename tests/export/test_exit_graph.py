@@ -1,4 +1,4 @@
-"""One graph that leaves at the first stage that is sure, and the traps of composing it."""
+"""One graph with early exits, and the traps of composing it."""
 
 import json
 from collections import Counter
@@ -43,7 +43,7 @@ def exported(request, tmp_path_factory):
     return ProgressiveEnsemble.load(run.root), ExportedEnsemble(folder / "out", used, 1), torch.randn(24, *shape)
 
 
-def test_the_manifest_says_what_the_graph_does(exported):
+def test_the_manifest_describes_the_graph(exported):
     fused = exported[1].manifest["fused"]
     rule = exported[1].manifest["exits"]["rule"]
     assert fused["rule"] == ("max_prob" if rule == "agreement" else rule)
@@ -53,18 +53,18 @@ def test_the_manifest_says_what_the_graph_does(exported):
         assert min(found) > 0
 
 
-def test_it_leaves_where_pytorch_does(exported, monkeypatch):
+def test_it_exits_where_pytorch_does(exported, monkeypatch):
     """Sample by sample, at thresholds between the samples, within limits on stages and MACs."""
     ensemble, runner, x = exported
     rule = runner.manifest["fused"]["rule"]
-    sure = torch.stack([confidence_of(s.logits, rule, ensemble.calibration.temperature(n))
-                        for n, s in enumerate(ensemble.stages(x))])  # fmt: skip
-    confidence = float(sure[0].quantile(0.45))
+    scores = torch.stack([confidence_of(s.logits, rule, ensemble.calibration.temperature(n))
+                          for n, s in enumerate(ensemble.stages(x))])  # fmt: skip
+    confidence = float(scores[0].quantile(0.45))
     monkeypatch.setattr(runner, "_stages", None)  # nothing can run stage by stage
     seen = set()
     for limits in ({}, {"stages": 3}, {"macs": MACS[1]}, {"stages": 1}):
         for number in range(len(x)):
-            if (sure[:, number] - confidence).abs().min() < 1e-6:
+            if (scores[:, number] - confidence).abs().min() < 1e-6:
                 continue
             sample, given = x[number : number + 1], {"confidence": confidence, "rule": rule, **limits}
             theirs = ensemble.predict(sample, Budget(**given))
@@ -75,11 +75,11 @@ def test_it_leaves_where_pytorch_does(exported, monkeypatch):
     assert len({stages for _, stages in seen}) >= 3
 
 
-def test_it_leaves_at_fitted_thresholds(exported, monkeypatch):
+def test_it_exits_at_fitted_thresholds(exported, monkeypatch):
     ensemble, runner, x = exported
     has_rule = runner.manifest["fused"]["rule"] == runner.manifest["exits"]["rule"]
     monkeypatch.setattr(runner, "_stages" if has_rule else "run_exits", None)  # agreement runs stage by stage
-    monkeypatch.setattr(runner, "clock", None)  # by its times it may ask nobody; the run has none
+    monkeypatch.setattr(runner, "clock", None)  # its times may skip the checks; the run has none
     for number in range(len(x)):
         theirs = ensemble.predict(x[number : number + 1], Budget(confidence="fitted"))
         ours = runner.predict(x[number : number + 1].numpy(), RunnerBudget(confidence="fitted"))
@@ -99,8 +99,8 @@ def test_batches_deadlines_and_other_rules_run_stage_by_stage(exported, monkeypa
         assert runner.predict(x[:batch].numpy(), RunnerBudget(**given)).stages.min() >= 1
 
 
-def test_a_batch_leaves_with_its_least_sure_sample(exported):
-    """As a program of somebody else would run it."""
+def test_a_batch_exits_with_its_least_confident_sample(exported):
+    """As another program would run the graph."""
     ensemble, runner, x = exported
     rule, answers = runner.manifest["fused"]["rule"], [stage.logits for stage in ensemble.stages(x)]
     least = [
@@ -193,8 +193,8 @@ def test_weights_lie_in_the_branch_that_uses_them_and_nowhere_twice(convolutions
     assert (convolutions / "exits.onnx").stat().st_size < 1.05 * stages
 
 
-@pytest.mark.parametrize("leave", range(4))
-def test_stages_after_the_exit_do_not_run(convolutions, leave, tmp_path):
+@pytest.mark.parametrize("stop", range(4))
+def test_stages_after_the_exit_do_not_run(convolutions, stop, tmp_path):
     """By onnxruntime's own record of what it ran."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "record")
@@ -202,27 +202,27 @@ def test_stages_after_the_exit_do_not_run(convolutions, leave, tmp_path):
     session = onnxruntime.InferenceSession(
         str(convolutions / "exits.onnx"), options, providers=["CPUExecutionProvider"]
     )
-    given = {"x": np.zeros((1, 1, 28, 28), np.float32), "thresholds": np.float32(exit_after(leave, 4))}
-    assert session.run(["stages"], given)[0] == leave + 1
+    given = {"x": np.zeros((1, 1, 28, 28), np.float32), "thresholds": np.float32(exit_after(stop, 4))}
+    assert session.run(["stages"], given)[0] == stop + 1
     ran = [
         event["name"] for event in json.loads(Path(session.end_profiling()).read_text()) if event.get("cat") == "Node"
     ]
-    assert {int(name[1]) for name in ran if name.startswith("s")} == set(range(1, leave + 2))
+    assert {int(name[1]) for name in ran if name.startswith("s")} == set(range(1, stop + 2))
 
 
 # ---- what is refused
 
 
-def test_a_graph_that_leaves_elsewhere_than_pytorch_is_refused(tmp_path, monkeypatch):
+def test_a_graph_that_exits_elsewhere_than_pytorch_is_refused(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", *KINDS["mlp"], figures("margin"))
     monkeypatch.setattr("bdistil.export.fusion.write_exits", swapped_rule)
-    with pytest.raises(RunError, match="left after stage"):
+    with pytest.raises(RunError, match="stopped after stage"):
         export_run(run, tmp_path / "out", ExportOptions(fuse="exits"))
     assert not (tmp_path / "out").exists()
 
 
 def swapped_rule(folder, manifest, write=write_exits):
-    """Asks for the margin where the entropy is meant."""
+    """Declares the entropy for a graph of the margin."""
     return write(folder, manifest) | {"rule": "entropy"}
 
 

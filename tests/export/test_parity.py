@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("mlp") / "run", mlp_student, (6,))
 
 
-def test_an_export_is_only_replaced_when_told_to(run, tmp_path):
+def test_an_export_is_only_replaced_with_overwrite(run, tmp_path):
     export_run(run, tmp_path / "out")
     before = (tmp_path / "out" / "manifest.json").stat().st_ino
     with pytest.raises(UserError, match="--overwrite true"):
