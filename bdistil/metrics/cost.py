@@ -52,16 +52,17 @@ def _recurrent(x: Size, weights: Any, second: Any = None, *_: Any, **__: Any) ->
     return 2 * prod(x[:-1]) * sum(prod(matrix) for matrix in matrices if len(matrix) == 2)
 
 
-aten = torch.ops.aten
 # Operations from the shapes of the arguments where torch has no formula. As in torch, a multiply-add is two of them.
-FORMULAS: dict[Any, Callable[..., int]] = {
-    **dict.fromkeys((aten.mv, aten.dot, aten.vdot), lambda matrix, *_, **__: 2 * prod(matrix)),
-    aten.addmv: lambda _, matrix, *__, **___: 2 * prod(matrix),
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_attention_math_for_mps: _attention,
-    **dict.fromkeys((aten.mkldnn_rnn_layer, aten._cudnn_rnn, aten.miopen_rnn), _recurrent),
-    aten._lstm_mps: lambda x, _, weights, *__, **___: _recurrent(x, weights),
+_BY_NAME: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(("mv", "dot", "vdot"), lambda matrix, *_, **__: 2 * prod(matrix)),
+    "addmv": lambda _, matrix, *__, **___: 2 * prod(matrix),
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_attention_math_for_mps": _attention,
+    **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"), _recurrent),
+    "_lstm_mps": lambda x, _, weights, *__, **___: _recurrent(x, weights),
 }
+# An older torch has some of them not.
+FORMULAS = {getattr(torch.ops.aten, name): count for name, count in _BY_NAME.items() if hasattr(torch.ops.aten, name)}
 
 
 @dataclass(frozen=True)

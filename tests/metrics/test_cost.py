@@ -1,10 +1,12 @@
-"""Costs: expected values in closed form next to the net, and torch's own counter on the meta device as the oracle."""
+"""Costs against closed forms next to the network, torch's formulas on the meta device, and fvcore."""
 
 import copy
 import logging
+import warnings
 from math import prod
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -80,6 +82,25 @@ def test_macs_equal_the_closed_form_and_the_oracle(name):
     assert cost.by_module[""] == expected
     assert cost.uncounted == {}
     assert cost.params == sum(p.numel() for p in module.parameters())
+
+
+def plain_conv_net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [plain_conv_net, lambda: timm.create_model("test_resnet")], ids=["conv", "resnet"])
+def test_macs_equal_those_of_fvcore(make):
+    """An independent count, from a trace of the module; fvcore also counts norms and pools, which are free here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing fvcore scripts a function, which torch deprecates
+        from fvcore.nn import FlopCountAnalysis
+
+        module, x = make().eval(), torch.randn(2, 3, 32, 32)
+        counted = FlopCountAnalysis(module, x).unsupported_ops_warnings(False).tracer_warnings("none").by_operator()
+        assert measure_cost(module, (x,)).macs == counted["conv"] + counted["linear"] > 10_000
 
 
 def packed(lengths, net, x):
