@@ -94,7 +94,7 @@ def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
             figures[f"nsr_{name}"] = noise_to_signal(moments, weight)
         return figures
     return figures | {
-        **moments.to_dict(),
+        **dict(zip(("v_gg", "v_kk", "v_gk"), moments.variance, strict=True)),
         "nsr_labels": noise_to_signal(moments, 0.0),
         "nsr_teacher": noise_to_signal(moments, 1.0),
         "least_variance_weight": least_variance_weight(moments),

@@ -1,7 +1,6 @@
-"""Formulas on tensors, without state. Every name is importable from here."""
+"""Formulas on tensors, without state. Every formula is importable from here."""
 
 from bdistil.functional.boosting import (
-    BARRIER_FLOOR,
     game_rows,
     game_weights,
     gamma_of,
@@ -11,11 +10,8 @@ from bdistil.functional.boosting import (
     prefix_error,
     round_loss,
 )
-from bdistil.functional.distillation import KDTerms, at_least_float32, centre, kd_terms
+from bdistil.functional.distillation import KDTerms, centre, kd_terms
 from bdistil.functional.gradient_noise import (
-    INTERPOLATED,
-    REPORTED_STEPS,
-    USUAL_STEP,
     GradientMoments,
     Suggestion,
     best_weight,
@@ -31,15 +27,11 @@ from bdistil.functional.gradient_noise import (
     variance_at,
 )
 from bdistil.functional.loss_mixing import (
-    HIGHEST,
-    INNER,
-    TRAIN_SHARE,
     MixingSettings,
     Mode,
     OuterLoss,
     label_target,
     learn_mix,
-    look_ahead_step,
     loss_weights,
     meta_gradient,
     mixed_loss,
@@ -66,20 +58,12 @@ from bdistil.functional.mekd import (
 from bdistil.functional.sample_gradients import control_cosine, sample_gradients
 
 __all__ = [
-    "BARRIER_FLOOR",
-    "HIGHEST",
-    "INNER",
-    "INTERPOLATED",
-    "REPORTED_STEPS",
-    "TRAIN_SHARE",
-    "USUAL_STEP",
     "GradientMoments",
     "KDTerms",
     "MixingSettings",
     "Mode",
     "OuterLoss",
     "Suggestion",
-    "at_least_float32",
     "balance",
     "best_weight",
     "centre",
@@ -102,7 +86,6 @@ __all__ = [
     "least_variance_weight",
     "log_barrier_loss",
     "log_normaliser",
-    "look_ahead_step",
     "loss_weights",
     "margins",
     "meta_gradient",

@@ -64,11 +64,6 @@ class GradientMoments:
         gg, kk, gk = (self.unseen * v / self.samples for v in self.variance)
         return self.mean_gg - gg, self.mean_kk - kk, self.mean_gk - gk
 
-    def to_dict(self) -> dict[str, float]:
-        """The variances by name, for logs."""
-        gg, kk, gk = self.variance
-        return {"v_gg": gg, "v_kk": kk, "v_gk": gk}
-
 
 def last_layer_moments(
     activations: Tensor, label_residual: Tensor, teacher_residual: Tensor, population: int | None = None

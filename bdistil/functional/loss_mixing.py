@@ -277,10 +277,6 @@ class MixingSettings:
         """Share of the training part in the outer loss."""
         return TRAIN_SHARE[self.mode] if self.train_share is None else self.train_share
 
-    def columns(self, teachers: int) -> int:
-        """C, learned numbers per sample."""
-        return teachers + (self.mode == "independent")
-
     def due(self, epoch: int) -> bool:
         """Whether an update is due before this epoch, counted from 0."""
         return epoch >= self.warmup and (epoch - self.warmup) % self.every == 0
@@ -324,26 +320,12 @@ def move_mix(mix: Tensor, gradient: Tensor, settings: MixingSettings) -> Tensor:
     return (mix - settings.rate * gradient / scale).clamp(0.0, HIGHEST[settings.mode])
 
 
-def look_ahead_step(activations: Tensor, settings: MixingSettings, lr: float) -> float:
-    """Size of the look-ahead step: with `look_ahead` = 1 the residual of a typical sample moves its logits by its size.
-
-    Args:
-        activations: (B, D).
-        settings: settings of mixing.
-        lr: learning rate of the student.
-
-    Example:
-        >>> look_ahead_step(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), MixingSettings(), lr=0.1)
-        0.5
-    """
-    ahead = settings.look_ahead
-    return lr if isinstance(ahead, str) else ahead / float(activations.square().sum(1).mean().clamp_min(1e-12))
-
-
 def learn_mix(
     mix: Tensor, residuals: Tensor, activations: Tensor, outer: OuterLoss, settings: MixingSettings, lr: float
 ) -> Tensor:
-    """All inner steps of an update on a block of samples, (B, C); arguments as for `meta_gradient`.
+    """All inner steps of an update on a block of samples, (B, C); arguments as for `meta_gradient`, lr of the student.
+
+    With `look_ahead` = 1 the look-ahead step moves the logits of a typical sample by the size of its residual.
 
     Example:
         >>> inputs, target = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1])
@@ -353,7 +335,8 @@ def learn_mix(
         tensor([[0.5424],
                 [0.4424]])
     """
-    step = look_ahead_step(activations, settings, lr)
+    ahead = settings.look_ahead
+    step = lr if isinstance(ahead, str) else ahead / float(activations.square().sum(1).mean().clamp_min(1e-12))
     for _ in range(settings.steps):
         gradient = meta_gradient(mix, residuals, activations, outer, mode=settings.mode, step=step)
         mix = move_mix(mix, gradient, settings)

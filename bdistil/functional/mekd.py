@@ -107,8 +107,24 @@ def hard_latent(logits: Tensor) -> Tensor:
     return logits.softmax(-1) * math.sqrt(logits.shape[-1])
 
 
+def _image_loss(generator: nn.Module | None, student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of |G(z_S) - G(z_T)|, from the latents (m, L); 0 without a generator. No gradient through z_T."""
+    if generator is None:
+        return student.new_zeros(())
+    with torch.no_grad():
+        goal = generator(teacher)
+    return (generator(student) - goal).abs().mean()
+
+
 def soft_emulation(
-    generator: nn.Module, student: Tensor, teacher: Tensor, mean: Tensor, sd: Tensor, *, tau: float, kl: float = 1.0
+    generator: nn.Module | None,
+    student: Tensor,
+    teacher: Tensor,
+    mean: Tensor,
+    sd: Tensor,
+    *,
+    tau: float,
+    kl: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The two parts of the loss of stage 2 with soft answers.
 
@@ -117,7 +133,7 @@ def soft_emulation(
     MEKD and not tau².
 
     Args:
-        generator: G, frozen.
+        generator: G, frozen; None leaves out the first part.
         student: logits y_S (m, L).
         teacher: logits y_T (m, L).
         mean: mean of the teacher's centred logits, (L,).
@@ -134,18 +150,18 @@ def soft_emulation(
         (tensor(1.), tensor(0.3278))
     """
     _same_shape(student, teacher)
-    with torch.no_grad():
-        goal = generator(soft_latent(teacher, mean, sd))
-    images = (generator(soft_latent(student, mean, sd)) - goal).abs().mean()
+    images = _image_loss(generator, soft_latent(student, mean, sd), soft_latent(teacher, mean, sd))
     target, answer = F.log_softmax(teacher / tau, -1), F.log_softmax(student / tau, -1)
     return images, kl * tau * F.kl_div(answer, target, reduction="batchmean", log_target=True)
 
 
-def hard_emulation(generator: nn.Module, student: Tensor, labels: Tensor, *, kl: float = 1.0) -> tuple[Tensor, Tensor]:
+def hard_emulation(
+    generator: nn.Module | None, student: Tensor, labels: Tensor, *, kl: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The two parts of the loss of stage 2 with top-1 answers; tau is 1, so KL to the one-hot is cross entropy.
 
     Args:
-        generator: G, frozen.
+        generator: G, frozen; None leaves out the first part.
         student: logits y_S (m, L).
         labels: the teacher's classes (m,).
         kl: weight of the second part.
@@ -158,10 +174,8 @@ def hard_emulation(generator: nn.Module, student: Tensor, labels: Tensor, *, kl:
         (tensor(0.7071), tensor(0.6931))
     """
     outputs = student.shape[-1]
-    with torch.no_grad():
-        goal = generator(F.one_hot(labels, outputs).to(student.dtype) * math.sqrt(outputs))
-    images = (generator(hard_latent(student)) - goal).abs().mean()
-    return images, kl * F.cross_entropy(student, labels)
+    goal = F.one_hot(labels, outputs).to(student.dtype) * math.sqrt(outputs)
+    return _image_loss(generator, hard_latent(student), goal), kl * F.cross_entropy(student, labels)
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> Tensor:

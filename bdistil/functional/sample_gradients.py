@@ -12,10 +12,6 @@ from bdistil.errors import UserError
 from bdistil.functional.distillation import kd_terms
 
 
-def _flat(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.cat([value.flatten(1) for value in gradients.values()], 1)
-
-
 def sample_gradients(
     student: nn.Module, x: Tensor, target: Tensor, teacher_logits: Tensor, *, temperature: float, chunk: int = 64
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +47,8 @@ def sample_gradients(
     found = []
     for which in (0, 1):
         per_sample: Any = vmap(grad(loss), in_dims=(None, None, 0, 0, 0), chunk_size=chunk)
-        found.append(_flat(per_sample(weights, which, x, target, teacher_logits)))
+        gradients = per_sample(weights, which, x, target, teacher_logits)
+        found.append(torch.cat([value.flatten(1) for value in gradients.values()], 1))
     return found[0], found[1]
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from bdistil import functional as bf
 from bdistil.boosting.ledger.reductions import margin_sums
+from bdistil.functional.boosting import BARRIER_FLOOR
 
 SHAPES = [(1, 1), (7, 3), (64, 100), (2000, 10)]
 
@@ -179,7 +180,7 @@ def barrier_in_numpy(d, up, down, population, bound, gamma):
 def test_loss_equals_plain_numpy(scale, below_floor):
     d, (up, down) = normal(12, 4, scale=scale), (w[:12] for w in bf.game_weights(normal(50, 4), 0.5))
     rise = 1 + 50 / 12 / 6 * (up * d).sum(0)
-    assert bool((rise < bf.BARRIER_FLOOR).any()) == below_floor
+    assert bool((rise < BARRIER_FLOOR).any()) == below_floor
     ours = bf.log_barrier_loss(d, up, down, population=50, bound=3.0, gamma=0.1)
     assert ours.shape == ()
     expected = barrier_in_numpy(d.numpy(), up.numpy(), down.numpy(), 50, 3.0, 0.1)
@@ -210,11 +211,11 @@ def one_sided_loss(deviation):
 def test_below_the_floor_loss_is_finite_and_pulls_back(deviation):
     value, gradient = one_sided_loss(deviation)
     assert math.isfinite(value)
-    assert gradient - 2 * deviation == pytest.approx(-1 / bf.BARRIER_FLOOR)
+    assert gradient - 2 * deviation == pytest.approx(-1 / BARRIER_FLOOR)
 
 
 def test_loss_is_smooth_at_the_floor():
-    above, below = (one_sided_loss(bf.BARRIER_FLOOR - 1 + step) for step in (1e-9, -1e-9))
+    above, below = (one_sided_loss(BARRIER_FLOOR - 1 + step) for step in (1e-9, -1e-9))
     assert above[0] == pytest.approx(below[0], abs=1e-5)
     assert above[1] == pytest.approx(below[1], rel=1e-4)
     assert above[0] < below[0]

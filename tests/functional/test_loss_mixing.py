@@ -29,8 +29,8 @@ def problem(teachers, temperature=4.0, samples=12, outputs=5, width=7):
 @pytest.mark.parametrize(("mode", "teachers"), list(itertools.product(["convex", "independent"], [1, 2, 3])))
 def test_meta_gradient_equals_autograd_through_the_step(mode, teachers, share):
     a, layer, z, y, a_v, y_v, tau = problem(teachers)
-    settings, step = bm.MixingSettings(mode=mode), 0.7
-    mix = torch.rand(len(a), settings.columns(teachers), dtype=torch.float64).requires_grad_()
+    step = 0.7
+    mix = torch.rand(len(a), teachers + (mode == "independent"), dtype=torch.float64).requires_grad_()
     moving = layer.clone().requires_grad_()
     loss = bm.mixed_loss(kd_terms(a @ moving.T, z, y, temperature=tau), bm.loss_weights(mix, mode))
     (slope,) = torch.autograd.grad(loss, moving, create_graph=True)

@@ -69,7 +69,8 @@ class MappingEmulation(EmulationStage):
         self.optimizer, self.lr, self.seed = optimizer, lr, seed
         frozen = generator.requires_grad_(False).eval() if generator is not None else None
         object.__setattr__(self, "generator", frozen)  # out of the module tree: frozen, in no checkpoint
-        self.mean, self.sd = mean, sd
+        # Without a generator they do not count.
+        self.mean, self.sd = (torch.zeros(()) if t is None else t for t in (mean, sd))
         self._sums = torch.zeros(3)
 
     @property
@@ -92,7 +93,7 @@ class MappingEmulation(EmulationStage):
         super().on_fit_start()
         if self.generator is not None:
             self.generator.to(self.device)
-        self.mean, self.sd = (t if t is None else t.to(self.device) for t in (self.mean, self.sd))
+        self.mean, self.sd = self.mean.to(self.device), self.sd.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         """Seeds the epoch."""
@@ -108,19 +109,9 @@ class MappingEmulation(EmulationStage):
 
     def losses(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The two parts of the loss, images and answers, from logits (B, L) of both."""
-        if self.generator is None:
-            return torch.zeros((), device=student.device), self._plain(student, teacher)
         if self.hard:
             return hard_emulation(self.generator, student, teacher.argmax(-1), kl=self.kl)
-        assert self.mean is not None
-        assert self.sd is not None
         return soft_emulation(self.generator, student, teacher, self.mean, self.sd, tau=self.tau, kl=self.kl)
-
-    def _plain(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if self.hard:
-            return self.kl * F.cross_entropy(student, teacher.argmax(-1))
-        answer, target = (F.log_softmax(logits / self.tau, -1) for logits in (student, teacher))
-        return self.kl * self.tau * F.kl_div(answer, target, reduction="batchmean", log_target=True)
 
     def on_validation_epoch_start(self) -> None:
         """Resets the sums of equal classes, cross entropy and samples."""
