@@ -11,10 +11,11 @@ from bdistil.cli.recipe_files import jobs, recipes, summary
 from bdistil.ensemble.budget import Budget, Rule
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
+from bdistil.evaluation.calibrate import fit_anytime, format_calibration
 from bdistil.evaluation.evaluate import Sweep, evaluate_budgets, profile_run, sweep_budgets
 from bdistil.evaluation.run_data import Split, loader_of
 from bdistil.evaluation.tables import reference_row, table, write_csv, write_picture
+from bdistil.evaluation.thresholds import ExitTarget
 from bdistil.export.run import ExportOptions, export_run, export_summary
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tables import curve_table

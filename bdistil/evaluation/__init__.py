@@ -1,8 +1,9 @@
 """Evaluation of finished runs: accuracy within budgets, costs, calibration, exit thresholds, early classification."""
 
-from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, fit_calibration
+from bdistil.evaluation.calibrate import fit_anytime, fit_calibration
 from bdistil.evaluation.early import early_figures
 from bdistil.evaluation.evaluate import evaluate_budgets, profile_run, sweep_budgets
+from bdistil.evaluation.thresholds import ExitTarget
 
 __all__ = [
     "ExitTarget",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,48 +12,16 @@ import torch
 from torch import Tensor
 
 from bdistil.data.loaders import first_samples
-from bdistil.ensemble.budget import NEVER, Rule, add_votes, confidence_of
+from bdistil.ensemble.budget import NEVER, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.timing import measure_times
 from bdistil.errors import UserError
 from bdistil.evaluation.tables import table
 from bdistil.evaluation.temperature import calibration_error, fit_temperature, weighted_prefixes, winning_weights
-from bdistil.evaluation.thresholds import Numbers, exit_outcome, exit_stages, fit_thresholds
+from bdistil.evaluation.thresholds import ExitTarget, Numbers, exit_outcome, exit_stages, fit_thresholds
 
 TIMED_SAMPLES = 256
-
-
-@dataclass(frozen=True)
-class ExitTarget:
-    """Target of fitted thresholds; give one of the two numbers.
-
-    Attributes:
-        rule: exit rule.
-        max_loss: percentage points of accuracy that the exits may lose on the validation part; 0.2 by default.
-        average_macs: average multiply-adds per sample that the exits may cost.
-
-    Raises:
-        UserError: both numbers are given.
-    """
-
-    rule: Rule = "max_prob"
-    max_loss: float | None = None
-    average_macs: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_loss is not None and self.average_macs is not None:
-            raise UserError(
-                f"Give one of `max_loss` and `average_macs`, got {self.max_loss} and {self.average_macs}: thresholds "
-                "cannot be fitted for both."
-            )
-        if self.max_loss is None and self.average_macs is None:
-            object.__setattr__(self, "max_loss", 0.2)
-
-    def __str__(self) -> str:
-        if self.max_loss is not None:
-            return f"lose at most {self.max_loss:g} points"
-        return f"average at most {self.average_macs:,.0f} MACs"
 
 
 def fit_anytime(
@@ -90,11 +58,6 @@ def fit_anytime(
 @torch.no_grad()
 def own_logits(ensemble: ProgressiveEnsemble, loader: Iterable[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits of each student alone, in the teacher's units, (T, N, L), and the labels (N,).
-
-    Args:
-        ensemble: on the device, without student weights.
-        loader: yields (x, y).
-        device: of the ensemble.
 
     Raises:
         UserError: the labels are not class numbers.
@@ -155,8 +118,7 @@ def _fit_exits(
         votes = add_votes(votes, answer)
         confidences.append(confidence_of(prefix, target.rule, temperature, votes))
     confidence, right = torch.stack(confidences).double().numpy(), (prefixes.argmax(-1) == labels).numpy()
-    fit = partial(fit_thresholds, macs=macs, max_loss=target.max_loss, average_macs=target.average_macs)
-    fits = [partial(fit, shared=shared) for shared in (False, True)]
+    fits = [partial(fit_thresholds, macs=macs, target=target, shared=shared) for shared in (False, True)]
     losses = [_held_out_loss(confidence, right, fit) for fit in fits]
     best = losses.index(min(losses))  # a threshold per stage only where it loses no more on held-out samples
     thresholds = fits[best](confidence, right)

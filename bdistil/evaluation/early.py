@@ -22,21 +22,6 @@ FRACTIONS = (0.55, 0.75)  # of the steps, as in the literature
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 
-def first_decided(confidence: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The stage at which each sample is answered, and whether it was decided there.
-
-    Args:
-        confidence: of each stage's answer, (T, N).
-        threshold: smallest confidence that decides a sample.
-
-    Returns:
-        Stages from 0, (N,) int64, the last one for undecided samples; and (N,) bool.
-    """
-    reached = confidence >= threshold
-    decided = reached.any(0)
-    return torch.where(decided, reached.int().argmax(0), len(confidence) - 1), decided
-
-
 def early_row(confidence: Tensor, right: Tensor, ends: Sequence[int], steps: int, threshold: float) -> dict[str, float]:
     """Figures at one threshold: shares decided by 55 % and 75 % of the steps, accuracy of all samples, steps saved.
 
@@ -54,7 +39,9 @@ def early_row(confidence: Tensor, right: Tensor, ends: Sequence[int], steps: int
         >>> early_row(confidence, torch.ones(2, 2, dtype=torch.bool), ends=[5, 10], steps=10, threshold=0.9)
         {'decided_by_55': 0.5, 'decided_by_75': 0.5, 'accuracy': 1.0, 'steps_saved': 0.25}
     """
-    stages, decided = first_decided(confidence, threshold)
+    reached = confidence >= threshold
+    decided = reached.any(0)
+    stages = torch.where(decided, reached.int().argmax(0), len(confidence) - 1)
     read = torch.tensor(ends)[stages]
     row = {f"decided_by_{100 * f:.0f}": float((decided & (read <= f * steps)).double().mean()) for f in FRACTIONS}
     row["accuracy"] = float(right.gather(0, stages[None]).double().mean())

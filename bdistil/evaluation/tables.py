@@ -15,12 +15,7 @@ from bdistil.storage.run_directory import RunDirectory
 
 
 def reference_row(run: RunDirectory, part: str) -> dict[str, Any] | None:
-    """The teacher as a row beside those of budgets; None where the run recorded no figures of it.
-
-    Args:
-        run: the run directory.
-        part: ``test`` or ``val``.
-    """
+    """The teacher as a row beside those of budgets; None where the run recorded no figures of it."""
     figures, test = run.teacher_figures(), run.test_figures()
     if figures is None:
         return None
@@ -74,12 +69,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws accuracy, or R² for a regression, against average MACs, with the teacher as reference.
-
-    Args:
-        rows: of budgets, and the teacher's, if there is one.
-        path: of the PNG.
-        title: of the picture.
+    """Draws accuracy, or R² for a regression, against average MACs of rows of budgets and of the teacher.
 
     Raises:
         RunError: the file cannot be written.

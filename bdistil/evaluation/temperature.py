@@ -16,12 +16,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     The cross entropy is convex in 1 / T, so its slope, the mean of E_p[z] - z_label, is bisected.
 
-    Args:
-        logits: (N, L).
-        labels: (N,).
-
-    Returns:
-        In 0.05 … 20.
+    Logits are (N, L), labels (N,); the temperature is in 0.05 … 20.
     """
     logits = logits.double()
     of_label = logits.gather(1, labels[:, None]).mean()
@@ -34,13 +29,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
-    """Expected calibration error: the difference of confidence and accuracy in 15 equal bins, weighted by samples.
-
-    Args:
-        logits: (N, L).
-        labels: (N,).
-        temperature: divides the logits.
-    """
+    """Expected calibration error of softmax(logits / temperature), in 15 equal bins; logits (N, L), labels (N,)."""
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     probability = torch.softmax(logits / temperature, -1)
@@ -48,24 +37,14 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) 
 
 
 def weighted_prefixes(own: Tensor, weights: Tensor) -> Tensor:
-    """Logits of the prefixes: the weighted mean of the students up to each, (T, N, L).
-
-    Args:
-        own: (T, N, L), of the students alone.
-        weights: (T,), > 0.
-    """
+    """Logits (T, N, L) of the prefixes: means with weights (T,) of the students' own logits (T, N, L) up to each."""
     return (own * weights[:, None, None]).cumsum(0) / weights.cumsum(0)[:, None, None]
 
 
 def fit_weights(own: Tensor, labels: Tensor) -> list[float]:
     """Weights of the students that minimise the mean cross entropy of all prefixes, each with its own temperature.
 
-    Args:
-        own: (T, N, L), of the students alone, in the teacher's units.
-        labels: (N,).
-
-    Returns:
-        One weight per student; that of the first is 1.
+    `own` are the logits (T, N, L) of the students alone, in the teacher's units. The weight of the first is 1.
     """
     own = own.double()
     free = torch.zeros(2, len(own), dtype=torch.float64, requires_grad=True)  # logarithms of weights and of 1 / T
@@ -87,17 +66,10 @@ def fit_weights(own: Tensor, labels: Tensor) -> list[float]:
 
 
 def winning_weights(own: Tensor, labels: Tensor) -> list[float]:
-    """Fitted weights where they beat equal weights on held-out samples; else an empty list.
+    """`fit_weights` where they beat equal weights on held-out samples; else an empty list.
 
     Weights and temperatures are fitted on one half of the samples and applied to the other, and vice versa. They win
     when the mean cross entropy of the prefixes is lower and their mean accuracy higher than with equal weights.
-
-    Args:
-        own: (T, N, L), of the students alone, in the teacher's units.
-        labels: (N,).
-
-    Returns:
-        One weight per student, or an empty list.
     """
     even = torch.arange(len(labels)) % 2 == 0
     entropy, accuracy = [0.0, 0.0], [0.0, 0.0]  # of fitted and of equal weights

@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bdistil.ensemble.budget import NEVER
+from bdistil.ensemble.budget import NEVER, Rule
 from bdistil.errors import UserError
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class ExitTarget:
+    """Target of fitted thresholds; give one of the two numbers.
+
+    Attributes:
+        rule: exit rule.
+        max_loss: percentage points of accuracy that the exits may lose on the validation part; 0.2 by default.
+        average_macs: average multiply-adds per sample that the exits may cost.
+
+    Raises:
+        UserError: both numbers are given, or points below 0.
+    """
+
+    rule: Rule = "max_prob"
+    max_loss: float | None = None
+    average_macs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_loss is not None and self.average_macs is not None:
+            raise UserError(
+                f"Give one of `max_loss` and `average_macs`, got {self.max_loss} and {self.average_macs}: thresholds "
+                "cannot be fitted for both."
+            )
+        if self.max_loss is None and self.average_macs is None:
+            object.__setattr__(self, "max_loss", 0.2)
+        if self.max_loss is not None and not self.max_loss >= 0:
+            raise UserError(f"Expected `max_loss` in points >= 0, got {self.max_loss}.")
+
+    def __str__(self) -> str:
+        if self.max_loss is not None:
+            return f"lose at most {self.max_loss:g} points"
+        return f"average at most {self.average_macs:,.0f} MACs"
 
 
 class Outcome(NamedTuple):
@@ -22,12 +57,7 @@ class Outcome(NamedTuple):
 
 
 def exit_stages(confidence: Numbers, thresholds: Numbers) -> Numbers:
-    """The stage (N,), from 0, at which each sample is decided; the last one decides what is left.
-
-    Args:
-        confidence: (T, N).
-        thresholds: (T,).
-    """
+    """The stage (N,), from 0, at which confidences (T, N) reach thresholds (T,); the last one decides what is left."""
     decided = confidence >= thresholds[:, None]
     decided[-1] = True
     stages: Numbers = decided.argmax(0)
@@ -35,25 +65,13 @@ def exit_stages(confidence: Numbers, thresholds: Numbers) -> Numbers:
 
 
 def exit_outcome(stages: Numbers, right: Numbers, macs: Numbers) -> Outcome:
-    """Right answers and cost of exits at these stages.
-
-    Args:
-        stages: (N,), from 0.
-        right: (T, N) bool, whether the answer of a prefix is right.
-        macs: (T,) cumulative, of one sample.
-    """
+    """Right answers and cost of exits at stages (N,), from 0; `right` and `macs` as in `fit_thresholds`."""
     samples = np.arange(right.shape[1])
     return Outcome(int(right[stages, samples].sum()), int(macs[stages].sum()), np.bincount(stages, minlength=len(macs)))
 
 
 def fit_thresholds(
-    confidence: Numbers,
-    right: Numbers,
-    macs: Sequence[int],
-    *,
-    max_loss: float | None = None,
-    average_macs: float | None = None,
-    shared: bool = False,
+    confidence: Numbers, right: Numbers, macs: Sequence[int], target: ExitTarget, *, shared: bool = False
 ) -> list[float]:
     """Thresholds for a target: the least MACs at an accuracy, or the best accuracy at an average of MACs.
 
@@ -64,23 +82,19 @@ def fit_thresholds(
         confidence: (T, N).
         right: (T, N) bool, whether the answer of a prefix is right.
         macs: cumulative, of one sample, one value per stage.
-        max_loss: percentage points of accuracy that may be lost against all stages.
-        average_macs: average MACs per sample.
+        target: points of accuracy that may be lost against all stages, or average MACs per sample.
         shared: one threshold for all stages: it saves less here, and generalises better to new samples.
 
     Returns:
         One threshold per stage; `NEVER` where a stage decides no sample, 0 at the last.
 
     Raises:
-        UserError: not exactly one target is given, or no stage meets it.
+        UserError: no stage meets the target.
     """
-    if (max_loss is None) == (average_macs is None):
-        raise UserError(f"Give one of `max_loss` and `average_macs`, got {max_loss} and {average_macs}.")
-    if max_loss is not None and not max_loss >= 0:
-        raise UserError(f"Expected `max_loss` in points >= 0, got {max_loss}.")
-    if average_macs is not None and not average_macs >= macs[0]:
-        raise UserError(f"Expected `average_macs` >= {macs[0]:,}, the cost of the first stage, got {average_macs}.")
-    search = _Search(confidence.astype(np.float64), right.astype(bool), np.asarray(macs), max_loss, average_macs)
+    average = target.average_macs
+    if average is not None and not average >= macs[0]:
+        raise UserError(f"Expected `average_macs` >= {macs[0]:,}, the cost of the first stage, got {average}.")
+    search = _Search(confidence.astype(np.float64), right.astype(bool), np.asarray(macs), target)
     best = search.shared()
     while not shared and (better := search.improved(best)) is not None:
         best = better
@@ -90,23 +104,18 @@ def fit_thresholds(
 class _Search:
     """Samples and a target; larger values are better, compared lexicographically."""
 
-    def __init__(
-        self, confidence: Numbers, right: Numbers, macs: Numbers, max_loss: float | None, average_macs: float | None
-    ) -> None:
-        self.confidence, self.right, self.macs = confidence, right, macs
-        self.samples = right.shape[1]
-        self.most_macs = None if average_macs is None else average_macs * self.samples
-        # 0.2 points of 500 samples are one sample, whatever the rounding of 0.2
-        self.least_right = None if max_loss is None else right[-1].sum() - max_loss / 100 * self.samples - 1e-6
+    def __init__(self, confidence: Numbers, right: Numbers, macs: Numbers, target: ExitTarget) -> None:
+        self.confidence, self.right, self.macs, self.target = confidence, right, macs, target
 
     def value(self, right: Numbers | int, macs: Numbers | int) -> tuple[Numbers, Numbers, Numbers]:
         """(target met, quantity to maximise, tie-breaker) of counts of right answers and MACs."""
-        right, macs = np.asarray(right), np.asarray(macs)
-        if self.least_right is not None:
-            met = right >= self.least_right
-            return met, np.where(met, -macs, right), np.where(met, right, -macs)
-        met = macs <= self.most_macs
-        return met, np.where(met, right, -macs), np.where(met, -macs, right)
+        right, saved, samples = np.asarray(right), -np.asarray(macs), self.right.shape[1]
+        if self.target.max_loss is None:
+            met = -saved <= self.target.average_macs * samples
+            return met, np.where(met, right, saved), np.where(met, saved, right)
+        # 0.2 points of 500 samples are one sample, whatever the rounding of 0.2
+        met = right >= self.right[-1].sum() - self.target.max_loss / 100 * samples - 1e-6
+        return met, np.where(met, saved, right), np.where(met, right, saved)
 
     def of(self, thresholds: Numbers) -> tuple[float, ...]:
         result = exit_outcome(exit_stages(self.confidence, thresholds), self.right, self.macs)

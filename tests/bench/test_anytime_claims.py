@@ -21,7 +21,8 @@ from bdistil.data.digits import Digits
 from bdistil.ensemble.budget import confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.timing import measure_times
-from bdistil.evaluation.calibrate import ExitTarget, fit_anytime
+from bdistil.evaluation.calibrate import fit_anytime
+from bdistil.evaluation.thresholds import ExitTarget
 from bdistil.models.convnets import ConvStudent
 from bdistil.utils.memory import keep_freed_memory
 

@@ -9,8 +9,9 @@ from bdistil.ensemble import timing
 from bdistil.ensemble.budget import RULES, Budget
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
-from bdistil.evaluation.calibrate import ExitTarget, fit_anytime, format_calibration
+from bdistil.evaluation.calibrate import fit_anytime, format_calibration
 from bdistil.evaluation.temperature import calibration_error
+from bdistil.evaluation.thresholds import ExitTarget
 from bdistil.models.student import Rung, Student
 
 IN, L, T, N = 6, 4, 3, 400

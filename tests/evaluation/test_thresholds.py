@@ -7,7 +7,7 @@ import pytest
 
 from bdistil.ensemble.budget import NEVER
 from bdistil.errors import UserError
-from bdistil.evaluation.thresholds import exit_outcome, exit_stages, fit_thresholds
+from bdistil.evaluation.thresholds import ExitTarget, exit_outcome, exit_stages, fit_thresholds
 
 MACS = [10, 25, 45, 70]
 
@@ -33,7 +33,7 @@ def every_choice(confidence, right, macs):
 
 
 def reached(confidence, right, macs, **target):
-    thresholds = np.array(fit_thresholds(confidence, right, macs, **target))
+    thresholds = np.array(fit_thresholds(confidence, right, macs, ExitTarget(**target)))
     return exit_outcome(exit_stages(confidence, thresholds), right, np.array(macs))
 
 
@@ -81,7 +81,7 @@ def test_more_stages_come_near_the_best_there_is(stages):
 def test_no_other_threshold_of_one_stage_is_better(target, seed, levels):
     sure, right = drawn(seed, 4, 200, levels)
     macs = np.array(MACS)
-    fitted = np.array(fit_thresholds(sure, right, MACS, **target))
+    fitted = np.array(fit_thresholds(sure, right, MACS, ExitTarget(**target)))
     best = exit_outcome(exit_stages(sure, fitted), right, macs)
     least = right[-1].sum() - 2
     for number in range(3):
@@ -106,7 +106,7 @@ def test_each_stage_may_have_a_threshold_of_its_own():
 def test_one_threshold_for_all_stages_is_the_best_of_200_quantiles(target):
     sure, right = drawn(4, 4, 100)
     macs = np.array(MACS)
-    *fitted, last = fit_thresholds(sure, right, MACS, **target, shared=True)
+    *fitted, last = fit_thresholds(sure, right, MACS, ExitTarget(**target), shared=True)
     assert last == 0
     assert len(set(fitted)) == 1
     tries = [
@@ -120,14 +120,13 @@ def test_one_threshold_for_all_stages_is_the_best_of_200_quantiles(target):
 
 
 def test_one_stage_decides_all():
-    assert fit_thresholds(np.ones((1, 3)), np.ones((1, 3), bool), [5], max_loss=0.0) == [0.0]
+    assert fit_thresholds(np.ones((1, 3)), np.ones((1, 3), bool), [5], ExitTarget(max_loss=0.0)) == [0.0]
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({}, "one of `max_loss` and `average_macs`, got None and None"),
-        ({"max_loss": 0.1, "average_macs": 20}, "one of"),
+        ({"max_loss": 0.1, "average_macs": 20}, "one of `max_loss` and `average_macs`, got 0.1 and 20"),
         ({"max_loss": -1.0}, "`max_loss` in points >= 0, got -1.0"),
         ({"max_loss": float("nan")}, "got nan"),
         ({"average_macs": 9}, "`average_macs` >= 10, the cost of the first stage, got 9"),
@@ -135,4 +134,4 @@ def test_one_stage_decides_all():
 )
 def test_targets_that_make_no_sense(target, message):
     with pytest.raises(UserError, match=message):
-        fit_thresholds(*drawn(0, 4, 20), MACS, **target)
+        fit_thresholds(*drawn(0, 4, 20), MACS, ExitTarget(**target))
