@@ -18,7 +18,7 @@ from bdistil.distillation.gradient_noise import (
     noise_figures,
     teacher_cosine,
 )
-from bdistil.distillation.last_layer import check_distilling, prepared_loaders
+from bdistil.distillation.last_layer import distilling_loaders
 from bdistil.distillation.probes import probe_of
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
@@ -110,8 +110,7 @@ class GradientNoise(pl.Callback):
         if stage != "fit":
             return
         if not isinstance(pl_module, BoostingRound):
-            check_distilling(pl_module, "GradientNoise")
-            self._loaders = prepared_loaders(trainer, "GradientNoise")
+            self._loaders = distilling_loaders(trainer, pl_module, "GradientNoise")
         elif self.full or self.cosine:
             raise UserError(
                 "Expected `full` and `cosine` of GradientNoise to be off in a boosting run, got one of them on."

@@ -14,12 +14,12 @@ from torch import Tensor
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.label_noise import flipped_labels, labels_of
 from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders
-from bdistil.distillation.last_layer import check_distilling, prepared_loaders
+from bdistil.distillation.last_layer import distilling_loaders
 from bdistil.distillation.loss_mixing import (
-    RoundMix,
     check_round,
     draw_weights,
     log_weights,
+    mix_round,
     read_mix,
     save_mix,
     update_mix,
@@ -108,8 +108,7 @@ class LossMixing(pl.Callback):
             check_round(pl_module, self.settings)
             self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
             return
-        check_distilling(pl_module, "LossMixing")
-        self._loaders = prepared_loaders(trainer, "LossMixing")
+        self._loaders = distilling_loaders(trainer, pl_module, "LossMixing")
         check_dataset(self._loaders[1], "val_dataloader")
         datamodule: pl.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._open.enter_context(indexed_loaders(datamodule, seed_of(self.seed, "mixing"), names=LOADERS[:1]))
@@ -174,6 +173,6 @@ class LossMixing(pl.Callback):
     def _attach(self, module: Any) -> None:
         assert self.mix is not None
         if isinstance(module, BoostingRound):
-            RoundMix(module, self.mix, self._labels).install()
+            mix_round(module, self.mix, self._labels)
         else:
             module.sample_weights = lambda index: self.weights(index).to(module.device)

@@ -11,10 +11,10 @@ from bdistil.metrics.curve import curve_figures
 
 
 class MetricCurves(pl.Callback):
-    """Collects one (cost, accuracy) point a fit, and logs area under the curve and violations of monotony.
+    """Collects one (cost, accuracy) point per fit, and logs area under the curve and violations of monotony.
 
-    On anybody's LightningModule: give one instance to the Trainers of several fits of growing cost. The
-    RoundController logs the same figures after each committed round by itself.
+    Works with any LightningModule: pass one instance to the Trainers of several fits of growing cost. RoundController
+    itself logs the same figures after each committed round.
 
     Args:
         metric: key among ``trainer.callback_metrics`` that is the accuracy of a fit.
@@ -36,18 +36,13 @@ class MetricCurves(pl.Callback):
         return {"points": [list(point) for point in self.points]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the points of a checkpoint."""
+        """Restores the points of a checkpoint."""
         self.points = [(float(cost), float(value)) for cost, value in state_dict["points"]]
 
     def add(self, cost: float, accuracy: float) -> dict[str, float]:
-        """Adds a point; gives the figures of the curve so far.
-
-        Args:
-            cost: MACs, more than those of the point before.
-            accuracy: in 0 … 1.
-        """
+        """Adds a point, with more MACs than the one before and an accuracy in 0 … 1; returns the figures so far."""
         self.points.append((float(cost), float(accuracy)))
-        costs, values = [p[0] for p in self.points], [p[1] for p in self.points]
+        costs, values = zip(*self.points, strict=True)
         return curve_figures(costs, values, self.tolerance)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,6 +1,5 @@
 """Distillation of a single student, per-sample loss mixing and measurement of the gradient noise."""
 
-from bdistil.distillation.gradient_noise import estimate_noise, noise_figures
 from bdistil.distillation.last_layer import Distilling
 from bdistil.distillation.module import Distillation, WeightSetter, generations
 from bdistil.functional.loss_mixing import MixingSettings
@@ -10,7 +9,5 @@ __all__ = [
     "Distilling",
     "MixingSettings",
     "WeightSetter",
-    "estimate_noise",
     "generations",
-    "noise_figures",
 ]

@@ -105,13 +105,7 @@ def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
 
 
 def draw_noise(path: str | os.PathLike[str], moments: GradientMoments, title: str) -> None:
-    """Draws noise to signal and variance over lambda; where the noise to signal is infinite there is no line.
-
-    Args:
-        path: of the PNG.
-        moments: of the two gradients.
-        title: names the two gradients.
-    """
+    """Draws noise to signal and variance over lambda; where the noise to signal is infinite there is no line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.8))

@@ -56,12 +56,15 @@ def check_distilling(module: pl.LightningModule, callback: str) -> None:
         raise UserError(f"{callback} expected `{type(module).__name__}.temperature` to be > 0, got {temperature!r}.")
 
 
-def prepared_loaders(trainer: pl.Trainer, callback: str) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training and validation loader of the Trainer's data module.
+def distilling_loaders(
+    trainer: pl.Trainer, module: pl.LightningModule, callback: str
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Training and validation loader of the data module with which a `Distilling` module is fitted.
 
     Raises:
-        UserError: there is no data module, or it lacks one of the two.
+        UserError: the module is not `Distilling`, or there is no data module, or it lacks one of the two loaders.
     """
+    check_distilling(module, callback)
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None:
         raise UserError(
@@ -96,14 +99,9 @@ def last_layers(student: nn.Module) -> list[nn.Linear]:
 
 
 def capture_last_layer(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Runs a student and records the inputs of its last layers.
+    """Runs a student; returns the inputs (B, D) of its last layers, and its logits (B, L), both float32.
 
-    Args:
-        layers: their outputs sum to the logits.
-        run: returns logits (B, L).
-
-    Returns:
-        Activations (B, D), with a column of ones for each bias, and the logits (B, L), both float32.
+    The inputs of several layers are joined, with a column of ones for each bias.
 
     Raises:
         UserError: the outputs of the layers do not sum to the logits.

@@ -28,22 +28,11 @@ from bdistil.utils.seeding import seed_of
 # ---- updates
 
 
-def shuffled_groups(samples: int, *key: object) -> list[list[int]]:
-    """The samples of this process in shuffled groups of 512, which therefore mix the classes.
-
-    The groups, and so the learned weights, do not depend on the number of processes.
-
-    Args:
-        samples: N.
-        key: seed of the order.
-    """
-    generator = torch.Generator().manual_seed(seed_of(*key))
-    order = torch.randperm(samples, generator=generator).tolist()
-    return [order[low:high] for low, high in distributed.my_blocks(samples, BLOCK)]
-
-
 def update_mix(probe: Probe, mix: Tensor, settings: MixingSettings, *, lr: float, key: tuple[int, ...]) -> Tensor:
-    """Learns the numbers of all samples anew, group by group.
+    """Learns the numbers (N, C) of all samples anew, from those so far; on the CPU and the same on every process.
+
+    The samples are in shuffled groups of 512, which therefore mix the classes. The groups, and so the learned weights,
+    do not depend on the number of processes.
 
     Args:
         probe: of a module in eval mode.
@@ -51,12 +40,11 @@ def update_mix(probe: Probe, mix: Tensor, settings: MixingSettings, *, lr: float
         settings: of the update.
         lr: learning rate of the student.
         key: seed of the groups.
-
-    Returns:
-        Shape (N, C), on the CPU and the same on every process.
     """
+    order = torch.randperm(probe.samples, generator=torch.Generator().manual_seed(seed_of(*key))).tolist()
+    groups = [order[low:high] for low, high in distributed.my_blocks(probe.samples, BLOCK)]
     validation, learned = probe.validation(), torch.zeros_like(mix)
-    for batch in probe.batches(shuffled_groups(probe.samples, *key)):
+    for batch in probe.batches(groups):
         seen, target, index = probe.mixing(batch), batch[1], torch.as_tensor(batch[2])
         outer = outer_loss(validation, probe.outer(seen.activations, seen.logits, target), settings.share)
         rows = mix[index].to(seen.logits.device)
@@ -99,47 +87,33 @@ def check_round(module: BoostingRound, settings: MixingSettings) -> None:
         raise UserError("Expected a classification beside LossMixing, got a boosting run with task='regression'.")
 
 
-class RoundMix:
-    """Mixed target and running error of a round, see `bdistil.functional.mixed_target`.
+def mix_round(module: BoostingRound, mix: Tensor, all_labels: Tensor) -> None:
+    """Mixes target and running error of a round, and the game's normaliser: one pass over its ledger, which is open.
 
-    Args:
-        module: the round, once its ledger is open.
-        mix: one number per sample, the teacher's share, (N, 1) on the CPU.
-        labels: of all samples, (N,) on the CPU.
+    `mix` holds the teacher's share of each sample, (N, 1), and `all_labels` are (N,), both on the CPU.
     """
 
-    def __init__(self, module: BoostingRound, mix: Tensor, labels: Tensor) -> None:
-        self.module, self.mix, self.labels = module, mix, labels
+    def mixed(target: Tensor, error: Tensor, labels: Tensor, index: Index) -> tuple[Tensor, Tensor]:
+        share = mix[torch.as_tensor(index), 0].to(target.device)
+        return mixed_target(target, error, label_target(labels, target.shape[1]), share, module.number)
 
-    def __call__(self, target: Tensor, error: Tensor, labels: Tensor, index: Index) -> tuple[Tensor, Tensor]:
-        """g' and S', both (B, L), of a batch with target g, error S and labels (B,)."""
-        share = self.mix[torch.as_tensor(index), 0].to(target.device)
-        return mixed_target(target, error, label_target(labels, target.shape[1]), share, self.module.number)
-
-    def install(self) -> None:
-        """Makes it the target of the round, with the game's normaliser over S': one pass over the ledger."""
-        ledger, total = self.module.ledger, torch.full((self.module.ledger.outputs,), -torch.inf, dtype=torch.float64)
-        for low in range(0, ledger.samples, 8 * BLOCK):
-            index = np.arange(low, min(low + 8 * BLOCK, ledger.samples))
-            _, error = self(*ledger.rows(index), self.labels[index], index)
-            total = torch.logaddexp(total, log_normaliser(error.double(), self.module.settings.eta))
-        self.module.start(replace(self.module.game, log_z=total.float().to(self.module.device)))
-        self.module.mix = self
+    ledger, total = module.ledger, torch.full((module.ledger.outputs,), -torch.inf, dtype=torch.float64)
+    for low in range(0, ledger.samples, 8 * BLOCK):
+        index = np.arange(low, min(low + 8 * BLOCK, ledger.samples))
+        _, error = mixed(*ledger.rows(index), all_labels[index], index)
+        total = torch.logaddexp(total, log_normaliser(error.double(), module.settings.eta))
+    module.start(replace(module.game, log_z=total.float().to(module.device)))
+    module.mix = mixed
 
 
 # ---- reports
 
 
 def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, float]:
-    """Mean weights of labels and teachers; with known label noise, how well the label weights detect it.
+    """Means of weights (N, K), the labels' first: `label_weight` and `teacher_weight`.
 
-    Args:
-        weights: (N, K), the labels' first.
-        flipped: (N,) bool, the samples with a wrong label.
-
-    Returns:
-        `label_weight` and `teacher_weight`; with `flipped` also the mean label weight of `clean` and `flipped` samples
-        and `auc`, the area under the ROC curve with which a low label weight finds the flipped ones.
+    With `flipped`, (N,) bool, also the mean label weight of `clean` and `flipped` samples, and `auc`, the area under
+    the ROC curve with which a low label weight finds the flipped ones.
     """
     from torchmetrics.functional.classification import binary_auroc
 
@@ -152,14 +126,7 @@ def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, 
 
 
 def log_weights(loggers: Iterable[Any], weights: Tensor, figures: Mapping[str, float], step: int) -> None:
-    """Logs figures, and a histogram of the label weights where the logger has histograms (W&B, TensorBoard).
-
-    Args:
-        loggers: of a Trainer.
-        weights: (N, K), the labels' first.
-        figures: of `weight_figures`.
-        step: x of the row.
-    """
+    """Logs `weight_figures`, and a histogram of the label weights where a logger has them (W&B, TensorBoard)."""
     labels = weights[:, 0].numpy()
     for logger in loggers:
         row: dict[str, Any] = {f"mixing/{key}": value for key, value in figures.items()}
@@ -171,13 +138,7 @@ def log_weights(loggers: Iterable[Any], weights: Tensor, figures: Mapping[str, f
 
 
 def draw_weights(path: str | os.PathLike[str], weights: Tensor, flipped: Tensor | None = None) -> None:
-    """Draws the histogram of the label weights, with known label noise one of clean and one of flipped samples.
-
-    Args:
-        path: of the PNG.
-        weights: (N, K), the labels' first.
-        flipped: (N,) bool, the samples with a wrong label.
-    """
+    """Draws the histogram of the label weights, with known label noise one of clean and one of flipped samples."""
     from matplotlib.figure import Figure
 
     labels = weights[:, 0]

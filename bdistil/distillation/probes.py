@@ -58,9 +58,10 @@ class Probe(ABC):
     def __init__(self, module: Any, samples: int, train: DataLoader[Any], val: DataLoader[Any]) -> None:
         self.module, self.samples, self.train, self.val = module, samples, train, val
 
-    def batches(self, groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """(x, y, index) of groups of training samples, on the device of the module."""
-        return self._read(self.train, groups)
+    def batches(self, groups: Sequence[Sequence[int]], loader: DataLoader[Any] | None = None) -> Iterator[Batch]:
+        """(x, y, index) of groups of samples, of the training part by default, on the device of the module."""
+        for x, y, index in rows_loader(self.train if loader is None else loader, groups):
+            yield move_data_to_device(x, self.module.device), y.to(self.module.device), index
 
     @abstractmethod
     def mixing(self, batch: Batch) -> LastLayerBatch:
@@ -74,7 +75,7 @@ class Probe(ABC):
         """Cross entropy of the validation part as a function of the last layer."""
         samples = len(self.val.dataset)  # type: ignore[arg-type]
         blocks = [range(low, min(low + BLOCK, samples)) for low in range(0, samples, BLOCK)]
-        rows = [(*self._validation_batch(batch), batch[1]) for batch in self._read(self.val, blocks)]
+        rows = [(*self._validation_batch(batch), batch[1]) for batch in self.batches(blocks, self.val)]
         activations, logits, target = map(torch.cat, zip(*rows, strict=True))
         return self.outer(activations, logits, target)
 
@@ -87,19 +88,9 @@ class Probe(ABC):
     def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Activations and logits of a validation batch."""
 
-    def _read(self, loader: DataLoader[Any], groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        for x, y, index in rows_loader(loader, groups):
-            yield move_data_to_device(x, self.module.device), y.to(self.module.device), index
-
 
 class DistillationProbe(Probe):
-    """Distillation in a `Distilling` module.
-
-    Args:
-        module: in training.
-        train: the user's training loader, yields (x, y).
-        val: the user's validation loader.
-    """
+    """Distillation in a `Distilling` module."""
 
     def __init__(self, module: pl.LightningModule, train: DataLoader[Any], val: DataLoader[Any]) -> None:
         super().__init__(module, check_dataset(train, "train_dataloader"), train, val)
@@ -122,11 +113,7 @@ class DistillationProbe(Probe):
 
 
 class RoundProbe(Probe):
-    """A round of boosting; logits and cross entropy are those of the prefix that ends with its student.
-
-    Args:
-        module: the round, once its ledger is open.
-    """
+    """A round of boosting with an open ledger; logits and cross entropy are those of the prefix that it ends."""
 
     def __init__(self, module: BoostingRound) -> None:
         super().__init__(module, module.ledger.samples, module.train_part.loader, module.val_part.loader)

@@ -1,6 +1,6 @@
 """Evaluation of finished runs: accuracy within budgets, costs, calibration, exit thresholds, early classification."""
 
-from bdistil.evaluation.calibrate import fit_anytime, fit_calibration
+from bdistil.evaluation.calibrate import fit_anytime
 from bdistil.evaluation.early import early_figures
 from bdistil.evaluation.evaluate import evaluate_budgets, profile_run, sweep_budgets
 from bdistil.evaluation.thresholds import ExitTarget
@@ -10,7 +10,6 @@ __all__ = [
     "early_figures",
     "evaluate_budgets",
     "fit_anytime",
-    "fit_calibration",
     "profile_run",
     "sweep_budgets",
 ]

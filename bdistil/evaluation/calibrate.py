@@ -47,7 +47,7 @@ def fit_anytime(
     target, device = target or ExitTarget(), torch.device(device)
     ensemble.to(device).calibration = Calibration(len(ensemble))
     own, labels = own_logits(ensemble, loader, device)
-    calibration = fit_calibration(own, labels, ensemble.macs, target, weights=weights)
+    calibration = _fit(own, labels, ensemble.macs, target, weights)
     # Times depend on the weights, and are measured without exits and temperatures.
     ensemble.calibration = replace(calibration, temperatures=(), exits=None)
     times = measure_times(ensemble, first_samples(loader, TIMED_SAMPLES).to(device), rule=target.rule)
@@ -75,21 +75,8 @@ def own_logits(ensemble: ProgressiveEnsemble, loader: Iterable[Any], device: tor
     return torch.cat(logits, 1), torch.cat(labels)
 
 
-def fit_calibration(
-    own: Tensor, labels: Tensor, macs: Sequence[int], target: ExitTarget, *, weights: bool = False
-) -> Calibration:
-    """Fits temperatures, thresholds and, if requested and better, student weights; measures no times.
-
-    Args:
-        own: logits of each student alone, in the teacher's units, (T, N, L).
-        labels: (N,).
-        macs: cumulative, one value per stage.
-        target: of the thresholds.
-        weights: try weighted prefixes.
-
-    Raises:
-        UserError: no stage meets the target.
-    """
+def _fit(own: Tensor, labels: Tensor, macs: Sequence[int], target: ExitTarget, weights: bool) -> Calibration:
+    """Temperatures, thresholds and, if requested and better, student weights, from `own_logits`; no times."""
     chosen = winning_weights(own, labels) if weights else []
     prefixes = weighted_prefixes(own, torch.tensor(chosen or [1.0] * len(own)))
     temperatures = [fit_temperature(logits, labels) for logits in prefixes]

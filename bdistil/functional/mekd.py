@@ -113,7 +113,8 @@ def _image_loss(generator: nn.Module | None, student: Tensor, teacher: Tensor) -
         return student.new_zeros(())
     with torch.no_grad():
         goal = generator(teacher)
-    return (generator(student) - goal).abs().mean()
+    loss: Tensor = (generator(student) - goal).abs().mean()
+    return loss
 
 
 def soft_emulation(

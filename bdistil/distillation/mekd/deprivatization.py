@@ -46,8 +46,7 @@ class Deprivatization(EmulationStage):
         teacher: the API, queried on generated samples; None for a plain GAN.
         queries: Q, size of the pool of latents; None draws new latents, and queries, in every step.
         share: weight of the teacher's term in the generator's loss.
-        lr: learning rate of Adam, for both networks.
-        betas: of Adam.
+        lr: learning rate of Adam, for both networks; its betas are 0.5 and 0.999.
         average: decay per step of the running mean of the generator's weights, which is evaluated and saved. 0, the
             paper's, uses the last weights.
         seed: all randomness is a function of it and the epoch.
@@ -69,7 +68,6 @@ class Deprivatization(EmulationStage):
         queries: int | None = None,
         share: float = 0.5,
         lr: float = 2e-4,
-        betas: tuple[float, float] = (0.5, 0.999),
         average: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -82,7 +80,7 @@ class Deprivatization(EmulationStage):
         self.automatic_optimization = False
         self.generator, self.discriminator = generator, discriminator
         self.averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(average), use_buffers=True)
-        self.queries, self.share, self.lr, self.betas, self.seed = queries, share, lr, betas, seed
+        self.queries, self.share, self.lr, self.seed = queries, share, lr, seed
         object.__setattr__(self, "teacher", teacher)  # out of the module tree, and so of every checkpoint
         self.register_buffer("answers", torch.full((queries or 0, generator.outputs), torch.nan))
         self.register_buffer("counts", torch.zeros(generator.outputs))
@@ -184,4 +182,4 @@ class Deprivatization(EmulationStage):
     def configure_optimizers(self) -> Any:
         """Adam for the discriminator and for the generator."""
         networks = (self.discriminator, self.generator)
-        return [torch.optim.Adam(network.parameters(), self.lr, self.betas) for network in networks]
+        return [torch.optim.Adam(network.parameters(), self.lr, (0.5, 0.999)) for network in networks]

@@ -85,12 +85,7 @@ class Generator(nn.Module):
 
 
 def shifted(x: Tensor, limit: int) -> Tensor:
-    """Shifts each sample along each side by a uniform integer in -limit … limit; edges are replicated.
-
-    Args:
-        x: (B, C, H, W) or (B, C, steps).
-        limit: smaller than each side.
-    """
+    """Shifts samples (B, C, H, W) or (B, C, steps) by up to `limit` along each side; edges are replicated."""
     shifted_x = F.pad(x, [limit] * 2 * (x.ndim - 2), mode="replicate")
     for axis, side in enumerate(x.shape[2:], 2):
         first = torch.randint(2 * limit + 1, (len(x), 1), device=x.device)

@@ -25,13 +25,7 @@ Answered = tuple[Tensor, Tensor]  # x (N, ...) and the teacher's logits (N, L)
 
 
 class AnsweredSamples(pl.LightningDataModule):
-    """Training and validation samples (x, y) in memory; for stage 2, y are the teacher's logits.
-
-    Args:
-        train: x (N, ...) and y of the training part.
-        val: the same of the validation part.
-        batch_size: of training.
-    """
+    """Training and validation samples, (x, y) each, in memory; for stage 2, y are the teacher's logits."""
 
     def __init__(self, train: Answered, val: Answered, batch_size: int) -> None:
         super().__init__()
@@ -85,14 +79,10 @@ def repeated(samples: Tensor, others: int, share: float) -> Tensor:
 
 @torch.no_grad()
 def generate(generator: Generator, count: int, local: Tensor, folder: Path, seed: int) -> Tensor:
-    """Training samples (N, ...): `count` generated ones, then the local ones; from the disk where a run has them.
+    """Training samples (N, ...): `count` generated ones, then the local ones (n, ...), if any.
 
-    Args:
-        generator: trained, on the CPU and in eval mode.
-        count: number of latents, drawn once.
-        local: samples to append, (n, ...); may be empty.
-        folder: of the run, for ``samples.f32``.
-        seed: of the latents.
+    They are written to ``samples.f32`` in the folder of the run, and read where it has them. The generator has to be on
+    the CPU and in eval mode.
     """
     path = folder / "samples.f32"
     if not path.exists():

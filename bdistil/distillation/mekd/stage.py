@@ -51,11 +51,8 @@ class EmulationStage(pl.LightningModule):
 class StageKeeper(Checkpoint):
     """Saves a stage after every epoch, keeps the weights of its best epoch, and draws what a generator makes.
 
-    The best epoch is the one with the smallest score on the validation part; the first among equals.
-
-    Args:
-        folder: of the stage.
-        pictures: epochs between two pictures.
+    The best epoch is the one with the smallest score on the validation part; the first among equals. `pictures` is the
+    number of epochs between two pictures.
     """
 
     def __init__(self, folder: Path, pictures: int = 10) -> None:
@@ -102,16 +99,7 @@ def run_stage(
 ) -> dict[str, Any]:
     """Fits a stage, resumes it, or finds it finished; then loads the weights of its best epoch into it.
 
-    Args:
-        stage: the module.
-        data: training and validation loaders yield (x, y).
-        folder: of the stage; created if missing.
-        epochs: of the stage.
-        seed: of the order of samples.
-        make_trainer: takes keyword arguments of a Trainer.
-
-    Returns:
-        The best epoch, its score, and the number of epochs.
+    `seed` is that of the order of samples. Returns the best epoch, its score, and the number of epochs.
 
     Raises:
         RunError: the fit was interrupted, or an epoch ended with NaN.
