@@ -208,12 +208,8 @@ def neighbourhood(moments: GradientMoments, weight: float, step: float) -> float
     """N(lambda) / N(0): distance from the optimum at which SGD settles, relative to that with the labels alone.
 
     N(lambda) is the sum of the noise alpha / 4B E|g - lambda h|^2 and the bias to the teacher, lambda^2 |mean h|^2 /
-    4 mu. At lambda* the ratio is 1 - rho^2 / (1 + beta) of arXiv 2305.17581.
-
-    Args:
-        moments: measured at the point where training settles.
-        weight: lambda.
-        step: alpha mu / B, see `best_weight`.
+    4 mu. At lambda* the ratio is 1 - rho^2 / (1 + beta) of arXiv 2305.17581. Moments and step are those of
+    `best_weight`.
 
     Example:
         >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
@@ -233,15 +229,7 @@ def pull_curvature(
     Both are those of the last layer, near its optimum. The system is solved by conjugate gradients, so directions that
     are much flatter than the others, in which training hardly moves either, are left out when the iterations end.
 
-    Args:
-        activations: inputs of the layer (n, D), with a column of ones where it has a bias.
-        logits: (n, L).
-        label_residual: R_g (n, L).
-        teacher_residual: R_k (n, L).
-        iterations: most iterations of conjugate gradients.
-
-    Returns:
-        mu; 0 where m is 0.
+    Logits are (n, L), the other tensors those of `last_layer_moments`. mu is 0 where m is 0.
 
     Example:
         >>> inputs, residual = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([[-0.5, 0.5], [0.5, -0.5]])

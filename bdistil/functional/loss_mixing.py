@@ -198,15 +198,8 @@ def round_residuals(
     """Gradients (2, B, L) of a round's loss for the labels alone and for the teacher alone as target.
 
     To the first order of the game the aim of a student is u - kappa S'(u), with target u and S'(u) as in
-    `mixed_target`, so the gradient of the squared error to it is linear in u, which mixing requires.
-
-    Args:
-        answer: f, (B, L).
-        target: g, (B, L).
-        error: S, (B, L).
-        labels: h, (B, L).
-        kappa: correction strength.
-        rounds: t, committed rounds.
+    `mixed_target`, so the gradient of the squared error to it is linear in u, which mixing requires. `answer` is f,
+    (B, L), and kappa the correction strength; the other arguments are those of `mixed_target`.
 
     Example:
         >>> g, s, h = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5]]), torch.tensor([[-1.0, 1.0]])
@@ -288,16 +281,9 @@ def _require(settings: MixingSettings, name: str, holds: bool, allowed: str) -> 
 
 
 def start_mix(samples: int, teachers: int, mode: Mode, seed: int) -> Tensor:
-    """First values, as in the papers: U(0, 1) for `convex`, 0.1 for labels and 0.9 for teachers for `independent`.
+    """First numbers (N, C) for N samples and M teachers, as in the papers.
 
-    Args:
-        samples: N.
-        teachers: M.
-        mode: mode of the weights.
-        seed: seed of the uniform values.
-
-    Returns:
-        Shape (N, C).
+    They are U(0, 1), with a seed, for `convex`; 0.1 for labels and 0.9 for teachers for `independent`.
 
     Example:
         >>> start_mix(samples=1, teachers=2, mode="independent", seed=0)

@@ -159,16 +159,7 @@ def soft_emulation(
 def hard_emulation(
     generator: nn.Module | None, student: Tensor, labels: Tensor, *, kl: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of the loss of stage 2 with top-1 answers; tau is 1, so KL to the one-hot is cross entropy.
-
-    Args:
-        generator: G, frozen; None leaves out the first part.
-        student: logits y_S (m, L).
-        labels: the teacher's classes (m,).
-        kl: weight of the second part.
-
-    Returns:
-        Both parts, shape () each; the loss is their sum.
+    """`soft_emulation` for top-1 answers, classes (m,): tau is 1, so KL to the one-hot is cross entropy.
 
     Example:
         >>> hard_emulation(nn.Identity(), torch.zeros(1, 2), torch.tensor([0]))
@@ -202,14 +193,8 @@ def narrow_distance(first: Tensor, second: Tensor) -> Tensor:
 
     It is meant for sequences of any phase, whose mean is near 0. For them `kernel_distance` prefers a constant sequence
     to waves of some of the classes. This kernel is 1/50 at the median, so samples unlike any other do not count, and
-    each further class that is generated reduces the distance. It does not depend on the scale of the values.
-
-    Args:
-        first: (n, ...), n >= 2.
-        second: (k, ...), k >= 2, samples of the same shape.
-
-    Returns:
-        Shape (): around 0, and possibly below, for two sets of one distribution; at most 2.
+    each further class that is generated reduces the distance. It does not depend on the scale of the values, and is at
+    most 2.
 
     Example:
         >>> narrow_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [4.0]]))

@@ -56,14 +56,8 @@ def control_cosine(student: nn.Module, teacher: nn.Module, x: Tensor, target: Te
     """Mean cosine between grad KL at the student and grad CE(student) - grad CE(teacher), each at its own weights.
 
     The theory of arXiv 2305.17581 takes the two as equal, so a value near 1 supports its use for a network. It is 1 for
-    linear models at temperature 1.
-
-    Args:
-        student: in eval mode.
-        teacher: of the same architecture, in eval mode.
-        x: (n, ...).
-        target: (n,).
-        temperature: tau.
+    linear models at temperature 1. Arguments as for `sample_gradients`; the teacher is a module of the student's
+    architecture, in eval mode.
 
     Raises:
         UserError: the parameters have other names or shapes.
