@@ -1,4 +1,4 @@
-"""Accuracy against cost, point by point, over any number of fits."""
+"""Area under the curve of accuracy against cost, over several fits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from bdistil.metrics.curve import curve_figures
 
 
 class MetricCurves(pl.Callback):
-    """Collects one (cost, accuracy) point per fit, and logs area under the curve and violations of monotony.
+    """Collects one (cost, accuracy) point for each fit, and logs the area under the curve and its falls.
 
-    Works with any LightningModule: pass one instance to the Trainers of several fits of growing cost. RoundController
-    itself logs the same figures after each committed round.
+    Works with any LightningModule: give one instance to the Trainers of several fits of increasing cost. The
+    RoundController logs the same figures after each committed round.
 
     Args:
-        metric: key among ``trainer.callback_metrics`` that is the accuracy of a fit.
-        cost: key among them that is its cost; `ComputeCost` logs ``cost/macs``.
-        tolerance: a fall of the accuracy by more than this violates monotony.
+        metric: key of the accuracy in ``trainer.callback_metrics``.
+        cost: key of the cost in them; `ComputeCost` logs ``cost/macs``.
+        tolerance: a decrease of the accuracy by more than this counts as a fall.
+
+    Example:
+        >>> curves = MetricCurves()
+        >>> figures = curves.add(cost=1000, accuracy=0.8)
+        >>> figures = curves.add(cost=10_000, accuracy=0.9)
+        >>> {name: round(value, 4) for name, value in figures.items()}
+        {'area': 0.85, 'violations': 0.0}
     """
 
     def __init__(self, metric: str = "val_accuracy", cost: str = "cost/macs", tolerance: float = 0.0) -> None:
@@ -28,11 +35,11 @@ class MetricCurves(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Two instances may follow two metrics."""
+        """Distinct for instances with different metrics in one Trainer."""
         return f"MetricCurves[{self.metric},{self.cost}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """The points so far, as plain numbers."""
+        """The points so far."""
         return {"points": [list(point) for point in self.points]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -46,12 +53,12 @@ class MetricCurves(pl.Callback):
         return curve_figures(costs, values, self.tolerance)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the point of this fit, from what was logged."""
+        """Adds the point of this fit from the logged metrics."""
         missing = [key for key in (self.metric, self.cost) if key not in trainer.callback_metrics]
         if missing:
             raise UserError(
-                f"MetricCurves found no metric {missing[0]!r}; logged were {sorted(trainer.callback_metrics)}. "
-                "Log it, or give `metric` and `cost` as they are logged (ComputeCost logs cost/macs)."
+                f"MetricCurves expected {missing[0]!r} among logged metrics, got {sorted(trainer.callback_metrics)}. "
+                "Log it, or set `metric` and `cost` to logged names (ComputeCost logs cost/macs)."
             )
         figures = self.add(*(float(trainer.callback_metrics[key]) for key in (self.cost, self.metric)))
         for logger in trainer.loggers:

@@ -1,26 +1,67 @@
-"""The command line: `fit` is LightningCLI with rounds; the other commands work on a finished run."""
+"""The command line: `fit` is a LightningCLI that trains rounds; the other commands work on finished runs."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser
 
-from bdistil.cli.commands import COMMANDS, EXAMPLES
-from bdistil.cli.distiller import Distiller
-from bdistil.cli.fit import BoostCLI, RoundTrainer
-from bdistil.cli.parser import Parser
-from bdistil.cli.recipe_files import find_recipe
+from bdistil.cli.commands import COMMANDS, EXAMPLES, find_recipe
+from bdistil.cli.fit import BoostCLI, Distiller, RoundTrainer
 from bdistil.errors import RunError, UserError
 from bdistil.utils.memory import keep_freed_memory
 from bdistil.utils.signals import Interrupted
+
+FIT_USAGE = "usage: bdistil fit --config RECIPE [--run_dir DIR] [--KEY VALUE ...]\n\n"
+
+
+def _as_typed(keys: str) -> str:
+    return ", ".join(f"--{key.removeprefix('fit.')}" for key in keys.split(", "))
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one message with the nearest spelling, and whose help is short."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviated key would be accepted silently: `--model.boosting.round` for `.rounds`.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def print_usage(self, file: Any = None) -> None:
+        """Prints nothing: the usage of `fit` has 3,700 characters, and would precede every error."""
+
+    def format_help(self, *args: Any) -> str:
+        """The help: options of bdistil before those of Lightning, a short usage, and no long lists of classes."""
+        groups: Any = self._action_groups
+        groups.sort(key=lambda group: (group.title or "").startswith("Lightning"))
+        text = re.sub(r",\s+known\s+subclasses:[^)]{400,}\)", ", any subclass)", super().format_help(*args))
+        return re.sub(r"^usage: [^\n]*fit .{1000,}?\n\n", FIT_USAGE, text, flags=re.DOTALL)
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Exits with one message; suggests the nearest option, or a recipe if no configuration is given."""
+        message = re.sub(r"(?<=are required: ).*", lambda found: _as_typed(found[0]), message)
+        if "required: --model" in message:
+            message += "\n  A recipe sets them: bdistil fit --config digits. `bdistil recipes` lists the shipped ones."
+        unknown = re.search(r"(?:does not accept option|Option) '([\w.]+)'|arguments: --([\w.]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1] or unknown[2], self._options(), 1, 0.75)
+            message += f"\n  Did you mean '{near[0]}'?" if near else ""
+        super().error(message, ex)
+
+    def _options(self) -> list[str]:
+        commands = [c.values() for a in self._actions if isinstance(c := getattr(a, "choices", None), dict)]
+        parsers = [self, *(parser for group in commands for parser in group)]
+        return [action.dest for parser in parsers for action in parser._actions if action.dest]
 
 
 def _overview() -> str:
@@ -32,11 +73,12 @@ def _overview() -> str:
     ]
     lines.append(f"  {'fit':<10} {RoundTrainer.fit.__doc__}")
     lines += [f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
-    return "\n".join([*lines, "", "bdistil COMMAND --help says more. First: bdistil fit --config digits"])
+    hints = ["Help of a command:  bdistil COMMAND --help", "First run:          bdistil fit --config digits"]
+    return "\n".join([*lines, "", *hints])
 
 
 def _with_recipe_paths(args: Sequence[str]) -> list[str]:
-    """Replaces the name of a shipped recipe after --config by its path."""
+    """The arguments, with the name of a shipped recipe after --config replaced by its path."""
     out = list(args)
     for place, arg in enumerate(out):
         if arg.startswith("--config="):
@@ -62,8 +104,8 @@ def _run(command: str, args: Sequence[str]) -> None:
         )
         return
     function = COMMANDS[command]
-    says, example = (function.__doc__ or "").splitlines()[0], f"Example: {EXAMPLES[command]}"
-    parser = Parser(prog=f"bdistil {command}", description=says, epilog=example)
+    summary, example = (function.__doc__ or "").splitlines()[0], f"Example: {EXAMPLES[command]}"
+    parser = Parser(prog=f"bdistil {command}", description=summary, epilog=example)
     parser.add_function_arguments(function, as_positional=False, as_group=False, skip={"as_json"})
     if "as_json" in inspect.signature(function).parameters:
         parser.add_argument("--json", action="store_true", help="Print JSON.")
@@ -71,20 +113,20 @@ def _run(command: str, args: Sequence[str]) -> None:
     function(**{"as_json" if key == "json" else key: value for key, value in given.items()})
 
 
-# What Lightning says of the machine at every Trainer, which a run of T rounds would say T times.
-CHATTER = ("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped", "Restor", "LOCAL_RANK")
+# Beginnings of the messages that every Lightning Trainer prints, and a run of T rounds would print T times.
+REPEATED = ("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped", "Restor", "LOCAL_RANK")
 
 
-def _quieten() -> None:
-    """Leaves on the screen what is about this run."""
-    said = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    said.addFilter(lambda record: not record.getMessage().startswith(CHATTER))
+def _filter_messages() -> None:
+    """Hides messages and warnings that every round would repeat."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: not record.getMessage().startswith(REPEATED))
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", "The .* does not have many workers")
     warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*, sync_dist=True")  # of sums of all ranks
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
-    warnings.filterwarnings("ignore", "The `srun` command is available")  # said in every round; docs/cluster.md has it
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # in every round; see docs/cluster.md
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -97,7 +139,10 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a failed run, 2 for bad arguments.
     """
     given = list(sys.argv[1:] if args is None else args)
-    _quieten()
+    _filter_messages()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # R² and µ on a terminal that has only ASCII
     keep_freed_memory()
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
@@ -126,7 +171,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _known(error: BaseException | None) -> UserError | RunError | None:
-    """The message that is meant for the user, also where the parser wrapped it into one of its own."""
+    """The error for the user in a chain of exceptions; the parser wraps it in one of its own."""
     while error is not None and not isinstance(error, UserError | RunError):
         error = error.__cause__ or error.__context__
     return error

@@ -1,16 +1,18 @@
-"""The commands on a finished run: signature and docstring of a function are its command line."""
+"""The commands on finished runs: the signature and docstring of each function define its command line."""
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from bdistil.cli.recipe_files import jobs, recipes, summary
 from bdistil.ensemble.budget import Budget, Rule
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import fit_anytime, format_calibration
 from bdistil.evaluation.evaluate import Sweep, evaluate_budgets, profile_run, sweep_budgets
 from bdistil.evaluation.run_data import Split, loader_of
@@ -34,17 +36,17 @@ def evaluate(
     picture: str | None = None,
     as_json: bool = False,
 ) -> None:
-    """Accuracy, cost and latency of a run's ensemble within a budget, or within each of a sweep.
+    """Measure accuracy, cost and latency of a run's ensemble under a budget, or under a sweep of budgets.
 
     Args:
-        run_dir: the run directory; its config.yaml names the data.
-        budget: limits; none runs all students.
-        part: which part of the data.
-        sweep: vary this limit over its range; the others are those of `budget`.
-        batch_size: of the second latency; the first is of single samples.
-        csv: write the figures to this file.
-        picture: draw accuracy against average MACs to this PNG.
-        as_json: print one JSON object, for a sweep a list of them.
+        run_dir: run directory; its config.yaml defines the data.
+        budget: limits; without any, all students run.
+        part: part of the data.
+        sweep: varies this limit over its range; the others are those of `budget`.
+        batch_size: samples per batch for the second latency; the first is measured on single samples.
+        csv: file to write the results to.
+        picture: PNG file to draw accuracy against average MACs to.
+        as_json: print one JSON object; for a sweep, a list of them.
     """
     if sweep != "confidence":
         budget.check_rule()
@@ -81,14 +83,14 @@ def calibrate(
     weights: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Fit temperatures and exit thresholds of a run on its validation part, and measure its stages here.
+    """Fit temperatures and exit thresholds on the validation part of a run, and time its stages on this machine.
 
     Args:
-        run_dir: the run directory; its config.yaml names the data.
-        rule: how confidence is read.
-        max_loss: points of accuracy that the exits may lose; 0.2 where nothing is said.
-        average_macs: multiply-adds that a sample may cost on average, instead of `max_loss`.
-        weights: let the students of a prefix weigh differently, where that wins on held-out halves.
+        run_dir: run directory; its config.yaml defines the data.
+        rule: confidence score of the exits.
+        max_loss: percentage points of accuracy that early exits may cost; 0.2 by default.
+        average_macs: average number of multiply-adds per sample, a target instead of `max_loss`.
+        weights: fit weights of the students too, and keep them if they are better on held-out halves.
         as_json: print one JSON object.
     """
     target, run = ExitTarget(rule, max_loss, average_macs), RunDirectory(run_dir)
@@ -100,11 +102,11 @@ def calibrate(
 
 
 def profile(run_dir: str, batch_size: int = 1, as_json: bool = False) -> None:
-    """Costs of each stage of a run's ensemble: MACs, parameters, bytes, latency.
+    """Measure the cost of each stage of a run's ensemble: MACs, parameters, bytes, latency.
 
     Args:
-        run_dir: the run directory.
-        batch_size: samples a call, for the latency and the activation bytes.
+        run_dir: run directory.
+        batch_size: samples per batch, for the latency and the activation bytes.
         as_json: print one JSON list.
     """
     rows = profile_run(RunDirectory(run_dir), batch_size)
@@ -120,11 +122,11 @@ def export(
     fuse: Literal["all", "exits"] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write one graph a stage and a manifest; for onnx a runner that needs no torch.
+    """Export the ensemble of a run: one graph for each stage, a manifest and, for onnx, a runner without torch.
 
     Args:
-        run_dir: the run directory.
-        output: a new folder.
+        run_dir: run directory.
+        output: folder to create.
         format: onnx runs with onnxruntime and numpy alone; torch writes .pt2 files; executorch a program for devices.
         normalisation: inside puts the normalisation of the data into the graphs, which then read raw samples.
         quantise: int8 weights; static takes ranges from training samples. Accuracies are printed beside float.
@@ -136,27 +138,59 @@ def export(
 
 
 def report(run_dir: str) -> None:
-    """Write curve.png and report.html of a run again, and print its curve.
+    """Write curve.png and report.html of a run, and print its curve.
 
     Args:
-        run_dir: the run directory.
+        run_dir: run directory.
     """
     run = RunDirectory(run_dir)
     write_report(run)
-    say_end(run)
+    print_curve(run)
 
 
-def say_end(run: RunDirectory) -> None:
-    """Prints the curve of a run as a table, and where its picture and its report are."""
+def print_curve(run: RunDirectory) -> None:
+    """Prints the curve of a run as a table, and the paths of its picture and its report."""
     print(curve_table(run.read_curve(), run.task))
     print(f"\n{run.picture}  {run.report}")
 
 
+def recipes() -> dict[str, Path]:
+    """The shipped recipes: paths by name."""
+    folder = Path(str(files("bdistil") / "recipes"))
+    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def jobs() -> list[Path]:
+    """The shipped SLURM scripts."""
+    return sorted(Path(str(files("bdistil") / "recipes")).rglob("*.sbatch"))
+
+
+def summary(path: Path) -> str:
+    """The first comment line of a recipe, its description."""
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
+
+
+def find_recipe(name: str) -> Path:
+    """The path of a recipe, given as a path or as the name of a shipped recipe.
+
+    Raises:
+        UserError: there is no such recipe; similar names are listed.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = recipes()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give a path, or one of those."
+    raise UserError(f"Expected `--config` to be a file or a shipped recipe ({', '.join(known)}), got {name!r}. {hint}")
+
+
 def list_recipes() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes and SLURM scripts."""
     for name, path in recipes().items():
         print(f"{name:<24} {summary(path)}")
-    print("\nJobs for SLURM: sbatch FILE --config NAME")
+    print("\nSLURM scripts: sbatch FILE --config NAME")
     for path in jobs():
         print(path)
 

@@ -1,27 +1,29 @@
-"""`bdistil fit`: LightningCLI with a Trainer for each round."""
+"""`bdistil fit`: a LightningCLI with one Trainer for each round."""
 
 from __future__ import annotations
 
 import copy
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from bdistil.boosting.checks import check_strategy
 from bdistil.boosting.run import FREE_KEYS
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
-from bdistil.cli.commands import say_end
-from bdistil.cli.distiller import Distiller
+from bdistil.cli.commands import print_curve
 from bdistil.data.loaders import indexed_loaders, single_loader
 from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.ensemble.calibration import load_calibration, save_calibration
@@ -33,39 +35,85 @@ from bdistil.reporting.tracking import Tracking, make_logger
 from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
-from bdistil.teachers.training import TeacherTraining
+from bdistil.teachers.training import TeacherSpec, TeacherTraining
 from bdistil.teachers.wrappers import comes_trained
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
 
-# In place of what Lightning says of its keys.
+# In place of Lightning's help of these options.
 HELP = {
-    "config": "A recipe: a YAML file, or the name of one that `bdistil recipes` lists. A later one adds to it.",
-    "seed_everything": "The seed of the run.",
+    "config": "Recipe: a YAML file, or a name that `bdistil recipes` lists. A later --config overrides an earlier one.",
+    "seed_everything": "Seed of the run.",
 }
 
 
+class Distiller(LightningModule):
+    """Teacher, students and boosting of a recipe. It is not trained itself: each round trains its own module.
+
+    Args:
+        teacher: the network and its weights.
+        student: makes one student; a class path with its arguments.
+        boosting: settings of the run.
+        mekd: for a teacher behind an API. The data are local unlabelled samples; the rounds are trained on samples that
+            a generator makes from them.
+        channels_last: memory format of images in convolutions, faster on most hardware.
+        compile: backend of `torch.compile` for the teacher and the students, `inductor` on most machines.
+
+    Raises:
+        UserError: the backend does not exist.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherSpec,
+        student: Callable[[], nn.Module],
+        boosting: BoostingSettings = BoostingSettings(),  # noqa: B008 (frozen)
+        mekd: Mekd | None = None,
+        channels_last: bool = False,
+        compile: str | None = None,
+    ) -> None:
+        super().__init__()
+        if compile is not None and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise UserError(f"Expected `model.compile` to be one of {', '.join(known)}, got {compile!r}.")
+        self.teacher, self.make, self.boosting, self.mekd = teacher, student, boosting, mekd
+        self.layout = torch.channels_last if channels_last else torch.preserve_format
+        self.backend = compile
+        teacher.network.to(memory_format=self.layout)
+
+    def make_student(self, number: int, width: float = 1.0) -> nn.Module:
+        """The student of a round, counted from 0; `width` is passed on only if a rung sets it."""
+        make: Callable[..., nn.Module] = self.make
+        student = make() if width == 1 else make(width=width)
+        return student.to(memory_format=self.layout)
+
+    def speed_up(self, module: nn.Module) -> None:
+        """Compiles a module in place at its first call, if the recipe sets `compile`; its weights keep their names."""
+        if self.backend is not None:
+            torch.compiler.reset()  # the limit of compilations per class would be reached after a few rounds
+            module.compile(backend=self.backend)
+
+
 class RoundTrainer(Trainer):
-    """Lightning's Trainer, of which each round has a new one."""
+    """Lightning's Trainer; each round has a new one."""
 
     # LightningCLI takes the docstrings of class and method for the help of the Trainer's keys and of the command.
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Distil a teacher into an ordered ensemble of students; a run found in `run_dir` goes on."""
+        """Distil a teacher into an ordered ensemble of students; resumes a run that is in `run_dir`."""
         super().fit(*args, **kwargs)
 
 
 class BoostCLI(LightningCLI):
-    """`bdistil fit`: a fresh Trainer a round, one controller and one logger for all."""
+    """`bdistil fit`: a new Trainer for each round, one controller and one set of loggers for all."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only `fit`, without what a recipe does not set."""
+        """Only `fit`, without the arguments that a recipe does not set."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The keys of a recipe beside model, data and trainer."""
+        """Adds the options beside model, data and trainer."""
         parser.add_argument(
-            "--run_dir", type=str, default="runs/last", help="Folder of the run; one found there goes on."
+            "--run_dir", type=str, default="runs/last", help="Run directory; a run that is there is resumed."
         )
         parser.add_class_arguments(Tracking, "tracking")
         for action in parser._actions:
@@ -73,13 +121,13 @@ class BoostCLI(LightningCLI):
         parser.set_defaults({"trainer.logger": False, "trainer.enable_model_summary": False})
 
     def before_instantiate_classes(self) -> None:
-        """Refuses a strategy by its name, before Lightning asks for the devices that it needs."""
+        """Checks a strategy given by name before Lightning looks for its devices."""
         strategy = self._get(self.config, "trainer").strategy
         if isinstance(strategy, str):
             check_strategy(strategy)
 
     def new_trainer(self, *callbacks: Callback, **changed: Any) -> Trainer:
-        """A Trainer of the recipe, with these callbacks."""
+        """A Trainer with the settings of the recipe and these callbacks."""
         settings, given = self._get(self.config_init, "trainer"), list(callbacks)
         if settings.enable_progress_bar is not False and sys.stderr.isatty():
             given.append(RoundProgressBar())
@@ -88,16 +136,16 @@ class BoostCLI(LightningCLI):
         return self.instantiate_trainer(callbacks=given, strategy=self._strategy(), **changed)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer with a list of callbacks of its own: it appends to the one that it is given."""
+        """A Trainer with its own list of callbacks, as Lightning appends to the list that it is given."""
         return super().instantiate_trainer(**{"callbacks": self._callbacks(), **kwargs})
 
     def _callbacks(self) -> list[Callback]:
-        """Those of the recipe."""
+        """The callbacks of the recipe."""
         given = self._get(self.config_init, "trainer").callbacks
         return list(given) if isinstance(given, list) else [given] if given else []
 
     def _strategy(self) -> Strategy | str:
-        """The strategy of the recipe, made anew: one belongs to the Trainer that it was first given to."""
+        """A new strategy as the recipe defines it: a strategy cannot be shared between Trainers."""
         given = self._get(self.config, "trainer").strategy
         if isinstance(given, str):
             return given
@@ -117,7 +165,7 @@ class BoostCLI(LightningCLI):
         try:
             with controller.signals:
                 datamodule = self._fit_rounds(model, datamodule, controller, config, seed)
-        except BaseException as end:  # Lightning's answer to Ctrl-C is SystemExit; one that lost its peer fails anyhow
+        except BaseException as end:  # Ctrl-C is SystemExit in Lightning; a rank that lost another fails somehow
             if controller.signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
                 raise controller.signals.interruption() from end
             raise
@@ -125,7 +173,7 @@ class BoostCLI(LightningCLI):
             controller.tracker.close()
         _fit_anytime(run, datamodule)
         if distributed.early_rank() == 0:
-            say_end(run)
+            print_curve(run)
 
     def _fit_rounds(
         self,
@@ -135,7 +183,7 @@ class BoostCLI(LightningCLI):
         config: Mapping[str, Any],
         seed: int,
     ) -> LightningDataModule:
-        """All that trains; gives the data of the rounds."""
+        """Trains the teacher and all rounds; returns the data of the rounds."""
         run = controller.run
         over = run.committed() >= model.boosting.rounds or run.stopped
         loggers: list[Logger] | None = [] if over else None
@@ -151,7 +199,7 @@ class BoostCLI(LightningCLI):
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
-            # Callbacks of the recipe are for rounds, and copied, so that each round has its own.
+            # Callbacks of the recipe are copied, so that each round has its own.
             beside = copy.deepcopy(self._callbacks())
             trainer = self.new_trainer(*beside, controller, logger=loggers, default_root_dir=folder)
             trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
@@ -166,7 +214,7 @@ class BoostCLI(LightningCLI):
         seed: int,
         loggers: list[Logger],
     ) -> LightningDataModule:
-        """Both stages of MEKD; the data of the rounds are what it generated."""
+        """Runs both stages of MEKD; returns the generated data."""
 
         def trainer(callbacks: list[Callback], **options: Any) -> Trainer:
             return self.new_trainer(*callbacks, controller.signals, logger=loggers, **options)
@@ -175,13 +223,13 @@ class BoostCLI(LightningCLI):
         return Emulation(settings, teacher, local, folder, seed=seed, make_trainer=trainer).run(model.make_student)
 
     def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
-        """The loggers of the recipe, and the one of `tracking`."""
+        """The loggers of the recipe and the W&B logger of `tracking`."""
         given = self._get(self.config_init, "trainer").logger
         tracked = make_logger(self._get(self.config_init, "tracking"), run.root, config)
         return [*(given if isinstance(given, list) else [given] if given else []), *([tracked] if tracked else [])]
 
     def _teach(self, model: Distiller, datamodule: LightningDataModule, controller: RoundController, seed: int) -> None:
-        """Loads the teacher's weights; trains and keeps them where the run has none."""
+        """Loads the teacher's weights; trains the teacher first if the run has none."""
         spec = model.teacher
         if comes_trained(spec.network) and not spec.checkpoint:
             return
@@ -205,7 +253,7 @@ class BoostCLI(LightningCLI):
 
 
 def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
-    """Fits and measures what stopping early needs, once a run; a run whose data allow none goes without."""
+    """Fits early exits and times the stages, once for each run, if its data allow it."""
     if distributed.early_rank() != 0 or load_calibration(run) is not None or run.task == "regression":
         return
     try:

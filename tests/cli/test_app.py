@@ -332,3 +332,11 @@ def test_a_strategy_of_its_own_class_is_made_anew_for_every_round(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert RunDirectory(tmp_path / "run").committed() == 2
+
+
+def test_tables_are_printed_to_a_narrow_terminal_that_has_only_ascii(run):
+    command = [sys.executable, "-m", "bdistil.cli", "profile", "--run_dir", str(run.root)]
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "COLUMNS": "20"}
+    done = subprocess.run(command, capture_output=True, env=environ, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert len({len(line) for line in done.stdout.decode("ascii").splitlines()}) == 1

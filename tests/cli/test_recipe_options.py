@@ -14,7 +14,7 @@ from bdistil import ProgressiveEnsemble
 from bdistil.boosting import round as rounds
 from bdistil.callbacks import round_controller
 from bdistil.cli.app import main
-from bdistil.cli.distiller import Distiller
+from bdistil.cli.fit import Distiller
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written, measure_cost
 from bdistil.models.cifar import CifarResNet

@@ -12,7 +12,7 @@ import yaml
 
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.cli.app import main
-from bdistil.cli.recipe_files import recipes
+from bdistil.cli.commands import recipes
 from bdistil.export.runner import Budget as RunnerBudget
 from bdistil.export.runner import ExportedEnsemble, ExportError
 
