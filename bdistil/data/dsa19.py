@@ -7,15 +7,15 @@ together with the subjects of each part, or over several splits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
-from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from bdistil.data.base import FeatureModule, Samples
 from bdistil.data.readers import Source, cached_features, check_subjects, read_numbers
-from bdistil.data.readers.files import Array
 from bdistil.errors import UserError
 
 ACTIVITIES, SUBJECTS, SEGMENTS = 19, 8, 60
@@ -28,15 +28,7 @@ SOURCE = Source(
     "'https://archive.ics.uci.edu/static/public/256/daily+and+sports+activities.zip' && unzip -q dsa.zip",
     "dsa/data",
 )
-
-
-def read_segment(path: Path) -> Array:
-    """A segment (125, 45): lines of numbers with commas between.
-
-    Raises:
-        UserError: another content; names the file.
-    """
-    return read_numbers(path, SOURCE, CHANNELS, lines=STEPS, delimiter=",")
+read_segment = partial(read_numbers, source=SOURCE, columns=CHANNELS, lines=STEPS, delimiter=",")
 
 
 class Dsa19(FeatureModule):
@@ -44,13 +36,11 @@ class Dsa19(FeatureModule):
 
     Args:
         root: holds `dsa/data`, or is the folder of a01 … a19.
-        batch_size: samples in a training step.
         train: subjects of the training part, from 1 … 8.
         validation: subjects of the validation part.
         test: subjects of the test part.
         pad_to: steps after padding with zeros before the 125. Some papers use 129 steps without giving the method.
-        cache: folder in which the features are kept; `features` in `root` by default.
-        partial: accept fewer samples than were published.
+        options: as for `FeatureModule`.
 
     Raises:
         UserError: a value outside of its range.
@@ -59,17 +49,15 @@ class Dsa19(FeatureModule):
     def __init__(
         self,
         root: str = "data",
-        batch_size: int = 128,
         train: Sequence[int] = (1, 2, 3, 4),
         validation: Sequence[int] = (5, 6),
         test: Sequence[int] = (7, 8),
         pad_to: int = STEPS,
-        cache: str | None = None,
-        partial: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(root, batch_size, cache, partial)
-        self.subjects = {"train": list(train), "val": list(validation), "test": list(test)}
-        check_subjects(self.subjects, range(1, SUBJECTS + 1))
+        super().__init__(root, **options)
+        check_subjects(range(1, SUBJECTS + 1), train=train, validation=validation, test=test)
+        self.subjects = {"train": train, "val": validation, "test": test}
         if pad_to < STEPS:
             raise UserError(f"Expected `pad_to` >= {STEPS}, the steps of a segment, got {pad_to}.")
         self.pad_to = pad_to

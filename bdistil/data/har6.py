@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +25,8 @@ SOURCE = Source(
     "human+activity+recognition+using+smartphones.zip' && unzip -q har.zip && unzip -q 'UCI HAR Dataset.zip'",
     "UCI HAR Dataset",
 )
-
-
-def read_signal(path: Path) -> Array:
-    """Windows (n, 128) of one signal."""
-    return read_numbers(path, SOURCE, STEPS)
+read_signal = partial(read_numbers, source=SOURCE, columns=STEPS)
+read_column = partial(read_numbers, source=SOURCE, columns=1)
 
 
 class Har6(FeatureModule):
@@ -35,26 +34,17 @@ class Har6(FeatureModule):
 
     Args:
         root: holds `UCI HAR Dataset`, or is that folder.
-        batch_size: samples in a training step.
         validation: subjects of the official training part that form the validation part; the default was drawn once.
-        cache: folder in which the features are kept; `features` in `root` by default.
-        partial: accept fewer samples than were published.
+        options: as for `FeatureModule`.
 
     Raises:
         UserError: a value outside of its range.
     """
 
-    def __init__(
-        self,
-        root: str = "data",
-        batch_size: int = 128,
-        validation: Sequence[int] = (7, 22, 28),
-        cache: str | None = None,
-        partial: bool = False,
-    ) -> None:
-        super().__init__(root, batch_size, cache, partial)
-        rest = [subject for subject in TRAIN_SUBJECTS if subject not in validation]
-        check_subjects({"train": rest, "val": list(validation)}, TRAIN_SUBJECTS)
+    def __init__(self, root: str = "data", validation: Sequence[int] = (7, 22, 28), **options: Any) -> None:
+        super().__init__(root, **options)
+        others = [subject for subject in TRAIN_SUBJECTS if subject not in validation]
+        check_subjects(TRAIN_SUBJECTS, validation=validation, others=others)
         self.validation = list(validation)
 
     def read(self) -> dict[str, Samples]:
@@ -74,8 +64,8 @@ class Har6(FeatureModule):
         """Windows (n, 128, 9), labels (n,) and subjects (n,) of an official part."""
         signals = [folder / part / "Inertial Signals" / f"{name}_{part}.txt" for name in SIGNALS]
         windows = cached_features(self.cache, f"har6_{part}", SPEC, signals, read_signal)
-        labels = read_numbers(folder / part / f"y_{part}.txt", SOURCE, 1)[:, 0].astype(np.int64) - 1
-        subjects = read_numbers(folder / part / f"subject_{part}.txt", SOURCE, 1)[:, 0].astype(np.int64)
+        labels = read_column(folder / part / f"y_{part}.txt")[:, 0].astype(np.int64) - 1
+        subjects = read_column(folder / part / f"subject_{part}.txt")[:, 0].astype(np.int64)
         SOURCE.check_count(f"windows in {part}", windows.shape[1], WINDOWS[part], folder, self.partial)
         if not windows.shape[1] == len(labels) == len(subjects) or not set(labels) <= set(range(CLASSES)):
             raise SOURCE.damaged(

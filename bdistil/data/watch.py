@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,56 +14,25 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from bdistil.data.base import PARTS, TensorParts
-from bdistil.data.readers import load_arrays, moments, packaged_file, windows
+from bdistil.data.readers import check_subjects, load_arrays, moments, packaged_file, windows
 from bdistil.errors import UserError
 
 FILE = "seglearn/data/watch_dataset.npy"
 SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
 RATE = 50  # Hz, of the recordings
-CHANNELS = 6
-CLASSES = 7
 SUBJECTS = range(1, 11)
 
 Recordings = tuple[list[Tensor], Tensor, Tensor]
 
 
-def read_watch(path: Path) -> Recordings:
-    """Recordings of the file, whose pickle is read without executing anything.
-
-    Args:
-        path: a `.npy` of version 1 whose only item is a dictionary of X, y and subject.
-
-    Returns:
-        Recordings, each (steps, 6) float32 at 50 Hz, the exercise (N,) int64 of each and the subject (N,) int64.
-
-    Raises:
-        UserError: the file is damaged, or another one.
-    """
-    with open(path, "rb") as file:
-        if file.read(8) != b"\x93NUMPY\x01\x00":
-            raise UserError(f"Expected {path} to be a .npy file of version 1. Fetch it again.")
-        file.seek(int.from_bytes(file.read(2), "little"), 1)
-        try:
-            content = load_arrays(file)
-        except UserError as error:
-            raise UserError(f"{path} was not read: {error}. Fetch it again.") from error
-    return _recordings(content, path)
-
-
-def _recordings(content: Any, path: Path) -> Recordings:
-    inside = content.item() if isinstance(content, np.ndarray) and content.ndim == 0 else None
-    data: dict[str, Any] = inside if isinstance(inside, dict) else {}
-    missing = {"X", "y", "subject"} - set(data)
-    if missing:
-        raise UserError(f"Expected {path} to hold X, y and subject, {', '.join(sorted(missing))} missing.")
+def read_watch() -> Recordings:
+    """Recordings, each (steps, 6) float32 at 50 Hz, the exercise (N,) int64 of each and the subject (N,) int64."""
+    with packaged_file("seglearn", FILE, SHA256).open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        data = load_arrays(file).item()
     series = [torch.from_numpy(np.asarray(x, dtype=np.float32)) for x in data["X"]]
     labels, subjects = (torch.from_numpy(np.array(data[key], dtype=np.int64)) for key in ("y", "subject"))
-    bad = [tuple(x.shape) for x in series if x.ndim != 2 or x.shape[1] != CHANNELS]
-    if bad or not len(series) == len(labels) == len(subjects):
-        raise UserError(
-            f"Expected recordings (steps, {CHANNELS}) with an exercise and a subject each in {path}, got "
-            f"{len(series)}, {len(labels)} and {len(subjects)} of them" + (f", one of shape {bad[0]}." if bad else ".")
-        )
     return series, labels, subjects
 
 
@@ -102,23 +70,32 @@ class Watch(TensorParts):
         stride: int = 2,
     ) -> None:
         hops = {"train": hop if train_hop is None else train_hop, "val": hop, "test": hop}
-        if batch_size < 1 or stride < 1 or min(seconds, *hops.values()) * RATE < stride:
-            raise UserError(
-                "Expected `batch_size` and `stride` >= 1, and `seconds`, `hop` and `train_hop` of one step or more "
-                f"({stride / RATE:g} s), got {batch_size}, {stride}, {seconds:g}, {hop:g} and {hops['train']:g}."
-            )
-        _check_split(split, validation, test, validation_subjects, test_subjects)
         super().__init__(batch_size)
+        if stride < 1 or min(seconds, *hops.values()) * RATE < stride:
+            raise UserError(
+                "Expected `stride` >= 1, and `seconds`, `hop` and `train_hop` of one step or more "
+                f"({stride / RATE:g} s), got {stride}, {seconds:g}, {hop:g} and {hops['train']:g}."
+            )
+        if split not in ("time", "subject"):
+            raise UserError(f"Expected `split` to be 'time' or 'subject', got {split!r}.")
+        if min(validation, test) <= 0 or validation + test > 0.9:
+            raise UserError(
+                f"Expected `validation` and `test` > 0, together at most 0.9 of a recording, got {validation:g}, "
+                f"{test:g}."
+            )
         self.split, self.stride = split, stride
         self.shares = (1 - validation - test, validation, test)
-        held_out = (set(validation_subjects), set(test_subjects))
-        self.subjects = dict(zip(PARTS, (set(SUBJECTS).difference(*held_out), *held_out), strict=True))
+        rest = set(SUBJECTS).difference(validation_subjects, test_subjects)
+        check_subjects(
+            SUBJECTS, validation_subjects=validation_subjects, test_subjects=test_subjects, others=sorted(rest)
+        )
+        self.subjects = {"train": rest, "val": set(validation_subjects), "test": set(test_subjects)}
         self.length = round(seconds * RATE / stride)
         self.hops = {name: max(1, round(value * RATE / stride)) for name, value in hops.items()}
 
     def make_parts(self) -> dict[str, Any]:
         """Standardised windows of the three parts."""
-        recordings, labels, subjects = read_watch(packaged_file("seglearn", FILE, SHA256))
+        recordings, labels, subjects = read_watch()
         series = [recording[:: self.stride] for recording in recordings]
         pieces = split_in_time(series, self.shares) if self.split == "time" else self._by_subject(series, subjects)
         mean, spread = moments(pieces["train"])
@@ -147,18 +124,3 @@ def split_in_time(series: Sequence[Tensor], shares: Sequence[float]) -> Mapping[
     ends = np.cumsum(shares)[:-1]
     pieces = [x.tensor_split(np.round(ends * len(x)).astype(int).tolist()) for x in series]
     return {name: list(cut) for name, cut in zip(PARTS, zip(*pieces, strict=True), strict=True)}
-
-
-def _check_split(split: str, validation: float, test: float, val_people: Sequence[int], people: Sequence[int]) -> None:
-    if split not in ("time", "subject"):
-        raise UserError(f"Expected `split` to be 'time' or 'subject', got {split!r}.")
-    if min(validation, test) <= 0 or validation + test > 0.9:
-        raise UserError(
-            f"Expected `validation` and `test` > 0, together at most 0.9 of a recording, got {validation:g}, {test:g}."
-        )
-    known, chosen = set(SUBJECTS), [*val_people, *people]
-    if not val_people or not people or len(set(chosen)) != len(chosen) or not set(chosen) < known:
-        raise UserError(
-            "Expected `validation_subjects` and `test_subjects` to be different ones of 1 … 10, one or more each, and "
-            f"not all of them, got {list(val_people)} and {list(people)}."
-        )

@@ -89,6 +89,8 @@ def test_nothing_but_arrays_is_unpickled(tmp_path):
     assert not path.exists()
     with pytest.raises(UserError, match=r"__builtin__\.eval"):
         load_arrays(io.BytesIO(b"\x80\x02c__builtin__\neval\nU\x011\x85R."))
+    with pytest.raises(UserError, match="encoding 'rot13'"):
+        load_arrays(io.BytesIO(b"\x80\x02c_codecs\nencode\nU\x07bdistilU\x05rot13\x86R."))
 
 
 @pytest.mark.parametrize(

@@ -150,5 +150,5 @@ def test_incomplete_har(har, tmp_path):
     (signals / "body_acc_y_train.txt").unlink()
     with pytest.raises(UserError, match=r"not complete: .* lacks train/Inertial Signals/body_acc_y_train\.txt"):
         opened(Har6, tmp_path)
-    with pytest.raises(UserError, match=r"`validation` .* val: \[2\]"):
+    with pytest.raises(UserError, match=r"subjects of 1, 3, 5, .*got `validation`: \[2\]"):
         Har6(validation=[2])

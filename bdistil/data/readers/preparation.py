@@ -55,21 +55,17 @@ def validation_split(labels: Tensor, validation: int, seed: int) -> tuple[Tensor
     return train, val
 
 
-def check_subjects(parts: dict[str, list[int]], known: Sequence[int]) -> None:
+def check_subjects(known: Sequence[int], **parts: Sequence[int]) -> None:
     """Checks that every part has a subject, and no subject is in two parts.
 
-    Args:
-        parts: subjects of each part.
-        known: all subjects.
-
     Raises:
-        UserError: otherwise.
+        UserError: otherwise; names the arguments.
     """
     every = [subject for chosen in parts.values() for subject in chosen]
     if not all(parts.values()) or len(every) != len(set(every)) or not set(every) <= set(known):
+        got = ", ".join(f"`{part}`: {list(chosen)}" for part, chosen in parts.items())
         raise UserError(
-            "Expected `train`, `validation` and `test` to be lists of different subjects of "
-            f"{', '.join(map(str, known))}, got {', '.join(f'{part}: {chosen}' for part, chosen in parts.items())}."
+            f"Expected different subjects of {', '.join(map(str, known))}, one or more in each part, got {got}."
         )
 
 
