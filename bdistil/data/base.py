@@ -33,7 +33,7 @@ class PartsModule(pl.LightningDataModule):
         UserError: a value outside of its range.
     """
 
-    def __init__(self, batch_size: int, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int = 128, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"Expected `batch_size` >= 1 and `num_workers` >= 0, got {batch_size} and {num_workers}.")
@@ -66,8 +66,7 @@ class PartsModule(pl.LightningDataModule):
 
     def _loader(self, part: str, *, shuffle: bool = False) -> Batches:
         pinned = torch.cuda.is_available()  # for asynchronous copies to the GPU
-        workers = self.num_workers
-        return DataLoader(self.parts[part], self.batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
+        return DataLoader(self.parts[part], self.batch_size, shuffle, num_workers=self.num_workers, pin_memory=pinned)
 
 
 class TensorParts(PartsModule):

@@ -22,11 +22,7 @@ COMMANDS = "mkdir -p {{root}} && curl -L https://www.cs.toronto.edu/~kriz/{file}
 def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, 3, 32, 32) and labels (N,) of one file: rows of 1024 red, 1024 green and 1024 blue values.
 
-    Args:
-        file: a pickle of Python 2; nothing in it is executed.
-        source: the data set, for messages.
-        key: key of the labels.
-        classes: number of classes; labels are below it.
+    The file is a pickle of Python 2 with the labels under `key`; nothing in it is executed.
 
     Raises:
         UserError: the file is damaged, or another one.
@@ -54,12 +50,11 @@ class Cifar10(PartsModule):
 
     Args:
         root: holds `cifar-10-batches-py`, or is that folder.
-        batch_size: samples in a training step.
         validation: samples of the validation part, the same share of each class.
         augment: pad by 4, crop, flip the training images; needs `boosting.state: recompute`.
         split_seed: seed of the split, independent of the seed of a run.
-        num_workers: processes that read and augment.
         partial: accept files with fewer images than the published ones.
+        options: as for `PartsModule`.
 
     Raises:
         UserError: a value outside of its range.
@@ -81,14 +76,13 @@ class Cifar10(PartsModule):
     def __init__(
         self,
         root: str = "data",
-        batch_size: int = 128,
         validation: int = 5000,
         augment: bool = False,
         split_seed: int = 0,
-        num_workers: int = 0,
         partial: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(**options)
         self.root, self.validation, self.augment = root, validation, augment
         self.split_seed, self.partial = split_seed, partial
 

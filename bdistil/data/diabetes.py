@@ -44,12 +44,12 @@ class Diabetes(TensorParts):
     """
 
     def __init__(self, batch_size: int = 32, validation: int = 89, test: int = 89, split_seed: int = 0) -> None:
-        if min(batch_size, validation, test) < 1 or validation + test > PATIENTS // 2:
-            raise UserError(
-                f"Expected `batch_size`, `validation` and `test` >= 1, the latter two together at most {PATIENTS // 2} "
-                f"of {PATIENTS} patients, got {batch_size}, {validation}, {test}."
-            )
         super().__init__(batch_size)
+        if min(validation, test) < 1 or validation + test > PATIENTS // 2:
+            raise UserError(
+                f"Expected `validation` and `test` >= 1, together at most {PATIENTS // 2} of {PATIENTS} patients, got "
+                f"{validation}, {test}."
+            )
         self.sizes, self.split_seed = (validation, test), split_seed
 
     def make_parts(self) -> dict[str, TensorDataset]:

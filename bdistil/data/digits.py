@@ -20,8 +20,6 @@ SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 CLASSES = 10
 SIDE = 28
 MEAN, DEVIATION = 0.1307, 0.3081  # of all pixels of MNIST's training set, in 0 … 1
-
-
 OTHER_FILE = "sklearn/datasets/data/digits.csv.gz"
 OTHER_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
 
@@ -52,12 +50,12 @@ class Digits(TensorParts):
     """
 
     def __init__(self, batch_size: int = 128, validation: int = 500, test: int = 1000, split_seed: int = 0) -> None:
-        if batch_size < 1 or min(validation, test) < CLASSES or validation + test > 4000:
-            raise UserError(
-                "Expected `batch_size` >= 1, `validation` and `test` >= 10, together at most 4000 of the 5000 digits, "
-                f"got {batch_size}, {validation}, {test}."
-            )
         super().__init__(batch_size)
+        if min(validation, test) < CLASSES or validation + test > 4000:
+            raise UserError(
+                "Expected `validation` and `test` >= 10, together at most 4000 of the 5000 digits, "
+                f"got {validation}, {test}."
+            )
         self.sizes, self.split_seed = (validation, test), split_seed
         # `bdistil export` writes them to its manifest.
         self.normalisation = torch.tensor(MEAN), torch.tensor(DEVIATION)
@@ -89,9 +87,7 @@ class LocalDigits(Digits):
         held_out: share of the local digits that is held out, for choosing the best epoch.
         source: `mnist`, from the training part of `Digits`; `other`, another set of digits (a domain gap).
         batch_size: samples in a training step.
-        validation: samples of the validation part of `Digits`, which is not used.
-        test: samples of the test part.
-        split_seed: seed of all splits.
+        options: as for `Digits`, whose validation part is not used.
     """
 
     def __init__(
@@ -100,11 +96,9 @@ class LocalDigits(Digits):
         held_out: float = 0.2,
         source: Literal["mnist", "other"] = "mnist",
         batch_size: int = 64,
-        validation: int = 500,
-        test: int = 1000,
-        split_seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, validation, test, split_seed)
+        super().__init__(batch_size, **options)
         if not 0 < share <= 1 or not 0 < held_out < 1 or source not in ("mnist", "other"):
             raise UserError(
                 "Expected `share` in (0, 1], `held_out` in (0, 1) and `source` 'mnist' or 'other', "

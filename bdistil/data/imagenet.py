@@ -25,10 +25,6 @@ def read_folders(folder: Path, source: Source) -> tuple[Files, list[str]]:
 
     Classes are numbered in the order of their names. Files with other extensions than those of images are ignored.
 
-    Args:
-        folder: holds the folders of the classes.
-        source: the data set, for messages.
-
     Raises:
         UserError: there is no folder, or a class has no image.
     """
@@ -132,17 +128,9 @@ class ImageNet(ImageFolders):
     IMAGES = (1_281_167, 50_000)
 
     def __init__(
-        self,
-        root: str = "data",
-        batch_size: int = 256,
-        validation: int = 10_000,
-        augment: bool = False,
-        size: int = 224,
-        split_seed: int = 0,
-        num_workers: int = 8,
-        partial: bool = False,
+        self, root: str = "data", batch_size: int = 256, size: int = 224, num_workers: int = 8, **options: Any
     ) -> None:
-        super().__init__(root, batch_size, validation, augment, size, split_seed, num_workers, partial)
+        super().__init__(root, batch_size, size=size, num_workers=num_workers, **options)
 
     def random_transforms(self) -> list[v2.Transform]:
         """Random crop of random shape, mirrored in half of the cases."""
