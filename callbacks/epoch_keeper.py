@@ -8,8 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from bdistil.storage.checkpoint import save_epoch
-from bdistil.storage.files import disk_errors
+from bdistil.storage.files import disk_errors, save_epoch
 from bdistil.utils.seeding import reseed
 
 

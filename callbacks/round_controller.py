@@ -22,8 +22,7 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.reporting.report import write_report
 from bdistil.reporting.round_tracker import RoundTracker
-from bdistil.storage.checkpoint import save_epoch
-from bdistil.storage.files import disk_errors
+from bdistil.storage.files import disk_errors, save_epoch
 from bdistil.utils import distributed
 from bdistil.utils.seeding import reseed
 from bdistil.utils.signals import StopSignals

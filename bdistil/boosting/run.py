@@ -208,7 +208,7 @@ class Boosting:
         parts, device = plan.run.parts, plan.module.device
         if self.run.scratch is not None:
             parts.claim(self.run)
-        known = all(part.ledger.exists for part in parts) and self.run.teacher_figures() is not None
+        known = all(part.ledger.exists for part in parts) and self.run.read("teacher") is not None
         if not distributed.agreed(known):
             self._query_teacher(plan, device)
         parts.catch_up(self.students, device, plan.fingerprint)
@@ -225,7 +225,7 @@ class Boosting:
             warn_of_chance(accuracy, outputs, parts.val.samples)
         spent = {"queries": teacher.module.queries} if is_api(teacher) else {}
         if distributed.rank() == 0:
-            self.run.keep_teacher({**row, "val_accuracy": accuracy, "val_loss": loss, **spent})
+            self.run.write("teacher", {**row, "val_accuracy": accuracy, "val_loss": loss, **spent})
         distributed.barrier()
         cost = f"{spent['queries']:,} queries" if spent else f"{row['macs']:,} MACs a sample"
         rank_zero_info(f"Teacher: {score_name(self.settings.task)} {accuracy:.4f} on validation, {cost}.")
@@ -246,11 +246,11 @@ class Boosting:
         """Evaluates the test part, once per run, and writes its accuracies to the curve."""
         if distributed.early_rank() != 0 or not self.run.committed():
             return
-        if self.run.test_figures() is None and is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
+        if self.run.read("test") is None and is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
             datamodule.setup("test")
             loader, task = single_loader(datamodule.test_dataloader()), self.settings.task
             teacher: list[float | None] = [None]  # the queries of an API are for training
             if not is_api(self.teacher):
                 teacher = [*prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device, task)]
-            self.run.keep_test([*teacher, *prefix_accuracies(self.ensemble.to(device), loader, device, task)])
+            self.run.write("test", [*teacher, *prefix_accuracies(self.ensemble.to(device), loader, device, task)])
         self.run.write_curve(self.run.rows())

@@ -121,7 +121,7 @@ def _tuple(value: Any) -> Any:
 
 def save_calibration(run: RunDirectory, calibration: Calibration) -> None:
     """Writes the calibration of the ensemble of the committed rounds to the run directory."""
-    run.keep_calibration(calibration.to_dict())
+    run.write(run.calibration.stem, calibration.to_dict())
 
 
 def load_calibration(run: RunDirectory) -> Calibration | None:

@@ -157,7 +157,7 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
     if ensemble.inputs.shape is None:
         raise UserError("Expected x of this run to be a tensor, to profile its stages; it was something else.")
     x, rows = ensemble.inputs.random(batch_size), []
-    if teacher := run.teacher_figures():
+    if teacher := run.read("teacher"):
         rows = [
             {"stage": "teacher", "macs": teacher["macs"], "link_macs": 0, "params": teacher["params"],
              "weight_bytes": teacher["weight_bytes"],

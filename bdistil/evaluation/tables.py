@@ -16,7 +16,7 @@ from bdistil.storage.run_directory import RunDirectory
 
 def reference_row(run: RunDirectory, part: str) -> dict[str, Any] | None:
     """The teacher as a row beside those of budgets; None where the run recorded no figures of it."""
-    figures, test = run.teacher_figures(), run.test_figures()
+    figures, test = run.read("teacher"), run.read("test")
     if figures is None:
         return None
     score = figures.get("val_accuracy") if part == "val" else (test or [None])[0]

@@ -25,6 +25,9 @@ Plan = dict[str, Any]
 
 # Attributes that nn.Module, recurrent networks and torch.compile create again by themselves.
 _INTERNAL = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_compiled_call_impl"}
+# Containers by their tags.
+_SEQUENCES: dict[str, Any] = {"tuple": tuple, "size": torch.Size, "set": set, "frozenset": frozenset}
+_MAPPINGS: dict[str, Any] = {"dict": dict, "ordereddict": OrderedDict}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -67,19 +70,21 @@ class _Writer:
         plain = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
         if replaced := [key for key in plain if _is_method(type(module), key)]:
             raise IndescribableError(f"{_join(name, replaced[0])} replaces a method")
-        home = _home(type(module))
+        home, children = _home(type(module)), module._modules.items()
         return {
             "class": _path_of(type(module)),
             "training": module.training,
-            "parameters": {key: self.value(value, _join(name, key), home) for key, value in module._parameters.items()},
-            "buffers": {key: self.value(value, _join(name, key), home) for key, value in module._buffers.items()},
+            "parameters": self.values(module._parameters, name, home),
+            "buffers": self.values(module._buffers, name, home),
             "transient": sorted(module._non_persistent_buffers_set),
             "modules": {
-                key: None if child is None else self.module(child, _join(name, key))
-                for key, child in module._modules.items()
+                key: None if child is None else self.module(child, _join(name, key)) for key, child in children
             },
-            "attributes": {key: self.value(value, _join(name, key), home) for key, value in plain.items()},
+            "attributes": self.values(plain, name, home),
         }
+
+    def values(self, values: Mapping[str, Any], name: str, home: str) -> Plan:
+        return {key: self.value(value, _join(name, key), home) for key, value in values.items()}
 
     def tensor(self, value: Tensor, name: str) -> Any:
         self.tensors[name] = value.detach().clone()  # a copy: safetensors refuses two names of one memory
@@ -93,13 +98,14 @@ class _Writer:
             return value
         if isinstance(value, Tensor):
             return self.tensor(value, name)
-        if kind in (list, tuple, torch.Size):
+        tag = kind.__name__.lower()
+        if kind is list or kind is _SEQUENCES.get(tag):
             items = [self.value(v, f"{name}.{i}", home) for i, v in enumerate(value)]
-            return items if kind is list else {kind.__name__.lower(): items}
-        if kind in (set, frozenset):
-            return {kind.__name__: sorted((self.value(v, name, home) for v in value), key=repr)}
-        if kind in (dict, OrderedDict) and all(isinstance(key, str) for key in value):
-            return {kind.__name__.lower(): {key: self.value(v, _join(name, key), home) for key, v in value.items()}}
+            if kind in (set, frozenset):
+                items.sort(key=repr)
+            return items if kind is list else {tag: items}
+        if kind is _MAPPINGS.get(tag) and all(isinstance(key, str) for key in value):
+            return {tag: self.values(value, name, home)}
         if isinstance(value, Enum):
             return {"enum": [_path_of(kind), value.name]}
         if kind in (torch.dtype, torch.device):
@@ -153,15 +159,13 @@ class _Reader:
         if not isinstance(value, dict):
             return value
         tag, content = next(iter(value.items()))
+        if tag in _SEQUENCES:
+            return _SEQUENCES[tag](self.value(content, home))
+        if tag in _MAPPINGS:
+            return _MAPPINGS[tag]((key, self.value(v, home)) for key, v in content.items())
         makers: dict[str, Any] = {
             "tensor": lambda: self.made.setdefault(content, self.tensors[content]),
             "same": lambda: self.made[content],
-            "size": lambda: torch.Size(content),
-            "tuple": lambda: tuple(self.value(content, home)),
-            "set": lambda: set(self.value(content, home)),
-            "frozenset": lambda: frozenset(self.value(content, home)),
-            "dict": lambda: {key: self.value(v, home) for key, v in content.items()},
-            "ordereddict": lambda: OrderedDict((key, self.value(v, home)) for key, v in content.items()),
             "dtype": lambda: getattr(torch, content.removeprefix("torch.")),
             "device": lambda: torch.device(content),
             "partial": lambda: _partial(*self.value(content, home)),

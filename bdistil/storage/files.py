@@ -1,4 +1,4 @@
-"""Atomic file writes, checksums and disk error messages."""
+"""Atomic writes of files and checkpoints, checksums and disk error messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors import SafetensorError
 
 from bdistil.errors import RunError
@@ -73,6 +76,26 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a text file with `atomic`."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_epoch(trainer: pl.Trainer, path: Path) -> None:
+    """Saves a checkpoint of the Trainer at the end of an epoch, atomically; called on all ranks, rank 0 writes.
+
+    An `AsyncCheckpointIO` is replaced by the plugin that it wraps for this call: the file has to be complete before it
+    is renamed.
+    """
+    beside, strategy = path.with_name(f"{path.name}.tmp"), trainer.strategy
+    plugin: Any = strategy.checkpoint_io
+    synchronous = plugin
+    while isinstance(synchronous, AsyncCheckpointIO):
+        synchronous = synchronous.checkpoint_io
+    strategy.checkpoint_io = synchronous
+    try:
+        trainer.save_checkpoint(beside, weights_only=False)
+    finally:
+        strategy.checkpoint_io = plugin
+    if trainer.is_global_zero:
+        publish(beside, path)
 
 
 def sync(path: Path) -> None:

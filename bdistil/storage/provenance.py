@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from typing import Any
 
 PACKAGES = ("bdistil", "torch", "lightning", "numpy", "safetensors", "timm", "torchmetrics", "wandb")
@@ -36,28 +36,18 @@ def describe_start(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
         "variables": {key: environ[key] for key in RECORDED if key in environ},
         "python": platform.python_version(),
         "system": platform.platform(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found[0].version for name in PACKAGES if (found := [*distributions(name=name)])},
         "revision": _revision(),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _revision() -> str | None:
     """Commit of the working directory, with a + where files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        commit, changes = (
-            subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changes else "")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -89,13 +89,23 @@ class RunDirectory:
         """Lightning's checkpoint of the current round."""
         return self.work(number) / "last.ckpt"
 
-    def _write(self, name: str, value: Any, what: str) -> None:
-        with disk_errors(what, self.root):
-            write_atomically(self.root / name, json.dumps(value, indent=1))
+    def write(self, name: str, value: Any) -> None:
+        """Writes plain values to NAME.json in the run directory.
 
-    def _read(self, name: str) -> Any:
-        """The content of a JSON file, or None where there is no such file."""
-        path = self.root / name
+        Files: `environment` (the starts), `teacher` (its row of the curve), `test` (test accuracy of the teacher, None
+        where it was not measured, and of every prefix), `anytime` (the calibration), `stopped`, `work/…/rejected`.
+
+        Raises:
+            RunError: the disk refused.
+        """
+        path = self.root / f"{name}.json"
+        with disk_errors(path.name, self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(value, indent=1))
+
+    def read(self, name: str) -> Any:
+        """The content of NAME.json, or None where there is no such file."""
+        path = self.root / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     # ---- starting
@@ -154,7 +164,7 @@ class RunDirectory:
 
     def keep_start(self, start: Mapping[str, Any]) -> None:
         """Appends a start of the run to the list in environment.json."""
-        self._write("environment.json", [*(self._read("environment.json") or []), start], "the record of this start")
+        self.write("environment", [*(self.read("environment") or []), start])
 
     # ---- rounds
 
@@ -232,16 +242,13 @@ class RunDirectory:
 
     def tries(self, number: int) -> list[str]:
         """The reasons for which tries of a round were rejected so far, one per rung of the ladder."""
-        path = self.work(number) / "rejected.json"
-        return list(json.loads(path.read_text())) if path.exists() else []
+        return list(self.read(f"work/{number:03d}/rejected") or [])
 
     def reject(self, number: int, reason: str) -> None:
         """Records that a try was rejected, and removes its checkpoint."""
         reasons = [*self.tries(number), reason]
         self.checkpoint(number).unlink(missing_ok=True)  # first: the next try cannot go on from it
-        with disk_errors(f"round {number}", self.root):
-            self.work(number).mkdir(parents=True, exist_ok=True)
-            write_atomically(self.work(number) / "rejected.json", json.dumps(reasons))
+        self.write(f"work/{number:03d}/rejected", reasons)
 
     def verdicts(self, number: int) -> tuple[int, int]:
         """(committed rounds, rejected tries of a round); changes with every verdict."""
@@ -250,13 +257,12 @@ class RunDirectory:
     @property
     def stopped(self) -> str | None:
         """The reason why boosting stopped before the last round, if it did."""
-        record = self._read("stopped.json")
+        record = self.read("stopped")
         return str(record["reason"]) if record and record["round"] == self.committed() else None
 
     def stop(self, number: int, reason: str) -> None:
         """Records that boosting stopped at a round, with the reason."""
-        record = {"round": number, "reason": reason, "tries": self.tries(number)}
-        self._write("stopped.json", record, "the record of the stop")
+        self.write("stopped", {"round": number, "reason": reason, "tries": self.tries(number)})
 
     # ---- figures and the curve
 
@@ -266,45 +272,22 @@ class RunDirectory:
         real = self.committed() > 0 and self.record(0).get("offset") is not None
         return "regression" if real else "classification"
 
-    def keep_teacher(self, figures: Mapping[str, Any]) -> None:
-        """Writes the teacher's row of the curve: its cost and its accuracy."""
-        self._write("teacher.json", figures, "the teacher's figures")
-
-    def teacher_figures(self) -> dict[str, Any] | None:
-        """The teacher's row of the curve, once it is written."""
-        figures: dict[str, Any] | None = self._read("teacher.json")
-        return figures
-
-    def keep_test(self, accuracy: Sequence[float | None]) -> None:
-        """Writes the test accuracy of the teacher (None where it was not measured) and of every prefix, in order."""
-        self._write("test.json", list(accuracy), "the test figures")
-
-    def test_figures(self) -> list[float | None] | None:
-        """Test accuracy of the teacher and of every prefix, once the run has ended."""
-        figures: list[float | None] | None = self._read("test.json")
-        return figures
-
-    def keep_calibration(self, values: Mapping[str, Any]) -> None:
-        """Writes the calibration of the committed ensemble, see `ensemble.calibration.save_calibration`."""
-        self._write(self.calibration.name, dict(values), "the calibration")
-
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the curve, read from the committed rounds: the teacher, then every prefix."""
-        teacher = self.teacher_figures()
+        teacher = self.read("teacher")
         rows = [teacher] if teacher else []
         rows += [dict(self.record(number)["curve"]) for number in range(self.committed())]
-        for row, accuracy in zip(rows, self.test_figures() or [], strict=False):
+        for row, accuracy in zip(rows, self.read("test") or [], strict=False):
             row["test_accuracy"] = accuracy
         return rows
 
     def write_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes curve.csv, the teacher's row first. A key that a row lacks stays empty."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            values = {column: row.get(column) for column in CURVE_COLUMNS}
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in values.items()})
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
         with disk_errors("curve.csv", self.root):
             write_atomically(self.curve, text.getvalue())
 

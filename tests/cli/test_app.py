@@ -122,7 +122,7 @@ def test_a_sweep_has_a_row_for_each_budget_beside_the_teacher(run, capsys, tmp_p
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 1 + budgets
     assert rows[0]["budget"] == "teacher"
-    assert rows[0]["accuracy"] == run.teacher_figures()["val_accuracy"]
+    assert rows[0]["accuracy"] == run.read("teacher")["val_accuracy"]
     assert all(row["budget"].startswith(f"{sweep}=") for row in rows[1:])
     assert all(0 < row[f"{call}_ms_p50"] <= row[f"{call}_ms_p95"] for row in rows[1:] for call in ("single", "batch"))
     if sweep in ("stages", "macs"):
@@ -173,7 +173,7 @@ def test_profile_lists_teacher_and_stages(run, capsys):
     assert rows[2]["link_macs"] > 0
     assert all(row["latency_ms"] > 0 for row in rows)
     assert set(rows[0]) == set(rows[1])
-    assert rows[0]["latency_ms"] == pytest.approx(run.teacher_figures()["latency_ms"], abs=1e-3)
+    assert rows[0]["latency_ms"] == pytest.approx(run.read("teacher")["latency_ms"], abs=1e-3)
     assert main(["profile", "--run_dir", str(run.root), "--batch_size", "4"]) == 0
     assert "cumulative_macs" in capsys.readouterr().out
     assert main(["profile", "--run_dir", str(run.root), "--batch_size", "4", "--json"]) == 0

@@ -81,7 +81,7 @@ def test_a_run_from_an_api_with_a_key_and_faults_leaves_no_secret(tmp_path, monk
     for secret in (KEY, SECRET):
         assert secret not in said
         assert [name for name, content in left.items() if secret.encode() in content] == []
-    assert run.teacher_figures()["queries"] == len(api.answered)
+    assert run.read("teacher")["queries"] == len(api.answered)
     figures = json.loads((run.emulation / "student.json").read_text())
     assert 0 <= figures["test_accuracy"] <= 1
     capfd.readouterr()

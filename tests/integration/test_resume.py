@@ -174,12 +174,13 @@ def killed_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ("point", "after"),
-    [("commit", True), ("write_curve", False), ("keep_teacher", False), ("keep_test", False), ("keep_test", True)],
+    [("commit", True), ("write_curve", False), ("write teacher", False), ("write test", False), ("write test", True)],
 )
 def test_a_kill_between_two_files_costs_nothing(finished, tmp_path, killed_once, point, after):
     # At the commit of the last round, as no later one mends what it leaves.
     last = {"commit": lambda run, number, *_: number == ROUNDS - 1, "write_curve": lambda run, rows: len(rows) > ROUNDS}
-    killed_once(RunDirectory, point, when=last.get(point, lambda *_: True), after=after)
+    name, *files = point.split()
+    killed_once(RunDirectory, name, when=last.get(point, lambda run, file, *_: file in files), after=after)
     with pytest.raises(Killed):
         boost(tmp_path)
     boost(tmp_path)

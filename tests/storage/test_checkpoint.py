@@ -7,8 +7,8 @@ import torch
 from helpers.toys import Hook, boost, control, digests, fit, settings_for
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from bdistil.storage import checkpoint
-from bdistil.storage.checkpoint import save_epoch
+from bdistil.storage import files
+from bdistil.storage.files import save_epoch
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -70,7 +70,7 @@ def test_a_run_with_a_plugin_for_checkpoints(finished, tmp_path, plugin, calls):
     assert digests(tmp_path).items() <= digests(finished.run_dir).items()
 
 
-@pytest.mark.parametrize(("where", "step"), [(TorchCheckpointIO, "save_checkpoint"), (checkpoint, "publish")])
+@pytest.mark.parametrize(("where", "step"), [(TorchCheckpointIO, "save_checkpoint"), (files, "publish")])
 def test_a_disk_that_refuses_leaves_the_epoch_before(tmp_path, monkeypatch, where, step):
     before = []
 

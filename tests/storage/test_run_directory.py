@@ -290,20 +290,20 @@ def test_the_curve_comes_back(run):
 
 def test_rows_are_what_is_committed(run):
     assert run.rows() == []
-    run.keep_teacher({"stage": "teacher", "macs": 9})
+    run.write("teacher", {"stage": "teacher", "macs": 9})
     for number in (0, 1):
         run.commit(number, WEIGHTS, {"curve": {"stage": number + 1, "macs": 3 * (number + 1)}})
     stages = [{"stage": "teacher", "macs": 9}, {"stage": 1, "macs": 3}, {"stage": 2, "macs": 6}]
     assert run.rows() == stages
-    assert run.test_figures() is None
-    run.keep_test([0.9, 0.5, 0.7])
+    assert run.read("test") is None
+    run.write("test", [0.9, 0.5, 0.7])
     again = RunDirectory(run.root)
-    assert again.test_figures() == [0.9, 0.5, 0.7]
+    assert again.read("test") == [0.9, 0.5, 0.7]
     assert again.rows() == [
         row | {"test_accuracy": a} for row, a in zip(stages, [0.9, 0.5, 0.7], strict=True)
     ]  # fmt: skip
     run.commit(2, WEIGHTS, {"curve": {"stage": 3, "macs": 9}})
-    assert run.test_figures() is None  # they were of other students
+    assert run.read("test") is None  # they were of other students
     assert run.rows() == [*stages, {"stage": 3, "macs": 9}]
 
 
@@ -353,20 +353,20 @@ def test_a_full_disk_leaves_small_files_as_they_were(small_disk):
     run = RunDirectory(small_disk / "run")
     run.prepare()
     run.write_curve([{"stage": "teacher"}])
-    run.keep_teacher({"stage": "teacher"})
+    run.write("teacher", {"stage": "teacher"})
     fill(small_disk)
     for write in (
         lambda: run.write_curve([{"stage": "teacher"}, {"stage": 1}]),
-        lambda: run.keep_teacher({"stage": "another"}),
+        lambda: run.write("teacher", {"stage": "another"}),
         lambda: run.reject(0, "F1: too weak"),
         lambda: run.stop(0, "…"),
-        lambda: run.keep_test([0.5]),
+        lambda: run.write("test", [0.5]),
     ):
         with pytest.raises(RunError, match=r"in .*run: the disk is full\. Every round committed before is intact"):
             write()
     assert [row["stage"] for row in run.read_curve()] == ["teacher"]
-    assert run.teacher_figures() == {"stage": "teacher"}
-    assert (run.tries(0), run.stopped, run.test_figures()) == ([], None, None)
+    assert run.read("teacher") == {"stage": "teacher"}
+    assert (run.tries(0), run.stopped, run.read("test")) == ([], None, None)
 
 
 def exit_status_of(function):

@@ -62,7 +62,7 @@ def test_a_run_asks_each_training_and_validation_sample_once_and_the_test_part_n
     parts = Toys().parts
     assert sorted(ask.asked) == sorted(x.numpy().tobytes() for part in ("train", "val") for x in parts[part][0])
     assert teacher.queries == len(ask.asked) == 256
-    assert RunDirectory(folder / "run").teacher_figures()["queries"] == 256
+    assert RunDirectory(folder / "run").read("teacher")["queries"] == 256
 
 
 def test_the_fingerprint_is_of_the_api(api_run, tmp_path):

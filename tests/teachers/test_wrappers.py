@@ -243,7 +243,7 @@ def test_what_cannot_be_counted_is_warned_of_and_recorded(tmp_path):
     teacher = OnnxTeacher(graph(tmp_path / "t.onnx", nodes, weights))
     with pytest.warns(UserWarning, match=r"MACs of the teacher lack .*\{'onnx::LSTM': 1\}"):
         boost(tmp_path / "run", teacher=teacher, settings=settings_for(1), trainer={"epochs": 1})
-    figures = RunDirectory(tmp_path / "run").teacher_figures()
+    figures = RunDirectory(tmp_path / "run").read("teacher")
     assert figures["uncounted"] == {"onnx::LSTM": 1}
     assert figures["macs"] == hidden * CLASSES
 
@@ -437,4 +437,4 @@ def test_foreign_teachers_come_trained_in_a_recipe(tmp_path):
     assert main(["fit", "--config", str(tmp_path / "recipe.yaml"), "--run_dir", str(run.root)]) == 0
     assert run.committed() == 1
     assert not run.teacher.exists()
-    assert run.teacher_figures()["macs"] == 2 * 7840
+    assert run.read("teacher")["macs"] == 2 * 7840

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from bdistil.data.loaders import indexed_loaders
 from bdistil.errors import RunError, UserError
-from bdistil.storage.checkpoint import save_epoch
-from bdistil.storage.files import disk_errors, write_atomically
+from bdistil.storage.files import disk_errors, save_epoch, write_atomically
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.utils.seeding import seed_of
 
