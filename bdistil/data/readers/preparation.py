@@ -11,16 +11,14 @@ from bdistil.errors import UserError
 
 
 def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of three parts with the same share of every class: the rest, and two of the given sizes.
+    """Indices of three parts of labels (N,) with the same share of every class: the rest, and two of the given sizes.
 
-    Args:
-        labels: (N,).
-        sizes: samples of the second and third part, multiples of the number of classes for equal shares.
-        seed: seed of the shuffle.
+    Sizes that are no multiples of the number of classes are rounded down to one.
 
     Example:
-        >>> [part.tolist() for part in stratified_split(torch.tensor([0, 1, 0, 1, 0, 1]), (2, 2), seed=0)]
-        [[4, 5], [0, 1], [2, 3]]
+        >>> labels = torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> [labels[part].sort().values.tolist() for part in stratified_split(labels, (2, 2), seed=0)]
+        [[0, 1], [0, 1], [0, 1]]
     """
     generator = torch.Generator().manual_seed(seed)
     classes = labels.unique()
@@ -35,12 +33,7 @@ def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple
 
 
 def validation_split(labels: Tensor, validation: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the validation part, with the same share of every class.
-
-    Args:
-        labels: (N,).
-        validation: samples of the validation part.
-        seed: seed of the shuffle.
+    """Indices of the training and the validation part of labels (N,), with the same share of every class.
 
     Raises:
         UserError: fewer than one sample for each class, or more than half of all.
@@ -70,12 +63,9 @@ def check_subjects(known: Sequence[int], **parts: Sequence[int]) -> None:
 
 
 def moments(series: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all steps of some series, both (C,).
+    """Mean and standard deviation of each channel over all steps of some series (steps, C), both (C,).
 
     The deviation of a constant channel is replaced by 1, so that dividing by it is safe.
-
-    Args:
-        series: each (steps, C).
     """
     steps = torch.cat(tuple(series)).double()
     spread = steps.std(0, correction=0)
