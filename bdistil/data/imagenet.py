@@ -79,12 +79,8 @@ class ImageFolders(PartsModule):
         self.root, self.validation, self.augment, self.size = root, validation, augment, size
         self.split_seed, self.partial = split_seed, partial
 
-    def random_transforms(self) -> list[v2.Transform]:
-        """The augmentation of the training images."""
-        raise NotImplementedError
-
-    def fixed_transforms(self) -> list[v2.Transform]:
-        """Scaling of an image to `size`."""
+    def transforms(self, augment: bool) -> list[v2.Transform]:
+        """Transforms of a uint8 image to the side `size`."""
         raise NotImplementedError
 
     def read_test(self, folder: Path, classes: list[str]) -> Files:
@@ -101,8 +97,7 @@ class ImageFolders(PartsModule):
         for what, found, published in counts:
             self.SOURCE.check_count(what, found, published, folder, self.partial)
         train, val = validation_split(torch.tensor(labels), self.validation, self.split_seed)
-        plain = normalised(self.fixed_transforms(), MEAN, STD)
-        random = normalised(self.random_transforms(), MEAN, STD) if self.augment else plain
+        plain, random = (normalised(self.transforms(augment), MEAN, STD) for augment in (False, self.augment))
         return {
             "train": ImageFiles([paths[i] for i in train], [labels[i] for i in train], random),
             "val": ImageFiles([paths[i] for i in val], [labels[i] for i in val], plain),
@@ -132,12 +127,10 @@ class ImageNet(ImageFolders):
     ) -> None:
         super().__init__(root, batch_size, size=size, num_workers=num_workers, **options)
 
-    def random_transforms(self) -> list[v2.Transform]:
-        """Random crop of random shape, mirrored in half of the cases."""
-        return [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
-
-    def fixed_transforms(self) -> list[v2.Transform]:
-        """Scaling and a crop of the middle."""
+    def transforms(self, augment: bool) -> list[v2.Transform]:
+        """A random or the middle crop, scaled."""
+        if augment:
+            return [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
         return [v2.Resize(round(self.size * 256 / 224), antialias=True), v2.CenterCrop(self.size)]
 
     def read_test(self, folder: Path, classes: list[str]) -> Files:
@@ -174,13 +167,10 @@ class TinyImageNet(ImageFolders):
     IMAGES = (100_000, 10_000)
     NEEDED: ClassVar[list[str]] = ["train", "val/images", "val/val_annotations.txt"]
 
-    def random_transforms(self) -> list[v2.Transform]:
-        """Padding by an eighth, crop, flip."""
-        return [*self.fixed_transforms(), *pad_crop_flip(self.size, self.size // 8)]
-
-    def fixed_transforms(self) -> list[v2.Transform]:
-        """Scaling, where the images have another size."""
-        return [v2.Resize((self.size, self.size), antialias=True)]
+    def transforms(self, augment: bool) -> list[v2.Transform]:
+        """Scaling; with `augment` padding by an eighth, crop, flip."""
+        resize = v2.Resize((self.size, self.size), antialias=True)
+        return [resize, *pad_crop_flip(self.size, self.size // 8)] if augment else [resize]
 
     def read_test(self, folder: Path, classes: list[str]) -> Files:
         """Images in one folder, with a table of their classes.

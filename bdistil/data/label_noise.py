@@ -90,9 +90,8 @@ class NoisyLabels(Dataset[Any]):
         self, dataset: Dataset[Any], rate: float, *, classes: int | None = None, seed: int = 0, **noise: Any
     ) -> None:
         self.dataset, self.rate, self.seed, clean = dataset, rate, seed, labels_of(dataset)
-        self.labels, self.flipped = flip_labels(
-            clean, rate, classes=classes or int(clean.max()) + 1, seed=seed, **noise
-        )
+        classes = classes or int(clean.max()) + 1
+        self.labels, self.flipped = flip_labels(clean, rate, classes=classes, seed=seed, **noise)
 
     def __len__(self) -> int:
         return len(self.labels)

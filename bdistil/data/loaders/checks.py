@@ -29,14 +29,7 @@ def first_samples(loader: Any, count: int) -> Tensor:
 
 
 def check_dataset(loader: Any, name: str) -> int:
-    """Checks that the dataset of a loader can be indexed and yields (x, y).
-
-    Args:
-        loader: result of ``train_dataloader()`` or ``val_dataloader()`` of a user's data module.
-        name: name of that method, for the messages.
-
-    Returns:
-        The number of samples.
+    """Number of samples of a loader that a user's method `name` returned; its dataset is indexed and yields (x, y).
 
     Raises:
         UserError: not one DataLoader; an iterable or empty dataset; items that are not (x, y).
@@ -86,11 +79,7 @@ def distinct_samples(loader: Any, read: int) -> int:
     """Number of samples of an epoch that were read, without repeated ones.
 
     A `DistributedSampler` repeats samples to give every process as many. They are the last of their processes, so they
-    occur only where a whole epoch was read.
-
-    Args:
-        loader: the training loader.
-        read: samples that all processes have read.
+    occur only where a whole epoch was read. `read` counts the samples that all processes have read.
     """
     sampler = getattr(loader, "sampler", None)
     return min(read, len(cast(Sized, sampler.dataset))) if isinstance(sampler, DistributedSampler) else read

@@ -96,6 +96,12 @@ def _reads_all(loader: DataLoader[Any]) -> bool:
     return type(sampler) is SequentialSampler
 
 
+def _indexed(loader: DataLoader[Any], plan: ViewPlan | None) -> tuple[IndexedDataset, dict[str, Any]]:
+    """The dataset with the index, or of its views, and options of its loader that do not depend on the order."""
+    indexed = IndexedDataset(Views(loader.dataset, plan.seed) if plan else loader.dataset, loader.collate_fn)
+    return indexed, {"collate_fn": indexed.collate, **_settings(loader)}
+
+
 class _EpochLoader(DataLoader[Any]):
     """Seeds its workers by the order of the epoch, so that a resumed epoch draws what it would have drawn."""
 
@@ -119,17 +125,11 @@ def training_loader(
     A loader that shuffles, or reads in order, gets a sampler that also splits the samples over the processes; any
     other sampler of the user is kept.
 
-    Args:
-        loader: yields (x, y).
-        seed: seed of this round.
-        epoch: the epoch that starts now. Lightning sets the following ones, but the first one too late for workers.
-        rank: number of this process.
-        world_size: number of training processes.
-        plan: fixed views of a dataset that augments at random, one an epoch; the index is then number + N * view.
+    `epoch` is the one that starts now: Lightning sets the following ones, but the first one too late for workers. With
+    a plan, each epoch reads one of the fixed views of a dataset that augments at random; the index is then number +
+    N * view.
     """
-    dataset = Views(loader.dataset, plan.seed) if plan else loader.dataset
-    indexed = IndexedDataset(dataset, loader.collate_fn)
-    options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
+    indexed, options = _indexed(loader, plan)
     if not _reads_all(loader):
         return DataLoader(indexed, **_order(loader), **options)
     shuffle = isinstance(loader.sampler, RandomSampler)
@@ -186,11 +186,9 @@ def sequential_loader(
     Raises:
         UserError: fewer samples than processes.
     """
-    dataset = Views(loader.dataset, plan.seed) if plan else loader.dataset
-    indexed = IndexedDataset(dataset, loader.collate_fn)
+    indexed, options = _indexed(loader, plan)
     if len(indexed) < world_size:  # a process without a batch would not take part in the sums at the end
         raise UserError(f"Expected a validation sample for each of {world_size} processes, got {len(indexed)}.")
-    options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader)}
     return DataLoader(indexed, batch_size=loader.batch_size or 1, sampler=_Share(indexed, world_size, rank), **options)
 
 
@@ -202,14 +200,9 @@ def indexed_loaders(
     val: ViewPlan | None = None,
     names: Sequence[str] = LOADERS,
 ) -> Iterator[None]:
-    """Context in which the loaders of a user's data module yield (x, y, index).
+    """Context in which the loaders that the named methods of a user's data module return yield (x, y, index).
 
-    Args:
-        datamodule: its methods are restored at the end.
-        seed: seed of the order of training samples.
-        train: fixed views of the training part, where it augments at random.
-        val: the same of the validation part.
-        names: methods that return the loaders.
+    `seed` is that of the order of training samples; `train` and `val` are the views of parts that augment at random.
     """
     before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
     for name in names:

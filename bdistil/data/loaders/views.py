@@ -23,24 +23,16 @@ CANONICAL = 0
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """Number and seed of the views of a dataset that augments at random.
-
-    Attributes:
-        seed: seed of the run; the views are the same in all its rounds.
-        count: K, the number of views of a sample.
-    """
+    """Seed of the run, and the number K of views of a sample that augments at random, the same in all rounds."""
 
     seed: int
     count: int = 1
 
 
 class Views(Dataset[Any]):
-    """A dataset whose N samples are addressed as number + N * view.
+    """Views of a dataset that draws its augmentation from the global generators of Python, NumPy or torch.
 
-    Args:
-        dataset: draws its augmentation from the global generators of Python, NumPy or torch.
-        seed: seed of the run.
-        first: view of the numbers 0 … N-1.
+    Number i + N * v is sample i of N in the view `first` + v.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int, first: int = CANONICAL) -> None:
@@ -66,13 +58,7 @@ class Views(Dataset[Any]):
 
 
 class ViewSampler(DistributedSampler[Any]):
-    """The order of an epoch, as numbers of one view: epoch e reads view e mod K.
-
-    Args:
-        views: K.
-        args: arguments of `DistributedSampler`.
-        kwargs: arguments of `DistributedSampler`.
-    """
+    """The order of an epoch, as numbers of one of K views: epoch e reads view e mod K."""
 
     def __init__(self, views: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

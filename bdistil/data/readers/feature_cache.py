@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,7 +53,7 @@ def cached_features(cache: Path, name: str, spec: Mapping[str, Any], files: Sequ
             if not _is_readable(file):
                 for stale in [*cache.glob(f"{name}-*.npy"), *cache.glob(f".{name}-*.npy")]:
                     stale.unlink()
-                _write(file, _stacked(files, _computed(files, compute, f"Features of {name}")))
+                _write(file, _computed(files, compute, f"Features of {name}"))
         features: Array = np.load(file, mmap_mode="r")
     except OSError as error:
         raise UserError(
@@ -79,24 +79,20 @@ def _write(file: Path, features: Array) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _stacked(files: Sequence[Path], results: Iterator[Array]) -> Array:
-    features: list[Array] = []
-    for file, result in zip(files, results, strict=True):
-        if features and result.shape != features[0].shape:
-            raise UserError(f"{file} gives features {result.shape}, those before it {features[0].shape}.")
-        features.append(result.astype(np.float32, copy=False))
-    return np.stack(features)
-
-
 def cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _computed(files: Sequence[Path], compute: Compute, title: str) -> Iterator[Array]:
-    """Results in order, from as many processes as there are cores, with a progress bar on a terminal."""
+def _computed(files: Sequence[Path], compute: Compute, title: str) -> Array:
+    """Features of all files, from as many processes as there are cores, with a progress bar on a terminal."""
     several = len(files) >= FEW and cores() > 1
+    features: list[Array] = []
     with ProcessPoolExecutor(cores()) if several else nullcontext() as pool:
         results = pool.map(compute, files, chunksize=CHUNK) if pool else map(compute, files)
-        console, silent = Console(stderr=True), not sys.stderr.isatty()
-        yield from track(results, title, len(files), console=console, disable=silent)
+        tracked = track(results, title, len(files), console=Console(stderr=True), disable=not sys.stderr.isatty())
+        for file, result in zip(files, tracked, strict=True):
+            if features and result.shape != features[0].shape:
+                raise UserError(f"{file} gives features {result.shape}, those before it {features[0].shape}.")
+            features.append(result.astype(np.float32, copy=False))
+    return np.stack(features)

@@ -38,11 +38,7 @@ class Source:
     folder: str
 
     def locate(self, root: str | os.PathLike[str], needed: Sequence[str]) -> Path:
-        """The folder of the data set: `folder` below `root`, or `root` itself.
-
-        Args:
-            root: folder given by the user.
-            needed: files and folders that must be there.
+        """The folder of the data set with all the needed files: `folder` below `root`, or `root` itself.
 
         Raises:
             UserError: some are missing; names them and the commands that get the data set.
@@ -70,14 +66,7 @@ class Source:
         return UserError(f"{file} of {self.name} cannot be used: {why}. Get it again from {self.url}.")
 
     def check_count(self, what: str, found: int, published: int, place: Path, partial: bool) -> None:
-        """Compares a count with the published one.
-
-        Args:
-            what: name of what is counted.
-            found: number in the folder.
-            published: number in the published data set.
-            place: the folder.
-            partial: accept any number.
+        """Compares the number of `what` that was found in a folder with the published one.
 
         Raises:
             UserError: the numbers differ, without `partial`.
@@ -97,12 +86,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def packaged_file(package: str, path: str, sha256: str) -> Path:
-    """A data file of an installed package.
-
-    Args:
-        package: name on PyPI.
-        path: the file, below site-packages.
-        sha256: expected digest of the file.
+    """A data file of an installed package of PyPI; `path` is below site-packages.
 
     Raises:
         UserError: the package is not installed, or the file is missing or differs.
@@ -124,16 +108,10 @@ def packaged_file(package: str, path: str, sha256: str) -> Path:
     return file
 
 
-def read_numbers(path: Path, source: Source, columns: int, lines: int | None = None, delimiter: str | None = None
-                 ) -> Array:  # fmt: skip
-    """A text file of numbers, (lines, columns) float32.
-
-    Args:
-        path: the file.
-        source: the data set, for messages.
-        columns: numbers in each line.
-        lines: number of lines; any by default.
-        delimiter: between the numbers; blanks by default.
+def read_numbers(
+    path: Path, source: Source, columns: int, lines: int | None = None, delimiter: str | None = None
+) -> Array:
+    """A text file of numbers, (lines, columns) float32; by default of any number of lines, with blanks between numbers.
 
     Raises:
         UserError: another shape, or something that is no finite number; names the file.

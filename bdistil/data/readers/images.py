@@ -19,13 +19,7 @@ Transform = Callable[[Any], Tensor]
 
 
 def normalised(first: Sequence[v2.Transform], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Given transforms, then float32 with mean 0 and sd 1 in each channel.
-
-    Args:
-        first: applied to the uint8 image.
-        mean: mean of each channel, in 0 … 1.
-        std: standard deviation of each channel.
-    """
+    """Transforms of a uint8 image, then float32 less `mean` by `std`, which are given for each channel, in 0 … 1."""
     scaled = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([*mean], [*std])]
     composed: Transform = v2.Compose([v2.ToImage(), *first, *scaled, v2.ToPureTensor()])
     return composed
@@ -37,13 +31,7 @@ def pad_crop_flip(size: int, padding: int) -> list[v2.Transform]:
 
 
 class ArrayImages(Dataset[tuple[Tensor, int]]):
-    """Images in memory.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        labels: (N,) int64.
-        transform: returns x (C, H, W) float32.
-    """
+    """Images uint8 (N, C, H, W) and labels (N,) int64 in memory, read as x (C, H, W) float32 and y."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
         self.images, self.labels, self.transform = images, labels, transform
@@ -56,13 +44,7 @@ class ArrayImages(Dataset[tuple[Tensor, int]]):
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Images in files, decoded to RGB as they are read.
-
-    Args:
-        paths: the N files.
-        labels: class of each.
-        transform: returns x (3, H, W) float32.
-    """
+    """Images in files, decoded to RGB as they are read as x (3, H, W) float32 and y."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], transform: Transform) -> None:
         # Arrays: the workers of a loader would copy a list of a million strings, reference count by reference count.
