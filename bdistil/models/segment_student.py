@@ -63,10 +63,6 @@ class SegmentStudent(Student):
         With a rung of one link only that state is read. More links, or another kind of link, also join the head.
         Without a link the body starts without a state.
 
-        Args:
-            earlier: the students before this one, in order.
-            rung: the class.
-
         Raises:
             UserError: an earlier student is not a SegmentStudent, or no segment is left.
         """

@@ -136,17 +136,11 @@ class Student(nn.Module):
         self.join: Join | None = None
 
     def link(self, earlier: Sequence[nn.Module], rung: Rung) -> Student:
-        """Adds links to the most recent of the earlier students, at most `rung.links`. Call it before training.
+        """Adds links to the most recent of the earlier students, at most `rung.links`, and returns the student itself.
 
-        Args:
-            earlier: the students before this one, in order.
-            rung: the class.
-
-        Returns:
-            The student itself.
+        Call it before training; `earlier` has the students before this one, in order.
         """
-        linked = linkable(earlier)[: rung.links]
-        if linked:
+        if linked := linkable(earlier)[: rung.links]:
             self.join = Join(self.width, [s.width for s in linked], self.outputs, rung)
             self.links = len(linked)
         return self
@@ -214,13 +208,9 @@ def run_student(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> Ten
 
 
 def build_student(make: Callable[..., nn.Module], number: int, earlier: Sequence[nn.Module], rung: Rung) -> nn.Module:
-    """Makes a new student of a class with the user's function, and links it.
+    """Makes a new student with the user's `make_student(round)`, and links it.
 
-    Args:
-        make: `make_student(round)`, or `make_student(round, width=...)` for a rung of another width.
-        number: the round, from 0.
-        earlier: the students before it, in order.
-        rung: the class.
+    For a rung of another width `make_student(round, width=...)` is called; rounds count from 0.
 
     Raises:
         UserError: the function did not return a module.
