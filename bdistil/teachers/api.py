@@ -121,11 +121,11 @@ class ApiTeacher(nn.Module):
     def _send_missing(self, batch: np.ndarray, keys: Sequence[bytes]) -> None:
         """Sends the inputs without a recorded answer, each once, request by request."""
         recorded = self.cache.find(keys)
-        missing = list({key: row for row, key in enumerate(keys) if key not in recorded}.items())
+        missing = {key: row for row, key in enumerate(keys) if key not in recorded}
         self._check_budget(len(missing))
-        for low in range(0, len(missing), self.batch_size):
-            some = missing[low : low + self.batch_size]
-            self._send([key for key, _ in some], batch[[row for _, row in some]])
+        new, rows = list(missing), list(missing.values())
+        for low in range(0, len(new), self.batch_size):
+            self._send(new[low : low + self.batch_size], batch[rows[low : low + self.batch_size]])
 
     def _check_budget(self, wanted: int) -> None:
         sent = self.queries
@@ -200,59 +200,45 @@ def _key(sample: np.ndarray) -> bytes:
 
 
 def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple[np.ndarray, str]:
-    """Converts the answers of an API to rows of numbers, and checks them.
-
-    Args:
-        answers: as the API returned them.
-        count: B, number of samples that were sent.
-        kind: the expected kind.
-        outputs: L.
+    """Checks the answers of an API to B = `count` samples, as it returned them.
 
     Returns:
         Rows (B, L), or (B, 1) of labels, with NaN in invalid ones; and a sentence about the fault, or "". It contains
         none of the values.
     """
     columns = 1 if kind == "labels" else outputs
-    rows: np.ndarray
+    shape = (count,) if kind == "labels" else (count, outputs)
     try:
-        rows = np.asarray(answers.cpu() if isinstance(answers, Tensor) else answers, dtype=np.float32)
+        rows = np.array(answers.cpu() if isinstance(answers, Tensor) else answers, dtype=np.float32)
     except (TypeError, ValueError, OverflowError):
         rows = np.empty(())
-    shape = (count, outputs) if columns > 1 else (count,)
-    if kind == "labels" and rows.ndim == 2 and rows.shape[1] == 1:
-        rows = rows[:, 0]
-    if rows.shape != shape:
+    if rows.shape not in (shape, (count, columns)):
         got = f"shape {rows.shape}" if rows.ndim else "no array of numbers"
         return np.empty((0, columns)), f"Expected {kind} of shape {shape} of the API, got {got}."
-    rows = rows.reshape(count, columns).copy()
-    rows[~_valid(rows, kind, outputs)] = np.nan
-    bad = int((~np.isfinite(rows).all(1)).sum())
-    allowed = {
-        "logits": "finite logits",
-        "probabilities": "probabilities >= 0 that sum to 1",
-        "labels": f"labels that are whole numbers in 0 … {outputs - 1}",
-    }[kind]
+    rows = rows.reshape(count, columns)
+    with np.errstate(invalid="ignore"):
+        allowed, valid = {
+            "logits": ("finite logits", np.isfinite(rows)),
+            "probabilities": (
+                "probabilities >= 0 that sum to 1",
+                (rows >= 0) & (np.abs(rows.sum(1, keepdims=True) - 1) < 0.02),
+            ),
+            "labels": (
+                f"labels that are whole numbers in 0 … {outputs - 1}",
+                (rows >= 0) & (rows < outputs) & (rows == np.floor(rows)),
+            ),
+        }[kind]
+    wrong = ~valid.all(1)
+    rows[wrong] = np.nan
+    bad = int(wrong.sum())
     return rows, f"Expected {allowed} of the API, but {bad} of {count} answers are invalid." if bad else ""
 
 
-def _valid(rows: np.ndarray, kind: Answers, outputs: int) -> np.ndarray:
-    """A mask (B,) of the valid rows."""
-    with np.errstate(invalid="ignore"):
-        if kind == "probabilities":
-            return np.asarray((rows >= 0).all(1) & (np.abs(rows.sum(1) - 1) < 0.02))
-        if kind == "labels":
-            return np.asarray(((rows >= 0) & (rows < outputs) & (rows == np.floor(rows))).all(1))
-        return np.asarray(np.isfinite(rows).all(1))
-
-
 def as_logits(rows: Tensor, kind: Answers, outputs: int) -> Tensor:
-    """Converts the answers of an API to logits (B, L).
+    """Converts the answers of an API, rows (B, L) or labels (B, 1), to logits (B, L).
 
-    Args:
-        rows: (B, L), or (B, 1) of labels.
-        kind: `logits` stay; of `probabilities` the centred logarithm is taken; `labels` become one-hots of norm
-            sqrt(L), that of a standard normal vector of L numbers.
-        outputs: L.
+    `logits` stay; of `probabilities` the centred logarithm is taken; `labels` become one-hots of norm sqrt(L), that of
+    a standard normal vector of L numbers.
     """
     if kind == "labels":
         return F.one_hot(rows[:, 0].long(), outputs).to(rows.dtype) * math.sqrt(outputs)

@@ -21,17 +21,13 @@ TABLES = """
     CREATE TABLE IF NOT EXISTS requests (number INTEGER PRIMARY KEY, samples INTEGER NOT NULL, outcome TEXT);
     CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer BLOB NOT NULL) WITHOUT ROWID;
 """
-KEYS_PER_LOOKUP = 500  # below the number of variables that any build of SQLite allows in one statement
 
 
 class AnswerCache:
     """Answers (input hash -> row of numbers) and the number of queries.
 
-    Each call opens a connection of its own, so the object can be copied, pickled and used after a fork.
-
-    Args:
-        path: the file; its folder is created.
-        identity: names the API and the kind of its answers.
+    Each call opens a connection of its own, so the object can be copied, pickled and used after a fork. `identity`
+    names the API and the kind of its answers.
 
     Raises:
         UserError: the file is of another API, or is no such file.
@@ -69,14 +65,9 @@ class AnswerCache:
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """The recorded answers to some keys; each a row of float32."""
-        found: dict[bytes, np.ndarray] = {}
         with self._open() as base:
-            for low in range(0, len(keys), KEYS_PER_LOOKUP):
-                some = keys[low : low + KEYS_PER_LOOKUP]
-                marks = ",".join("?" * len(some))
-                rows = base.execute(f"SELECT key, answer FROM answers WHERE key IN ({marks})", some)
-                found |= {key: np.frombuffer(answer, np.float32) for key, answer in rows}
-        return found
+            rows = ((key, base.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()) for key in keys)
+            return {key: np.frombuffer(row[0], np.float32) for key, row in rows if row}
 
     def sending(self, samples: int) -> int:
         """Records a request of so many samples before it is sent; returns its number."""
@@ -99,7 +90,4 @@ class AnswerCache:
     def queries(self) -> int:
         """Samples sent, in all processes and starts: answered, or with an unknown outcome."""
         with self._open() as base:
-            (total,) = base.execute(
-                "SELECT COALESCE(SUM(samples), 0) FROM requests WHERE outcome IS NOT 'refused'"
-            ).fetchone()
-        return int(total)
+            return int(base.execute("SELECT TOTAL(samples) FROM requests WHERE outcome IS NOT 'refused'").fetchone()[0])

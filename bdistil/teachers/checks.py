@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from bdistil.models.inputs import expectation_of
-from bdistil.teachers.wrappers import AdaptedTeacher
+from bdistil.teachers.wrappers import AdaptedTeacher, per_channel
 
 
 def some_inputs(loader: Any, count: int = 64) -> Any:
@@ -45,12 +44,12 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
     taken = (adapted.data_mean, adapted.data_std) if adapted else (expected.mean, expected.std)  # type: ignore[union-attr]
     cure = "Wrap it in AdaptedTeacher(network, mean, std, data_mean, data_std, size)."
     differ = all(v is not None for v in declared) and any(
-        (_vector(a) - _vector(b)).abs().max() >= 0.02 for a, b in zip(declared, taken, strict=True)
+        (per_channel(a) - per_channel(b)).abs().max() >= 0.02 for a, b in zip(declared, taken, strict=True)
     )
     if differ:
         rank_zero_warn(
-            f"The data module declares a normalisation by mean and sd {[_vector(v).tolist() for v in declared]}, the "
-            f"teacher expects {[_vector(v).tolist() for v in taken]}. {cure}"
+            f"The data module declares a normalisation by mean and sd {[per_channel(v).tolist() for v in declared]}, "
+            f"the teacher expects {[per_channel(v).tolist() for v in taken]}. {cure}"
         )
     reads = (adapted.normalised(x.to(adapted.scale.device)) if adapted else x).float()
     mean, sd = float(reads.mean()), float(reads.std())
@@ -61,10 +60,6 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
     size = adapted.size if adapted and adapted.size else tuple(x.shape[-2:])
     if expected and tuple(size) != expected.size:
         rank_zero_warn(f"The teacher was trained on images of {expected.size}, and reads some of {tuple(size)}. {cure}")
-
-
-def _vector(values: Any) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float32).reshape(-1)
 
 
 def warn_of_probabilities(answers: Tensor) -> None:

@@ -75,14 +75,10 @@ class HttpEndpoint:
         if timeout <= 0:
             raise UserError(f"Expected `timeout` of an HttpEndpoint to be > 0 seconds, got {timeout}.")
         self.url, self.timeout = url, timeout
+        self.name = url  # default identity of the API
         self.key_env, self.key_header, self.key_prefix = key_env, key_header, key_prefix
         self.request_field, self.response_field = request_field, response_field
         self._headers()
-
-    @property
-    def name(self) -> str:
-        """Default identity of the API."""
-        return self.url
 
     def _headers(self) -> dict[str, str]:
         """Reads the key at each request: no object keeps it, so no dump shows it."""

@@ -111,24 +111,16 @@ class AdaptedTeacher(nn.Module):
         super().__init__()
         self.network, self.axis, self.probabilities = network, axis, probabilities
         expected = expectation_of(network)
-        own_mean = _vector(mean if mean is not None else expected.mean if expected else 0.0)
-        own_std = _vector(std if std is not None else expected.std if expected else 1.0)
-        self.data_mean, self.data_std = _vector(data_mean), _vector(data_std)
+        own_mean = per_channel(mean if mean is not None else expected.mean if expected else 0.0)
+        own_std = per_channel(std if std is not None else expected.std if expected else 1.0)
+        self.data_mean, self.data_std = per_channel(data_mean), per_channel(data_std)
         self.size = (size, size) if isinstance(size, int) else size
         if min(own_std.min(), self.data_std.min()) <= 0 or (self.size and min(self.size) < 1):
             raise UserError(f"Expected `std`, `data_std` and `size` > 0, got {std}, {data_std} and {size}.")
         self.register_buffer("scale", self.data_std / own_std)
         self.register_buffer("shift", (self.data_mean - own_mean) / own_std)
-
-    @property
-    def trained(self) -> bool:
-        """As the network."""
-        return comes_trained(self.network)
-
-    @property
-    def identity(self) -> str:
-        """What decides the logits beside weights."""
-        return f"{self.size} {self.axis} {self.probabilities}"
+        self.trained = comes_trained(network)
+        self.identity = f"{self.size} {axis} {probabilities}"  # what decides the logits beside weights
 
     def normalised(self, x: Tensor) -> Tensor:
         """X (B, C, ...) with the normalisation of the network, in the size of the data."""
@@ -147,8 +139,9 @@ class AdaptedTeacher(nn.Module):
         return answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
 
 
-def _vector(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).reshape(-1)
+def per_channel(values: Any) -> Tensor:
+    """Numbers, or one number, as a vector of float32."""
+    return torch.as_tensor(values, dtype=torch.float32).reshape(-1)
 
 
 class AveragedTeacher(nn.Module):
@@ -171,16 +164,7 @@ class AveragedTeacher(nn.Module):
                 f"got {len(networks)} and {of!r}."
             )
         self.networks, self.of = nn.ModuleList(networks), of
-
-    @property
-    def trained(self) -> bool:
-        """Whether all networks come trained."""
-        return all(map(comes_trained, self.networks))
-
-    @property
-    def identity(self) -> str:
-        """What decides the logits beside weights."""
-        return self.of
+        self.trained, self.identity = all(map(comes_trained, networks)), of
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L); those of `probabilities` are log-probabilities, which the ledger centres."""
