@@ -20,7 +20,7 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import prefix_error, round_loss
-from bdistil.metrics.quality import as_columns, output_figures, output_sums
+from bdistil.metrics.quality import output_figures, output_sums
 from bdistil.models.student import linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 from bdistil.utils.modules import adamw_cosine
@@ -275,7 +275,7 @@ class BoostingRound(pl.LightningModule):
         """Sums over a batch of answers (B, L) in units of the ledger, in which real labels are small numbers, too."""
         units = self.ledger.units
         if self.settings.task == "regression":
-            return output_sums(answers, units.inward(as_columns(y, self.ledger.outputs).float()))
+            return output_sums(answers, units.inward(y.reshape(len(y), self.ledger.outputs).float()))
         logits = units.outward(answers)
         right, entropy = (logits.argmax(-1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
         return torch.stack((right, entropy, right.new_full((), len(y))))

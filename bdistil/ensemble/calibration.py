@@ -97,11 +97,11 @@ class Calibration:
             TypeError: a key is missing or unknown.
             ValueError: a list has another length than the number of stages.
         """
-        given = dict(values)
+        given = _tuples(values)
         if given.get("exits") is not None:
-            given["exits"] = ExitFigures(**_tuples(given["exits"]))
-        given["times"] = tuple(BatchTimes(**_tuples(times)) for times in given.get("times", ()))
-        calibration = cls(**_tuples(given))
+            given["exits"] = ExitFigures(**given["exits"])
+        given["times"] = tuple(BatchTimes(**times) for times in given.get("times", ()))
+        calibration = cls(**given)
         exits = calibration.exits
         lists: list[Sequence[Any]] = [calibration.temperatures, calibration.calibration_error, calibration.weights]
         lists += [exits.thresholds, exits.decided_share] if exits else []
@@ -111,12 +111,10 @@ class Calibration:
         return calibration
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _tuple(value) for key, value in values.items()}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
+def _tuples(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _tuples(value) for key, value in values.items()}
+    return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values
 
 
 def save_calibration(run: RunDirectory, calibration: Calibration) -> None:

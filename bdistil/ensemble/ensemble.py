@@ -129,24 +129,10 @@ class ProgressiveEnsemble(nn.Module):
         return super().train(False)
 
     def stage_runner(self, x: Any, *, count_votes: bool = False) -> StageRunner:
-        """A `StageRunner` of the students on a batch, before its first stage.
-
-        Args:
-            x: a batch (B, ...), on the device of the ensemble.
-            count_votes: count the students' own answers, for the exit rule ``agreement``.
-
-        Raises:
-            UserError: x differs in shape or dtype from training, or holds NaN or infinity.
-        """
+        """A `StageRunner` of the students on a batch, before its first stage; checks x, see `InputSpec.check`."""
         self.inputs.check(x)
         return StageRunner(
-            list(self.students),
-            x,
-            scale=self.scale,
-            macs=self.macs,
-            weights=self.calibration.weights,
-            count_votes=count_votes,
-            offset=self.offset,
+            list(self.students), x, self.scale, self.macs, self.calibration.weights, self.offset, count_votes
         )
 
     def stages(self, x: Any) -> Iterator[Stage]:
@@ -235,13 +221,9 @@ class ProgressiveEnsemble(nn.Module):
 def restore_student(
     run: RunDirectory, number: int, earlier: Sequence[nn.Module], make: Callable[..., nn.Module] | None
 ) -> nn.Module:
-    """Loads a committed student, in eval mode.
+    """Loads the student of a committed round, from 0, in eval mode.
 
-    Args:
-        run: the run directory.
-        number: the round, from 0.
-        earlier: the students before it, in order.
-        make: `make_student`; None builds the student from the description in round.json.
+    `make` is `make_student`, which reads the earlier students; None builds the student from its description.
 
     Raises:
         UserError: the classes cannot be imported and `make` was not given, or `make` makes another student.

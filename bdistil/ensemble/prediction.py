@@ -22,9 +22,6 @@ class Answers:
 
     Row numbers are kept in NumPy on the host: on a few hundred numbers a call costs a fraction of what it costs in
     torch, and beside a small student that is the cost of compaction.
-
-    Args:
-        runner: the batch, before its first stage.
     """
 
     def __init__(self, runner: StageRunner) -> None:
@@ -54,7 +51,7 @@ class Answers:
         """The answers of all samples, after the last stage."""
         runner = self.runner
         if self.rows is None:
-            return Prediction(runner.logits(), runner.number, runner.macs)
+            return Prediction(runner.stage().logits, runner.number, runner.macs)
         self._store(self.rows, None)
         rows, logits, numbers = zip(*self.gone, strict=True)
         order = np.concatenate(rows).argsort()
@@ -63,7 +60,7 @@ class Answers:
         return Prediction(in_order, torch.from_numpy(stages), runner.macs)
 
     def _store(self, rows: Array, chosen: Tensor | None) -> None:
-        self.gone.append((rows, self.runner.logits(chosen), self.runner.number))
+        self.gone.append((rows, self.runner.stage(chosen).logits, self.runner.number))
 
     def _on_device(self, places: Array) -> Tensor:
         return torch.from_numpy(places).to(self.runner.x.device)
@@ -72,14 +69,9 @@ class Answers:
 def predict_within(
     runner: StageRunner, budget: Budget, exits: Exits | None, clock: StageClock | None, started: float
 ) -> Prediction:
-    """Predicts within a budget; work beyond it is not done.
+    """Predicts within a budget whose seconds began at `started`, by `time.perf_counter`; work beyond it is not done.
 
-    Args:
-        runner: the batch, before its first stage.
-        budget: limits.
-        exits: exit rule; None: no sample exits early.
-        clock: measured times; without them every decided sample is removed at once.
-        started: start of the budget's seconds, by `time.perf_counter`.
+    Without exits no sample exits early; without a clock every decided sample is removed at once.
     """
     allowed, answers = budget.stages_within(runner.macs), Answers(runner)
     device, deadline = runner.x.device, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +31,6 @@ def prefix_factor(scale: float | Tensor, weights: Sequence[float], count: int) -
     return scale / (sum(weights[:count]) if weights else count)
 
 
-def in_teacher_units(total: Tensor, factor: float | Tensor, offset: Tensor | None) -> Tensor:
-    """Logits (B, L) of a prefix for the weighted sum (B, L) of its students' logits."""
-    return total * factor if offset is None else total * factor + offset
-
-
 @dataclass(frozen=True)
 class Stage:
     """Answer of a prefix.
@@ -57,40 +52,38 @@ class Stage:
     @property
     def logits(self) -> Tensor:
         """(B, L) of the prefix, in the teacher's units; computed on access."""
-        return in_teacher_units(self.total, self.factor, self.offset)
+        logits = self.total * self.factor
+        return logits if self.offset is None else logits + self.offset
 
 
+@dataclass(eq=False)
 class StageRunner:
     """Runs the students on a batch, one per call, and keeps their sum and the features that later students read.
 
-    Args:
+    Attributes:
         students: in order.
         x: a batch (B, ...).
         scale: see `prefix_factor`.
         macs: cumulative, one value per stage.
         weights: of the students in the sum; empty for equal weights.
-        count_votes: count the students' own answers, for the exit rule ``agreement``.
         offset: (L,), added to real outputs.
+        count_votes: count the students' own answers, for the exit rule ``agreement``.
+        bodies: features (B, D) of all students, if they were computed before.
+        number: students that ran.
     """
 
-    def __init__(
-        self,
-        students: Sequence[nn.Module],
-        x: Any,
-        *,
-        scale: float | Tensor,
-        macs: Sequence[int],
-        weights: Sequence[float] = (),
-        count_votes: bool = False,
-        offset: Tensor | None = None,
-    ) -> None:
-        self.students, self.x, self.scale = students, x, scale
-        self.macs, self.weights, self.count_votes = macs, weights, count_votes
-        self.offset, self.number = offset, 0
-        self.bodies: Sequence[Tensor] = ()  # features (B, D) of all students, if they were computed before
-        self.features: list[Tensor] = []
-        self.total: Tensor | None = None
-        self.votes: Tensor | None = None
+    students: Sequence[nn.Module]
+    x: Any
+    scale: float | Tensor
+    macs: Sequence[int]
+    weights: Sequence[float] = ()
+    offset: Tensor | None = None
+    count_votes: bool = False
+    bodies: Sequence[Tensor] = ()
+    number: int = 0
+    features: list[Tensor] = field(default_factory=list)
+    total: Tensor | None = None
+    votes: Tensor | None = None
 
     @property
     def factor(self) -> float | Tensor:
@@ -118,14 +111,13 @@ class StageRunner:
     def step(self) -> Stage:
         """Runs the next student and returns the answer of the prefix."""
         self.advance()
-        assert self.total is not None
-        return Stage(self.total, self.factor, self.number, self.macs[self.number - 1], self.offset)
+        return self.stage()
 
-    def logits(self, rows: Tensor | None = None) -> Tensor:
-        """Logits (B, L) of the current prefix, or (n, L) of the given rows (n,) of the batch."""
+    def stage(self, rows: Tensor | None = None) -> Stage:
+        """Answer of the current prefix to the batch, or to the given rows (n,) of it."""
         assert self.total is not None
         total = self.total if rows is None else self.total.index_select(0, rows)
-        return in_teacher_units(total, self.factor, self.offset)
+        return Stage(total, self.factor, self.number, self.macs[self.number - 1], self.offset)
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
@@ -133,15 +125,11 @@ class StageRunner:
         self.x = self.x.index_select(0, rows)
         self.total = None if self.total is None else self.total.index_select(0, rows)
         self.votes = None if self.votes is None else self.votes.index_select(0, rows)
-        read = self._still_read()
-        self.features = [features.index_select(0, rows) for features in self.features[len(self.features) - read :]]
-        self.bodies = [features.index_select(0, rows) for features in self.bodies]
-
-    def _still_read(self) -> int:
-        """Number of the most recent features that later students read."""
         later = [links_of(student) for student in self.students[self.number :] if isinstance(student, Student)]
         read = max((links - between for between, links in enumerate(later)), default=0)
-        return min(max(read, 0), len(self.features))
+        first = len(self.features) - min(max(read, 0), len(self.features))
+        self.features = [features.index_select(0, rows) for features in self.features[first:]]
+        self.bodies = [features.index_select(0, rows) for features in self.bodies]
 
 
 class _Features(nn.Module):

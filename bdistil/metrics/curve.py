@@ -54,7 +54,5 @@ def curve_figures(macs: Sequence[float], accuracy: Sequence[float], tolerance: f
         >>> curve_figures([10, 20], [0.5, 0.25])
         {'area': 0.375, 'violations': 1.0}
     """
-    return {
-        "area": area_under_curve(macs, accuracy),
-        "violations": float(violations_of_monotony(accuracy, tolerance)),
-    }
+    violations = float(violations_of_monotony(accuracy, tolerance))
+    return {"area": area_under_curve(macs, accuracy), "violations": violations}

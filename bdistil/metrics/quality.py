@@ -22,16 +22,6 @@ def score_name(task: str) -> str:
     return "R²" if task == "regression" else "accuracy"
 
 
-def loss_name(task: str) -> str:
-    """Name of the loss in the column `val_loss`.
-
-    Example:
-        >>> loss_name("classification"), loss_name("regression")
-        ('loss', 'rms error on labels')
-    """
-    return "rms error on labels" if task == "regression" else "loss"
-
-
 class PrefixScores(Metric):
     """Accuracy and mean cross entropy of K predictors on the same samples.
 
@@ -74,19 +64,6 @@ class PrefixScores(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """Accuracy in 0 … 1 and mean cross entropy in nats, both (K,), or () for K = 1 as torchmetrics squeezes it."""
         return self.right / self.samples, self.entropy / self.samples
-
-
-# ---- real outputs
-
-
-def as_columns(labels: Tensor, outputs: int) -> Tensor:
-    """Labels (B,) or (B, L) as (B, L).
-
-    Example:
-        >>> as_columns(torch.tensor([1.0, 2.0]), outputs=1).tolist()
-        [[1.0], [2.0]]
-    """
-    return labels.reshape(len(labels), outputs)
 
 
 def output_sums(answers: Tensor, labels: Tensor) -> Tensor:
@@ -150,7 +127,6 @@ class PrefixErrors(Metric):
         super().__init__(**kwargs)
         blank = torch.zeros(predictors, 3, outputs + 1, dtype=torch.float64)
         self.add_state("sums", blank, dist_reduce_fx="sum")
-        self.outputs = outputs
 
     def update(self, answers: Tensor, target: Tensor) -> None:
         """Adds a batch.
@@ -159,7 +135,7 @@ class PrefixErrors(Metric):
             answers: (K, B, L).
             target: (B,) or (B, L).
         """
-        self.sums += output_sums(answers.double(), as_columns(target, self.outputs).double())
+        self.sums += output_sums(answers.double(), target.reshape(answers.shape[1:]).double())
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """R² and rms error, both (K,), or () for K = 1 as torchmetrics squeezes it."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bdistil.metrics.quality import loss_name, score_name
+from bdistil.metrics.quality import score_name
 
 Row = Mapping[str, str]
 WIDTH = 100  # characters of a table for people
@@ -120,7 +120,7 @@ class Curve:
     def label(self, column: str) -> str:
         """The header of a column."""
         label = COLUMNS[column][0].replace("accuracy", score_name(self.task))
-        return label.replace("loss", loss_name(self.task))
+        return label.replace("loss", "rms error on labels") if self.task == "regression" else label
 
     def score(self, value: float, digits: int = 2) -> str:
         """An accuracy as percentage, or R²."""

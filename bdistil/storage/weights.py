@@ -16,15 +16,17 @@ from bdistil.errors import UserError
 from bdistil.storage.files import atomic
 
 
-def read_weights(path: Path, argument: str) -> dict[str, Any]:
-    """Reads a state dict: safetensors by the suffix, else a file of `torch.save` with weights_only.
+def load_weights(network: nn.Module, path: Path, argument: str, *, new: Collection[str] = ()) -> None:
+    """Loads weights into a module: safetensors by the suffix, else a file of `torch.save` with weights_only.
 
     Args:
+        network: the module.
         path: the file; if it has the key ``state_dict`` (a checkpoint of Lightning or timm), that entry is read.
         argument: name of the argument with the path, for messages.
+        new: names of weights that stay where those in the file have another shape, as a classifier of other classes.
 
     Raises:
-        UserError: there is no such file, or it contains no weights.
+        UserError: there is no such file, it contains no weights, or names or shapes differ.
     """
     if not path.is_file():
         raise UserError(f"Expected `{argument}` to be a file, got {str(path)!r}, which is not there.")
@@ -39,22 +41,7 @@ def read_weights(path: Path, argument: str) -> dict[str, Any]:
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise UserError(f"Expected `{argument}` to hold a state_dict, got a {type(state).__name__} in {path}.")
-    return state
-
-
-def load_weights(network: nn.Module, path: Path, argument: str, *, new: Collection[str] = ()) -> None:
-    """Loads weights from a file into a module.
-
-    Args:
-        network: the module.
-        path: the file.
-        argument: name of the argument with the path, for messages.
-        new: names of weights that stay where those in the file have another shape, as a classifier of other classes.
-
-    Raises:
-        UserError: there is no such file, or names or shapes differ.
-    """
-    state, own = read_weights(path, argument), network.state_dict()
+    own = network.state_dict()
     state |= {name: own[name] for name in new if name in state and state[name].shape != own[name].shape}
     try:
         network.load_state_dict(state)

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
-from bdistil.metrics.quality import Task, as_columns
+from bdistil.metrics.quality import Task
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TeacherTraining(pl.LightningModule):
         x, y, _ = batch
         answers = at_least_float32(self.network(x))
         if self.task == "regression":
-            return F.mse_loss(answers, as_columns(y, answers.shape[-1]).to(answers.dtype))
+            return F.mse_loss(answers, y.reshape(answers.shape).to(answers.dtype))
         return F.cross_entropy(answers, y, label_smoothing=self.spec.label_smoothing)
 
     def validation_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> None:
@@ -86,7 +86,7 @@ class TeacherTraining(pl.LightningModule):
         x, y, _ = batch
         answers = at_least_float32(self.network(x))
         if self.task == "regression":
-            self._score.update((answers - as_columns(y, answers.shape[-1])).square().mean(-1))
+            self._score.update((answers - y.reshape(answers.shape)).square().mean(-1))
         else:
             self._score.update((answers.argmax(-1) == y).float())
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -19,15 +18,8 @@ def _active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-@dataclass(frozen=True)
-class Sharers:
-    """The processes that share a disk.
-
-    Attributes:
-        rank: number of this process among them.
-        size: number of these processes.
-        first: whether process 0 is among them.
-    """
+class Sharers(NamedTuple):
+    """The processes that share a disk: the rank of this one among them, their number, whether process 0 is one."""
 
     rank: int
     size: int
