@@ -208,6 +208,7 @@ def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple
     """
     columns = 1 if kind == "labels" else outputs
     shape = (count,) if kind == "labels" else (count, outputs)
+    rows: np.ndarray
     try:
         rows = np.array(answers.cpu() if isinstance(answers, Tensor) else answers, dtype=np.float32)
     except (TypeError, ValueError, OverflowError):
