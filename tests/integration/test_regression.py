@@ -220,7 +220,7 @@ def one_output(round):
         (
             {"teacher": AveragedTeacher([Teacher()]), "student": make_student, "settings": settings()},
             Table(),
-            r"of='probabilities'\) with task='regression'\. Give of='logits'",
+            r"task='regression', got AveragedTeacher\(\.\.\., of='probabilities'\)\. Give of='logits'",
         ),
     ],
 )
