@@ -68,7 +68,8 @@ class RowFile:
         Raises:
             IndexError: a number is not in 0 … N-1.
         """
-        if len(index) and not 0 <= index.min() <= index.max() < self.shape[0]:  # NumPy would count from the end
+        mapped = self._map is not None  # then NumPy refuses large numbers itself, and counts negative ones from the end
+        if len(index) and (index.min() < 0 or (not mapped and index.max() >= self.shape[0])):
             raise IndexError(f"Expected rows in 0 … {self.shape[0] - 1} of {self.path}.")
         if self._map is not None:
             return torch.from_numpy(self._map.take(index, 0)).float()
