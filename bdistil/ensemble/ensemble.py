@@ -152,9 +152,6 @@ class ProgressiveEnsemble(nn.Module):
 
         If the wait is cancelled, by a timeout for example, the last stage is the best answer so far; the student that
         was running ends in its thread, and no other starts.
-
-        Args:
-            x: a batch (B, ...), on the device of the ensemble.
         """
         runner = self.stage_runner(x)
         for _ in range(len(self)):

@@ -76,7 +76,7 @@ def predict_within(
     allowed, answers = budget.stages_within(runner.macs), Answers(runner)
     device, deadline = runner.x.device, None
     if budget.seconds is not None:
-        deadline = Deadline(budget.seconds, clock, lambda: _now(device), started)
+        deadline = Deadline(budget.seconds, clock, lambda: time_of(device), started)
     checked = 0  # number of first stages after which the exit rule is checked
     if exits is not None:
         checked = allowed - 1 if clock is None else clock.stages_to_check(len(runner.x), allowed, exits.shares)
@@ -91,7 +91,7 @@ def predict_within(
     return answers.prediction()
 
 
-def _now(device: torch.device) -> float:
+def time_of(device: torch.device) -> float:
     """Seconds, after the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

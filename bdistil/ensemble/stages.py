@@ -60,13 +60,8 @@ class Stage:
 class StageRunner:
     """Runs the students on a batch, one per call, and keeps their sum and the features that later students read.
 
-    Attributes:
-        students: in order.
+    Attributes, besides those of `ProgressiveEnsemble` and `Calibration`:
         x: a batch (B, ...).
-        scale: see `prefix_factor`.
-        macs: cumulative, one value per stage.
-        weights: of the students in the sum; empty for equal weights.
-        offset: (L,), added to real outputs.
         count_votes: count the students' own answers, for the exit rule ``agreement``.
         bodies: features (B, D) of all students, if they were computed before.
         number: students that ran.
@@ -147,10 +142,7 @@ class StackedBodies:
     """The bodies of students of one shape as one module on stacked parameters.
 
     Links join at the head, so the bodies of students that read no earlier state can run together; the heads follow one
-    after the other. The logits are those of the students run in order.
-
-    Args:
-        students: at least one; their parameters are copied.
+    after the other. The logits are those of the students run in order. The parameters are copied.
 
     Raises:
         UserError: the students are not of one shape.

@@ -14,7 +14,7 @@ from torch import Tensor
 from bdistil.ensemble.budget import Rule
 from bdistil.ensemble.calibration import Exits
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.prediction import Answers
+from bdistil.ensemble.prediction import Answers, time_of
 from bdistil.ensemble.stage_clock import BatchTimes
 from bdistil.errors import UserError
 
@@ -75,9 +75,7 @@ def _quantile(rows: np.ndarray[Any, Any], part: float) -> list[float]:
 def _timed(function: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     function()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - started
+    return time_of(device) - started
 
 
 def _time_once(ensemble: ProgressiveEnsemble, x: Tensor, exits: Exits) -> list[float]:

@@ -18,12 +18,7 @@ UNCOUNTED = frozenset((
 
 
 def graph_cost(path: Path, shapes: Mapping[str, Sequence[int]]) -> OutsideCost:
-    """Multiply-adds of a graph for inputs of given shapes, and the size of its weights.
-
-    Args:
-        path: the ONNX file.
-        shapes: shape of each input, by name.
-    """
+    """Multiply-adds of a graph for inputs of given shapes, by name, and the size of its weights."""
     import onnx
     from onnx import shape_inference
 

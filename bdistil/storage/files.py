@@ -23,14 +23,10 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EAC
 
 @contextmanager
 def disk_errors(doing: str, root: Path) -> Iterator[None]:
-    """Converts disk errors to a message with the cause, what is safe, and the way out.
-
-    Args:
-        doing: the writing that failed, for the message.
-        root: the run directory.
+    """Converts an OSError, or the SafetensorError that stands for one, of a write to the run directory `root`.
 
     Raises:
-        RunError: in place of an OSError or the SafetensorError that stands for one.
+        RunError: the message names the write (`doing`), the cause, what is safe, and the way out.
     """
     try:
         yield
@@ -46,13 +42,10 @@ def disk_errors(doing: str, root: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Writes a file or a folder atomically: yields a temporary path beside it, which is renamed when the block ends.
+    """Writes a file, or a new folder, atomically: yields a temporary path beside it, renamed when the block ends.
 
     After a kill or a power cut, a reader finds the old content or all of the new one. An exception in the block removes
     the temporary and leaves the old content.
-
-    Args:
-        path: a file; or a folder that does not exist yet.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)  # left by a killed process

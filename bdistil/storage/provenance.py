@@ -20,11 +20,7 @@ RECORDED = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_RESTART_COUNT", "SLURM_JOB_
 
 
 def describe_start(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Describes this start of a run as plain values: versions, host, launcher, processes, revision of the code.
-
-    Args:
-        environ: environment variables; those of the process by default.
-    """
+    """Describes this start of a run as plain values: versions, host, launcher, processes, revision of the code."""
     environ = os.environ if environ is None else environ
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -62,12 +58,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
-    """Lists the differences of two configurations, one line per key; "" where they are the same.
+    """Lists the differences of two nested configurations, one line per key; "" where they are the same.
 
-    Args:
-        there: nested plain values.
-        now: nested plain values.
-        ignore: dotted prefixes of keys that may differ.
+    Keys that begin with one of the dotted prefixes in `ignore` may differ.
     """
     old, new = flatten(there), flatten(now)
     keys = sorted(key for key in old | new if not key.startswith(tuple(ignore)) and old.get(key) != new.get(key))

@@ -29,12 +29,9 @@ def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
 
 
 def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
-    """Warns of inputs that do not look like those that a teacher was trained on.
+    """Warns of samples x (B, ...), on the CPU, that do not look like those that a teacher was trained on.
 
-    Args:
-        teacher: the module in the FrozenTeacher.
-        datamodule: may declare by `mean` and `std` how its images were normalised.
-        x: some samples (B, ...) of the data, on the CPU.
+    The data module may declare by `mean` and `std` how its images were normalised.
     """
     adapted = teacher if isinstance(teacher, AdaptedTeacher) else None
     expected = expectation_of(adapted.network if adapted else teacher)
