@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
 
-from bdistil.data.readers.files import Array
-from bdistil.data.readers.preparation import moments
+from bdistil.data.readers.files import Array, Source
+from bdistil.data.readers.images import ArrayImages, normalised
+from bdistil.data.readers.preparation import moments, validation_split
 from bdistil.errors import UserError
 
 PARTS = ("train", "val", "test")
 
 Batches = DataLoader[tuple[Tensor, ...]]
 Samples = tuple[Array, list[int]]
+Images = tuple[Any, Tensor]
 
 
 class PartsModule(pl.LightningDataModule):
@@ -94,6 +98,8 @@ class FeatureModule(PartsModule):
         UserError: a value outside of its range.
     """
 
+    pad_to = 0  # steps after padding with zeros before the sequences
+
     def __init__(
         self, root: str = "data", batch_size: int = 128, cache: str | None = None, partial: bool = False
     ) -> None:
@@ -105,10 +111,6 @@ class FeatureModule(PartsModule):
         """Features (n, steps, C) and labels of each part."""
         raise NotImplementedError
 
-    def finished(self, x: Tensor) -> Tensor:
-        """Last change to standardised sequences (n, steps, C)."""
-        return x
-
     def make_parts(self) -> dict[str, Any]:
         """Standardised sequences of each part; the features are computed, or read from the cache."""
         read = self.read()
@@ -116,7 +118,59 @@ class FeatureModule(PartsModule):
             raise UserError(f"Expected samples in every part of {type(self).__name__}, got none in {', '.join(empty)}.")
         tensors = {name: torch.from_numpy(np.array(x)) for name, (x, _) in read.items()}
         mean, spread = moments([tensors["train"].flatten(0, 1)])
+        before = (0, 0, max(0, self.pad_to - tensors["train"].shape[1]), 0)
         return {
-            name: TensorDataset(self.finished((tensors[name] - mean) / spread), torch.tensor(labels))
+            name: TensorDataset(F.pad((tensors[name] - mean) / spread, before), torch.tensor(labels))
             for name, (_, labels) in read.items()
         }
+
+
+class ImageModule(PartsModule):
+    """Images of an archive; the validation part is taken from its training part.
+
+    Args:
+        root: holds the folder of the archive, or is that folder.
+        validation: images of the validation part, the same share of each class.
+        augment: random crop and flip of the training images; needs `boosting.state: recompute`.
+        split_seed: seed of the split, independent of the seed of a run.
+        partial: accept fewer images or classes than were published.
+        options: as for `PartsModule`.
+
+    Raises:
+        UserError: a value outside of its range.
+    """
+
+    SOURCE: ClassVar[Source]
+    CLASSES: ClassVar[int]
+    MEAN: ClassVar[tuple[float, ...]]  # of the pixels of the training images, in 0 … 1, as in the literature
+    STD: ClassVar[tuple[float, ...]]
+    DATASET: ClassVar[type[ArrayImages]] = ArrayImages
+
+    def __init__(
+        self,
+        root: str = "data",
+        validation: int = 5000,
+        augment: bool = False,
+        split_seed: int = 0,
+        partial: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.root, self.validation, self.augment = root, validation, augment
+        self.split_seed, self.partial = split_seed, partial
+
+    def read(self) -> tuple[Images, Images]:
+        """Images and labels of the official training part, and of the test part."""
+        raise NotImplementedError
+
+    def transforms(self, augment: bool) -> list[v2.Transform]:
+        """Transforms of a uint8 image."""
+        raise NotImplementedError
+
+    def make_parts(self) -> dict[str, Any]:
+        """Datasets of images; only the training part is augmented."""
+        (images, labels), tested = self.read()
+        train, val = validation_split(labels, self.validation, self.split_seed)
+        plain, random = (normalised(self.transforms(augment), self.MEAN, self.STD) for augment in (False, self.augment))
+        parts = (images[train], labels[train], random), (images[val], labels[val], plain), (*tested, plain)
+        return {name: self.DATASET(*part) for name, part in zip(PARTS, parts, strict=True)}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
-from bdistil.data.base import PartsModule
-from bdistil.data.readers import ArrayImages, Source, load_arrays, normalised, pad_crop_flip, validation_split
+from bdistil.data.base import ImageModule, Images
+from bdistil.data.readers import Source, load_arrays, pad_crop_flip
 from bdistil.errors import UserError
 
 SIDE, PADDING = 32, 4
@@ -45,59 +46,30 @@ def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tens
     return torch.from_numpy(data.copy()).view(-1, 3, SIDE, SIDE), torch.tensor(labels)
 
 
-class Cifar10(PartsModule):
-    """CIFAR-10, 32x32 colour images of 10 classes; the validation part is taken from the official training part.
+class Cifar10(ImageModule):
+    """CIFAR-10, 32x32 colour images of 10 classes, from `cifar-10-batches-py`.
 
-    Args:
-        root: holds `cifar-10-batches-py`, or is that folder.
-        validation: samples of the validation part, the same share of each class.
-        augment: pad by 4, crop, flip the training images; needs `boosting.state: recompute`.
-        split_seed: seed of the split, independent of the seed of a run.
-        partial: accept files with fewer images than the published ones.
-        options: as for `PartsModule`.
-
-    Raises:
-        UserError: a value outside of its range.
+    With `augment`, training images are padded by 4, cropped and flipped. Arguments as for `ImageModule`.
     """
 
-    SOURCE: ClassVar[Source] = Source(
-        "CIFAR-10", URL, COMMANDS.format(file="cifar-10-python.tar.gz"), "cifar-10-batches-py"
-    )
+    SOURCE = Source("CIFAR-10", URL, COMMANDS.format(file="cifar-10-python.tar.gz"), "cifar-10-batches-py")
     FILES: ClassVar[dict[str, list[str]]] = {
         "train": [f"data_batch_{number}" for number in range(1, 6)],
         "test": ["test_batch"],
     }
     LABELS: ClassVar[str] = "labels"
-    CLASSES: ClassVar[int] = 10
-    # Of the pixels of the 50,000 training images, in 0 … 1, as in the literature.
-    MEAN: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
-    STD: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
+    CLASSES = 10
+    MEAN = (0.4914, 0.4822, 0.4465)
+    STD = (0.2470, 0.2435, 0.2616)
 
-    def __init__(
-        self,
-        root: str = "data",
-        validation: int = 5000,
-        augment: bool = False,
-        split_seed: int = 0,
-        partial: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.root, self.validation, self.augment = root, validation, augment
-        self.split_seed, self.partial = split_seed, partial
+    def transforms(self, augment: bool) -> list[v2.Transform]:
+        """The augmentation of CIFAR, or nothing."""
+        return pad_crop_flip(SIDE, PADDING) if augment else []
 
-    def make_parts(self) -> dict[str, Any]:
-        """Images of the three parts."""
+    def read(self) -> tuple[Images, Images]:
+        """Images uint8 (N, 3, 32, 32) and labels (N,) of the two official parts."""
         folder = self.SOURCE.locate(self.root, [name for names in self.FILES.values() for name in names])
-        images, labels = self._read(folder, "train", TRAIN)
-        train, val = validation_split(labels, self.validation, self.split_seed)
-        plain = normalised([], self.MEAN, self.STD)
-        shifted = normalised(pad_crop_flip(SIDE, PADDING), self.MEAN, self.STD)
-        return {
-            "train": ArrayImages(images[train], labels[train], shifted if self.augment else plain),
-            "val": ArrayImages(images[val], labels[val], plain),
-            "test": ArrayImages(*self._read(folder, "test", TEST), plain),
-        }
+        return self._read(folder, "train", TRAIN), self._read(folder, "test", TEST)
 
     def _read(self, folder: Path, part: str, published: int) -> tuple[Tensor, Tensor]:
         files = [folder / name for name in self.FILES[part]]

@@ -11,9 +11,6 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from bdistil.data.base import FeatureModule, Samples
 from bdistil.data.readers import Source, cached_features, check_subjects, read_numbers
 from bdistil.errors import UserError
@@ -73,7 +70,3 @@ class Dsa19(FeatureModule):
         x = cached_features(self.cache, "dsa19", SPEC, [folder / names[key] for key in there], read_segment)
         rows = {part: [i for i, (_, p, _) in enumerate(there) if p in chosen] for part, chosen in self.subjects.items()}
         return {part: (x[chosen], [there[i][0] - 1 for i in chosen]) for part, chosen in rows.items()}
-
-    def finished(self, x: Tensor) -> Tensor:
-        """Segments (n, 125, 45) with zeros before them, (n, pad_to, 45)."""
-        return F.pad(x, (0, 0, self.pad_to - STEPS, 0))

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
 
-from bdistil.data.base import PartsModule
-from bdistil.data.readers import ImageFiles, Source, normalised, pad_crop_flip, validation_split
+from bdistil.data.base import ImageModule, Images
+from bdistil.data.readers import ImageFiles, Source, pad_crop_flip
 from bdistil.data.readers.files import listed
 from bdistil.errors import UserError
 
-# Of ImageNet's training images, in 0 … 1, as in the literature.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-Files = tuple[list[str], list[int]]
-
-
-def read_folders(folder: Path, source: Source) -> tuple[Files, list[str]]:
+def read_folders(folder: Path, source: Source) -> tuple[Images, list[str]]:
     """Paths and labels of images in one folder for each class, at any depth, and the classes.
 
     Classes are numbered in the order of their names. Files with other extensions than those of images are ignored.
@@ -33,11 +31,16 @@ def read_folders(folder: Path, source: Source) -> tuple[Files, list[str]]:
         samples = make_dataset(str(folder), numbers, IMG_EXTENSIONS)
     except FileNotFoundError as error:
         raise UserError(f"{source.name} is not complete: {error} {source.cure(folder.parent.parent)}") from error
-    paths, labels = (list(values) for values in zip(*samples, strict=True))
-    return (paths, labels), classes
+    paths, labels = zip(*samples, strict=True)
+    return _files(paths, labels), classes
 
 
-class ImageFolders(PartsModule):
+def _files(paths: Iterable[str], labels: Iterable[int]) -> Images:
+    # An array: the workers of a loader would copy a list of a million strings, reference count by reference count.
+    return np.array([os.fsencode(path) for path in paths]), torch.tensor([*labels])
+
+
+class ImageFolders(ImageModule):
     """Base class of ImageNet and Tiny-ImageNet.
 
     The official validation part, whose labels are public, is the test part here and read once, at the end of a run. The
@@ -45,64 +48,42 @@ class ImageFolders(PartsModule):
 
     Args:
         root: holds the folder of the archive, or is that folder.
-        batch_size: samples in a training step.
         validation: images of the validation part, the same share of each class.
-        augment: random crop and flip of the training images; needs `boosting.state: recompute`.
         size: side of the images after scaling.
-        split_seed: seed of the split, independent of the seed of a run.
         num_workers: processes that read, decode and augment.
-        partial: accept fewer images or classes than were published.
+        options: as for `ImageModule`.
 
     Raises:
         UserError: a value outside of its range.
     """
 
-    SOURCE: ClassVar[Source]
-    CLASSES: ClassVar[int]
     IMAGES: ClassVar[tuple[int, int]]  # of the training part and of the test part
     NEEDED: ClassVar[list[str]] = ["train", "val"]
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    DATASET = ImageFiles
 
     def __init__(
-        self,
-        root: str = "data",
-        batch_size: int = 128,
-        validation: int = 10_000,
-        augment: bool = False,
-        size: int = 64,
-        split_seed: int = 0,
-        num_workers: int = 4,
-        partial: bool = False,
+        self, root: str = "data", validation: int = 10_000, size: int = 64, num_workers: int = 4, **options: Any
     ) -> None:
-        super().__init__(batch_size, num_workers)
-        if min(validation, size) < 1:
-            raise UserError(f"Expected `validation` and `size` >= 1, got {validation} and {size}.")
-        self.root, self.validation, self.augment, self.size = root, validation, augment, size
-        self.split_seed, self.partial = split_seed, partial
+        super().__init__(root, validation, num_workers=num_workers, **options)
+        if size < 1:
+            raise UserError(f"Expected `size` >= 1, got {size}.")
+        self.size = size
 
-    def transforms(self, augment: bool) -> list[v2.Transform]:
-        """Transforms of a uint8 image to the side `size`."""
-        raise NotImplementedError
-
-    def read_test(self, folder: Path, classes: list[str]) -> Files:
+    def read_test(self, folder: Path, classes: list[str]) -> Images:
         """Paths and labels of the official validation part."""
         raise NotImplementedError
 
-    def make_parts(self) -> dict[str, Any]:
-        """Image files of the three parts."""
+    def read(self) -> tuple[Images, Images]:
+        """Encoded paths (N,) and labels (N,) of the two official parts."""
         folder = self.SOURCE.locate(self.root, self.NEEDED)
-        (paths, labels), classes = read_folders(folder / "train", self.SOURCE)
+        trained, classes = read_folders(folder / "train", self.SOURCE)
         tested = self.read_test(folder, classes)
-        counts = (("classes", len(classes), self.CLASSES), ("images in train", len(paths), self.IMAGES[0]),
-                  ("images in val", len(tested[0]), self.IMAGES[1]))  # fmt: skip
+        counts = (("classes", len(classes), self.CLASSES), ("images in train", len(trained[1]), self.IMAGES[0]),
+                  ("images in val", len(tested[1]), self.IMAGES[1]))  # fmt: skip
         for what, found, published in counts:
             self.SOURCE.check_count(what, found, published, folder, self.partial)
-        train, val = validation_split(torch.tensor(labels), self.validation, self.split_seed)
-        plain, random = (normalised(self.transforms(augment), MEAN, STD) for augment in (False, self.augment))
-        return {
-            "train": ImageFiles([paths[i] for i in train], [labels[i] for i in train], random),
-            "val": ImageFiles([paths[i] for i in val], [labels[i] for i in val], plain),
-            "test": ImageFiles(*tested, plain),
-        }
+        return trained, tested
 
 
 class ImageNet(ImageFolders):
@@ -125,7 +106,7 @@ class ImageNet(ImageFolders):
     def __init__(
         self, root: str = "data", batch_size: int = 256, size: int = 224, num_workers: int = 8, **options: Any
     ) -> None:
-        super().__init__(root, batch_size, size=size, num_workers=num_workers, **options)
+        super().__init__(root, batch_size=batch_size, size=size, num_workers=num_workers, **options)
 
     def transforms(self, augment: bool) -> list[v2.Transform]:
         """A random or the middle crop, scaled."""
@@ -133,7 +114,7 @@ class ImageNet(ImageFolders):
             return [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
         return [v2.Resize(round(self.size * 256 / 224), antialias=True), v2.CenterCrop(self.size)]
 
-    def read_test(self, folder: Path, classes: list[str]) -> Files:
+    def read_test(self, folder: Path, classes: list[str]) -> Images:
         """Images in one folder for each class of the training part.
 
         Raises:
@@ -172,7 +153,7 @@ class TinyImageNet(ImageFolders):
         resize = v2.Resize((self.size, self.size), antialias=True)
         return [resize, *pad_crop_flip(self.size, self.size // 8)] if augment else [resize]
 
-    def read_test(self, folder: Path, classes: list[str]) -> Files:
+    def read_test(self, folder: Path, classes: list[str]) -> Images:
         """Images in one folder, with a table of their classes.
 
         Raises:
@@ -186,4 +167,5 @@ class TinyImageNet(ImageFolders):
         there = {path.name for path in (folder / "val" / "images").iterdir()}
         if lacking := [row[0] for row in rows if row[0] not in there]:
             raise self.SOURCE.incomplete(folder / "val" / "images", lacking, folder.parent)
-        return [str(folder / "val" / "images" / row[0]) for row in rows], [numbers[row[1]] for row in rows]
+        paths = (str(folder / "val" / "images" / row[0]) for row in rows)
+        return _files(paths, (numbers[row[1]] for row in rows))

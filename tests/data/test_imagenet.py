@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.paper_files import png, write_imagenet, write_tiny_imagenet
 
-from bdistil.data.imagenet import MEAN, STD, ImageNet, TinyImageNet
+from bdistil.data.imagenet import ImageNet, TinyImageNet
 from bdistil.data.loaders import is_random
 from bdistil.errors import RunError, UserError
 
@@ -34,7 +34,7 @@ def test_parts_and_labels(root, kind):
     for part in ("train", "val", "test"):
         for x, y in module.parts[part]:
             assert (x.shape, x.dtype, type(x)) == ((3, 16, 16), torch.float32, torch.Tensor)
-            red, blue = (float(x[c].mean() * STD[c] + MEAN[c]) * 255 for c in (0, 2))
+            red, blue = (float(x[c].mean() * kind.STD[c] + kind.MEAN[c]) * 255 for c in (0, 2))
             assert (round(red), round(blue)) in ((100 * y, 200), (77, 77))
     x, y = next(iter(module.train_dataloader()))
     assert (x.shape, y.dtype) == ((8, 3, 16, 16), torch.int64)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,32 +32,28 @@ def pad_crop_flip(size: int, padding: int) -> list[v2.Transform]:
 class ArrayImages(Dataset[tuple[Tensor, int]]):
     """Images uint8 (N, C, H, W) and labels (N,) int64 in memory, read as x (C, H, W) float32 and y."""
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
+    def __init__(self, images: Any, labels: Tensor, transform: Transform) -> None:
         self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), int(self.labels[index])
+        return self.transform(self.read(index)), int(self.labels[index])
+
+    def read(self, index: int) -> Any:
+        """One image, before the transform."""
+        return self.images[index]
 
 
-class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Images in files, decoded to RGB as they are read as x (3, H, W) float32 and y."""
+class ImageFiles(ArrayImages):
+    """Images in files, whose encoded paths are an array of bytes (N,); decoded to RGB as they are read."""
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int], transform: Transform) -> None:
-        # Arrays: the workers of a loader would copy a list of a million strings, reference count by reference count.
-        self.paths, self.labels = np.array([os.fsencode(path) for path in paths]), np.asarray(labels, np.int64)
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = os.fsdecode(bytes(self.paths[index]))
+    def read(self, index: int) -> Any:
+        """One image of PIL."""
+        path = os.fsdecode(bytes(self.images[index]))
         try:
             with Image.open(path) as image:
-                decoded = image.convert("RGB")
+                return image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise RunError(f"{path} is no whole image ({error}). Get it again, or remove it.") from error
-        return self.transform(decoded), int(self.labels[index])
