@@ -43,8 +43,7 @@ def _files(paths: Iterable[str], labels: Iterable[int]) -> Images:
 class ImageFolders(ImageModule):
     """Base class of ImageNet and Tiny-ImageNet.
 
-    The official validation part, whose labels are public, is the test part here and read once, at the end of a run. The
-    validation part is taken from the training part.
+    The official validation part, whose labels are public, is the test part here and read once, at the end of a run.
 
     Args:
         root: holds the folder of the archive, or is that folder.

@@ -35,13 +35,9 @@ Index = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class IndexedDataset(Dataset[Any]):
-    """A map-style dataset that yields each item with its number.
+    """A map-style dataset of (x, y) that yields each item with its number.
 
-    A dataset of tensors yields a whole batch at once; `collate` takes both forms.
-
-    Args:
-        dataset: yields (x, y).
-        collate: the collate function of the user's loader.
+    A dataset of tensors yields a whole batch at once; `collate` takes both forms, with that of the user's loader.
     """
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
@@ -206,8 +202,8 @@ def indexed_loaders(
     """
     before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
     for name in names:
-        indexed = partial(_train, seed=seed, plan=train) if name == LOADERS[0] else partial(_val, plan=val)
-        vars(datamodule)[name] = partial(indexed, getattr(datamodule, name), datamodule)
+        plan = train if name == LOADERS[0] else val
+        vars(datamodule)[name] = partial(_indexed_loader, name, getattr(datamodule, name), datamodule, seed, plan)
     try:
         yield
     finally:
@@ -216,16 +212,13 @@ def indexed_loaders(
         vars(datamodule).update(before)
 
 
-def _train(
-    original: Callable[[], Any], datamodule: pl.LightningDataModule, seed: int, plan: ViewPlan | None
+def _indexed_loader(
+    name: str, original: Callable[[], Any], datamodule: pl.LightningDataModule, seed: int, plan: ViewPlan | None
 ) -> DataLoader[Any]:
-    trainer: Any = datamodule.trainer
+    """The loader that a method of a data module returns, with the index."""
+    loader, trainer = single_loader(original()), cast(Any, datamodule.trainer)
+    ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    if name != LOADERS[0]:
+        return sequential_loader(loader, plan=plan, **ranks)
     epoch = trainer.fit_loop.epoch_progress.current.processed  # current_epoch is one behind in a resumed fit
-    ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-    return training_loader(single_loader(original()), seed=seed, epoch=epoch, plan=plan, **ranks)
-
-
-def _val(original: Callable[[], Any], datamodule: pl.LightningDataModule, plan: ViewPlan | None) -> DataLoader[Any]:
-    trainer: Any = datamodule.trainer
-    ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-    return sequential_loader(single_loader(original()), plan=plan, **ranks)
+    return training_loader(loader, seed=seed, epoch=epoch, plan=plan, **ranks)

@@ -32,12 +32,7 @@ def cached_features(cache: Path, name: str, spec: Mapping[str, Any], files: Sequ
     The cache is the file `NAME-KEY.npy`, written atomically; the key is a digest of the spec and of the name, size and
     time of every file. An older version is removed. Of processes that start at the same time, one computes.
 
-    Args:
-        cache: folder of all caches.
-        name: name of this one.
-        spec: what the features are, as JSON; give it a version that grows with the code of `compute`.
-        files: at least one.
-        compute: features of a file, all of one shape; a picklable function.
+    `spec` describes the features; give it a version that grows with the code of `compute`, a picklable function.
 
     Raises:
         UserError: raised by `compute`; features of different shapes; the cache cannot be written.
