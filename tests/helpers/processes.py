@@ -14,10 +14,13 @@ OWNER = "BDISTIL_TEST_OWNER"
 
 def descendants(pid):
     """Children of a process, their children and so on."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield int(child)
-            yield from descendants(int(child))
+    children = []
+    with suppress(OSError):  # a thread or the process has ended meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (task / "children").read_text().split())
+    for child in children:
+        yield child
+        yield from descendants(child)
 
 
 def end(process):

@@ -141,5 +141,5 @@ def test_cost_and_curve_on_a_foreign_module(tmp_path):
 
 def test_a_metric_that_was_not_logged_is_named(tmp_path):
     trainer = make_trainer(ComputeCost(), MetricCurves(), epochs=1, enable_checkpointing=False)
-    with pytest.raises(UserError, match=r"no metric 'val_accuracy'; logged were .*'accuracy'"):
+    with pytest.raises(UserError, match=r"expected 'val_accuracy' among logged metrics, got .*'accuracy'"):
         trainer.fit(Foreign(4), Toys())

@@ -24,7 +24,7 @@ class FeatureCache:
     def __init__(self, folder: Path, samples: int) -> None:
         self.folder, self.samples = folder, samples
         self._open: dict[int, RowFile] = {}
-        self._next: RowFile
+        self._next: RowFile | None = None  # while it is written
 
     def _file(self, number: int) -> Path:
         return self.folder / f"features.{number:03d}.f32"
@@ -35,11 +35,14 @@ class FeatureCache:
 
     def write(self, low: int, features: Tensor) -> None:
         """Writes features (rows, D) from row `low` on."""
+        assert self._next is not None, "begin() creates the file"
         self._next.write(low, features)
 
     def publish(self, number: int) -> None:
         """Makes the file that was written that of student `number`."""
-        publish(self._next.path, self._file(number))
+        assert self._next is not None, "begin() creates the file"
+        path, self._next = self._next.path, None
+        publish(path, self._file(number))
 
     def has(self, number: int, width: int) -> bool:
         """Whether a student's features are complete on disk."""
