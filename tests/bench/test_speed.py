@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,17 +119,18 @@ def round_epochs(folder: Path, make: Callable[[], Student], rounds: list[int], e
     return {number: times[number] for number in rounds}
 
 
-# The smallest of many, taken in turns: a machine that other programs share has quiet moments, not quiet minutes.
+# Ratios of neighbouring fits, and their median: what other programs do to one turn does not decide.
 @pytest.mark.parametrize(("make", "bound", "turns"), [(conv, 1.10, 10), (mlp, None, 12)], ids=["conv", "mlp"])
 def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, make, bound, turns):
     """Its saving included. Bounded where a step takes 5 ms or more; measured and printed for shorter steps."""
-    plain, rounds = [], []
+    ratios, steps = [], []
     for turn in range(turns):
-        plain += plain_epochs(make(), 7)
-        rounds += round_epochs(tmp_path / str(turn), make, [1], 7)[1]
-    ratio = min(rounds) / min(plain)
-    step = min(plain) / (SAMPLES / 128) * 1e3
-    print(f"\nepoch of a round / plain quiet Trainer, step {step:.2f} ms: {ratio:.3f} (bound {bound})")
+        plain = min(plain_epochs(make(), 7))
+        ratios.append(min(round_epochs(tmp_path / str(turn), make, [1], 7)[1]) / plain)
+        steps.append(plain / (SAMPLES / 128) * 1e3)
+    ratio, step = statistics.median(ratios), statistics.median(steps)
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"\nepoch of a round / plain quiet Trainer, step {step:.2f} ms: {ratio:.3f}, {spread} (bound {bound})")
     assert bound is None or ratio <= bound
 
 
