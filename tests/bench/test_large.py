@@ -76,6 +76,7 @@ def reads_of_batches(ledger: ErrorLedger) -> tuple[float, float]:
             for file in files:
                 b"".join([os.pread(file, width, row * width) for row in batch.tolist()])
 
+    by_hand()  # the first pass reads what the system does not hold in memory
     return timed(lambda: deque(map(ledger.rows, order), maxlen=0)), timed(by_hand)
 
 

@@ -215,7 +215,8 @@ class ErrorLedger:
         """
         state = passes.GameState(self._g, self._s, self.version, eta, self.log_normaliser(eta))
         target = allocate(self._next_file, self._shape, self.storage)
-        evidence, log_z = passes.advance(state, target, logits, -tolerance * self.bound)
+        with target.flushed():
+            evidence, log_z = passes.advance(state, target, logits, -tolerance * self.bound)
         self._next_log_z = {eta: log_z}
         return evidence
 
