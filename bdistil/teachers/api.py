@@ -210,7 +210,7 @@ def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple
     shape = (count,) if kind == "labels" else (count, outputs)
     rows: np.ndarray
     try:
-        rows = np.array(answers.cpu() if isinstance(answers, Tensor) else answers, dtype=np.float32)
+        rows = np.array(answers.cpu().numpy() if isinstance(answers, Tensor) else answers, dtype=np.float32)
     except (TypeError, ValueError, OverflowError):
         rows = np.empty(())
     if rows.shape not in (shape, (count, columns)):
