@@ -101,7 +101,7 @@ class FeatureModule(PartsModule):
     pad_to = 0  # steps after padding with zeros before the sequences
 
     def __init__(
-        self, root: str = "data", batch_size: int = 128, cache: str | None = None, partial: bool = False
+        self, root: str = "data", *, batch_size: int = 128, cache: str | None = None, partial: bool = False
     ) -> None:
         super().__init__(batch_size)
         self.root, self.partial = root, partial
@@ -149,6 +149,7 @@ class ImageModule(PartsModule):
     def __init__(
         self,
         root: str = "data",
+        *,
         validation: int = 5000,
         augment: bool = False,
         split_seed: int = 0,

@@ -92,6 +92,7 @@ class LocalDigits(Digits):
 
     def __init__(
         self,
+        *,
         share: float = 0.1,
         held_out: float = 0.2,
         source: Literal["mnist", "other"] = "mnist",

@@ -46,6 +46,7 @@ class Dsa19(FeatureModule):
     def __init__(
         self,
         root: str = "data",
+        *,
         train: Sequence[int] = (1, 2, 3, 4),
         validation: Sequence[int] = (5, 6),
         test: Sequence[int] = (7, 8),

@@ -41,7 +41,7 @@ class Har6(FeatureModule):
         UserError: a value outside of its range.
     """
 
-    def __init__(self, root: str = "data", validation: Sequence[int] = (7, 22, 28), **options: Any) -> None:
+    def __init__(self, root: str = "data", *, validation: Sequence[int] = (7, 22, 28), **options: Any) -> None:
         super().__init__(root, **options)
         others = [subject for subject in TRAIN_SUBJECTS if subject not in validation]
         check_subjects(TRAIN_SUBJECTS, validation=validation, others=others)

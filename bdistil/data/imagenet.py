@@ -62,9 +62,9 @@ class ImageFolders(ImageModule):
     DATASET = ImageFiles
 
     def __init__(
-        self, root: str = "data", validation: int = 10_000, size: int = 64, num_workers: int = 4, **options: Any
+        self, root: str = "data", *, validation: int = 10_000, size: int = 64, num_workers: int = 4, **options: Any
     ) -> None:
-        super().__init__(root, validation, num_workers=num_workers, **options)
+        super().__init__(root, validation=validation, num_workers=num_workers, **options)
         if size < 1:
             raise UserError(f"Expected `size` >= 1, got {size}.")
         self.size = size
@@ -103,7 +103,7 @@ class ImageNet(ImageFolders):
     IMAGES = (1_281_167, 50_000)
 
     def __init__(
-        self, root: str = "data", batch_size: int = 256, size: int = 224, num_workers: int = 8, **options: Any
+        self, root: str = "data", *, batch_size: int = 256, size: int = 224, num_workers: int = 8, **options: Any
     ) -> None:
         super().__init__(root, batch_size=batch_size, size=size, num_workers=num_workers, **options)
 

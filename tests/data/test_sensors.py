@@ -5,8 +5,10 @@ import pytest
 import torch
 from helpers.paper_files import write_dsa, write_har
 
+from bdistil.data.cifar import Cifar10
 from bdistil.data.dsa19 import Dsa19, read_segment
 from bdistil.data.har6 import TRAIN_SUBJECTS, Har6
+from bdistil.data.imagenet import ImageNet, TinyImageNet
 from bdistil.errors import UserError
 
 # ---- DSA-19
@@ -152,3 +154,10 @@ def test_incomplete_har(har, tmp_path):
         opened(Har6, tmp_path)
     with pytest.raises(UserError, match=r"subjects of 1, 3, 5, .*got `validation`: \[2\]"):
         Har6(validation=[2])
+
+
+@pytest.mark.parametrize("module", [Dsa19, Har6, Cifar10, TinyImageNet, ImageNet])
+def test_options_are_given_by_name(module):
+    """A number after the root could be taken for a batch size as well as for a validation part."""
+    with pytest.raises(TypeError, match="positional argument"):
+        module("data", 64)
