@@ -23,7 +23,7 @@ class TimmTeacher(nn.Module):
         name: as in `timm.list_models()`, with or without a tag of pretrained weights.
         outputs: L; that of timm's own weights by default.
         in_channels: C.
-        checkpoint: a safetensors file, or one of `torch.save`, with weights of this network under timm's names.
+        checkpoint: a file with weights of this network under timm's names, see `bdistil.storage.load_weights`.
         pretrained: download timm's weights, where a hub is reachable.
         options: further arguments of the network in timm, for example ``{"img_size": 28}`` for a ViT.
 
@@ -55,20 +55,11 @@ class TimmTeacher(nn.Module):
             if checkpoint or pretrained
             else None
         )
-        # A file written by timm can also be given as `model.teacher.checkpoint`, whose names begin with `network.`.
-        self.register_load_state_dict_pre_hook(_add_network_prefix)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, L) of images (B, C, H, W)."""
         logits: Tensor = self.network(x)
         return logits
-
-
-def _add_network_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    names = [name for name in state if name.startswith(prefix)]
-    if not any(name.startswith(f"{prefix}network.") for name in names):
-        for name in names:
-            state[f"{prefix}network.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 class TimmStudent(Student):
