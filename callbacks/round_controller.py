@@ -105,7 +105,7 @@ class RoundController(Checkpoint):
             UserError: an invalid argument, found before training.
             RunError: a round came back without a verdict, or a committed round is torn.
         """
-        with self.signals:
+        with self.signals, self.run.in_use():
             for plan in self.boosting.rounds(datamodule):
                 self._plan, self.state = plan, RoundState(plan.module.number, plan.attempt)
                 self._closed, self._first_epoch, self._read = False, True, 0
@@ -159,6 +159,8 @@ class RoundController(Checkpoint):
         check_strategy(trainer.strategy)
         check_precision(str(trainer.precision))
         self.signals.watch(trainer)
+        if distributed.early_rank() == 0:
+            self.run.lock.acquire()  # a fit that failed before has let go of it
         if self._plan is None or pl_module is not self._plan.module:
             raise UserError(
                 "RoundController expected the module that `controller.rounds(datamodule)` gave for round "
@@ -216,7 +218,8 @@ class RoundController(Checkpoint):
             pl_module.cpu()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Prints how to resume after Ctrl-C, which Lightning handles."""
+        """Lets go of the run directory; prints how to resume after Ctrl-C, which Lightning handles."""
+        self.run.lock.release()  # the loop may be kept alive by the traceback, as in a notebook
         if isinstance(exception, KeyboardInterrupt):
             self.signals.print()
 

@@ -155,15 +155,15 @@ class BoostCLI(LightningCLI):
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains the teacher if it is missing, then the rounds, then writes the report."""
-        run = RunDirectory(self._get(self.config, "run_dir"))
+        run_dir = self._get(self.config, "run_dir")
         config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_unset=False))
         seed = int(self._get(self.config, "seed_everything"))
         network = model.teacher.network
         controller = RoundController(
-            run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config
+            run_dir, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config
         )
         try:
-            with controller.signals:
+            with controller.signals, controller.run.in_use():
                 datamodule = self._fit_rounds(model, datamodule, controller, config, seed)
         except BaseException as end:  # Ctrl-C is SystemExit in Lightning; a rank that lost another fails somehow
             if controller.signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
@@ -171,9 +171,9 @@ class BoostCLI(LightningCLI):
             raise
         finally:
             controller.tracker.close()
-        _fit_anytime(run, datamodule)
+        _fit_anytime(controller.run, datamodule)
         if distributed.early_rank() == 0:
-            print_curve(run)
+            print_curve(controller.run)
 
     def _fit_rounds(
         self,

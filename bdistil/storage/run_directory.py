@@ -12,7 +12,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,6 +26,8 @@ from bdistil.errors import RunError, UserError
 from bdistil.metrics.quality import Task
 from bdistil.storage.files import atomic, digest, disk_errors, write_atomically
 from bdistil.storage.provenance import differences
+from bdistil.storage.run_lock import RunLock
+from bdistil.utils import distributed
 
 FORMAT = 2  # of round.json
 CURVE_COLUMNS = (
@@ -50,6 +53,7 @@ class RunDirectory:
         report: summary of the run as one self-contained page.
         calibration: calibration of the committed ensemble; the commit of a further round removes it.
         teacher_checkpoint: Lightning's checkpoint of a teacher in training.
+        lock: held by the start that works in the run directory.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -62,6 +66,7 @@ class RunDirectory:
         self.report = self.root / "report.html"
         self.calibration = self.root / "anytime.json"
         self.teacher_checkpoint = self.root / "work" / "teacher" / "last.ckpt"
+        self.lock = RunLock(self.root / ".lock")
 
     @property
     def scratch(self) -> Path | None:
@@ -126,6 +131,20 @@ class RunDirectory:
                 f"`run_dir` {self.root} cannot be written to: {error.strerror or error}. "
                 "Give a folder that you may write to, on a disk with room."
             ) from error
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context of a start that works in the run directory: no other start can. Processes of one job share it.
+
+        Raises:
+            UserError: another start works in it, or it cannot be written to.
+        """
+        if distributed.early_rank() != 0:
+            yield
+            return
+        self.prepare()
+        with self.lock.held():
+            yield
 
     def freeze(self, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
         """Writes the configuration of a new run, or compares it with that of the run which is there.

@@ -1,0 +1,184 @@
+"""Lock of a run directory: one start at a time works in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from bdistil.errors import UserError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+# Seconds for which the lock of a dead process may outlive it: forked workers notice the end of their parent after
+# about 5, a file server that of its client after up to 90.
+LINGER = 120.0
+
+
+class RunLock:
+    """Lock on a file that the system takes back when the process ends, however it ends.
+
+    The file says who holds the lock. Forked workers of a dead process, or a file server that waits for a dead host, may
+    keep it for a while; a holder that is known to be dead is waited for, and then passed over. On a file system without
+    locks, a holder on this host whose process is alive is respected, and no other.
+
+    Args:
+        path: of the file; it stays when the lock is released.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+        self._users: set[object] = set()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Context that holds the lock; contexts of one object may be nested and end in any order.
+
+        Raises:
+            UserError: another process holds it, or another object of this one.
+        """
+        user = object()
+        self.acquire()
+        self._users.add(user)
+        try:
+            yield
+        finally:
+            self._users.discard(user)
+            if not self._users:
+                self.release()
+
+    def acquire(self) -> None:
+        """Takes the lock, unless this object holds it already. `release` gives it back, or the end of the last `held`.
+
+        Raises:
+            UserError: another process holds it, or another object of this one.
+        """
+        if self._handle is not None:
+            return
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._wait(handle)
+            text = json.dumps(_myself()).encode()
+            os.ftruncate(handle, 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, text)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle = handle
+
+    def release(self) -> None:
+        """Gives the lock back, whoever else of this object still wants it."""
+        self._users.clear()
+        if self._handle is None:
+            return
+        handle, self._handle = self._handle, None
+        os.ftruncate(handle, 0)
+        _unlock(handle)  # forked workers share the open file, so that closing it is not enough
+        os.close(handle)
+
+    def _wait(self, handle: int) -> None:
+        """Takes the lock; waits only where its holder is dead."""
+        start = time.monotonic()
+        while (taken := _try_lock(handle)) is not True:
+            holder, waited = _read(self.path), time.monotonic() - start
+            being_written = not holder and waited < 1
+            if not being_written and not _may_be_passed_over(holder, locks=taken is not None):
+                raise self._refusal(holder)
+            if taken is None or waited > LINGER:
+                return
+            time.sleep(0.1)
+
+    def _refusal(self, holder: dict[str, Any]) -> UserError:
+        process, host = holder.get("process", "(unknown)"), holder.get("host", "(unknown)")
+        own = (process, host) == (os.getpid(), socket.gethostname())
+        where = "this process; an earlier loop over `rounds()` has not ended" if own else "another start"
+        return UserError(
+            f"`run_dir` {self.path.parent} is in use by process {process} on host {host} ({where}), since "
+            f"{holder.get('since', '(unknown)')}: {holder.get('command', '(unknown)')}. Wait until it has ended, or "
+            f"choose another `run_dir`. If that host is gone, remove {self.path}."
+        )
+
+
+def _myself() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file says of the holder; nothing where it is being written."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _may_be_passed_over(holder: dict[str, Any], *, locks: bool) -> bool:
+    """Whether a holder is dead: a process of this host, or this SLURM job before it was requeued.
+
+    Without locks of the system, a process of another host counts as dead, and so does the number of this process, which
+    an earlier one had, as in containers.
+    """
+    if holder.get("host") == socket.gethostname():
+        process = holder.get("process")
+        return not _exists(process) or (not locks and process == os.getpid())
+    me = _myself()
+    requeued = me["job"] is not None and holder.get("job") == me["job"] and holder.get("restarts", 0) < me["restarts"]
+    return requeued or not locks
+
+
+def _exists(process: Any) -> bool:
+    if sys.platform == "win32" or not isinstance(process, int):
+        return True  # on Windows os.kill(process, 0) would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _try_lock(handle: int) -> bool | None:
+    """Whether the lock was taken; None where the file system has no locks."""
+    try:
+        if sys.platform == "win32":
+            os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond the text, which others read
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _unlock(handle: int) -> None:
+    try:
+        if sys.platform == "win32":
+            os.lseek(handle, 1 << 30, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    except OSError:
+        pass  # there was none: the file system has no locks, or the holder was passed over
