@@ -100,7 +100,7 @@ class RowFile:
     def flushed(self) -> Iterator[None]:
         """Flushes a large file to the disk while it is being written, so that `publish` has little to wait for.
 
-        On a slow disk it took a commit at the size of ImageNet from 2.6 to 2.0 times the seconds of cat and cp of its files.
+        On a slow disk it took a commit at the size of ImageNet from 2.6 to 2.0 times the seconds of cat and cp.
         """
         if self._map is not None:
             yield
