@@ -13,11 +13,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import Views, is_random, single_loader
+from bdistil.data.loaders import LOADERS, Views, is_random, paired, single_loader
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.quality import Task
@@ -25,12 +24,17 @@ from bdistil.models.student import Rung, Student
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
 
+TEST = "test_dataloader"
 # Strategies with one device, or one process per device that runs the script from its top; `auto` chooses between them.
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 
 
-def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
-    """Sets up a data module and returns its two loaders. Raises UserError where it lacks one or changes batches."""
+def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | None = None) -> tuple[Any, Any]:
+    """Sets up a data module and returns its two loaders, whose batches become (x, y).
+
+    Raises:
+        UserError: it lacks one, or changes batches.
+    """
     for method in ("train_dataloader", "val_dataloader"):
         if not is_overridden(method, datamodule, pl.LightningDataModule):
             raise UserError(
@@ -46,12 +50,39 @@ def loaders_of(datamodule: pl.LightningDataModule) -> tuple[Any, Any]:
     rank_zero_only(datamodule.prepare_data)()
     datamodule.setup("fit")
     try:
-        return single_loader(datamodule.train_dataloader()), single_loader(datamodule.val_dataloader())
+        loaders = [single_loader(getattr(datamodule, name)()) for name in LOADERS]
+        train, val = (as_pairs(loader, name, settings) for loader, name in zip(loaders, LOADERS, strict=True))
+        return train, val
     except ValueError as error:
         if "num_samples" not in str(error):
             raise
         kind = type(datamodule).__name__  # torch's own sampler refuses an empty dataset that is to be shuffled
         raise UserError(f"Expected the datasets of `{kind}` to hold samples, got an empty one ({error}).") from error
+
+
+def test_loader_of(datamodule: pl.LightningDataModule, settings: BoostingSettings) -> Any:
+    """The loader of the test part, whose batches become (x, y); None where a data module has none.
+
+    Raises:
+        UserError: it is not one loader.
+    """
+    if not is_overridden(TEST, datamodule, pl.LightningDataModule):
+        return None
+    datamodule.setup("test")
+    loader = single_loader(datamodule.test_dataloader())
+    if loader is not None and not isinstance(loader, DataLoader):
+        raise UserError(
+            f"Expected `{TEST}()` to return one torch DataLoader, on which the run is tested at its end, got "
+            f"{type(loader).__name__}. Return one of them, and test the ensemble on the others yourself."
+        )
+    return as_pairs(loader, TEST, settings)
+
+
+def as_pairs(loader: Any, name: str, settings: BoostingSettings | None = None) -> Any:
+    """A loader that a user's method returned, with batches (x, y) by the settings; without settings as it is."""
+    if settings is None:
+        return loader
+    return paired(loader, settings.labels, ignore_index=settings.ignore_index, name=name)
 
 
 def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bool:
@@ -143,40 +174,18 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
 
 
 def check_task(task: Task, teacher: nn.Module) -> None:
-    """Raises UserError where teachers of a regression are averaged as probabilities."""
+    """Raises UserError where teachers of another task than classification are averaged as probabilities."""
     inner = teacher.network if isinstance(teacher, AdaptedTeacher) else teacher
-    if task == "regression" and isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
+    if task != "classification" and isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
         raise UserError(
-            "Expected an average of the outputs of several teachers for task='regression', got AveragedTeacher(..., "
+            f"Expected an average of the outputs of several teachers for task={task!r}, got AveragedTeacher(..., "
             "of='probabilities'). Give of='logits'."
-        )
-
-
-def check_labels(labels: Any, task: Task, outputs: int) -> None:
-    """Raises UserError unless y of two samples are class numbers, or L numbers each for a regression."""
-    if not isinstance(labels, Tensor):
-        return
-    real = labels.is_floating_point() or labels.ndim > 1
-    if task == "classification" and real:
-        raise UserError(
-            f"Expected class numbers as labels y, got {labels.dtype} of shape {tuple(labels.shape)} for 2 samples. "
-            "Give BoostingSettings(task='regression') (model.boosting.task: regression) for real outputs."
-        )
-    if task == "regression" and labels.numel() != 2 * outputs:
-        raise UserError(
-            f"Expected {outputs} numbers as the label y of a sample, one per output of the teacher, got labels of "
-            f"shape {tuple(labels.shape)} for 2 samples."
         )
 
 
 def device_of(module: nn.Module) -> torch.device:
     """Device of a module's weights; the CPU if it has none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def first_of(x: Any) -> Any:
-    """The first sample of a batch, a tensor or a collection of tensors, as a batch of one."""
-    return tree_map_only(Tensor, lambda part: part[:1], x)
 
 
 def check_strategy(strategy: Strategy | str) -> None:

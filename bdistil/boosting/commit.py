@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from bdistil.boosting.costs import round_training_macs, student_latency
 from bdistil.boosting.ledger.records import RoundEvidence
@@ -137,7 +136,7 @@ def _curve_row(
 
 def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str, Any], **counts: int) -> None:
     """Commits student, S and metrics: all of them, or nothing."""
-    run, parts, number, example = boosting.run, plan.run.parts, plan.module.number, plan.run.example
+    run, parts, number = boosting.run, plan.run.parts, plan.module.number
     for part in (parts.train, parts.val):
         part.publish(plan.module.student, number)
     if distributed.rank() == 0:
@@ -146,7 +145,7 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
             blueprint, tensors = describe(plan.module.student)
         except IndescribableError as error:
             why, tensors = str(error), {name: value.clone() for name, value in tensors.items()}
-        head, tensor = parts.train.ledger.head, isinstance(example, Tensor)
+        head = parts.train.ledger.head
         record = {
             "round": number,
             "reason": verdict.reason,
@@ -154,8 +153,8 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
             "rung": asdict(plan.rung),
             "scale": head.scale,
             "offset": head.offset,
-            "input_shape": list(example.shape[1:]) if tensor else None,
-            "input_dtype": str(example.dtype).removeprefix("torch.") if tensor else None,
+            "task": boosting.settings.task,
+            **plan.run.inputs.to_record(),
             "curve": row,
             "evidence": {"training": asdict(verdict.training), "validation": asdict(verdict.validation)},
             "uncounted": plan.cost.uncounted,

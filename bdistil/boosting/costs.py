@@ -10,7 +10,6 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from bdistil.boosting.checks import first_of
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.models.student import linked_features, links_of
 from bdistil.teachers.api import ApiTeacher
@@ -20,7 +19,7 @@ Uncounted = Literal["error", "record"]
 
 def _inputs(student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device) -> tuple[Any, ...]:
     """Arguments of a student for one sample: x, and the features (1, D) that it reads of earlier students."""
-    x = move_data_to_device(first_of(example), device)
+    x = move_data_to_device(example, device)
     return (x, linked_features(student, earlier, x)) if links_of(student) else (x,)
 
 
@@ -55,9 +54,9 @@ def teacher_row(
         rank_zero_info("The teacher is an API: its MACs and parameters are unknown and written as 0.")
         unknown = ("macs", "link_macs", "params", "train_macs", "activation_bytes", "weight_bytes")
         return {"stage": "teacher", **dict.fromkeys(unknown, 0), "latency_ms": 0.0}
-    cost = measure_cost(teacher.cpu(), (first_of(example),), uncounted=uncounted)
+    cost = measure_cost(teacher.cpu(), (example,), uncounted=uncounted)
     _warn_of_uncounted(cost, "the teacher")
-    latency = latency_ms(teacher.to(device), (move_data_to_device(first_of(example), device),))
+    latency = latency_ms(teacher.to(device), (move_data_to_device(example, device),))
     return {
         "stage": "teacher",
         "macs": cost.macs,
@@ -76,6 +75,12 @@ def is_api(teacher: nn.Module) -> bool:
     return isinstance(getattr(teacher, "module", teacher), ApiTeacher)
 
 
+def declared_outputs(teacher: nn.Module) -> int | None:
+    """L of a teacher behind an API, which declares it; None of any other, which is run to find out."""
+    inner: Any = getattr(teacher, "module", teacher)
+    return int(inner.outputs) if is_api(teacher) else None
+
+
 def round_training_macs(
     student: nn.Module, cost: Cost, earlier: Sequence[nn.Module], example: Any, samples_seen: int, teacher_macs: int
 ) -> int:
@@ -85,13 +90,13 @@ def round_training_macs(
         student: of the round.
         cost: of the student.
         earlier: the students before it, on the CPU.
-        example: x of some samples.
+        example: x of one sample, as a batch.
         samples_seen: in all epochs and processes.
         teacher_macs: 0 with cached state; else the teacher and the linked bodies run for every batch.
     """
     links = 0
     if teacher_macs and links_of(student):
-        links = measure_cost(_Links(student, earlier), (first_of(example),), uncounted="record").macs
+        links = measure_cost(_Links(student, earlier), (example,), uncounted="record").macs
     return training_macs(
         student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen
     )

@@ -19,7 +19,15 @@ from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Views, check_dataset, rows_loader
 from bdistil.functional.boosting import prefix_error
-from bdistil.metrics.quality import PrefixErrors, PrefixMetric, output_figures, prefix_metric
+from bdistil.metrics.quality import (
+    PrefixErrors,
+    PrefixMetric,
+    PrefixPrecisions,
+    given_labels,
+    output_figures,
+    precision_figures,
+    prefix_metric,
+)
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 from bdistil.utils.modules import eval_mode
@@ -81,7 +89,7 @@ class Part:
         answers = self._teacher_logits(teacher, device, scores)
         with distributed.within(self.sharers):
             self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)
-            return _summed(scores)
+            return _summed(scores, outputs)
 
     def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
         """Opens S after the committed students, and their features that links may read; computes what is missing.
@@ -148,7 +156,7 @@ class Part:
                 self.features.begin(student.width)
             answers = self._student_logits(student, earlier, device, scores, write=isinstance(student, Student))
             evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
-            return evidence, *_summed(scores)
+            return evidence, *_summed(scores, self.ledger.outputs)
 
     def publish(self, student: nn.Module, number: int) -> None:
         """Gives the files that `score` wrote for an accepted student their names."""
@@ -173,7 +181,7 @@ class Part:
         """(first row, teacher logits (rows, L)) block by block; updates `scores`."""
         for x, y, index in self._blocks(0):
             logits = teacher(move_data_to_device(x, device)).float().cpu()
-            scores.update(logits[None], y)
+            scores.update(logits[None], given_labels(self.settings.task, y, logits))
             yield int(index[0]), logits
 
     @torch.no_grad()
@@ -196,14 +204,18 @@ class Part:
             logits = logits.float().cpu()
             g, s = self.ledger.rows(index)
             prefix = g + prefix_error(logits, g, s, self.ledger.version)
-            scores.update(self.ledger.units.outward(prefix)[None], y)
+            outward = self.ledger.units.outward
+            scores.update(outward(prefix)[None], given_labels(self.settings.task, y, outward(g)))
             yield int(index[0]), logits
 
 
-def _summed(scores: PrefixMetric) -> tuple[float, float]:
+def _summed(scores: PrefixMetric, outputs: int) -> tuple[float, float]:
     """Accuracy and loss of one predictor over all processes, some of which may have had no rows."""
     if isinstance(scores, PrefixErrors):
         r2, rms = output_figures(distributed.all_sum(scores.sums))
         return float(r2.sum()), float(rms.sum())
+    if isinstance(scores, PrefixPrecisions):
+        precision, entropy = precision_figures(*map(distributed.all_rows, scores.rows(outputs)))
+        return float(precision[0]), float(entropy[0])
     right, entropy, samples = (distributed.all_sum(x) for x in (scores.right, scores.entropy, scores.samples))
     return float(right.sum() / samples), float(entropy.sum() / samples)

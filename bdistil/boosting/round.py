@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdistil.boosting.ledger.ledger import ErrorLedger
@@ -20,7 +19,14 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import prefix_error, round_loss
-from bdistil.metrics.quality import output_figures, output_sums
+from bdistil.metrics.quality import (
+    PrefixPrecisions,
+    class_sums,
+    given_labels,
+    output_figures,
+    output_sums,
+    precision_figures,
+)
 from bdistil.models.student import linked_numbers, links_of, run_student
 from bdistil.utils import distributed
 from bdistil.utils.modules import adamw_cosine
@@ -156,6 +162,7 @@ class BoostingRound(_FastHookName):
 
     earlier: list[nn.Module]
     teacher: nn.Module | None
+    _precisions: PrefixPrecisions
 
     def __init__(
         self,
@@ -180,6 +187,7 @@ class BoostingRound(_FastHookName):
         self._game: Game | None = None
         self._losses: list[Tensor] = []  # not yet checked for NaN
         self._sums: list[Tensor] = []
+        object.__setattr__(self, "_precisions", PrefixPrecisions(sync_on_compute=False))  # in no checkpoint
 
     @property
     def ledger(self) -> ErrorLedger:
@@ -273,31 +281,38 @@ class BoostingRound(_FastHookName):
 
     def on_validation_epoch_start(self) -> None:
         """Resets the sums against the labels and against the teacher."""
-        shape = (3, self.ledger.outputs + 1) if self.settings.task == "regression" else (3,)
+        shape: tuple[int, ...] = (3, self.ledger.outputs + 1) if self.settings.task == "regression" else (3,)
         self._sums = [torch.zeros(shape, device=self.device), torch.zeros(2, device=self.device)]
+        self._precisions.reset()
 
-    def validation_step(self, batch: tuple[Any, Tensor, Index], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Any, Tensor | None, Index], batch_idx: int) -> None:
         """Adds the scores of the prefix that ends with this student."""
         x, y, index = batch
         target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
         miss = prefix_error(self.answer(x, index, self.val_part), target, error, self.number)
-        self._sums[0] += self._label_sums(target + miss, y)
+        self._sums[0] += self._label_sums(target + miss, given_labels(self.settings.task, y, self._outward(target)))
         self._sums[1] += torch.stack((miss.square().sum(), miss.new_full((), miss.numel())))
+
+    def _outward(self, numbers: Tensor) -> Tensor:
+        return self.ledger.units.outward(numbers)
 
     def _label_sums(self, answers: Tensor, y: Tensor) -> Tensor:
         """Sums over a batch of answers (B, L) in units of the ledger, in which real labels are small numbers, too."""
-        units = self.ledger.units
+        if self.settings.task == "multilabel":
+            self._precisions.update(self._outward(answers)[None].cpu(), y.cpu())
+            return answers.new_zeros(3)
         if self.settings.task == "regression":
-            return output_sums(answers, units.inward(y.reshape(len(y), self.ledger.outputs).float()))
-        logits = units.outward(answers)
-        right, entropy = (logits.argmax(-1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
-        return torch.stack((right, entropy, right.new_full((), len(y))))
+            return output_sums(answers, self.ledger.units.inward(y.reshape(len(y), self.ledger.outputs).float()))
+        return class_sums(self._outward(answers), y)
 
     def on_validation_epoch_end(self) -> None:
         """Logs accuracy and loss (R² and rms error for a regression), and the rms error to the teacher."""
         sums, (squares, outputs) = (self.trainer.strategy.reduce(part, reduce_op="sum") for part in self._sums)
         if self.settings.task == "regression":
             accuracy, loss = output_figures(sums, sums.new_tensor(self.ledger.units.scale))
+        elif self.settings.task == "multilabel":
+            rows = map(distributed.all_rows, self._precisions.rows(self.ledger.outputs))
+            accuracy, loss = (figure[0].to(self.device) for figure in precision_figures(*rows))
         else:
             accuracy, loss = sums[:2] / sums[2]
         self.log_dict(

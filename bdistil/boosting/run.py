@@ -9,24 +9,34 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from bdistil.boosting.checks import check_labels, check_outputs, check_rounds, check_task, check_widths, loaders_of
-from bdistil.boosting.costs import Uncounted, is_api, student_cost, teacher_row
+from bdistil.boosting.checks import (
+    TEST,
+    check_outputs,
+    check_rounds,
+    check_task,
+    check_widths,
+    loaders_of,
+    test_loader_of,
+)
+from bdistil.boosting.costs import Uncounted, declared_outputs, is_api, student_cost, teacher_row
+from bdistil.boosting.labels import check_samples
 from bdistil.boosting.parts import Parts
 from bdistil.boosting.round import BoostingRound, Game
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import indexed_loaders, single_loader
+from bdistil.data.loaders import LOADERS, indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import Cost
 from bdistil.metrics.quality import score_name
+from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, Student, build_student
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory
@@ -48,13 +58,15 @@ class RunPlan:
 
     Attributes:
         parts: training, validation and view parts.
-        example: x of two training samples.
+        example: x of one training sample, as a batch.
+        inputs: structure and shape of x in all parts.
         outputs: L.
         student: an unlinked student that the checks built; not trained.
     """
 
     parts: Parts
     example: Any
+    inputs: InputSpec
     outputs: int
     student: nn.Module
 
@@ -104,6 +116,7 @@ class Boosting:
         self.make, self.settings, self.seed, self.uncounted = student, settings, seed, uncounted
         self.config = dict(config) if config else {"boosting": settings.to_dict(), "seed": seed}
         self.students: list[nn.Module] = []  # of the committed rounds, restored from the disk
+        self._checked: tuple[pl.LightningDataModule, InputSpec] | None = None
 
     # ---- before training
 
@@ -121,20 +134,37 @@ class Boosting:
                 run.freeze(self.config, FREE_KEYS)
         for number in range(run.committed()):
             run.weights(number)
-        train, val = loaders_of(datamodule)
+        train, val = loaders_of(datamodule, settings)
         parts = Parts.of(train, val, run.ledger, settings, self.seed)
         check_task(settings.task, self.teacher.module)
         check_widths(self.make, settings.ladder)
-        example, labels = train.collate_fn([train.dataset[0], train.dataset[parts.train.samples - 1]])
+        pair, _ = train.collate_fn([train.dataset[0], train.dataset[parts.train.samples - 1]])
         with torch.random.fork_rng():
             student = build_student(self.make, 0, [], Rung(0))
         check_rounds(student, settings.rounds)
-        outputs = check_outputs(self.teacher, student, example, settings.task)
-        check_labels(labels, settings.task, outputs)
+        outputs = declared_outputs(self.teacher) or check_outputs(self.teacher, student, pair, settings.task)
+        inputs = self._check_samples(datamodule, train, val, outputs)
+        if is_api(self.teacher):  # it is billed, so that labels are checked first
+            check_outputs(self.teacher, student, pair, settings.task)
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         if distributed.early_rank() == 0:
             run.freeze(self.config, FREE_KEYS)
-        return RunPlan(parts, example, outputs, student)
+        return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student)
+
+    def _check_samples(self, datamodule: pl.LightningDataModule, train: Any, val: Any, outputs: int) -> InputSpec:
+        """Structure and shape of x, after a look at every label of all parts, in the first process, once in a run."""
+        if self.run.committed():
+            return InputSpec.of(self.run.record(0))
+        if self._checked is not None and self._checked[0] is datamodule:
+            return self._checked[1]
+        if distributed.early_rank() != 0:
+            return InputSpec()  # the first process commits
+        loaders = dict(zip(LOADERS, (train, val), strict=True)) | {TEST: test_loader_of(datamodule, self.settings)}
+        task = self.settings.task
+        specs = [check_samples(loader, name, task, outputs) for name, loader in loaders.items() if loader is not None]
+        inputs = reduce(InputSpec.joined, specs)
+        self._checked = (datamodule, inputs)
+        return inputs
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[RoundPlan]:
         """The remaining rounds; while one is being fitted, the data module's loaders yield the index, too.
@@ -158,7 +188,10 @@ class Boosting:
             if not started and distributed.early_rank() == 0:
                 self.run.keep_start(describe_start())
             started, before = True, self.run.verdicts(number)
-            with indexed_loaders(datamodule, seed_of(self.seed, number, this.attempt), *plan.parts.plans):
+            with indexed_loaders(
+                datamodule, seed_of(self.seed, number, this.attempt), *plan.parts.plans,
+                labels=self.settings.labels, ignore_index=self.settings.ignore_index,
+            ):  # fmt: skip
                 yield this
             if self.run.verdicts(number) == before:
                 raise RunError(
@@ -246,9 +279,9 @@ class Boosting:
         """Evaluates the test part, once per run, and writes its accuracies to the curve."""
         if distributed.early_rank() != 0 or not self.run.committed():
             return
-        if self.run.read("test") is None and is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
-            datamodule.setup("test")
-            loader, task = single_loader(datamodule.test_dataloader()), self.settings.task
+        loader = test_loader_of(datamodule, self.settings) if self.run.read("test") is None else None
+        if loader is not None:
+            task = self.settings.task
             teacher: list[float | None] = [None]  # the queries of an API are for training
             if not is_api(self.teacher):
                 teacher = [*prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device, task)]

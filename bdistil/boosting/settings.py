@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bdistil.boosting.ledger.rows import Storage
 from bdistil.errors import UserError
 from bdistil.functional.boosting import gamma_of
-from bdistil.metrics.quality import Task
+from bdistil.metrics.quality import UNLABELLED, Task
 from bdistil.models.student import Rung
 
 
@@ -25,7 +25,11 @@ class BoostingSettings:
     Attributes:
         rounds: T, the largest number of students.
         task: with `regression` outputs are real: R² replaces accuracy, rms error replaces cross entropy, and each
-            output has a unit of its own.
+            output has a unit of its own. With `multilabel` several labels may hold together, each output is the logit
+            of one, and mean average precision replaces accuracy.
+        labels: key of the labels in batches that are mappings; None where a batch is x alone, without labels: figures
+            are then the agreement with the teacher.
+        ignore_index: class number of a sample without a label, for example -1 or 255. It is distilled all the same.
         eta: step size of the game: how much harder the worst samples pull.
         kappa: correction strength: a student aims at g - kappa S. 0 is plain averaging, 1 repairs the whole error.
             1 unless `gamma` is given.
@@ -61,6 +65,8 @@ class BoostingSettings:
 
     rounds: int = 6
     task: Task = "classification"
+    labels: str | None = "labels"
+    ignore_index: int = UNLABELLED
     eta: float = 0.5
     kappa: float | None = None
     gamma: float | None = None
@@ -84,7 +90,7 @@ class BoostingSettings:
                 "is the same setting. Leave one out; `kappa` is the one to tune."
             )
         _require(self, "rounds", self.rounds >= 1, ">= 1")
-        _require(self, "task", self.task in ("classification", "regression"), "'classification' or 'regression'")
+        _require(self, "task", self.task in get_args(Task), "'classification', 'multilabel' or 'regression'")
         _require(self, "eta", self.eta > 0, "> 0 (0.5 is a good start)")
         _require(self, "kappa", self.kappa is None or self.kappa >= 0, ">= 0 (1 is a good start)")
         _require(self, "gamma", self.gamma is None or self.gamma > 0, "> 0")

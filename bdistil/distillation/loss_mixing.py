@@ -83,8 +83,10 @@ def check_round(module: BoostingRound, settings: MixingSettings) -> None:
             "Expected `mode` of the mixing settings to be 'convex' in a boosting run, whose target is a mix of "
             f"label and teacher, got {settings.mode!r}."
         )
-    if module.settings.task == "regression":
-        raise UserError("Expected a classification beside LossMixing, got a boosting run with task='regression'.")
+    if (task := module.settings.task) != "classification":
+        raise UserError(f"Expected a classification beside LossMixing, got a boosting run with task={task!r}.")
+    if module.settings.labels is None:
+        raise UserError("Expected labels beside LossMixing, which mixes them in, got a run with labels=None.")
 
 
 def mix_round(module: BoostingRound, mix: Tensor, all_labels: Tensor) -> None:

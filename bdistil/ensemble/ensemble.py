@@ -22,7 +22,7 @@ from bdistil.metrics.quality import PrefixMetric, Task, prefix_metric
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, build_student
 from bdistil.storage.blueprint import rebuild
-from bdistil.storage.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunDirectory, task_of
 
 SCHEDULES = ("one", "all")
 
@@ -36,7 +36,8 @@ class ProgressiveEnsemble(nn.Module):
         macs: cumulative multiply-adds per sample, one value per stage.
         calibration: what was fitted and measured for early exit.
         inputs: shape and dtype of a sample, where known; inputs are checked against it.
-        offset: added to real outputs, one per output.
+        offset: added to real outputs and to logits of several labels, one per output.
+        task: of the run; without an offset classification, else regression, by default.
 
     Example:
         >>> from bdistil import Budget, ProgressiveEnsemble, Student
@@ -64,8 +65,10 @@ class ProgressiveEnsemble(nn.Module):
         calibration: Calibration | None = None,
         inputs: InputSpec | None = None,
         offset: Sequence[float] | None = None,
+        task: Task | None = None,
     ) -> None:
         super().__init__()
+        self.task: Task = task or ("classification" if offset is None else "regression")
         self.students = nn.ModuleList(students)
         if offset is None:
             self.scale, self.offset = scale, None  # type: ignore[assignment]
@@ -114,15 +117,11 @@ class ProgressiveEnsemble(nn.Module):
             calibration=load_calibration(run) if calibration else None,
             inputs=InputSpec.of(records[0]),
             offset=records[0].get("offset"),
+            task=task_of(records[0]),
         )
 
     def __len__(self) -> int:
         return len(self.students)
-
-    @property
-    def task(self) -> Task:
-        """`classification` (the outputs are logits) or `regression` (real outputs)."""
-        return "classification" if self.offset is None else "regression"
 
     def train(self, mode: bool = True) -> ProgressiveEnsemble:
         """Keeps eval mode: students are finished."""
@@ -205,9 +204,10 @@ class ProgressiveEnsemble(nn.Module):
         """
         started = time.perf_counter()
         budget = budget or Budget()
-        if budget.confidence is not None and self.task == "regression":
+        if budget.confidence is not None and self.task != "classification":
+            outputs = "real outputs" if self.task == "regression" else "several labels"
             raise UserError(
-                f"Expected a budget without `confidence` for real outputs, which have no class probabilities, got "
+                f"Expected a budget without `confidence` for {outputs}, which have no class probabilities, got "
                 f"{budget.confidence!r}. Limit `stages`, `macs` or `seconds`."
             )
         exits = exits_of(budget, self.calibration)

@@ -1,4 +1,4 @@
-"""Quality of predictions: accuracy and cross entropy of classifiers, R² and rms error of real outputs."""
+"""Quality of predictions: accuracy of classes, mean average precision of several labels, R² of real outputs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.utilities import dim_zero_cat
 
-Task = Literal["classification", "regression"]
+Task = Literal["classification", "multilabel", "regression"]
+
+
+UNLABELLED = -100  # in place of the label that a sample lacks, as in torch's cross entropy
 
 
 def score_name(task: str) -> str:
     """Name of the score in the columns `val_accuracy` and `test_accuracy`.
 
     Example:
-        >>> score_name("classification"), score_name("regression")
-        ('accuracy', 'R²')
+        >>> score_name("classification"), score_name("multilabel"), score_name("regression")
+        ('accuracy', 'mean average precision', 'R²')
     """
-    return "R²" if task == "regression" else "accuracy"
+    return {"regression": "R²", "multilabel": "mean average precision"}.get(task, "accuracy")
+
+
+def given_labels(task: Task, y: Tensor | None, teacher: Tensor) -> Tensor:
+    """Labels of a batch, in a form for the metrics; those of the teacher where there are none.
+
+    Args:
+        task: of the run.
+        y: class numbers (B,), soft labels (B, L), 0 and 1 (B, L) of a multilabel task, or real ones; None: no labels.
+        teacher: its logits (B, L) in its own units. Figures are then the agreement with it.
+    """
+    if y is not None:
+        return y
+    if task == "classification":
+        return teacher.argmax(-1)
+    return (teacher > 0).long() if task == "multilabel" else teacher
+
+
+def class_sums(logits: Tensor, y: Tensor) -> Tensor:
+    """Sums over a batch of right answers, cross entropy in nats, and labelled samples, as (..., 3).
+
+    Args:
+        logits: (..., B, L).
+        y: class numbers (B,), negative for a sample without a label, or soft labels (B, L), whose largest is the class.
+
+    Example:
+        >>> class_sums(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, -100]))
+        tensor([1.0000, 0.1269, 1.0000])
+    """
+    negative = -logits.log_softmax(-1)
+    if y.ndim > 1:
+        right = (logits.argmax(-1) == y.argmax(-1)).sum(-1)
+        entropy, count = (negative * y).sum((-1, -2)), right.new_full(right.shape, len(y))
+    else:
+        labelled, chosen = y >= 0, y.clamp(min=0)
+        right = ((logits.argmax(-1) == y) & labelled).sum(-1)
+        of_label = negative.gather(-1, chosen.expand(logits.shape[:-1])[..., None]).squeeze(-1)
+        entropy, count = (of_label * labelled).sum(-1), labelled.sum().expand(right.shape)
+    return torch.stack((right.to(entropy.dtype), entropy, count.to(entropy.dtype)), -1)
 
 
 class PrefixScores(Metric):
@@ -53,13 +96,12 @@ class PrefixScores(Metric):
 
         Args:
             logits: (K, B, L).
-            target: class numbers (B,).
+            target: class numbers (B,), negative without a label, or soft labels (B, L).
         """
-        flat = logits.float().flatten(0, 1)
-        entropy = F.cross_entropy(flat, target.repeat(len(logits)), reduction="none").view(len(logits), -1)
-        self.right += (logits.argmax(-1) == target).sum(-1)
-        self.entropy += entropy.sum(-1)
-        self.samples += len(target)
+        right, entropy, samples = class_sums(logits.float(), target).double().unbind(-1)
+        self.right += right
+        self.entropy += entropy
+        self.samples += samples[0]
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Accuracy in 0 … 1 and mean cross entropy in nats, both (K,), or () for K = 1 as torchmetrics squeezes it."""
@@ -142,11 +184,73 @@ class PrefixErrors(Metric):
         return output_figures(self.sums)
 
 
-PrefixMetric = PrefixScores | PrefixErrors
+class PrefixPrecisions(Metric):
+    """Mean average precision and mean binary cross entropy of K predictors of L labels that may hold together.
+
+    The mean is over the labels that some sample has (macro average), as torchmetrics defines it. Answers of all samples
+    are kept until `compute`.
+
+    Example:
+        >>> scores = PrefixPrecisions()
+        >>> scores.update(torch.tensor([[[2.0, -1.0], [-2.0, 1.0]]]), torch.tensor([[1, 0], [0, 1]]))
+        >>> [round(float(figure), 3) for figure in scores.compute()]
+        [1.0, 0.22]
+    """
+
+    full_state_update = False
+    answers: list[Tensor]
+    targets: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("answers", [], dist_reduce_fx="cat")
+        self.add_state("targets", [], dist_reduce_fx="cat")
+
+    def update(self, answers: Tensor, target: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            answers: logits (K, B, L).
+            target: (B, L) of 0 and 1; negative where unknown.
+        """
+        self.answers.append(answers.detach().float().transpose(0, 1))
+        self.targets.append(target.reshape(answers.shape[1:]).long())
+
+    def rows(self, outputs: int) -> tuple[Tensor, Tensor]:
+        """Logits (N, K, L) and labels (N, L) so far; (0, 1, L) and (0, L) before the first batch."""
+        if not self.answers:
+            return torch.zeros(0, 1, outputs), torch.zeros(0, outputs, dtype=torch.int64)
+        return dim_zero_cat(self.answers), dim_zero_cat(self.targets)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean average precision in 0 … 1 and mean cross entropy in nats per output, both (K,)."""
+        return precision_figures(dim_zero_cat(self.answers), dim_zero_cat(self.targets))
+
+
+def precision_figures(answers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Figures of `PrefixPrecisions` from the logits (N, K, L) and the labels (N, L) of all samples, both (K,)."""
+    known = targets >= 0
+    entropy = F.binary_cross_entropy_with_logits(
+        answers, targets.clamp(min=0).to(answers.dtype)[:, None].expand(answers.shape), reduction="none"
+    )
+    entropy = (entropy * known[:, None]).sum((0, 2)) / known.sum()
+    with_positives = (targets == 1).any(0)  # the precision of others is undefined
+    precisions = [
+        multilabel_average_precision(
+            logits.sigmoid(), targets, targets.shape[1], average="none", ignore_index=UNLABELLED, validate_args=False
+        )[with_positives].mean()
+        for logits in answers.unbind(1)
+    ]
+    return torch.stack(precisions), entropy
+
+
+PrefixMetric = PrefixScores | PrefixErrors | PrefixPrecisions
 
 
 def prefix_metric(task: Task, outputs: int, predictors: int = 1) -> PrefixMetric:
     """Metric for K predictors of L outputs, which counts the samples of this process only."""
     if task == "regression":
         return PrefixErrors(predictors, outputs, sync_on_compute=False)
+    if task == "multilabel":
+        return PrefixPrecisions(sync_on_compute=False)
     return PrefixScores(predictors, sync_on_compute=False)

@@ -1,9 +1,9 @@
-"""Shape, dtype and normalisation of the inputs of a model, and the check of x against them."""
+"""Structure, shape, dtype and normalisation of the inputs of a model, and the check of x against them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,19 @@ from torch import Tensor, nn
 
 from bdistil.errors import UserError
 
+# A size of one sample, or the smallest and the largest one that was seen in training.
+Size = int | tuple[int, int]
+
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Shape and dtype of one sample of x; None where unknown.
+    """Shape and dtype of one sample of x; None where unknown. Of a mapping or a tuple, those of its parts.
 
     Attributes:
-        shape: of one sample, without the batch.
+        shape: of one sample, without the batch; a pair (smallest, largest) is a size that may vary, such as the number
+            of steps of a sequence.
         dtype: name of the dtype in torch, for example ``float32``.
+        parts: by key of a mapping, in order of a tuple; None for one tensor.
 
     Example:
         >>> InputSpec((3,), "float32").check(torch.zeros(2, 4))
@@ -28,49 +33,189 @@ class InputSpec:
         bdistil.errors.UserError: Expected `x` of shape (B, 3), as in training, got (2, 4).
     """
 
-    shape: tuple[int, ...] | None = None
+    shape: tuple[Size, ...] | None = None
     dtype: str | None = None
+    parts: Mapping[str, InputSpec] | tuple[InputSpec, ...] | None = None
+
+    # ---- made from a batch, or read from a record
+
+    @classmethod
+    def of_batch(cls, x: Any) -> InputSpec:
+        """Of a batch (B, ...). A packed sequence, or any other object, is of unknown shape."""
+        if isinstance(x, Tensor):
+            return cls(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."))
+        if isinstance(x, Mapping):
+            return cls(parts={str(key): cls.of_batch(value) for key, value in x.items()})
+        if type(x) in (tuple, list):
+            return cls(parts=tuple(map(cls.of_batch, x)))
+        return cls()
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> InputSpec:
-        """From the record of a committed round."""
-        shape = record.get("input_shape")
-        return cls(None if shape is None else tuple(shape), record.get("input_dtype"))
+        """From the record of a committed round, see `to_record`."""
+        shape, parts = record.get("input_shape"), record.get("input_parts")
+        if isinstance(parts, Mapping):
+            return cls(parts={key: cls.of(part) for key, part in parts.items()})
+        if parts is not None:
+            return cls(parts=tuple(map(cls.of, parts)))
+        sizes = None if shape is None else tuple(tuple(s) if isinstance(s, list) else s for s in shape)
+        return cls(sizes, record.get("input_dtype"))
 
-    def random(self, count: int) -> Tensor:
-        """Random samples (count, ...), always the same: standard normal, or zeros and ones for an integer dtype."""
+    def to_record(self) -> dict[str, Any]:
+        """As plain values."""
+        if isinstance(self.parts, Mapping):
+            return {"input_parts": {key: part.to_record() for key, part in self.parts.items()}}
+        if self.parts is not None:
+            return {"input_parts": [part.to_record() for part in self.parts]}
+        sizes = None if self.shape is None else [list(s) if isinstance(s, tuple) else s for s in self.shape]
+        return {"input_shape": sizes, "input_dtype": self.dtype}
+
+    def joined(self, other: InputSpec) -> InputSpec:
+        """Of both; a size that differs may vary, and whatever else differs is unknown.
+
+        Example:
+            >>> InputSpec((5, 3), "float32").joined(InputSpec((7, 3), "float32")).shape
+            ((5, 7), 3)
+        """
+        if isinstance(self.parts, Mapping) and isinstance(other.parts, Mapping):
+            if self.parts.keys() == other.parts.keys():
+                return InputSpec(parts={key: part.joined(other.parts[key]) for key, part in self.parts.items()})
+        elif isinstance(self.parts, tuple) and isinstance(other.parts, tuple):
+            if len(self.parts) == len(other.parts):
+                return InputSpec(parts=tuple(a.joined(b) for a, b in zip(self.parts, other.parts, strict=True)))
+        elif self.shape is not None and other.shape is not None and len(self.shape) == len(other.shape):
+            sizes = tuple(_joined_size(a, b) for a, b in zip(self.shape, other.shape, strict=True))
+            return InputSpec(sizes, self.dtype if self.dtype == other.dtype else None)
+        return InputSpec()
+
+    # ---- use
+
+    @property
+    def known(self) -> bool:
+        """Whether all shapes are known."""
+        if self.parts is None:
+            return self.shape is not None
+        parts = self.parts.values() if isinstance(self.parts, Mapping) else self.parts
+        return all(part.known for part in parts)
+
+    def tensors(self, name: str = "x") -> dict[str, InputSpec]:
+        """The tensors of x by name: ``x`` alone, ``x_ids`` of the key ids, ``x_0`` of the first of a tuple."""
+        if self.parts is None:
+            return {name: self}
+        items = self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts)
+        return {key: spec for place, part in items for key, spec in part.tensors(f"{name}_{place}").items()}
+
+    def take_apart(self, x: Any, name: str = "x") -> dict[str, Any]:
+        """The tensors of a batch x, by the names of `tensors`."""
+        if self.parts is None:
+            return {name: x}
+        items = self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts)
+        return {key: t for place, part in items for key, t in part.take_apart(x[place], f"{name}_{place}").items()}
+
+    def put_together(self, tensors: Mapping[str, Any], name: str = "x") -> Any:
+        """Inverse of `take_apart`: a tensor, a dictionary or a tuple."""
+        if isinstance(self.parts, Mapping):
+            return {key: part.put_together(tensors, f"{name}_{key}") for key, part in self.parts.items()}
+        if self.parts is not None:
+            return tuple(part.put_together(tensors, f"{name}_{place}") for place, part in enumerate(self.parts))
+        return tensors[name]
+
+    def random(self, count: int) -> Any:
+        """Random samples (count, ...), always the same: standard normal, or zeros and ones for an integer dtype.
+
+        A size that may vary is the largest. The first column of whole numbers is 1, so that none is an empty mask.
+        """
+        return self._random(count, torch.Generator().manual_seed(0))
+
+    def _random(self, count: int, generator: torch.Generator) -> Any:
+        if isinstance(self.parts, Mapping):
+            return {key: part._random(count, generator) for key, part in self.parts.items()}
+        if self.parts is not None:
+            return tuple(part._random(count, generator) for part in self.parts)
         assert self.shape is not None
-        generator, dtype = torch.Generator().manual_seed(0), getattr(torch, self.dtype or "float32")
+        dtype, sizes = getattr(torch, self.dtype or "float32"), [_largest(size) for size in self.shape]
         if dtype.is_floating_point:
-            return torch.randn(count, *self.shape, generator=generator).to(dtype)
-        return torch.randint(2, (count, *self.shape), generator=generator).to(dtype)
+            return torch.randn(count, *sizes, generator=generator).to(dtype)
+        numbers = torch.randint(2, (count, *sizes), generator=generator).to(dtype)
+        numbers.view(count, -1)[:, :1] = 1
+        return numbers
 
-    def check(self, x: Any) -> None:
+    def check(self, x: Any, name: str = "x") -> None:
         """Checks that x is a batch of such samples, without NaN or infinity; what is no tensor is not checked.
 
         Raises:
             UserError: x differs; the message names the expected and the given value.
         """
-        if not isinstance(x, Tensor):
-            return
-        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
+        if self.parts is not None:
+            self._check_parts(x, name)
+        elif isinstance(x, Tensor):
+            self._check_tensor(x, name)
+        elif self.shape is not None:
             raise UserError(
-                f"Expected `x` of shape (B, {', '.join(map(str, self.shape))}), as in training, got {tuple(x.shape)}."
-                + (" One sample is x[None]." if tuple(x.shape) == self.shape else "")
+                f"Expected `{name}` to be a torch tensor, as in training, got {type(x).__name__}. Convert an array by "
+                "torch.from_numpy(x)."
+            )
+
+    def _check_parts(self, x: Any, name: str) -> None:
+        if isinstance(self.parts, Mapping):
+            missing = [] if not isinstance(x, Mapping) else [key for key in self.parts if key not in x]
+            if missing or not isinstance(x, Mapping):
+                got = ", ".join(map(repr, x)) if isinstance(x, Mapping) else type(x).__name__
+                keys = ", ".join(map(repr, self.parts))
+                raise UserError(f"Expected `{name}` to be a mapping with {keys}, as in training, got {got}.")
+            for key, part in self.parts.items():
+                part.check(x[key], f"{name}[{key!r}]")
+            return
+        assert self.parts is not None
+        if not isinstance(x, Sequence) or len(x) != len(self.parts):
+            got = f"{len(x)}" if isinstance(x, Sequence) else type(x).__name__
+            raise UserError(f"Expected `{name}` to be a tuple of {len(self.parts)}, as in training, got {got}.")
+        for place, part in enumerate(self.parts):
+            part.check(x[place], f"{name}[{place}]")
+
+    def _check_tensor(self, x: Tensor, name: str) -> None:
+        if self.shape is not None and tuple(x.shape[1:]) != self.shape and not _fits(x.shape[1:], self.shape):
+            sizes = ", ".join(("B", *map(_size_text, self.shape)))
+            raise UserError(
+                f"Expected `{name}` of shape ({sizes}), as in training, got {tuple(x.shape)}."
+                + (f" One sample is {name}[None]." if _fits(x.shape, self.shape) else "")
             )
         if self.dtype is not None and str(x.dtype) != f"torch.{self.dtype}":
-            raise UserError(f"Expected `x` of dtype {self.dtype}, as in training, got {x.dtype}. Convert it before.")
+            raise UserError(
+                f"Expected `{name}` of dtype {self.dtype}, as in training, got {x.dtype}. Convert it before."
+            )
         # A sum is the cheapest pass over x that NaN and infinity carry through. Finite values may overflow in it, so
         # that the samples are checked one by one then.
         if x.is_floating_point() and not math.isfinite(x.sum().item()):
-            _refuse_nan(x)
+            _refuse_nan(x, name)
 
 
-def _refuse_nan(x: Tensor) -> None:
+def _largest(size: Size) -> int:
+    return size[1] if isinstance(size, tuple) else size
+
+
+def _joined_size(a: Size, b: Size) -> Size:
+    (low, high), (least, most) = (size if isinstance(size, tuple) else (size, size) for size in (a, b))
+    low, high = min(low, least), max(high, most)
+    return low if low == high else (low, high)
+
+
+def _fits(sizes: Sequence[int], allowed: tuple[Size, ...]) -> bool:
+    """Whether sizes are allowed; one that varies may be of any length."""
+    return len(sizes) == len(allowed) and all(
+        isinstance(b, tuple) or a == b for a, b in zip(sizes, allowed, strict=True)
+    )
+
+
+def _size_text(size: Size) -> str:
+    return "any" if isinstance(size, tuple) else str(size)
+
+
+def _refuse_nan(x: Tensor, name: str) -> None:
     wrong = ~torch.isfinite(x.detach()).flatten(1).all(1) if x.ndim > 1 else ~torch.isfinite(x.detach())
     if count := int(wrong.sum()):
         raise UserError(
-            f"Expected `x` without NaN or infinity, got {count} such samples of {len(x)}, the first at index "
+            f"Expected `{name}` without NaN or infinity, got {count} such samples of {len(x)}, the first at index "
             f"{int(wrong.nonzero()[0])}. Mend or leave out these samples."
         )
 

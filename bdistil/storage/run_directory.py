@@ -288,8 +288,8 @@ class RunDirectory:
     @property
     def task(self) -> Task:
         """The task of the run, by its first committed round."""
-        real = self.committed() > 0 and self.record(0).get("offset") is not None
-        return "regression" if real else "classification"
+        record = self.record(0) if self.committed() else {}
+        return task_of(record)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the curve, read from the committed rounds: the teacher, then every prefix."""
@@ -314,6 +314,12 @@ class RunDirectory:
         """The rows of curve.csv as text."""
         with open(self.curve, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
+
+
+def task_of(record: Mapping[str, Any]) -> Task:
+    """The task of a run, from round.json; files of before it was written there are told by their offset."""
+    task: Task = record.get("task") or ("classification" if record.get("offset") is None else "regression")
+    return task
 
 
 def _damaged(path: Path, state: str) -> RunError:

@@ -95,6 +95,16 @@ def all_sum(values: Tensor) -> Tensor:
     return _reduced(counted, dist.ReduceOp.SUM)
 
 
+def all_rows(values: Tensor) -> Tensor:
+    """Rows (n, ...) of all processes, in their order, on the CPU; n may differ between them."""
+    if not _active():
+        return values
+    counted = values if _sharers is None or _sharers.first else values[:0]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, counted.cpu().numpy())
+    return torch.cat([torch.from_numpy(rows) for rows in found])
+
+
 def all_mean(values: Tensor) -> Tensor:
     """Mean over all processes, on the device of `values`."""
     return all_sum(values) / world_size()

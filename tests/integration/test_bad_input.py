@@ -177,8 +177,8 @@ X, Y = samples(16, 1)
     [
         (loader(TensorDataset(X[:0], Y[:0])), "`train_dataloader.*to hold samples, got an empty TensorDataset"),
         (loader(Stream()), r"`train_dataloader.*map-style \(with __len__ and __getitem__\), got the iterable Stream"),
-        (loader(Items((X[0], 1, 2))), r"items of the dataset of `train_dataloader\(\)` to be \(x, y\), got 3 values"),
-        (loader(Items({"x": X[0]})), r"to be \(x, y\), got dict"),
+        (loader(Items((X[0], 1, 2))), r"batches of `train_dataloader\(\)` to be \(x, y\), got 3 values"),
+        (loader(Items({"x": X[0]})), r"key 'labels' in batches of `train_dataloader\(\)`, got 'x'\."),
         (loader(Items(X[0])), r"to be \(x, y\), got Tensor"),
         ([loader(TensorDataset(X, Y))] * 2, "`train_dataloader.*to return one torch DataLoader, got list"),
         ({"a": loader(TensorDataset(X, Y))}, "`train_dataloader.*to return one torch DataLoader, got dict"),

@@ -211,11 +211,15 @@ def one_output(round):
     ("options", "data", "message"),
     [
         ({"teacher": nn.Linear(FEATURES, 1), "student": one_output}, Table(1), r"L=1\. Give .*task='regression'"),
-        ({"teacher": Teacher(), "student": make_student}, Table(), r"class numbers as labels y, got torch\.float32"),
+        (
+            {"teacher": Teacher(), "student": make_student},
+            Table(),
+            r"float32 numbers of shape .* for sample 0.*'regression'",
+        ),
         (
             {"teacher": Teacher(), "student": make_student, "settings": settings()},
             Table(1),
-            r"Expected 2 numbers as the label y of a sample.*shape \(2,\) for 2 samples",
+            r"label y of a sample to be 2 finite numbers, .* for sample 0 of `train_dataloader",
         ),
         (
             {"teacher": AveragedTeacher([Teacher()]), "student": make_student, "settings": settings()},

@@ -35,21 +35,24 @@ THREADS = 4
 
 
 def measure_units(logits: RowFile, task: Task) -> Units:
-    """Units in which the rows (N, L) have rms 1: for all outputs of a classification, for each of a regression.
+    """Units in which the rows (N, L) have rms 1: for each output of a regression, for all together otherwise.
+
+    Logits of a classification are centred per sample, before they are written; other outputs have an offset.
 
     Raises:
         RunError: all rows are the same.
     """
     samples, outputs = logits.shape
     mean = torch.zeros(outputs, dtype=torch.float64)
-    if task == "regression":
+    if task != "classification":
         mean = _sum_over_blocks(logits, lambda rows: rows) / samples
     squares = _sum_over_blocks(logits, lambda rows: (rows - mean).square()) / samples
     if task == "regression":
         sd = squares.sqrt().where(squares.sqrt() > 1e-6 * mean.abs(), 0.0)  # rounding errors of a constant output
         constant, units = bool((sd == 0).all()), Units(tuple(sd.where(sd > 0, 1.0).tolist()), tuple(mean.tolist()))
     else:
-        constant, units = bool((squares == 0).all()), Units(float(squares.mean()) ** 0.5)
+        scale, offset = float(squares.mean()) ** 0.5, None if task == "classification" else tuple(mean.tolist())
+        constant, units = scale <= 1e-6 * float(mean.abs().max()), Units(scale, offset)
     if constant:
         raise RunError("The teacher gives the same answer for every sample: there is nothing to distil.")
     return units

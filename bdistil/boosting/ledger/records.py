@@ -19,7 +19,7 @@ class Units:
     """Units of a ledger, in those of the teacher.
 
     Attributes:
-        scale: one for all outputs (classification), or one for each output (regression).
+        scale: one for all outputs, or one for each output (regression).
         offset: one for each output. None in classification: its logits are centred per sample, because softmax does
             not depend on their mean.
     """

@@ -1,5 +1,6 @@
 """DataLoaders that carry each sample's index, checks of datasets, and fixed random views."""
 
+from bdistil.data.loaders.batches import PairCollate, as_labels, paired
 from bdistil.data.loaders.checks import check_dataset, distinct_samples, first_samples, is_random, single_loader
 from bdistil.data.loaders.indexing import (
     LOADERS,
@@ -18,14 +19,17 @@ __all__ = [
     "LOADERS",
     "Index",
     "IndexedDataset",
+    "PairCollate",
     "ViewPlan",
     "ViewSampler",
     "Views",
+    "as_labels",
     "check_dataset",
     "distinct_samples",
     "first_samples",
     "indexed_loaders",
     "is_random",
+    "paired",
     "rows_loader",
     "sequential_loader",
     "single_loader",

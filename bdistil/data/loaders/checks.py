@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sized
 from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from bdistil.data.loaders.batches import PairCollate, paired
 from bdistil.errors import UserError
+from bdistil.utils.trees import joined_rows, row_count, take_rows
 
 
 def single_loader(loader: Any) -> Any:
@@ -18,21 +19,24 @@ def single_loader(loader: Any) -> Any:
     return loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
 
 
-def first_samples(loader: Any, count: int) -> Tensor:
-    """x (n, ...) of the first samples of a loader that yields (x, y), or of a list of one; n is at most `count`."""
-    batches: list[Tensor] = []
-    for x, _ in single_loader(loader):
+def first_samples(loader: Any, count: int, labels: str | None = "labels") -> Any:
+    """x (n, ...) of the first samples of a loader, or of a list of one, in the structure of x; n is at most `count`.
+
+    `labels` is the key of the labels in batches that are mappings; None where a batch is x alone.
+    """
+    batches: list[Any] = []
+    for x, _ in paired(single_loader(loader), labels):
         batches.append(x)
-        if sum(map(len, batches)) >= count:
+        if sum(map(row_count, batches)) >= count:
             break
-    return torch.cat(batches)[:count]
+    return take_rows(joined_rows(batches), slice(count))
 
 
 def check_dataset(loader: Any, name: str) -> int:
-    """Number of samples of a loader that a user's method `name` returned; its dataset is indexed and yields (x, y).
+    """Number of samples of a loader that a user's method `name` returned; its dataset is indexed, its batches (x, y).
 
     Raises:
-        UserError: not one DataLoader; an iterable or empty dataset; items that are not (x, y).
+        UserError: not one DataLoader; an iterable or empty dataset; batches that are not (x, y).
     """
     loader = single_loader(loader)
     if not isinstance(loader, DataLoader):
@@ -49,19 +53,21 @@ def check_dataset(loader: Any, name: str) -> int:
         )
     if len(dataset) == 0:
         raise UserError(f"Expected the dataset of `{name}()` to hold samples, got an empty {type(dataset).__name__}.")
-    item = dataset[0]
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        got = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
-        raise UserError(
-            f"Expected items of the dataset of `{name}()` to be (x, y), got {got}. The index is added for you."
-        )
+    collate = loader.collate_fn
+    collate = collate if isinstance(collate, PairCollate) else PairCollate(collate, name=name)
+    collate([dataset[0]])
     return len(dataset)
 
 
 def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
     """Whether reading a sample twice gives two different x (random augmentation)."""
     numbers = range(min(tries, len(cast(Sized, dataset))))
-    return not all(_same(dataset[index][0], dataset[index][0]) for index in numbers)
+    return not all(_same(_x_of(dataset[index]), _x_of(dataset[index])) for index in numbers)
+
+
+def _x_of(item: Any) -> Any:
+    """An item without its label, where it is a pair."""
+    return item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
 
 
 def _same(first: Any, second: Any) -> bool:

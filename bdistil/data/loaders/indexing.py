@@ -25,9 +25,11 @@ from torch.utils.data import (
     default_collate,
 )
 
+from bdistil.data.loaders.batches import PairCollate, paired
 from bdistil.data.loaders.checks import single_loader
 from bdistil.data.loaders.views import ViewPlan, Views, ViewSampler
 from bdistil.errors import UserError
+from bdistil.metrics.quality import UNLABELLED
 from bdistil.utils.seeding import seed_of
 
 LOADERS = ("train_dataloader", "val_dataloader")
@@ -35,14 +37,15 @@ Index = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class IndexedDataset(Dataset[Any]):
-    """A map-style dataset of (x, y) that yields each item with its number.
+    """A map-style dataset that yields each item with its number.
 
     A dataset of tensors yields a whole batch at once; `collate` takes both forms, with that of the user's loader.
     """
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
-        self.dataset, self._collate = dataset, collate
-        self._tensors = dataset.tensors if type(dataset) is TensorDataset and collate is default_collate else None
+        self.dataset, self._collate = dataset, collate if isinstance(collate, PairCollate) else PairCollate(collate)
+        plain = type(dataset) is TensorDataset and self._collate.collate is default_collate
+        self._tensors = cast(TensorDataset, dataset).tensors if plain else None
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -57,7 +60,7 @@ class IndexedDataset(Dataset[Any]):
             items = read(indices) if read else [self.dataset[index] for index in indices]
             return list(zip(items, indices, strict=True))
         rows = np.asarray(indices)
-        return (*(tensor[torch.from_numpy(rows)] for tensor in self._tensors), rows)
+        return (*self._collate.split([tensor[torch.from_numpy(rows)] for tensor in self._tensors]), rows)
 
     def collate(self, batch: Any) -> Any:
         """(x, y, index) of a batch; index is (B,) int64 in NumPy, which no Trainer moves to a device."""
@@ -195,15 +198,21 @@ def indexed_loaders(
     train: ViewPlan | None = None,
     val: ViewPlan | None = None,
     names: Sequence[str] = LOADERS,
+    labels: str | None = "labels",
+    ignore_index: int = UNLABELLED,
 ) -> Iterator[None]:
     """Context in which the loaders that the named methods of a user's data module return yield (x, y, index).
 
-    `seed` is that of the order of training samples; `train` and `val` are the views of parts that augment at random.
+    `seed` is that of the order of training samples; `train` and `val` are the views of parts that augment at random;
+    `labels` and `ignore_index` are those of `PairCollate`.
     """
     before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
     for name in names:
         plan = train if name == LOADERS[0] else val
-        vars(datamodule)[name] = partial(_indexed_loader, name, getattr(datamodule, name), datamodule, seed, plan)
+        pairs = partial(paired, labels=labels, ignore_index=ignore_index, name=name)
+        vars(datamodule)[name] = partial(
+            _indexed_loader, name, getattr(datamodule, name), datamodule, seed, plan, pairs
+        )
     try:
         yield
     finally:
@@ -213,10 +222,15 @@ def indexed_loaders(
 
 
 def _indexed_loader(
-    name: str, original: Callable[[], Any], datamodule: pl.LightningDataModule, seed: int, plan: ViewPlan | None
+    name: str,
+    original: Callable[[], Any],
+    datamodule: pl.LightningDataModule,
+    seed: int,
+    plan: ViewPlan | None,
+    pairs: Callable[[Any], Any],
 ) -> DataLoader[Any]:
     """The loader that a method of a data module returns, with the index."""
-    loader, trainer = single_loader(original()), cast(Any, datamodule.trainer)
+    loader, trainer = pairs(single_loader(original())), cast(Any, datamodule.trainer)
     ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     if name != LOADERS[0]:
         return sequential_loader(loader, plan=plan, **ranks)

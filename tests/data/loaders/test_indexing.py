@@ -330,7 +330,7 @@ def test_a_dataset_that_will_do(wrap):
         (DataLoader(Items((X, Y, Y))), r"`val_dataloader\(\)` to be \(x, y\), got 3 values\. The index is added"),
         (DataLoader(Items((X,))), "got 1 values"),
         (DataLoader(Items(X)), "got Tensor"),
-        (DataLoader(Items({"x": X, "y": Y})), "got dict"),
+        (DataLoader(Items({"x": X, "y": Y})), r"the key 'labels' in batches of `val_dataloader\(\)`, got 'x', 'y'"),
         ([DataLoader(TENSORS)] * 2, r"`val_dataloader\(\)` to return one torch DataLoader, got list"),
         ([], "one torch DataLoader, got list"),
         ([TENSORS], "one torch DataLoader, got TensorDataset"),

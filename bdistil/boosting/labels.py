@@ -1,0 +1,187 @@
+"""Validation of all samples before training: every label, and the structure and shape of x."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
+
+from bdistil.data.loaders import LOADERS, PairCollate, as_labels, rows_loader
+from bdistil.errors import UserError
+from bdistil.metrics.quality import UNLABELLED, Task
+from bdistil.models.inputs import InputSpec
+
+PROBES = 16  # samples on which labels that a dataset declares are compared with those that it gives
+USUAL_BATCH = 64  # samples that are read at once where the user's loader has no fixed number
+
+
+def check_samples(loader: DataLoader[Any], name: str, task: Task, outputs: int) -> InputSpec:
+    """Checks every label of a part; returns structure and shape of its x.
+
+    Labels of tensors in memory, and of datasets that declare them in `targets` or `labels`, are read without the
+    samples; those of any other dataset, and samples that a collate function of the user puts together, one by one.
+
+    Args:
+        loader: of the part, its batches are (x, y), see `bdistil.data.loaders.paired`.
+        name: of the user's method that returned it.
+        task: of the run.
+        outputs: L.
+
+    Raises:
+        UserError: names the first sample with a label that cannot be used.
+    """
+    known = declared_labels(loader)
+    spec = InputSpec.of_batch(loader.collate_fn([loader.dataset[0]])[0])
+    if known is not None:
+        _check(known, np.arange(len(known)), name, task, outputs)
+        _check_some([known], name, task)
+        return spec
+    labels = []
+    for x, y, index in _all_batches(loader):
+        spec = spec.joined(InputSpec.of_batch(x))
+        if y is not None:
+            _check_count(y, index, name)
+            _check(y, index, name, task, outputs)
+            labels.append(y)
+    if labels:
+        _check_some(labels, name, task)
+    return spec
+
+
+def _check_some(labels: Sequence[Tensor], name: str, task: Task) -> None:
+    if name != LOADERS[0] and task != "regression" and all(bool((y == UNLABELLED).all()) for y in labels):
+        raise UserError(
+            f"Expected labels in `{name}()`, on which accuracy is measured, but no sample has one. Give "
+            "BoostingSettings(labels=None) to measure the agreement with the teacher."
+        )
+
+
+def _all_batches(loader: DataLoader[Any]) -> Iterator[tuple[Any, Tensor | None, np.ndarray[Any, Any]]]:
+    samples: int = len(loader.dataset)  # type: ignore[arg-type]
+    size = loader.batch_size or USUAL_BATCH
+    yield from rows_loader(loader, [range(low, min(low + size, samples)) for low in range(0, samples, size)])
+
+
+def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
+    """Labels (N, ...) of a part in the order of its dataset, where they are known without reading the samples.
+
+    None where they are not, and where the user's collate function may change them, or put together samples of
+    different shapes.
+    """
+    collate = loader.collate_fn
+    if not isinstance(collate, PairCollate) or collate.collate is not default_collate or loader.batch_size == 1:
+        return None
+    found = _declared(loader.dataset)
+    if found is None or len(found) != len(loader.dataset):  # type: ignore[arg-type]
+        return None
+    found = as_labels(found, collate.ignore_index)
+    if type(loader.dataset) is TensorDataset:
+        return found
+    rows = np.unique(np.linspace(0, len(found) - 1, PROBES).astype(int)).tolist()
+    _, given = collate([loader.dataset[row] for row in rows])
+    same = given is not None and given.shape == found[rows].shape and bool((given == found[rows]).all())
+    return found if same else None
+
+
+def _declared(dataset: Any) -> Any:
+    if type(dataset) is TensorDataset:
+        return dataset.tensors[1] if len(dataset.tensors) == 2 else None
+    if type(dataset) is Subset:
+        inner = _declared(dataset.dataset)
+        return None if inner is None else as_labels(inner)[torch.as_tensor(list(dataset.indices))]
+    for name in ("targets", "labels"):
+        found = getattr(dataset, name, None)
+        if isinstance(found, Tensor | np.ndarray | list):
+            return found
+    return None
+
+
+def _check_count(y: Tensor, index: np.ndarray[Any, Any], name: str) -> None:
+    if y.ndim == 0 or len(y) != len(index):
+        raise UserError(
+            f"Expected one label y for each sample of a batch of `{name}()`, got shape {tuple(y.shape)} for "
+            f"{len(index)} samples."
+        )
+
+
+def _check(y: Tensor, index: np.ndarray[Any, Any], name: str, task: Task, outputs: int) -> None:
+    """Checks the labels y (B, ...) of the samples `index` (B,).
+
+    Raises:
+        UserError: names the first sample with a label that cannot be used.
+    """
+    if task == "regression":
+        wrong, allowed = _wrong_real(y, outputs)
+    elif task == "multilabel":
+        wrong, allowed = _wrong_multilabel(y, outputs)
+    elif y.ndim == 1 and not y.is_floating_point():
+        wrong = (y >= outputs) | ((y < 0) & (y != UNLABELLED))
+        allowed = f"a class number in 0 … {outputs - 1}, as the teacher has {outputs} outputs"
+    else:
+        wrong, allowed = _wrong_soft(y, outputs)
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise UserError(
+            f"Expected the label y of a sample to be {allowed}, got {_text(y[first])} for sample {int(index[first])} "
+            f"of `{name}()`. {_remedy(y, task, outputs)}"
+        )
+
+
+def _wrong_real(y: Tensor, outputs: int) -> tuple[Tensor, str]:
+    allowed = f"{outputs} finite numbers, one per output of the teacher"
+    if y.numel() != len(y) * outputs:
+        return torch.ones(len(y), dtype=torch.bool), allowed
+    return ~y.reshape(len(y), outputs).double().isfinite().all(1), allowed
+
+
+def _wrong_multilabel(y: Tensor, outputs: int) -> tuple[Tensor, str]:
+    allowed = f"{outputs} numbers that are 0 or 1, one per output of the teacher"
+    if y.numel() != len(y) * outputs:
+        return torch.ones(len(y), dtype=torch.bool), allowed
+    rows = y.reshape(len(y), outputs)
+    return ~((rows == 0) | (rows == 1) | (rows == UNLABELLED)).all(1), allowed
+
+
+def _wrong_soft(y: Tensor, outputs: int) -> tuple[Tensor, str]:
+    allowed = f"a class number, or soft labels: {outputs} numbers >= 0 that sum to 1"
+    if y.ndim != 2 or y.shape[1] != outputs:
+        return torch.ones(len(y), dtype=torch.bool), allowed
+    rows = y.double()
+    return ~((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() < 1e-2)), allowed
+
+
+def _text(label: Tensor) -> str:
+    kind = str(label.dtype).removeprefix("torch.")
+    if label.numel() > 1:
+        return f"{kind} numbers of shape {tuple(label.shape)} and sum {label.sum().item():g}"
+    return f"{label.item()} ({kind})" if label.is_floating_point() else str(label.item())
+
+
+def _remedy(y: Tensor, task: Task, outputs: int) -> str:
+    """How to mend labels that cannot be used."""
+    if task == "regression":
+        return "Give y of shape (N,) for one output, (N, L) for several; leave out samples without a label."
+    if task == "multilabel":
+        return "Class numbers (N,) are for task='classification'."
+    if y.ndim == 1 and not y.is_floating_point():
+        if int(y.max()) == outputs and int(y.min()) >= 0:
+            return (
+                f"If the classes are numbered from 1, give y - 1; if {outputs} is one more class, the teacher lacks it."
+            )
+        return (
+            "If it marks samples without a label, give BoostingSettings(ignore_index=…) (model.boosting.ignore_index) "
+            "with that number; otherwise number the classes as the teacher does."
+        )
+    if y.ndim == 1:
+        return (
+            "Give class numbers as integers, y.long(), or BoostingSettings(task='regression') (model.boosting.task: "
+            "regression) for real outputs."
+        )
+    return (
+        "Several labels that hold together are BoostingSettings(task='multilabel'), real outputs task='regression' "
+        "(model.boosting.task)."
+    )

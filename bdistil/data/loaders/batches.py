@@ -1,0 +1,121 @@
+"""Batches of a user's loader as (x, y): pairs, mappings with a key for the labels, or x alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bdistil.errors import UserError
+from bdistil.metrics.quality import UNLABELLED
+
+
+class PairCollate:
+    """A collate function whose batches are (x, y): those of another one, split, with y as a tensor.
+
+    Args:
+        collate: of the user's loader.
+        labels: key of y in a batch that is a mapping; None where the batch is x alone, without labels.
+        ignore_index: class number of a sample without a label; it becomes `UNLABELLED`.
+        name: of the user's method, for messages.
+
+    Example:
+        >>> collate = PairCollate(lambda rows: {"ids": torch.tensor([[1, 2]]), "labels": [3]})
+        >>> collate([None])
+        ({'ids': tensor([[1, 2]])}, tensor([3]))
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Any],
+        labels: str | None = "labels",
+        ignore_index: int = UNLABELLED,
+        name: str = "train_dataloader",
+    ) -> None:
+        self.collate, self.labels, self.ignore_index, self.name = collate, labels, ignore_index, name
+
+    def __call__(self, items: list[Any]) -> tuple[Any, Tensor | None]:
+        """(x, y) of some items."""
+        return self.split(self.collate(items))
+
+    def split(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """(x, y) of a batch; y is None where there are no labels.
+
+        Raises:
+            UserError: the batch has another form.
+        """
+        if self.labels is None:
+            alone = isinstance(batch, tuple | list) and len(batch) == 1
+            return batch[0] if alone else batch, None
+        if isinstance(batch, Mapping):
+            x, y = self._without_labels(batch)
+        elif isinstance(batch, tuple | list) and len(batch) == 2:
+            x, y = batch
+        else:
+            raise UserError(f"Expected batches of `{self.name}()` to be (x, y), got {_form(batch)}. {_REMEDY}")
+        return x, as_labels(y, self.ignore_index)
+
+    def _without_labels(self, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+        if self.labels not in batch:
+            raise UserError(
+                f"Expected the key {self.labels!r} in batches of `{self.name}()`, got {', '.join(map(repr, batch))}. "
+                "Name the key of the labels by BoostingSettings(labels='…') (model.boosting.labels), or give "
+                "labels=None where there are none."
+            )
+        x = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        return x, x.pop(self.labels)
+
+
+_REMEDY = (
+    "The index is added for you. Give the loader a collate function that returns (x, y) or a mapping, or "
+    "BoostingSettings(labels=None) where a batch is x alone, without labels."
+)
+
+
+def _form(batch: Any) -> str:
+    return f"{len(batch)} values" if isinstance(batch, tuple | list) else type(batch).__name__
+
+
+def as_labels(labels: Any, ignore_index: int = UNLABELLED) -> Tensor:
+    """Labels of a batch, of any type, as a tensor: whole numbers as int64.
+
+    Lists and arrays are converted; a list of L tensors (B,), which torch's collate function makes of items with a list
+    of L numbers, becomes (B, L), and a column (B, 1) of whole numbers becomes (B,). Whole numbers equal to
+    `ignore_index` become `UNLABELLED`.
+
+    Raises:
+        UserError: they are no numbers.
+
+    Example:
+        >>> as_labels(np.array([1, 255], np.uint8), ignore_index=255).tolist()
+        [1, -100]
+    """
+    if isinstance(labels, list | tuple) and len(labels) and all(isinstance(part, Tensor) for part in labels):
+        labels = torch.stack(list(labels), 0 if labels[0].ndim == 0 else 1)
+    try:
+        y: Tensor = labels if isinstance(labels, Tensor) else torch.from_numpy(np.array(labels))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"Expected labels y that are numbers, got {type(labels).__name__} ({error}). Give each class a number, or "
+            "BoostingSettings(labels=None) where there are none."
+        ) from error
+    if y.is_floating_point():
+        return y
+    y = y.long().squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y.long()
+    return y if ignore_index == UNLABELLED else torch.where(y == ignore_index, UNLABELLED, y)
+
+
+def paired(
+    loader: Any, labels: str | None = "labels", *, ignore_index: int = UNLABELLED, name: str = "train_dataloader"
+) -> Any:
+    """A copy of a user's loader whose batches are (x, y), see `PairCollate`; what is no DataLoader stays as it is."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.collate_fn, PairCollate):
+        return loader
+    loader = copy.copy(loader)
+    loader.collate_fn = PairCollate(loader.collate_fn, labels, ignore_index, name)
+    return loader
