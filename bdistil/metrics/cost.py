@@ -194,7 +194,9 @@ def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def as_written(*modules: nn.Module) -> Iterator[None]:
-    """Context without what ``module.compile()`` made: it cannot be counted or exported, and one pass is not worth it.
+    """Context without what torch.compile made: it cannot be counted or exported, and one pass is not worth it.
+
+    That is for ``module.compile()`` and, inside the given modules, for submodules by ``torch.compile(module)``.
 
     Example:
         >>> net = nn.Linear(4, 6)
@@ -205,11 +207,21 @@ def as_written(*modules: nn.Module) -> Iterator[None]:
     """
     inside = [m for module in modules for m in module.modules()]
     compiled = [(m, made) for m in inside if (made := vars(m).pop("_compiled_call_impl", None)) is not None]
+    wrapped = [(m, name, part) for m in inside for name, part in m.named_children() if is_compiled(part)]
+    for m, name, part in wrapped:
+        setattr(m, name, part.get_submodule("_orig_mod"))
     try:
         yield
     finally:
+        for m, name, part in wrapped:
+            setattr(m, name, part)
         for m, made in compiled:
             vars(m)["_compiled_call_impl"] = made
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was made by ``torch.compile(module)``; the module itself is its only child."""
+    return [name for name, _ in module.named_children()] == ["_orig_mod"]
 
 
 @contextmanager

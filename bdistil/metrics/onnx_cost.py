@@ -27,11 +27,14 @@ def graph_cost(path: Path, shapes: Mapping[str, Sequence[int]]) -> OutsideCost:
     width = {t.name: onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in model.graph.initializer}
     for value in model.graph.input:
         if value.name in shapes:
-            for dim, number in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-                dim.dim_value = number
+            shape = value.type.tensor_type.shape  # empty where the file does not know the rank
+            del shape.dim[:]
+            for number in shapes[value.name]:
+                shape.dim.add(dim_value=number)
     del model.graph.value_info[:]  # shapes of another batch
     for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
     graph = shape_inference.infer_shapes(model, data_prop=True).graph
     known = {v.name: _dims(v) for v in (*graph.input, *graph.value_info, *graph.output)} | weights
     macs, missed = 0, Counter[str]()

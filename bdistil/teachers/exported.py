@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bdistil.data.readers.files import Array
 from bdistil.errors import UserError
 from bdistil.metrics.cost import OutsideCost
 
@@ -30,6 +32,7 @@ class TorchScriptTeacher(nn.Module):
     def __init__(self, path: str) -> None:
         super().__init__()
         _check_file(path)
+        self.path = path
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")  # the user's file exists all the same
@@ -39,7 +42,11 @@ class TorchScriptTeacher(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L)."""
-        logits: Tensor = self.network(x)
+        try:
+            logits: Tensor = self.network(x)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"The TorchScript file {self.path} does not take {_describe(x)}: {reason}") from error
         return logits
 
 
@@ -47,13 +54,14 @@ class OnnxTeacher(nn.Module):
     """An ONNX file as a teacher, run by onnxruntime; on the CPU unless `providers` names another one.
 
     Args:
-        path: of the file; its only input is x (B, ...), with a dynamic batch dimension.
-        output: name of the output (B, L) to take; the first one by default.
+        path: of the file; its only input is x (B, ...), with a dynamic batch dimension. One of integers takes an x of
+            integers only.
+        output: name of the output (B, L) to take; the first one of real numbers by default.
         providers: of onnxruntime, best first, for example ``["CUDAExecutionProvider", "CPUExecutionProvider"]``.
 
     Raises:
-        UserError: onnxruntime is not installed; no such file or not ONNX; more than one input; a fixed batch; an
-            output that is not there.
+        UserError: onnxruntime is not installed; no such file or not ONNX; more than one input, or one that is no
+            tensor of numbers; a fixed batch; an output that is not there, or is no tensor of numbers.
     """
 
     trained = True
@@ -63,13 +71,12 @@ class OnnxTeacher(nn.Module):
         _check_file(path)
         self.path, self.providers = path, list(providers or ["CPUExecutionProvider"])
         self.session = _session(path, self.providers)
-        inputs, outputs = self.session.get_inputs(), [o.name for o in self.session.get_outputs()]
-        if len(inputs) != 1:
-            raise UserError(f"Expected a graph with one input, got {[i.name for i in inputs]} in {path}.")
-        if output is not None and output not in outputs:
-            raise UserError(f"Expected `output` to be one of {outputs} in {path}, got {output!r}.")
-        self.input, self.output = inputs[0], output or outputs[0]
-        if isinstance(self.input.shape[0], int):
+        inputs, outputs = self.session.get_inputs(), {o.name: o.type for o in self.session.get_outputs()}
+        if len(inputs) != 1 or inputs[0].type not in _DTYPES:
+            got = ", ".join(f"{i.name!r} of type {i.type}" for i in inputs)
+            raise UserError(f"Expected a graph with one input, a tensor of numbers, got {got} in {path}.")
+        self.input, self.output = inputs[0], _choose_output(outputs, output, path)
+        if self.input.shape and isinstance(self.input.shape[0], int):  # no shape at all where the rank is unknown
             raise UserError(
                 f"The graph in {path} takes batches of exactly {self.input.shape[0]} (input {self.input.name!r}: "
                 f"{self.input.shape}), and a run needs batches of any size. Export it with a dynamic batch dimension: "
@@ -102,7 +109,7 @@ class OnnxTeacher(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, L), on the device of x (B, ...)."""
         self._shape = tuple(x.shape)
-        given = x.detach().cpu().numpy().astype(_DTYPES.get(self.input.type, np.float32), copy=False)
+        given = self._converted(x)
         try:
             (answer,) = self.session.run([self.output], {self.input.name: given})
         except Exception as error:  # onnxruntime's exceptions have no common class
@@ -112,6 +119,29 @@ class OnnxTeacher(nn.Module):
             ) from error
         return torch.from_numpy(np.array(answer, np.float32)).to(x.device)
 
+    def _converted(self, x: Tensor) -> Array:
+        """X in the type of the input; a real number is never made an integer, and no integer wraps around.
+
+        Raises:
+            UserError: x has real numbers, or integers beyond the type.
+        """
+        kind = np.dtype(_DTYPES[self.input.type])
+        if kind.kind == "f":
+            return (x.float() if x.dtype is torch.bfloat16 else x).detach().cpu().numpy().astype(kind, copy=False)
+        if x.is_floating_point() or x.is_complex():
+            raise UserError(
+                f"The graph in {self.path} takes integers ({self.input.type}) as {self.input.name!r}, got x of "
+                f"{x.dtype}. Give data whose x are integers, or export the graph with an input of real numbers."
+            )
+        given: Array = x.detach().cpu().numpy()
+        low, high = (0, 1) if kind.kind == "b" else (np.iinfo(kind).min, np.iinfo(kind).max)
+        if given.size and not (low <= int(given.min()) and int(given.max()) <= high):
+            raise UserError(
+                f"The graph in {self.path} takes {self.input.name!r} in {low} … {high} ({self.input.type}), got x in "
+                f"{given.min()} … {given.max()}."
+            )
+        return given.astype(kind, copy=False)
+
     def outside_cost(self) -> OutsideCost:
         """Cost of the last batch."""
         from bdistil.metrics.onnx_cost import graph_cost
@@ -119,10 +149,37 @@ class OnnxTeacher(nn.Module):
         return graph_cost(Path(self.path), {self.input.name: self._shape})
 
 
+_REAL: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 _DTYPES: dict[str, Any] = {
-    "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
-    "tensor(uint8)": np.uint8,
+    **_REAL, "tensor(bool)": np.bool_,
+    **{f"tensor({name})": name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
 }  # fmt: skip
+
+
+def _choose_output(types: Mapping[str, str], name: str | None, path: str) -> str:
+    """Name of the output of a graph that holds the logits.
+
+    Args:
+        types: ONNX types of the outputs by name.
+        name: as given by the user; None for the first output of real numbers.
+        path: of the file.
+    """
+    if name is not None and name not in types:
+        raise UserError(f"Expected `output` to be one of {list(types)} in {path}, got {name!r}.")
+    real = [output for output, kind in types.items() if kind in _REAL]
+    chosen = name or next(iter(real), None)
+    if chosen is not None and types[chosen] in _DTYPES:
+        return chosen
+    odd = chosen or next((output for output, kind in types.items() if kind not in _DTYPES), next(iter(types)))
+    cure = "Export it with an output of logits or probabilities."
+    if "map(" in types[odd]:
+        cure = "It is a ZipMap of scikit-learn: convert_sklearn(model, ..., options={'zipmap': False}) leaves it out."
+    others = f" Or give `output`, one of {real}." if real else ""
+    raise UserError(f"Expected an output of numbers (B, L) in {path}, got {odd!r} of type {types[odd]}. {cure}{others}")
+
+
+def _describe(x: Any) -> str:
+    return f"x of shape {tuple(x.shape)} and type {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
 def _check_file(path: str) -> None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
+from bdistil.metrics.cost import is_compiled
 from bdistil.models.inputs import expectation_of
 
 
 class FrozenTeacher(nn.Module):
     """Any ``nn.Module`` (x -> logits) as a teacher: always in eval mode, never with a gradient.
 
-    The wrapped module is frozen in place: its parameters no longer require gradients.
+    The wrapped module is frozen in place: its parameters no longer require gradients. Its weights may have any
+    precision: x is converted to theirs, and the logits to float32.
 
     >>> teacher = FrozenTeacher(nn.Sequential(nn.Linear(4, 3), nn.Dropout()))
     >>> teacher.train()(torch.zeros(2, 4)).requires_grad, teacher.module.training
@@ -42,21 +46,21 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Any) -> Tensor:
-        """Logits (B, L) of a batch, without a graph."""
-        logits: Tensor = self.module(x)
-        return logits
+        """Logits (B, L) float32 of a batch, without a graph."""
+        logits = run_teacher(self.module, x)
+        return logits.float() if isinstance(logits, Tensor) else logits
 
     @property
     def fingerprint(self) -> str:
         """Sha256 over everything that decides the logits; equal for equal teachers.
 
-        That is all weights and buffers, code and constants of scripted modules, and the attribute `identity` of modules
-        that have one.
+        That is all weights and buffers, other state such as packed weights of int8, code and constants of scripted
+        modules, and the attribute `identity` of modules that have one. A compiled module equals the plain one.
         """
         digest = hashlib.sha256()
         for name, value in self.module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(name.replace("_orig_mod.", "").encode())
+            digest.update(_content(value))
         for part in _outermost(self.module):
             scriptable: Any = part
             scripted = isinstance(part, torch.jit.ScriptModule)
@@ -64,8 +68,26 @@ class FrozenTeacher(nn.Module):
         return digest.hexdigest()
 
 
+def _content(value: Any) -> bytes:
+    """Bytes of a tensor, and of values that a module keeps beside its tensors; equal in every process."""
+    if isinstance(value, Tensor) and value.is_quantized:
+        scheme = [value.q_scale(), value.q_zero_point()] if value.qscheme() == torch.per_tensor_affine else [
+            value.q_per_channel_scales(), value.q_per_channel_zero_points(), value.q_per_channel_axis()]  # fmt: skip
+        return _content([value.int_repr(), *scheme])
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, list | tuple):
+        return b"".join(map(_content, value))
+    if isinstance(value, dict):
+        return b"".join(_content(part) for pair in value.items() for part in pair)
+    return re.sub(r" at 0x\w+", "", repr(value)).encode()  # an address is of one process
+
+
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
     """A module and its submodules, without those inside a scripted one."""
+    if is_compiled(module):  # it has the attributes of the module inside
+        yield from _outermost(module.get_submodule("_orig_mod"))
+        return
     yield module
     if not isinstance(module, torch.jit.ScriptModule):
         for child in module.children():
@@ -75,6 +97,20 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
 def comes_trained(network: nn.Module) -> bool:
     """Whether a recipe has nothing to train in a network: its attribute `trained`, False where it has none."""
     return bool(getattr(network, "trained", False))
+
+
+def run_teacher(network: nn.Module, x: Any) -> Any:
+    """Answers of a teacher to x, whose real numbers are converted to the precision of its weights.
+
+    Example:
+        >>> run_teacher(nn.Linear(2, 3).double(), torch.zeros(1, 2)).dtype
+        torch.float64
+    """
+    if not isinstance(network, AdaptedTeacher | AveragedTeacher):  # they convert x for each of their networks
+        kinds = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
+        if kind := next(kinds, None):
+            x = tree_map_only(Tensor, lambda part: part.to(kind) if part.is_floating_point() else part, x)
+    return network(x)
 
 
 class AdaptedTeacher(nn.Module):
@@ -132,7 +168,7 @@ class AdaptedTeacher(nn.Module):
         x = self.normalised(x)
         if self.size is not None and tuple(x.shape[-2:]) != tuple(self.size):
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
-        answers: Tensor = self.network(x)
+        answers: Tensor = run_teacher(self.network, x)
         if not self.probabilities:
             return answers
         answers = at_least_float32(answers)
@@ -168,7 +204,7 @@ class AveragedTeacher(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L); those of `probabilities` are log-probabilities, which the ledger centres."""
-        answers = at_least_float32(torch.stack([network(x) for network in self.networks]))  # (K, B, L)
+        answers = torch.stack([run_teacher(network, x).float() for network in self.networks])  # (K, B, L)
         if self.of == "logits":
             return answers.mean(0)
         return torch.log_softmax(answers, -1).logsumexp(0) - math.log(len(answers))

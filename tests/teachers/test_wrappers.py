@@ -248,6 +248,162 @@ def test_what_cannot_be_counted_is_warned_of_and_recorded(tmp_path):
     assert figures["macs"] == hidden * CLASSES
 
 
+def any_graph(path, nodes, given, outputs, weights=()):
+    """An ONNX file with any input and outputs."""
+    made = helper.make_graph(nodes, "teacher", [given], outputs, list(weights))
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(made, opset_imports=imports, ir_version=8), path)
+    return str(path)
+
+
+def product(kind=TensorProto.FLOAT, shape=("n", FEATURES)):
+    """Input, nodes and weights of the logits x @ w, of any type of x."""
+    w = np.random.default_rng(0).normal(size=(FEATURES, CLASSES)).astype("f4")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["f", "w"], ["logits"]),
+    ]
+    given = helper.make_tensor_value_info("x", kind, shape)
+    return w, given, nodes, [numpy_helper.from_array(w, "w")]
+
+
+LOGITS = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES])
+
+
+def test_an_onnx_input_of_unknown_rank_is_taken_and_counted(tmp_path):
+    w, given, nodes, weights = product(shape=None)
+    teacher = OnnxTeacher(any_graph(tmp_path / "t.onnx", nodes, given, [LOGITS], weights))
+    x = torch.randn(3, FEATURES)
+    np.testing.assert_allclose(teacher(x).numpy(), x.numpy() @ w, rtol=1e-5, atol=1e-5)
+    assert measure_cost(teacher, (x[:1],)).macs == FEATURES * CLASSES
+
+
+def test_outputs_of_scikit_learn(tmp_path):
+    """Labels beside probabilities, or a ZipMap, as its converter writes them."""
+    w, given, nodes, weights = product()
+    zipped = helper.make_node(
+        "ZipMap", ["logits"], ["maps"], domain="ai.onnx.ml", classlabels_int64s=list(range(CLASSES))
+    )
+    label = helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0)
+    tensor = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    maps = helper.make_value_info(
+        "maps", helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, tensor))
+    )
+    labels = helper.make_tensor_value_info("label", TensorProto.INT64, ["n"])
+    path = any_graph(tmp_path / "zip.onnx", [*nodes, label, zipped], given, [labels, maps], weights)
+    with pytest.raises(UserError, match=r"got 'maps' of type seq\(map\(.*ZipMap of scikit-learn: .*'zipmap': False"):
+        OnnxTeacher(path)
+    path = any_graph(tmp_path / "all.onnx", [*nodes, label, zipped], given, [labels, maps, LOGITS], weights)
+    with pytest.raises(UserError, match=r"got 'maps'.*Or give `output`, one of \['logits'\]"):
+        OnnxTeacher(path, output="maps")
+    x = torch.randn(3, FEATURES)
+    np.testing.assert_allclose(OnnxTeacher(path)(x).numpy(), x.numpy() @ w, rtol=1e-5, atol=1e-5)
+    assert OnnxTeacher(path, output="label")(x).shape == (3,)
+    measure_cost(OnnxTeacher(path), (x,), uncounted="record")
+
+
+@pytest.mark.parametrize("kind", ["UINT8", "INT8", "INT32", "INT64", "BOOL"])
+def test_an_onnx_input_of_integers_takes_integers_only(tmp_path, kind):
+    w, given, nodes, weights = product(getattr(TensorProto, kind))
+    teacher = OnnxTeacher(any_graph(tmp_path / "t.onnx", nodes, given, [LOGITS], weights))
+    x = torch.randint(2, (4, FEATURES))
+    np.testing.assert_allclose(teacher(x).numpy(), x.numpy() @ w, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"takes integers \(tensor\(\w+\)\) as 'x', got x of torch\.float32"):
+        teacher(x.float())
+    if kind in ("UINT8", "INT8", "BOOL"):
+        with pytest.raises(UserError, match=r"in -?\d+ … \d+ \(tensor\(\w+\)\), got x in -?\d+ … 300"):
+            teacher(torch.full((1, FEATURES), 300))
+
+
+@pytest.mark.parametrize("kind", ["FLOAT16", "DOUBLE"])
+def test_an_onnx_input_of_another_precision(tmp_path, kind):
+    w, given, nodes, weights = product(getattr(TensorProto, kind))
+    teacher = OnnxTeacher(any_graph(tmp_path / "t.onnx", nodes, given, [LOGITS], weights))
+    x = torch.randn(4, FEATURES)
+    np.testing.assert_allclose(teacher(x).numpy(), x.numpy() @ w, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(teacher(x.bfloat16()).numpy(), x.numpy() @ w, rtol=5e-2, atol=5e-2)
+
+
+def test_a_text_input_is_refused(tmp_path):
+    _, given, nodes, weights = product(TensorProto.STRING)
+    with pytest.raises(UserError, match=r"one input, a tensor of numbers, got 'x' of type tensor\(string\)"):
+        OnnxTeacher(any_graph(tmp_path / "t.onnx", nodes, given, [LOGITS], weights))
+
+
+# ---- modules of any precision
+
+
+class Noted(nn.Sequential):
+    """Has state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"note": "v1", "parts": [torch.ones(2), object()]}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def quantised(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own successor of it is a package of its own
+        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+
+
+ODD = {
+    "half": lambda net: net.half(), "bfloat16": lambda net: net.bfloat16(), "double": lambda net: net.double(),
+    "int8": quantised, "compiled": lambda net: torch.compile(net, backend="eager"),
+    "extra state": lambda net: Noted(*net),
+    "adapted": lambda net: AdaptedTeacher(net.half(), data_mean=0.5),
+    "averaged": lambda net: AveragedTeacher([net.half(), make_teacher(3), make_teacher(4).double()], of="logits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "state"), [*((name, "cached") for name in ODD), ("half", "recompute"), ("compiled", "recompute")]
+)
+def test_teachers_of_any_precision_answer(tmp_path, name, state):
+    teacher, x = ODD[name](make_teacher().eval()), torch.randn(6, FEATURES)
+    answers = FrozenTeacher(teacher)(x)
+    assert answers.dtype is torch.float32
+    if name not in ("adapted", "averaged"):
+        torch.testing.assert_close(answers, make_teacher().eval()(x), rtol=0.05, atol=0.05)
+    settings = settings_for(1, state=state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The MACs of the teacher lack")  # int8 products
+        run = boost(tmp_path, teacher=teacher, settings=settings, trainer={"epochs": 1})
+    assert len(run.ensemble) == 1
+
+
+def test_fingerprints_of_odd_teachers():
+    prints = {name: FrozenTeacher(odd(make_teacher())).fingerprint for name, odd in ODD.items()}
+    again = {name: FrozenTeacher(odd(make_teacher())).fingerprint for name, odd in ODD.items()}
+    other = {name: FrozenTeacher(odd(make_teacher(5))).fingerprint for name, odd in ODD.items()}
+    assert prints == again
+    assert all(prints[name] != other[name] for name in ODD)
+    assert prints["compiled"] == FrozenTeacher(make_teacher()).fingerprint
+    assert len(set(prints.values())) == len(prints)
+
+
+def test_fingerprints_of_int8_per_channel():
+    def print_of(factor):
+        torch.manual_seed(0)
+        weights = torch.quantize_per_channel(torch.randn(3, 4), factor * torch.ones(3), torch.zeros(3), 0, torch.qint8)
+        net = nn.Linear(4, 3)
+        net.register_buffer("packed", weights)
+        return FrozenTeacher(net).fingerprint
+
+    assert print_of(0.1) == print_of(0.1) != print_of(0.2)
+
+
+def test_a_torchscript_file_that_does_not_take_x_says_so(tmp_path):
+    teacher = TorchScriptTeacher(
+        scripted(conv_net().half(), tmp_path / "net.ts", example=torch.randn(2, *SHAPE).half())
+    )
+    assert FrozenTeacher(teacher)(torch.randn(5, *SHAPE)).shape == (5, 3)
+    with pytest.raises(UserError, match=r"net\.ts does not take x of shape \(5, 1, 8, 8\) and type torch\.float32: "):
+        teacher(torch.randn(5, *SHAPE))
+
+
 # ---- several teachers, other inputs, other answers
 
 
