@@ -118,7 +118,13 @@ def make(tmp_path):
 
     def build(ask, **options):
         ask = HttpEndpoint(ask.url, timeout=0.3) if hasattr(ask, "url") and not callable(ask) else ask
-        given = {"outputs": OUTPUTS, "cache": tmp_path / "answers.sqlite", "batch_size": 4, "backoff": 0.001}
+        given = {
+            "outputs": OUTPUTS,
+            "cache": tmp_path / "answers.sqlite",
+            "batch_size": 4,
+            "backoff": 0.001,
+            "name": "toy",
+        }
         return ApiTeacher(ask, **{**given, **options})
 
     return build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import os
 import time
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from bdistil.errors import RunError, UserError
 from bdistil.functional.distillation import centre
 from bdistil.teachers.api_cache import AnswerCache
-from bdistil.teachers.http_endpoint import ApiRefusedError, ApiUnavailableError
+from bdistil.teachers.http_endpoint import ApiRefusedError, ApiUnavailableError, as_api_error
 
 Answers = Literal["logits", "probabilities", "labels"]
 LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -35,19 +36,21 @@ class ApiTeacher(nn.Module):
     answered when the process was killed, counts as a query, as the API may have answered it.
 
     >>> from tempfile import mkdtemp
-    >>> api = ApiTeacher(lambda batch: batch @ np.eye(3), outputs=3, cache=f"{mkdtemp()}/answers.sqlite", budget=10)
+    >>> cache = f"{mkdtemp()}/answers.sqlite"
+    >>> api = ApiTeacher(lambda batch: batch @ np.eye(3), outputs=3, cache=cache, name="identity", budget=10)
     >>> api(torch.eye(3)).argmax(-1), api(torch.eye(3)).shape, api.queries
     (tensor([0, 1, 2]), torch.Size([3, 3]), 3)
 
     Args:
-        ask: maps a batch, float32 (B, ...) in NumPy, to B answers, for example an `HttpEndpoint`. Where it raises
-            ConnectionError or TimeoutError, the batch is sent again.
+        ask: maps a batch, float32 (B, ...) in NumPy, to B answers, for example an `HttpEndpoint`. Where it raises an
+            error of a connection (of sockets, `requests`, `urllib`), one with a temporary HTTP status, or an
+            `ApiUnavailableError`, the batch is sent again.
         outputs: L.
         cache: file of the answers and of the number of queries.
         answers: `logits` (B, L); `probabilities` (B, L), of which the centred logarithm is taken; `labels` (B,), the
             top-1 class, of which a one-hot of norm sqrt(L) is made.
-        name: identifies the API in the cache and in a run; change it with the model behind the API. Its address, or
-            the name of the function, by default.
+        name: identifies the API in the cache and in a run; change it with the model behind the API. The address of an
+            endpoint, or the name of a function of a module, by default; other callables need one.
         budget: largest number of queries (samples) in all starts; None is no limit.
         batch_size: samples per request.
         rate: samples per second.
@@ -55,7 +58,7 @@ class ApiTeacher(nn.Module):
         backoff: seconds before the first of them.
 
     Raises:
-        UserError: an argument is out of its range; the cache is of another API.
+        UserError: an argument is out of its range; `ask` has no name of its own; the cache is of another API.
     """
 
     trained = True  # a recipe has nothing to train here
@@ -85,8 +88,7 @@ class ApiTeacher(nn.Module):
         self.ask, self.outputs, self.answers, self.budget = ask, outputs, answers, budget
         self.batch_size, self.rate, self.retries, self.backoff = batch_size, rate, retries, backoff
         self._next_time = 0.0  # of `rate`
-        label = name or getattr(ask, "name", None) or getattr(ask, "__qualname__", type(ask).__qualname__)
-        self.identity = f"{label}, {answers} of {outputs} classes"
+        self.identity = f"{name or _own_name(ask)}, {answers} of {outputs} classes"
         self.cache = AnswerCache(Path(cache), self.identity)
 
     @property
@@ -164,16 +166,19 @@ class ApiTeacher(nn.Module):
     def _attempt(self, keys: Sequence[bytes], batch: np.ndarray) -> ApiUnavailableError | None:
         """Sends a request once and records the answers; returns the error where none came."""
         number = self.cache.sending(len(batch))
+        failure = None
         try:
             answers = self.ask(batch)
-        except (ApiUnavailableError, ApiRefusedError) as error:
-            if error.answered_nothing:
-                self.cache.refused(number)
-            if isinstance(error, ApiRefusedError):
+        except Exception as error:
+            failure = as_api_error(error)
+            if failure is None:
                 raise
-            return error
-        except (ConnectionError, TimeoutError) as error:
-            return ApiUnavailableError(type(error).__name__, answered_nothing=False)
+        if failure is not None:  # handled here, as the error of a connection, which may name the address, is gone
+            if failure.answered_nothing:
+                self.cache.refused(number)
+            if isinstance(failure, ApiRefusedError):
+                raise failure
+            return failure
         rows, fault = read_answers(answers, len(batch), self.answers, self.outputs)
         good = np.isfinite(rows).all(1)
         self.cache.answered(number, {key: row for key, row, fine in zip(keys, rows, good, strict=False) if fine})
@@ -183,6 +188,18 @@ class ApiTeacher(nn.Module):
                 "settings of ApiTeacher, and give the same command again."
             )
         return None
+
+
+def _own_name(ask: Any) -> str:
+    """The name of an endpoint, or of a function of a module: what tells its answers from those of another API."""
+    own = getattr(ask, "name", None) or getattr(ask, "__qualname__", None)
+    local = "<" in str(own) or inspect.ismethod(ask)  # a lambda, a function made in another one, a method of an object
+    if isinstance(own, str) and not local:
+        return own
+    raise UserError(
+        f"Expected `name` for an ApiTeacher that asks {own or f'an object of {type(ask).__qualname__}'}: the recorded "
+        "answers are found by it, and those of another API could be taken for these. Change it with the model."
+    )
 
 
 def _as_batch(x: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,12 +12,12 @@ import numpy as np
 
 from bdistil.errors import RunError, UserError
 
-# Status codes of a server or a proxy after which a request may be repeated.
-TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
+# Errors of the user's own files, which are OSErrors like those of a connection.
+OF_FILES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class ApiUnavailableError(Exception):
-    """The API did not answer this time; another attempt may help.
+    """The API did not answer this time; another attempt may help. A function of the user may raise it.
 
     Args:
         reason: without addresses, keys or contents.
@@ -24,7 +25,7 @@ class ApiUnavailableError(Exception):
         wait: seconds to wait, by its Retry-After header.
     """
 
-    def __init__(self, reason: str, *, answered_nothing: bool, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, *, answered_nothing: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.reason, self.answered_nothing, self.wait = reason, answered_nothing, wait
 
@@ -40,6 +41,42 @@ class ApiRefusedError(RunError):
     def __init__(self, message: str, *, answered_nothing: bool) -> None:
         super().__init__(message)
         self.answered_nothing = answered_nothing
+
+
+def is_temporary(status: int) -> bool:
+    """Whether a request may be repeated after an HTTP status of a server or a proxy, see docs/mekd.md.
+
+    >>> [status for status in (404, 429, 500, 501, 505, 529) if is_temporary(status)]
+    [429, 500, 529]
+    """
+    return status in (408, 425, 429) or (500 <= status < 600 and status not in (501, 505))
+
+
+def status_error(status: int, headers: Any = None, hint: str = "") -> ApiUnavailableError | ApiRefusedError:
+    """The error of an answer with an HTTP status that is no success."""
+    if is_temporary(status):
+        wait = _seconds(headers.get("Retry-After") if hasattr(headers, "get") else None)
+        return ApiUnavailableError(f"HTTP status {status}", answered_nothing=True, wait=wait)
+    message = f"The API refused with HTTP status {status}.{hint} Every answer before it is kept."
+    return ApiRefusedError(message, answered_nothing=True)
+
+
+def as_api_error(error: Exception) -> ApiUnavailableError | ApiRefusedError | None:
+    """What an error of the user's function says of the API; None if it is an error of the function itself.
+
+    An HTTP status is read from `requests`, `urllib`, `httpx` and clients built on them. An OSError, such as those of
+    sockets, `requests` and `urllib`, means that no answer came.
+    """
+    if isinstance(error, ApiUnavailableError | ApiRefusedError):
+        return error
+    response = getattr(error, "response", None)
+    places = ((response, "status_code"), (error, "status_code"), (error, "code"))
+    codes = [code for place, name in places if isinstance(code := getattr(place, name, None), int)]
+    if codes and 400 <= codes[0] < 600:
+        return status_error(codes[0], getattr(error if response is None else response, "headers", None))
+    if isinstance(error, OSError | HTTPException) and not isinstance(error, (ValueError, *OF_FILES)):
+        return ApiUnavailableError(type(error).__name__)
+    return None
 
 
 class HttpEndpoint:
@@ -104,13 +141,9 @@ class HttpEndpoint:
         if isinstance(response, str):  # raised here, as the exception of requests, which names the address, is gone
             raise ApiUnavailableError(response, answered_nothing=False)
         status = response.status_code
-        if status in TEMPORARY:
-            wait = _seconds(response.headers.get("Retry-After"))
-            raise ApiUnavailableError(f"HTTP status {status}", answered_nothing=True, wait=wait)
         if status != 200:
             hint = f" Is the key in {self.key_env} right?" if status in (401, 403) and self.key_env else ""
-            message = f"The API refused with HTTP status {status}.{hint} Every answer before it is kept."
-            raise ApiRefusedError(message, answered_nothing=True)
+            raise status_error(status, response.headers, hint)
         return self._read(response.content)
 
     def _post(self, body: bytes) -> Any:

@@ -63,7 +63,7 @@ class Model:
 
 def teacher_of(folder, model):
     kind = "labels" if model.hard else "logits"
-    return ApiTeacher(model, CLASSES, folder / "answers.sqlite", answers=kind, batch_size=16)
+    return ApiTeacher(model, CLASSES, folder / "answers.sqlite", answers=kind, name="toy", batch_size=16)
 
 
 def make_student(round=0):

@@ -1,18 +1,24 @@
 """An API that fails: a real server on loopback misbehaves, and is asked again or refused."""
 
+import http.client
 import math
 import time
+import traceback
+import urllib.error
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import torch
-from helpers.api_toys import FEATURES, OUTPUTS, WEIGHTS, inputs, logits_of
+from helpers.api_toys import FEATURES, OUTPUTS, SECRET, WEIGHTS, inputs, logits_of
 
 from bdistil import RunError, UserError
+from bdistil.teachers import ApiUnavailableError
 
 
-@pytest.mark.parametrize("fault", [500, 429, 503, "slow", "hang up"])
+@pytest.mark.parametrize("fault", [408, 500, 429, 503, 507, 520, 529, "slow", "hang up"])
 def test_what_passes_is_asked_again(api, make, fault):
     api.faults = [None, fault, fault]
     teacher = make(api)
@@ -60,6 +66,8 @@ def test_asking_again_is_in_the_budget(api, make):
         (307, r"refused with HTTP status 307\."),  # the key is for this address
         (401, r"refused with HTTP status 401\."),
         (404, r"refused with HTTP status 404\."),
+        (501, r"refused with HTTP status 501\."),
+        (505, r"refused with HTTP status 505\."),
     ],
 )
 def test_what_is_wrong_is_refused_at_once(api, make, fault, message):
@@ -143,6 +151,89 @@ def test_a_function_that_fails_is_asked_again_where_that_can_help(make):
         teacher(inputs(4, seed=1))
     teacher(inputs(4))
     assert calls == [4, 4, 4]
+
+
+def status_of(kind, code):
+    """An error with an HTTP status, as clients raise it."""
+    if kind == "requests":
+        response = requests.Response()
+        response.status_code = code
+        response.headers["Retry-After"] = "0.002"
+        return requests.HTTPError(f"{code} for url: {SECRET}", response=response)
+    if kind == "urllib":
+        return urllib.error.HTTPError(SECRET, code, "message", {}, None)
+    error = Exception(SECRET)  # as of clients built on httpx
+    error.status_code = code
+    return error
+
+
+TEMPORARY_ERRORS = {
+    "requests": requests.ConnectionError(SECRET), "timeout": requests.Timeout(SECRET),
+    "urllib": urllib.error.URLError(SECRET), "torn": http.client.IncompleteRead(b""), "socket": OSError(SECRET),
+    "own": ApiUnavailableError("overloaded"), "503 of requests": status_of("requests", 503),
+    "529 of urllib": status_of("urllib", 529), "429 of another": status_of("another", 429),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPORARY_ERRORS)
+def test_errors_of_a_connection_in_a_users_function_are_asked_again(make, name):
+    left = [TEMPORARY_ERRORS[name]] * 2
+
+    def ask(batch):
+        if left:
+            raise left.pop()
+        return logits_of(batch)
+
+    teacher = make(ask)
+    assert np.allclose(teacher(inputs(4)), logits_of(inputs(4)), atol=1e-5)
+    assert teacher.queries == (4 if "of" in name else 12)  # an API that answered with a status has billed nothing
+
+    def never(batch):
+        raise TEMPORARY_ERRORS[name]
+
+    with pytest.raises(RunError, match="gave no answer in 2 attempts") as error:
+        make(never, retries=1)(inputs(2, seed=1))
+    assert SECRET not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize("kind", ["requests", "urllib", "another"])
+def test_a_status_of_refusal_in_a_users_function_ends_the_run_without_the_address(make, kind):
+    def ask(batch):
+        raise status_of(kind, 403)
+
+    with pytest.raises(RunError, match=r"refused with HTTP status 403\.") as error:
+        make(ask)(inputs(2))
+    assert SECRET not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("key.txt"), requests.exceptions.MissingSchema("x"), KeyError("x")])
+def test_a_mistake_in_a_users_function_is_its_own(make, error):
+    calls = []
+
+    def ask(batch):
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        make(ask)(inputs(2))
+    assert calls == [1]
+
+
+class Client:
+    """A callable without a name of its own."""
+
+    def __call__(self, batch):
+        return logits_of(batch)
+
+
+@pytest.mark.parametrize("ask", [lambda batch: batch, partial(logits_of), Client(), Client().__call__])
+def test_a_callable_that_is_not_unique_needs_a_name(make, ask):
+    with pytest.raises(UserError, match=r"Expected `name` for an ApiTeacher that asks"):
+        make(ask, name=None)
+    make(ask, name="mine")
+    with pytest.raises(UserError, match="are of another API: 'mine, logits of 4 classes' there, 'other,"):
+        make(ask, name="other")
+    make(logits_of, name=None, cache=make(ask, name="mine").cache.path.with_name("b"))  # a function of a module has one
 
 
 @pytest.mark.parametrize(
