@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 
 def seed_of(*key: object) -> int:
@@ -27,3 +30,18 @@ def reseed(*key: object) -> None:
         torch.manual_seed(seed)
     else:  # the same, without seeds for devices that may appear later, which take a millisecond
         torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def drawn_from(*key: object) -> Iterator[None]:
+    """Context in which the CPU generators of Python, NumPy and torch are seeded from a key; then they are as before."""
+    with isolate_rng(include_cuda=False):
+        seed_cpu(seed_of(*key))
+        yield
+
+
+def seed_cpu(seed: int) -> None:
+    """Seeds Python, NumPy and torch on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)

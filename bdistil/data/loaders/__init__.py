@@ -2,6 +2,7 @@
 
 from bdistil.data.loaders.batches import PairCollate, as_labels, paired
 from bdistil.data.loaders.checks import check_dataset, distinct_samples, first_samples, is_random, single_loader
+from bdistil.data.loaders.early_trainer import with_trainer
 from bdistil.data.loaders.indexing import (
     LOADERS,
     Index,
@@ -12,6 +13,7 @@ from bdistil.data.loaders.indexing import (
     training_loader,
     with_dataset,
 )
+from bdistil.data.loaders.order import check_drawn, largest_batch, only_given
 from bdistil.data.loaders.views import CANONICAL, ViewPlan, Views, ViewSampler
 
 __all__ = [
@@ -25,14 +27,18 @@ __all__ = [
     "Views",
     "as_labels",
     "check_dataset",
+    "check_drawn",
     "distinct_samples",
     "first_samples",
     "indexed_loaders",
     "is_random",
+    "largest_batch",
+    "only_given",
     "paired",
     "rows_loader",
     "sequential_loader",
     "single_loader",
     "training_loader",
     "with_dataset",
+    "with_trainer",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from bdistil.data.loaders.batches import PairCollate, paired
+from bdistil.data.loaders.order import EpochLoader
 from bdistil.errors import UserError
 from bdistil.utils.trees import joined_rows, row_count, take_rows
 
@@ -44,6 +45,12 @@ def check_dataset(loader: Any, name: str) -> int:
     if loader.batch_sampler is None:
         raise UserError(
             f"Expected the loader of `{name}()` to make batches, got batch_size=None. Give it a batch_size."
+        )
+    if type(loader).__iter__ not in (DataLoader.__iter__, EpochLoader.__iter__):
+        raise UserError(
+            f"Expected the loader of `{name}()` to iterate as a torch DataLoader does, got {type(loader).__name__} "
+            "with an `__iter__` of its own, which could change batches after they are read. Change samples in the "
+            "dataset or the collate function, and keep workers between epochs by persistent_workers=True."
         )
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -88,4 +95,6 @@ def distinct_samples(loader: Any, read: int) -> int:
     occur only where a whole epoch was read. `read` counts the samples that all processes have read.
     """
     sampler = getattr(loader, "sampler", None)
-    return min(read, len(cast(Sized, sampler.dataset))) if isinstance(sampler, DistributedSampler) else read
+    if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:  # whole batches are repeated
+        return read
+    return min(read, len(cast(Sized, sampler.dataset)))

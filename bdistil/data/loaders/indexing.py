@@ -14,23 +14,34 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
     RandomSampler,
-    SequentialSampler,
     TensorDataset,
     default_collate,
 )
 
 from bdistil.data.loaders.batches import PairCollate, paired
 from bdistil.data.loaders.checks import single_loader
+from bdistil.data.loaders.order import (
+    EpochLoader,
+    SharedOrder,
+    batch_options,
+    check_sharing,
+    is_shared,
+    largest_batch,
+    only_given,
+    own_batches,
+    reads_all,
+    sampler_of,
+    worker_options,
+)
 from bdistil.data.loaders.views import ViewPlan, Views, ViewSampler
 from bdistil.errors import UserError
 from bdistil.metrics.quality import UNLABELLED
-from bdistil.utils.seeding import seed_of
 
 LOADERS = ("train_dataloader", "val_dataloader")
 Index = np.ndarray[Any, np.dtype[np.int64]]
@@ -50,8 +61,8 @@ class IndexedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[index], index
+    def __getitem__(self, index: int | list[int]) -> Any:
+        return self.__getitems__(index) if isinstance(index, list) else (self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         if self._tensors is None:
@@ -70,44 +81,10 @@ class IndexedDataset(Dataset[Any]):
         return (*self._collate(list(items)), np.asarray(indices))
 
 
-def _settings(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Options of the user's loader that do not depend on the order of its samples."""
-    names = ["num_workers", "pin_memory", "timeout", "worker_init_fn"]
-    if loader.num_workers > 0:
-        names += ["prefetch_factor", "multiprocessing_context", "persistent_workers"]
-    return {name: getattr(loader, name) for name in names}
-
-
-def _order(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Options that keep the batches of the user's loader as they are."""
-    if type(loader.batch_sampler) is not BatchSampler:
-        return {"batch_sampler": loader.batch_sampler}
-    return {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
-
-
-def _reads_all(loader: DataLoader[Any]) -> bool:
-    """Whether each sample is read once an epoch, shuffled or in order, by a sampler of torch's own."""
-    sampler = loader.sampler
-    if type(loader.batch_sampler) is not BatchSampler:
-        return False
-    if type(sampler) is RandomSampler:
-        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-    return type(sampler) is SequentialSampler
-
-
 def _indexed(loader: DataLoader[Any], plan: ViewPlan | None) -> tuple[IndexedDataset, dict[str, Any]]:
     """The dataset with the index, or of its views, and options of its loader that do not depend on the order."""
     indexed = IndexedDataset(Views(loader.dataset, plan.seed) if plan else loader.dataset, loader.collate_fn)
-    return indexed, {"collate_fn": indexed.collate, **_settings(loader)}
-
-
-class _EpochLoader(DataLoader[Any]):
-    """Seeds its workers by the order of the epoch, so that a resumed epoch draws what it would have drawn."""
-
-    def __iter__(self) -> Any:
-        sampler = cast(DistributedSampler[Any], self.sampler)
-        self.generator.manual_seed(seed_of(sampler.seed, sampler.epoch, sampler.rank, "workers"))
-        return super().__iter__()
+    return indexed, {"collate_fn": indexed.collate, **worker_options(loader)}
 
 
 def training_loader(
@@ -121,22 +98,37 @@ def training_loader(
 ) -> DataLoader[Any]:
     """The user's training loader with the index, in an order that depends on (seed, epoch) alone.
 
-    A loader that shuffles, or reads in order, gets a sampler that also splits the samples over the processes; any
-    other sampler of the user is kept.
+    A loader that shuffles, or reads in order, gets a sampler that also splits the samples over the processes. What any
+    other sampler of the user gives, or batch sampler, is split over the processes; in one process it is kept.
 
     `epoch` is the one that starts now: Lightning sets the following ones, but the first one too late for workers. With
     a plan, each epoch reads one of the fixed views of a dataset that augments at random; the index is then number +
     N * view.
+
+    Raises:
+        UserError: several processes, and a sampler of the user's own without a length.
     """
     indexed, options = _indexed(loader, plan)
-    if not _reads_all(loader):
-        return DataLoader(indexed, **_order(loader), **options)
-    shuffle = isinstance(loader.sampler, RandomSampler)
-    order = {"num_replicas": world_size, "rank": rank, "shuffle": shuffle, "seed": seed}
-    sampler = ViewSampler(plan.count if plan else 1, indexed, **order)
-    sampler.set_epoch(epoch)
-    options |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    return _EpochLoader(indexed, sampler=sampler, generator=torch.Generator(), **options)
+    ranks, views = {"num_replicas": world_size, "rank": rank, "seed": seed}, plan.count if plan else 1
+    batches = own_batches(loader)
+    given = sampler_of(loader) if batches is None else batches
+    if reads_all(loader):
+        sampler: Any = ViewSampler(views, indexed, shuffle=isinstance(given, RandomSampler), **ranks)
+    elif is_shared(given) or world_size == views == 1:
+        sampler = given
+    else:
+        check_sharing(given, "train_dataloader")
+        sampler = SharedOrder(given, samples=len(indexed), views=views, **ranks)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    if batches is None:
+        options |= {"sampler": sampler, **batch_options(loader)}
+    elif sampler is batches:
+        options |= {"batch_sampler": batches}
+    else:  # a batch in place of a sample
+        options |= {"sampler": sampler, "batch_size": None}
+    generator = torch.Generator() if isinstance(sampler, DistributedSampler) else None
+    return EpochLoader(indexed, generator=generator, **options)
 
 
 def rows_loader(
@@ -148,17 +140,20 @@ def rows_loader(
     """
     dataset = views or loader.dataset
     indexed = dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset, loader.collate_fn)
-    options: dict[str, Any] = {"collate_fn": indexed.collate, **_settings(loader), "batch_sampler": batches}
+    options: dict[str, Any] = {"collate_fn": indexed.collate, **worker_options(loader), "batch_sampler": batches}
     options.pop("persistent_workers", None)
     return DataLoader(indexed, generator=torch.Generator().manual_seed(seed), **options)
 
 
 def with_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[Any]:
     """The user's loader over another dataset of as many samples, in the order that it had."""
-    order = _order(loader)
-    if _reads_all(loader):  # torch's samplers hold the dataset
-        order |= {"sampler": None, "shuffle": isinstance(loader.sampler, RandomSampler)}
-    return DataLoader(dataset, collate_fn=loader.collate_fn, generator=loader.generator, **order, **_settings(loader))
+    options, batches = {"generator": loader.generator, **worker_options(loader)}, own_batches(loader)
+    if batches is not None:
+        return DataLoader(dataset, collate_fn=loader.collate_fn, batch_sampler=batches, **options)
+    options |= {"sampler": sampler_of(loader), **batch_options(loader)}
+    if reads_all(loader):  # torch's samplers hold the dataset
+        options |= {"sampler": None, "shuffle": isinstance(sampler_of(loader), RandomSampler)}
+    return DataLoader(dataset, collate_fn=loader.collate_fn, **options)
 
 
 class _Share(DistributedSampler[Any]):
@@ -180,15 +175,17 @@ def sequential_loader(
 ) -> DataLoader[Any]:
     """The user's loader with the index, in the order of the dataset; of several processes, each reads its share.
 
-    With a plan, the canonical views of a dataset that augments at random are read.
+    A sampler of the user's own chooses the samples, see `only_given`. With a plan, the canonical views of a dataset
+    that augments at random are read.
 
     Raises:
-        UserError: fewer samples than processes.
+        UserError: fewer samples than processes, or a sampler that does not give the same samples at each reading.
     """
+    loader = only_given(loader, LOADERS[1])
     indexed, options = _indexed(loader, plan)
     if len(indexed) < world_size:  # a process without a batch would not take part in the sums at the end
         raise UserError(f"Expected a validation sample for each of {world_size} processes, got {len(indexed)}.")
-    return DataLoader(indexed, batch_size=loader.batch_size or 1, sampler=_Share(indexed, world_size, rank), **options)
+    return DataLoader(indexed, batch_size=largest_batch(loader), sampler=_Share(indexed, world_size, rank), **options)
 
 
 @contextmanager
@@ -200,18 +197,20 @@ def indexed_loaders(
     names: Sequence[str] = LOADERS,
     labels: str | None = "labels",
     ignore_index: int = UNLABELLED,
+    prepare: Callable[[str, Any], Any] = lambda name, loader: loader,
 ) -> Iterator[None]:
-    """Context in which the loaders that the named methods of a user's data module return yield (x, y, index).
+    """Context in which the loaders that the named methods of a user's data module return yield (x, y, index) in a fit.
 
     `seed` is that of the order of training samples; `train` and `val` are the views of parts that augment at random;
-    `labels` and `ignore_index` are those of `PairCollate`.
+    `labels` and `ignore_index` are those of `PairCollate`. `prepare` is called with the name of a method and the loader
+    that it returned, with batches (x, y), and gives the loader to index.
     """
     before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
     for name in names:
         plan = train if name == LOADERS[0] else val
         pairs = partial(paired, labels=labels, ignore_index=ignore_index, name=name)
         vars(datamodule)[name] = partial(
-            _indexed_loader, name, getattr(datamodule, name), datamodule, seed, plan, pairs
+            _indexed_loader, name, getattr(datamodule, name), datamodule, seed, plan, pairs, prepare
         )
     try:
         yield
@@ -228,9 +227,13 @@ def _indexed_loader(
     seed: int,
     plan: ViewPlan | None,
     pairs: Callable[[Any], Any],
-) -> DataLoader[Any]:
-    """The loader that a method of a data module returns, with the index."""
-    loader, trainer = pairs(single_loader(original())), cast(Any, datamodule.trainer)
+    prepare: Callable[[str, Any], Any],
+) -> Any:
+    """The loader that a method of a data module returns: with the index in a fit, as it is elsewhere."""
+    given, trainer = original(), cast(Any, datamodule.trainer)
+    if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
+        return given
+    loader = prepare(name, pairs(single_loader(given)))
     ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     if name != LOADERS[0]:
         return sequential_loader(loader, plan=plan, **ranks)

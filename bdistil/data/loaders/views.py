@@ -5,17 +5,14 @@ What is cached for a view therefore belongs to the x of a batch, in any process,
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Dataset, DistributedSampler
 
-from bdistil.utils.seeding import seed_of
+from bdistil.utils.seeding import seed_cpu, seed_of
 
 # The view on which S is defined, and the view of the validation part.
 CANONICAL = 0
@@ -50,10 +47,7 @@ class Views(Dataset[Any]):
 
     def _drawn(self, number: int) -> Any:
         view, index = divmod(number, len(self))
-        seed = seed_of(self.seed, "view", index, self.first + view)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
+        seed_cpu(seed_of(self.seed, "view", index, self.first + view))
         return self.dataset[index]
 
 

@@ -1,0 +1,192 @@
+"""The order in which a user's loader gives samples: shared by processes, and which samples it gives at all."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from itertools import cycle, islice
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
+
+from bdistil.errors import RunError, UserError
+from bdistil.utils import distributed
+from bdistil.utils.seeding import drawn_from, seed_of
+
+SEEDED = "generator=torch.Generator().manual_seed(0)"
+
+
+def worker_options(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Options of the user's loader that do not depend on the order of its samples."""
+    names = ["num_workers", "pin_memory", "timeout", "worker_init_fn"]
+    if loader.num_workers > 0:
+        names += ["prefetch_factor", "multiprocessing_context", "persistent_workers"]
+    return {name: getattr(loader, name) for name in names}
+
+
+def own_batches(loader: DataLoader[Any]) -> Any:
+    """The batch sampler of a loader, where it is one of the user's own; None for torch's."""
+    return None if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """The sampler from which a loader with a batch sampler of torch's makes batches."""
+    return cast(BatchSampler, loader.batch_sampler).sampler
+
+
+def batch_options(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Size of the batches of a loader with a batch sampler of torch's, and whether the last one may be smaller."""
+    batches = cast(BatchSampler, loader.batch_sampler)
+    return {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
+
+
+def reads_all(loader: DataLoader[Any]) -> bool:
+    """Whether each sample is read once an epoch, shuffled or in order, by a sampler of torch's own."""
+    if own_batches(loader) is not None:
+        return False
+    sampler, samples = sampler_of(loader), len(cast(Sized, loader.dataset))
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source) == samples
+    return type(sampler) is SequentialSampler and len(sampler.data_source) == samples
+
+
+def is_shared(sampler: Any) -> bool:
+    """Whether a sampler of the user's own gives each process its share already."""
+    return hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
+
+
+def largest_batch(loader: DataLoader[Any]) -> int:
+    """Number of samples in the largest batch that a loader makes."""
+    size = getattr(loader.batch_sampler, "batch_size", None)
+    if isinstance(size, int):
+        return size
+    return max(map(len, _drawn(loader.batch_sampler, 0)), default=1)
+
+
+class EpochLoader(DataLoader[Any]):
+    """Seeds its workers by the order of the epoch, so that a resumed epoch draws what it would have drawn."""
+
+    def __iter__(self) -> Any:
+        if isinstance(self.sampler, DistributedSampler):
+            self.generator.manual_seed(seed_of(self.sampler.seed, self.sampler.epoch, self.sampler.rank, "workers"))
+        return super().__iter__()
+
+
+class SharedOrder(DistributedSampler[Any]):
+    """What a sampler of the user's own gives in an epoch, samples or whole batches, shared by the processes.
+
+    All of them draw the same order, as it depends on (seed, epoch), and each takes its share; some of it is repeated to
+    give every process as much. Lightning leaves a `DistributedSampler` in place.
+
+    Args:
+        given: the user's sampler, or batch sampler.
+        samples: N of its dataset.
+        views: K; epoch e reads view e mod K, whose numbers begin with N (e mod K).
+        order: number and rank of the processes, and the seed.
+
+    Attributes:
+        drawn: checksum of the last order, the same on all processes.
+    """
+
+    def __init__(self, given: Any, *, samples: int, views: int = 1, **order: Any) -> None:
+        super().__init__(given, shuffle=False, **order)
+        self.samples, self.views, self.drawn = samples, views, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        shift = self.samples * (self.epoch % self.views)
+        order = [_shifted(entry, shift) for entry in _drawn(self.dataset, self.seed, self.epoch)]
+        self.drawn = zlib.crc32(_flat(order).tobytes())
+        each = -(-len(order) // self.num_replicas)
+        return islice(cycle(order), self.rank, each * self.num_replicas, self.num_replicas)
+
+    def __len__(self) -> int:
+        return -(-len(cast(Sized, self.dataset)) // self.num_replicas)
+
+
+def _shifted(entry: Any, shift: int) -> Any:
+    """A sample number, or a batch of them, as plain numbers of a view."""
+    numbers = entry.tolist() if isinstance(entry, Tensor | np.ndarray) else entry
+    return [int(number) + shift for number in numbers] if isinstance(numbers, Iterable) else int(numbers) + shift
+
+
+def _drawn(sampler: Any, *key: object) -> list[Any]:
+    """All that a sampler gives, drawn from generators that are seeded by a key."""
+    with drawn_from(*key, "order"):
+        return list(sampler)
+
+
+def check_sharing(sampler: Any, name: str) -> None:
+    """Raises UserError where a sampler of the user's own cannot be shared by processes, as it has no length."""
+    if not hasattr(sampler, "__len__"):
+        raise UserError(
+            f"Expected the sampler of `{name}()` to have a `__len__`, so that several processes can share what it "
+            f"gives in an epoch, got {type(sampler).__name__} without one. Define it, or train in one process."
+        )
+
+
+def check_drawn(loader: Any) -> None:
+    """Raises RunError where the processes have drawn different orders from a sampler of the user's own.
+
+    To be called by all processes.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, SharedOrder):
+        drawn = torch.tensor([sampler.drawn, -sampler.drawn], dtype=torch.float64)
+        largest, smallest = distributed.all_max(drawn).tolist()
+        if largest != -smallest:
+            raise RunError(
+                f"{type(sampler.dataset).__name__}, the sampler of `train_dataloader()`, has given each process "
+                "another order, so that some samples of the epoch were in no step and others in several. Let it draw "
+                f"from torch's global generator, or give it {SEEDED}. The committed rounds are intact."
+            )
+
+
+def only_given(loader: DataLoader[Any], name: str) -> DataLoader[Any]:
+    """The user's loader over the samples that its sampler gives, each once, in the order of the dataset.
+
+    Raises:
+        UserError: the sampler gives no samples, or not the same ones at each reading.
+    """
+    rows = given_rows(loader, name)
+    if rows is None:
+        return loader
+    return DataLoader(
+        Subset(loader.dataset, rows),
+        batch_size=largest_batch(loader),
+        collate_fn=loader.collate_fn,
+        **worker_options(loader),
+    )
+
+
+def given_rows(loader: DataLoader[Any], name: str) -> Sequence[int] | None:
+    """Numbers of the samples that a loader gives, in order; None where it gives all of them.
+
+    Raises:
+        UserError: the sampler gives no samples, or not the same ones at each reading.
+    """
+    sampler = own_batches(loader)
+    if sampler is None:
+        sampler = sampler_of(loader)
+    if reads_all(loader) or isinstance(sampler, DistributedSampler):
+        return None  # a DistributedSampler gives each process a share of all samples
+    first, second = (np.unique(_flat(_drawn(sampler, number))) for number in (0, 1))
+    kind = type(sampler).__name__
+    if not np.array_equal(first, second):
+        raise UserError(
+            f"Expected the sampler of `{name}()` to give the same samples at each reading, got a {kind} that gives "
+            "others. Students of all rounds are judged on the same samples: give SubsetRandomSampler(indices), or a "
+            "torch.utils.data.Subset of the dataset."
+        )
+    if not len(first):
+        raise UserError(f"Expected the sampler of `{name}()` to give samples, got a {kind} that gives none.")
+    return None if len(first) == len(cast(Sized, loader.dataset)) else [int(row) for row in first]
+
+
+def _flat(entries: list[Any]) -> np.ndarray[Any, Any]:
+    """All sample numbers of samples or batches."""
+    plain = [_shifted(entry, 0) for entry in entries]
+    flat = [number for entry in plain for number in (entry if isinstance(entry, list) else [entry])]
+    return np.asarray(flat, dtype=np.int64)
