@@ -37,7 +37,7 @@ def check_samples(loader: DataLoader[Any], name: str, task: Task, outputs: int) 
     known = declared_labels(loader)
     spec = InputSpec.of_batch(loader.collate_fn([loader.dataset[0]])[0])
     if known is not None:
-        _check(known, np.arange(len(known)), name, task, outputs)
+        check_labels(known, np.arange(len(known)), f"`{name}()`", task, outputs)
         _check_some([known], name, task)
         return spec
     labels = []
@@ -45,7 +45,7 @@ def check_samples(loader: DataLoader[Any], name: str, task: Task, outputs: int) 
         spec = spec.joined(InputSpec.of_batch(x))
         if y is not None:
             _check_count(y, index, name)
-            _check(y, index, name, task, outputs)
+            check_labels(y, index, f"`{name}()`", task, outputs)
             labels.append(y)
     if labels:
         _check_some(labels, name, task)
@@ -108,8 +108,15 @@ def _check_count(y: Tensor, index: np.ndarray[Any, Any], name: str) -> None:
         )
 
 
-def _check(y: Tensor, index: np.ndarray[Any, Any], name: str, task: Task, outputs: int) -> None:
+def check_labels(y: Tensor, index: np.ndarray[Any, Any], where: str, task: Task, outputs: int) -> None:
     """Checks the labels y (B, ...) of the samples `index` (B,).
+
+    Args:
+        y: see `bdistil.data.loaders.as_labels`.
+        index: their numbers, for the message.
+        where: they come from, for the message.
+        task: of the run.
+        outputs: L.
 
     Raises:
         UserError: names the first sample with a label that cannot be used.
@@ -127,7 +134,7 @@ def _check(y: Tensor, index: np.ndarray[Any, Any], name: str, task: Task, output
         first = int(wrong.nonzero()[0])
         raise UserError(
             f"Expected the label y of a sample to be {allowed}, got {_text(y[first])} for sample {int(index[first])} "
-            f"of `{name}()`. {_remedy(y, task, outputs)}"
+            f"of {where}. {_remedy(y, task, outputs)}"
         )
 
 

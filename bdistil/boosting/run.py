@@ -9,7 +9,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import lightning.pytorch as pl
@@ -281,9 +281,13 @@ class Boosting:
             return
         loader = test_loader_of(datamodule, self.settings) if self.run.read("test") is None else None
         if loader is not None:
-            task = self.settings.task
+            task, unlabelled, asks = self.settings.task, self.settings.labels is None, is_api(self.teacher)
             teacher: list[float | None] = [None]  # the queries of an API are for training
-            if not is_api(self.teacher):
-                teacher = [*prefix_accuracies(ProgressiveEnsemble([self.teacher]).to(device), loader, device, task)]
-            self.run.write("test", [*teacher, *prefix_accuracies(self.ensemble.to(device), loader, device, task)])
+            figures = partial(
+                prefix_accuracies, loader=loader, device=device, task=task, teacher=None if asks else self.teacher
+            )
+            if not asks:
+                teacher = [*figures(ProgressiveEnsemble([self.teacher], task=task).to(device))]
+            if not (asks and unlabelled):
+                self.run.write("test", [*teacher, *figures(self.ensemble.to(device))])
         self.run.write_curve(self.run.rows())

@@ -18,11 +18,12 @@ from bdistil.ensemble.calibration import Calibration, exits_of, load_calibration
 from bdistil.ensemble.prediction import predict_within
 from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner
 from bdistil.errors import UserError
-from bdistil.metrics.quality import PrefixMetric, Task, prefix_metric
+from bdistil.metrics.quality import PrefixMetric, Task, given_labels, prefix_metric
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, build_student
 from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory, task_of
+from bdistil.utils.trees import device_of, row_count
 
 SCHEDULES = ("one", "all")
 
@@ -140,7 +141,7 @@ class ProgressiveEnsemble(nn.Module):
         The loop may be left between any two stages, with the last stage as the best answer so far.
 
         Args:
-            x: a batch (B, ...), on the device of the ensemble.
+            x: a batch (B, ...), or a tuple or mapping of tensors of that form, on the device of the ensemble.
         """
         runner = self.stage_runner(x)
         for _ in range(len(self)):
@@ -160,7 +161,7 @@ class ProgressiveEnsemble(nn.Module):
         """Logits (B, L) of the prefix of `stages` students, in the teacher's units; of all students by default.
 
         Args:
-            x: a batch (B, ...), on the device of the ensemble.
+            x: a batch (B, ...), or a tuple or mapping of tensors of that form, on the device of the ensemble.
             stages: number of students.
             schedule: ``one`` student after the other, or ``all`` bodies together on stacked parameters, where all
                 students run; by default the faster one by the calibration.
@@ -172,7 +173,8 @@ class ProgressiveEnsemble(nn.Module):
         if not 1 <= count <= len(self):
             raise UserError(f"Expected `stages` to be in 1 … {len(self)}, got {stages}.")
         runner = self.stage_runner(x)
-        schedule = schedule or self.calibration.schedule(len(x), x.device.type)
+        if schedule is None:
+            schedule = self.calibration.schedule(row_count(x), device_of(x).type) if self.calibration.times else "one"
         if schedule not in SCHEDULES:
             raise UserError(f"Expected `schedule` to be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
         if schedule == "all":
@@ -188,14 +190,14 @@ class ProgressiveEnsemble(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def predict(self, x: Tensor, budget: Budget | None = None) -> Prediction:
+    def predict(self, x: Any, budget: Budget | None = None) -> Prediction:
         """Predicts within a budget; work beyond it is not done.
 
         Decided samples are removed from the batch, so that the next student runs on fewer. Where that was measured to
         cost more than it saves they stay, and later students answer them as well.
 
         Args:
-            x: a batch (B, ...), on the device of the ensemble.
+            x: a batch (B, ...), or a tuple or mapping of tensors of that form, on the device of the ensemble.
             budget: limits; None runs all students.
 
         Raises:
@@ -212,7 +214,7 @@ class ProgressiveEnsemble(nn.Module):
             )
         exits = exits_of(budget, self.calibration)
         runner = self.stage_runner(x, count_votes=exits is not None and exits.rule == "agreement")
-        return predict_within(runner, budget, exits, self.calibration.clock(x.device.type), started)
+        return predict_within(runner, budget, exits, self.calibration.clock(device_of(x).type), started)
 
 
 def restore_student(
@@ -249,12 +251,22 @@ def restore_student(
 
 @torch.no_grad()
 def prefix_accuracies(
-    ensemble: ProgressiveEnsemble, loader: DataLoader[Any], device: torch.device, task: Task = "classification"
+    ensemble: ProgressiveEnsemble,
+    loader: DataLoader[Any],
+    device: torch.device,
+    task: Task = "classification",
+    teacher: nn.Module | None = None,
 ) -> list[float]:
-    """Accuracy in 0 … 1, or R² of a regression, of every prefix, in one pass over a loader that yields (x, y)."""
+    """Accuracy in 0 … 1, or what replaces it, of every prefix, in one pass over a loader that yields (x, y).
+
+    `teacher` answers where there are no labels.
+    """
     scores: PrefixMetric | None = None
     for x, y in loader:
-        answers = [stage.logits.cpu() for stage in ensemble.stages(move_data_to_device(x, device))]
+        moved = move_data_to_device(x, device)
+        answers = [stage.logits.cpu() for stage in ensemble.stages(moved)]
         scores = scores or prefix_metric(task, answers[0].shape[-1], len(ensemble))
+        if y is None and teacher is not None:
+            y = given_labels(task, None, teacher(moved).float().cpu())
         scores.update(torch.stack(answers), y)
     return [] if scores is None else [float(a) for a in scores.compute()[0].flatten()]

@@ -63,7 +63,7 @@ class Answers:
         self.gone.append((rows, self.runner.stage(chosen).logits, self.runner.number))
 
     def _on_device(self, places: Array) -> Tensor:
-        return torch.from_numpy(places).to(self.runner.x.device)
+        return torch.from_numpy(places).to(self.runner.device)
 
 
 def predict_within(
@@ -74,18 +74,18 @@ def predict_within(
     Without exits no sample exits early; without a clock every decided sample is removed at once.
     """
     allowed, answers = budget.stages_within(runner.macs), Answers(runner)
-    device, deadline = runner.x.device, None
+    device, deadline = runner.device, None
     if budget.seconds is not None:
         deadline = Deadline(budget.seconds, clock, lambda: time_of(device), started)
     checked = 0  # number of first stages after which the exit rule is checked
     if exits is not None:
-        checked = allowed - 1 if clock is None else clock.stages_to_check(len(runner.x), allowed, exits.shares)
+        checked = allowed - 1 if clock is None else clock.stages_to_check(runner.samples, allowed, exits.shares)
     for number in range(allowed):
-        if deadline is not None and not deadline.allows(number, len(runner.x)):
+        if deadline is not None and not deadline.allows(number, runner.samples):
             break
         runner.advance()
         if deadline is not None:
-            deadline.done(number, len(runner.x))
+            deadline.done(number, runner.samples)
         if exits is not None and number < checked and _remove_decided(answers, exits, clock, allowed) == 0:
             break
     return answers.prediction()

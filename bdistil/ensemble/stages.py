@@ -14,6 +14,7 @@ from bdistil.ensemble.budget import add_votes
 from bdistil.errors import UserError
 from bdistil.models.student import Student, links_of
 from bdistil.storage.blueprint import IndescribableError, describe
+from bdistil.utils.trees import device_of, row_count, take_rows
 
 
 def prefix_factor(scale: float | Tensor, weights: Sequence[float], count: int) -> float | Tensor:
@@ -61,7 +62,7 @@ class StageRunner:
     """Runs the students on a batch, one per call, and keeps their sum and the features that later students read.
 
     Attributes, besides those of `ProgressiveEnsemble` and `Calibration`:
-        x: a batch (B, ...).
+        x: a batch (B, ...), or several tensors of that form in a tuple or mapping.
         count_votes: count the students' own answers, for the exit rule ``agreement``.
         bodies: features (B, D) of all students, if they were computed before.
         number: students that ran.
@@ -84,6 +85,16 @@ class StageRunner:
     def factor(self) -> float | Tensor:
         """Factor of the current prefix, see `prefix_factor`."""
         return prefix_factor(self.scale, self.weights, self.number)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in the batch."""
+        return row_count(self.x) if self.total is None else len(self.total)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the batch."""
+        return device_of(self.x)
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -117,7 +128,7 @@ class StageRunner:
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
         """Reduces the batch to the given rows (n,); features that no later student reads are dropped."""
-        self.x = self.x.index_select(0, rows)
+        self.x = take_rows(self.x, rows)
         self.total = None if self.total is None else self.total.index_select(0, rows)
         self.votes = None if self.votes is None else self.votes.index_select(0, rows)
         later = [links_of(student) for student in self.students[self.number :] if isinstance(student, Student)]

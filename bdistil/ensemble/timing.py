@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bdistil.ensemble.budget import Rule
 from bdistil.ensemble.calibration import Exits
@@ -17,6 +16,7 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.prediction import Answers, time_of
 from bdistil.ensemble.stage_clock import BatchTimes
 from bdistil.errors import UserError
+from bdistil.utils.trees import device_of, row_count, take_rows
 
 BATCHES = (1, 8, 64, 256)
 SECONDS = 0.3  # for the repeats of one batch size, beyond the first `LEAST`
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 
 def measure_times(
-    ensemble: ProgressiveEnsemble, x: Tensor, *, rule: Rule = "max_prob", batches: Sequence[int] = BATCHES
+    ensemble: ProgressiveEnsemble, x: Any, *, rule: Rule = "max_prob", batches: Sequence[int] = BATCHES
 ) -> tuple[BatchTimes, ...]:
     """Measures an ensemble at several batch sizes.
 
@@ -40,22 +40,22 @@ def measure_times(
     Returns:
         Times by batch size, smallest first.
     """
-    rows = [torch.arange(batch, device=x.device) % len(x) for batch in sorted(batches)]
-    return tuple(_times_of(ensemble, x[index], rule) for index in rows)
+    rows = [torch.arange(batch, device=device_of(x)) % row_count(x) for batch in sorted(batches)]
+    return tuple(_times_of(ensemble, take_rows(x, index), rule) for index in rows)
 
 
 @torch.no_grad()
-def _times_of(ensemble: ProgressiveEnsemble, x: Tensor, rule: Rule) -> BatchTimes:
+def _times_of(ensemble: ProgressiveEnsemble, x: Any, rule: Rule) -> BatchTimes:
     exits = Exits(rule, (0.5,) * len(ensemble), (1.5,) * len(ensemble))
     _time_once(ensemble, x, exits)  # warm-up
     rows = _repeated(lambda: _time_once(ensemble, x, exits))
     *stages, check, compact = _quantile(rows, TYPICAL)
     names = ["one", "all"] if len(ensemble) > 1 and _supports_all(ensemble, x) else ["one"]
-    turns = _repeated(lambda: [_timed(partial(ensemble, x, schedule=name), x.device) for name in names])
+    turns = _repeated(lambda: [_timed(partial(ensemble, x, schedule=name), device_of(x)) for name in names])
     schedules = dict(zip(names, _quantile(turns, TYPICAL), strict=True))
     fastest = min(names, key=lambda name: schedules[name] / (1 if name == "one" else WORTH))
     late = _quantile(rows[:, : len(ensemble)], LATE)
-    return BatchTimes(len(x), tuple(stages), tuple(late), check, compact, schedules, fastest)
+    return BatchTimes(row_count(x), tuple(stages), tuple(late), check, compact, schedules, fastest)
 
 
 def _repeated(measure: Callable[[], list[float]]) -> np.ndarray[Any, Any]:
@@ -78,22 +78,22 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
     return time_of(device) - started
 
 
-def _time_once(ensemble: ProgressiveEnsemble, x: Tensor, exits: Exits) -> list[float]:
+def _time_once(ensemble: ProgressiveEnsemble, x: Any, exits: Exits) -> list[float]:
     """Seconds of each stage, of one check of the exit rule, and of removing half of the batch."""
-    count_votes = exits.rule == "agreement"
+    count_votes, device = exits.rule == "agreement", device_of(x)
     runner = ensemble.stage_runner(x, count_votes=count_votes)  # checks x, which belongs to no stage
-    seconds = [_timed(lambda: runner.step().logits, x.device) for _ in range(len(ensemble))]
+    seconds = [_timed(lambda: runner.step().logits, device) for _ in range(len(ensemble))]
     # The check follows a student, as in a prediction: its own code and numbers are then no longer in the cache.
     runner = ensemble.stage_runner(x, count_votes=count_votes)
     runner.advance()
     answers = Answers(runner)
-    seconds.append(_timed(lambda: answers.decided(exits), x.device))
-    half = np.arange(len(x)) % 2 == 0
-    seconds.append(_timed(lambda: answers.compact(half), x.device))
+    seconds.append(_timed(lambda: answers.decided(exits), device))
+    half = np.arange(runner.samples) % 2 == 0
+    seconds.append(_timed(lambda: answers.compact(half), device))
     return seconds
 
 
-def _supports_all(ensemble: ProgressiveEnsemble, x: Tensor) -> bool:
+def _supports_all(ensemble: ProgressiveEnsemble, x: Any) -> bool:
     """Whether the bodies can run together, with the same logits."""
     expected = ensemble(x, schedule="one")
     try:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
-from bdistil.data.loaders import first_samples
+from bdistil.boosting.labels import check_labels
+from bdistil.data.loaders import first_samples, pairs_of
 from bdistil.ensemble.budget import NEVER, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
@@ -20,6 +22,7 @@ from bdistil.errors import UserError
 from bdistil.evaluation.tables import table
 from bdistil.evaluation.temperature import calibration_error, fit_temperature, weighted_prefixes, winning_weights
 from bdistil.evaluation.thresholds import ExitTarget, Numbers, exit_outcome, exit_stages, fit_thresholds
+from bdistil.metrics.quality import class_numbers
 
 TIMED_SAMPLES = 256
 
@@ -31,48 +34,58 @@ def fit_anytime(
     *,
     weights: bool = False,
     device: str | torch.device = "cpu",
+    labels: str | None = "labels",
 ) -> Calibration:
     """Fits temperatures, thresholds and weights, measures stage times, and sets `ensemble.calibration` to the result.
 
     Args:
         ensemble: finished; it stays on the device.
-        loader: of the validation part, yields (x, y) with class numbers y; its order must not change.
+        loader: of the validation part, yields (x, y), or mappings with a key for y; its order must not change. Of soft
+            labels the largest is the class; samples without a label are left out.
         target: of the thresholds.
         weights: try weighted prefixes, kept where they win on held-out halves of the validation part.
         device: for the measurements.
+        labels: key of y in batches that are mappings.
 
     Raises:
-        UserError: the labels are not class numbers, or no stage meets the target.
+        UserError: another task than classification; labels that are not class numbers; no stage meets the target.
     """
+    if ensemble.task != "classification":
+        raise UserError(f"Expected an ensemble of a classification, to fit exits for, got one of a {ensemble.task} task.")
     target, device = target or ExitTarget(), torch.device(device)
     ensemble.to(device).calibration = Calibration(len(ensemble))
-    own, labels = own_logits(ensemble, loader, device)
-    calibration = _fit(own, labels, ensemble.macs, target, weights)
+    own, classes = own_logits(ensemble, loader, device, labels)
+    calibration = _fit(own, classes, ensemble.macs, target, weights)
     # Times depend on the weights, and are measured without exits and temperatures.
     ensemble.calibration = replace(calibration, temperatures=(), exits=None)
-    times = measure_times(ensemble, first_samples(loader, TIMED_SAMPLES).to(device), rule=target.rule)
+    timed = move_data_to_device(first_samples(loader, TIMED_SAMPLES, labels), device)
+    times = measure_times(ensemble, timed, rule=target.rule)
     ensemble.calibration = replace(calibration, times=times, device=device.type)
     return ensemble.calibration
 
 
 @torch.no_grad()
-def own_logits(ensemble: ProgressiveEnsemble, loader: Iterable[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits of each student alone, in the teacher's units, (T, N, L), and the labels (N,).
+def own_logits(
+    ensemble: ProgressiveEnsemble, loader: Iterable[Any], device: torch.device, labels: str | None = "labels"
+) -> tuple[Tensor, Tensor]:
+    """Logits of each student alone, in the teacher's units, (T, N, L), and the classes (N,) of labelled samples.
 
     Raises:
-        UserError: the labels are not class numbers.
+        UserError: there are no labels, or they are no classes.
     """
-    logits, labels = [], []
-    for x, y in loader:
-        if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point():
+    logits, classes, read = [], [], 0
+    for x, y in pairs_of(loader, labels):
+        if y is None:
             raise UserError(
-                "Expected class numbers (N,) as labels of the validation part, to fit thresholds and temperatures on, "
-                f"got {f'{y.dtype} {tuple(y.shape)}' if isinstance(y, Tensor) else type(y).__name__}."
+                "Expected labels (N,) of the validation part, to fit thresholds and temperatures on, got none."
             )
-        totals = torch.stack([stage.total for stage in ensemble.stages(x.to(device))]).float().cpu()
-        logits.append(totals.diff(dim=0, prepend=torch.zeros_like(totals[:1])) * ensemble.scale)
-        labels.append(y)
-    return torch.cat(logits, 1), torch.cat(labels)
+        totals = torch.stack([stage.total for stage in ensemble.stages(move_data_to_device(x, device))]).float().cpu()
+        check_labels(y, np.arange(read, read + len(y)), "the loader", "classification", totals.shape[-1])
+        read += len(y)
+        own, y = totals.diff(dim=0, prepend=torch.zeros_like(totals[:1])) * ensemble.scale, class_numbers(y)
+        logits.append(own[:, y >= 0])
+        classes.append(y[y >= 0])
+    return torch.cat(logits, 1), torch.cat(classes)
 
 
 def _fit(own: Tensor, labels: Tensor, macs: Sequence[int], target: ExitTarget, weights: bool) -> Calibration:

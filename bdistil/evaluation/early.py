@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from bdistil.ensemble.budget import confidence_of
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.metrics.quality import class_numbers
 from bdistil.models.segment_student import SegmentStudent
 
 FRACTIONS = (0.55, 0.75)  # of the steps, as in the literature
@@ -69,8 +70,9 @@ def early_figures(
     for x, y in loader:
         steps = x.shape[1]
         logits = [stage.logits.cpu() for stage in ensemble.stages(x)]
-        confidences.append(torch.stack([confidence_of(answer, "max_prob") for answer in logits]))
-        right.append(torch.stack([answer.argmax(-1) == y for answer in logits]))
+        confidences.append(torch.stack([confidence_of(answer, "max_prob") for answer in logits])[:, class_numbers(y) >= 0])
+        classes = class_numbers(y)
+        right.append(torch.stack([answer.argmax(-1) == classes for answer in logits])[:, classes >= 0])
     ends = [student.span(steps)[1] for student in students]
     thresholds = sorted({*THRESHOLDS, *([confidence] if isinstance(confidence, float) else [])})
     all_confidences, all_right = torch.cat(confidences, 1), torch.cat(right, 1)

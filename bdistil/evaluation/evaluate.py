@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bdistil.data.loaders import first_samples
 from bdistil.ensemble.budget import Budget
@@ -17,10 +16,12 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.early import early_figures
 from bdistil.evaluation.run_data import Split, loader_of
+from bdistil.evaluation.tables import SCORES
 from bdistil.metrics.cost import latency_ms, measure_cost
 from bdistil.metrics.quality import PrefixMetric, prefix_metric
 from bdistil.models.student import linked_features, links_of
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.utils.trees import row_count, take_rows
 
 Sweep = Literal["stages", "macs", "seconds", "confidence"]
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -50,9 +51,11 @@ def evaluate_budgets(
     _check_batch_size(batch_size)
     ensemble, loader = ProgressiveEnsemble.load(run.root), loader_of(run, part)
     x = first_samples(loader, max(SINGLES, batch_size))
-    singles, batch = list(x[:SINGLES].split(1)), x[torch.arange(batch_size) % len(x)]
+    samples = row_count(x)
+    singles = [take_rows(x, slice(row, row + 1)) for row in range(min(SINGLES, samples))]
+    batch = take_rows(x, torch.arange(batch_size) % samples)
     early = {}
-    if len(budgets) == 1 and ensemble.task != "regression":
+    if len(budgets) == 1 and ensemble.task == "classification":
         early = early_figures(ensemble, loader, budgets[0].confidence)
     rows = []
     for budget in budgets:
@@ -74,6 +77,8 @@ def _quality(ensemble: ProgressiveEnsemble, loader: Iterable[Any], budget: Budge
     macs, decided = 0, torch.zeros(len(ensemble) + 1, dtype=torch.int64)
     started = time.perf_counter()
     for x, y in loader:
+        if y is None:
+            raise UserError("Expected labels, to measure the accuracy on, but this run has none (labels=None).")
         prediction = ensemble.predict(x, budget)
         metric = metric or prefix_metric(ensemble.task, prediction.logits.shape[-1])
         metric.update(prediction.logits[None], y)
@@ -83,14 +88,14 @@ def _quality(ensemble: ProgressiveEnsemble, loader: Iterable[Any], budget: Budge
         raise UserError("Expected the part to hold samples, got none.")
     seconds, samples = time.perf_counter() - started, int(decided.sum())
     score, error = (round(float(figure), 6) for figure in metric.compute())
-    regression = ensemble.task == "regression"
     costs = {"average_macs": round(macs / samples), "all_stages_macs": ensemble.macs[-1]}
-    exits = {} if regression else {"decided_share": [round(float(d) / samples, 4) for d in decided[1:]]}
-    quality = {"r2": score, "rms": error} if regression else {"accuracy": score}
+    shares = [round(float(d) / samples, 4) for d in decided[1:]]
+    exits = {"decided_share": shares} if ensemble.task == "classification" else {}
+    quality = {SCORES[ensemble.task]: score} | ({"rms": error} if ensemble.task == "regression" else {})
     return {"samples": samples, **quality, **costs, **exits, "seconds": round(seconds, 3)}
 
 
-def _latency(ensemble: ProgressiveEnsemble, calls: Sequence[Tensor], budget: Budget, name: str) -> dict[str, float]:
+def _latency(ensemble: ProgressiveEnsemble, calls: Sequence[Any], budget: Budget, name: str) -> dict[str, float]:
     """Median and 95th percentile of the milliseconds of a call, after one warm-up call."""
     ensemble.predict(calls[0], budget)
     milliseconds = []
@@ -150,12 +155,12 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
         batch_size: for the activation bytes and the latency.
 
     Raises:
-        UserError: `batch_size` < 1, no round is committed, or x is not a tensor.
+        UserError: `batch_size` < 1, no round is committed, or x is of unknown shape.
     """
     _check_batch_size(batch_size)
     ensemble = ProgressiveEnsemble.load(run.root)
-    if ensemble.inputs.shape is None:
-        raise UserError("Expected x of this run to be a tensor, to profile its stages; it was something else.")
+    if not ensemble.inputs.known:
+        raise UserError("Expected x of this run to be a tensor, or a tuple or mapping of tensors, to profile its stages.")
     x, rows = ensemble.inputs.random(batch_size), []
     if teacher := run.read("teacher"):
         rows = [
@@ -170,7 +175,7 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
         inputs = (x, linked_features(student, students[:number], x)) if links_of(student) else (x,)
         cost = measure_cost(student, inputs, uncounted="record")
         rows.append(
-            {"stage": number + 1, "macs": cost.macs // len(x), "link_macs": cost.by_module.get("join", 0) // len(x),
+            {"stage": number + 1, "macs": cost.macs // batch_size, "link_macs": cost.by_module.get("join", 0) // batch_size,
              "params": cost.params, "weight_bytes": cost.weight_bytes, "activation_bytes": cost.activation_bytes,
              "latency_ms": round(latency_ms(student, inputs), 3), "cumulative_macs": ensemble.macs[number]}
         )  # fmt: skip

@@ -7,9 +7,10 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from bdistil.data.loaders import single_loader
+from bdistil.data.loaders import paired, single_loader
 from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
+from bdistil.metrics.quality import UNLABELLED
 from bdistil.storage.run_directory import RunDirectory
 
 Split = Literal["test", "val"]
@@ -34,7 +35,7 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
 
 
 def loader_of(run: RunDirectory, part: Split) -> Any:
-    """The loader of a part of the data of a run, in the order of its samples.
+    """The loader of a part of the data of a run, in the order of its samples; its batches are (x, y).
 
     Raises:
         UserError: the run was not started by a recipe.
@@ -42,4 +43,13 @@ def loader_of(run: RunDirectory, part: Split) -> Any:
     datamodule = datamodule_of(run)
     datamodule.prepare_data()
     datamodule.setup("test" if part == "test" else "fit")
-    return single_loader(datamodule.test_dataloader() if part == "test" else datamodule.val_dataloader())
+    name = f"{part}_dataloader"
+    return pairs_loader(run, getattr(datamodule, name)(), name)
+
+
+def pairs_loader(run: RunDirectory, loader: Any, name: str) -> Any:
+    """A loader that the method `name` of the data module of a run returned, with batches (x, y) as in the run."""
+    config: Any = run.read_config() if run.config.exists() else {}
+    settings = config.get("boosting") or config.get("model", {}).get("boosting") or {}
+    labels, ignore_index = settings.get("labels", "labels"), settings.get("ignore_index", UNLABELLED)
+    return paired(single_loader(loader), labels, ignore_index=ignore_index, name=name)

@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bdistil.metrics.quality import Task
 from bdistil.reporting.curve_plot import plot_curve
 from bdistil.reporting.tables import format_table
 from bdistil.storage.files import disk_errors, write_atomically
 from bdistil.storage.run_directory import RunDirectory
+
+
+# Column of the score.
+SCORES: dict[Task, str] = {"regression": "r2", "multilabel": "mean_average_precision", "classification": "accuracy"}
 
 
 def reference_row(run: RunDirectory, part: str) -> dict[str, Any] | None:
@@ -20,7 +25,7 @@ def reference_row(run: RunDirectory, part: str) -> dict[str, Any] | None:
     if figures is None:
         return None
     score = figures.get("val_accuracy") if part == "val" else (test or [None])[0]
-    name = "r2" if run.task == "regression" else "accuracy"
+    name = SCORES[run.task]
     return {
         "budget": "teacher", "part": part, name: score, "average_macs": figures["macs"],
         "single_ms_p50": figures["latency_ms"],
@@ -74,11 +79,11 @@ def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     Raises:
         RunError: the file cannot be written.
     """
-    regression = any("r2" in row for row in rows)
+    task = next(task for task, score in SCORES.items() if any(score in row for row in rows))
     points = []
     for row in sorted(rows, key=lambda row: float(row["average_macs"])):
-        name, score = str(row["budget"]), str(row["r2" if regression else "accuracy"])
+        name, score = str(row["budget"]), str(row[SCORES[task]])
         stage = name if name == "teacher" else name.rpartition("=")[2]
         points.append({"stage": stage, "macs": str(row["average_macs"]), f"{row['part']}_accuracy": score})
     with disk_errors("the picture of the evaluation", path.parent):
-        plot_curve(points, path, title=title, task="regression" if regression else "classification")
+        plot_curve(points, path, title=title, task=task)

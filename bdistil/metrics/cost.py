@@ -22,10 +22,10 @@ import torch
 from torch import Size, Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from bdistil.errors import UserError
+from bdistil.utils.trees import clone_tensors, leaves_of
 
 # Operators without matmul-like work, besides the views and pointwise ones that torch marks as such.
 FREE = re.compile(
@@ -183,13 +183,13 @@ def training_macs(
 
 
 def _tensors(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    leaves = (*module.parameters(), *module.buffers(), *tree_leaves(inputs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    given = [leaf if isinstance(leaf, Tensor) else leaf.data for leaf in leaves_of(inputs)]
+    return [*module.parameters(), *module.buffers(), *given]
 
 
 def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copies that a module may write to, and that autograd takes even where the originals are inference tensors."""
-    return tuple(tree_map_only(Tensor, lambda x: x.detach().clone(), inputs))
+    return tuple(map(clone_tensors, inputs))
 
 
 @contextmanager
@@ -283,8 +283,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+        for leaf in leaves_of(out):
+            if leaf.layout is torch.strided:
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self.live:
                     self.live[storage._cdata] = storage.nbytes()

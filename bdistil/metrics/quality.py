@@ -42,6 +42,11 @@ def given_labels(task: Task, y: Tensor | None, teacher: Tensor) -> Tensor:
     return (teacher > 0).long() if task == "multilabel" else teacher
 
 
+def class_numbers(y: Tensor) -> Tensor:
+    """Class numbers (B,) of labels that may be soft (B, L): that of the largest."""
+    return y if y.ndim == 1 else y.argmax(-1)
+
+
 def class_sums(logits: Tensor, y: Tensor) -> Tensor:
     """Sums over a batch of right answers, cross entropy in nats, and labelled samples, as (..., 3).
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +219,30 @@ def _refuse_nan(x: Tensor, name: str) -> None:
             f"Expected `{name}` without NaN or infinity, got {count} such samples of {len(x)}, the first at index "
             f"{int(wrong.nonzero()[0])}. Mend or leave out these samples."
         )
+
+
+def call_on(module: nn.Module, x: Any) -> Any:
+    """The answer of a module to x; a mapping is given by keywords to a module whose `forward` names its keys.
+
+    Example:
+        >>> class Sum(nn.Module):
+        ...     def forward(self, a, b):
+        ...         return a + b
+        >>> call_on(Sum(), {"a": torch.ones(2), "b": torch.ones(2)})
+        tensor([2., 2.])
+    """
+    return module(**x) if isinstance(x, Mapping) and _names(module, x) else module(x)
+
+
+def _names(module: nn.Module, keys: Iterable[str]) -> bool:
+    """Whether the `forward` of a module has parameters of these names, or takes all beside one of them."""
+    try:
+        parameters = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # of a scripted module, for example
+        return False
+    rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    return named.issuperset(keys) or (rest and (not named or bool(named.intersection(keys))))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
+from bdistil.models.inputs import call_on
 
 LinkKind = Literal["concat", "residual", "hidden"]
 
@@ -91,7 +92,7 @@ class Student(nn.Module):
     """A network of a body and a head that can be linked to the bodies of earlier students.
 
     Args:
-        body: maps x (B, ...) to features (B, D).
+        body: maps x (B, ...) to features (B, D); a mapping x is given by keywords where `forward` names its keys.
         head: maps features (B, D) to logits (B, L).
         features: D; needed only if the head is not nn.Linear.
         outputs: L; needed only if the head is not nn.Linear.
@@ -147,7 +148,7 @@ class Student(nn.Module):
 
     def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
         """Features (B, D) of the body, before links join. The first `states_read` of `linked` enter the body."""
-        return self._checked(self.body(x))
+        return self._checked(call_on(self.body, x))
 
     def _checked(self, features: Tensor) -> Tensor:
         if features.ndim != 2 or features.shape[1] != self.width:

@@ -15,7 +15,8 @@ from torchmetrics import MeanMetric
 
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
-from bdistil.metrics.quality import Task
+from bdistil.metrics.quality import Task, class_sums
+from bdistil.teachers.wrappers import teacher_answer
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class TeacherSpec:
 
 
 class TeacherTraining(pl.LightningModule):
-    """Trains a teacher with cross entropy, or with the squared error of a regression.
+    """Trains a teacher with cross entropy, binary for several labels, or with the squared error of a regression.
 
     Args:
         spec: network and schedule.
@@ -76,19 +77,25 @@ class TeacherTraining(pl.LightningModule):
     def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
         """Loss of a batch (x, y, index)."""
         x, y, _ = batch
-        answers = at_least_float32(self.network(x))
+        answers = at_least_float32(teacher_answer(self.network, x))
         if self.task == "regression":
             return F.mse_loss(answers, y.reshape(answers.shape).to(answers.dtype))
+        if self.task == "multilabel":
+            known, target = y.reshape(answers.shape) >= 0, y.reshape(answers.shape).clamp(min=0).to(answers.dtype)
+            return F.binary_cross_entropy_with_logits(answers, target, known.to(answers.dtype))
         return F.cross_entropy(answers, y, label_smoothing=self.spec.label_smoothing)
 
     def validation_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> None:
-        """Adds the accuracy, or the squared error, of a batch."""
+        """Adds the accuracy (of several labels, their mean), or the squared error, of a batch."""
         x, y, _ = batch
-        answers = at_least_float32(self.network(x))
+        answers = at_least_float32(teacher_answer(self.network, x))
         if self.task == "regression":
             self._score.update((answers - y.reshape(answers.shape)).square().mean(-1))
+        elif self.task == "multilabel":
+            self._score.update(((answers > 0) == (y.reshape(answers.shape) > 0)).float())
         else:
-            self._score.update((answers.argmax(-1) == y).float())
+            right, _, samples = class_sums(answers, y)
+            self._score.update(right / samples.clamp(min=1), weight=samples)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the teacher's accuracy, or its rms error."""

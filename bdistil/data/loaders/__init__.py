@@ -1,6 +1,6 @@
 """DataLoaders that carry each sample's index, checks of datasets, and fixed random views."""
 
-from bdistil.data.loaders.batches import PairCollate, as_labels, paired
+from bdistil.data.loaders.batches import PairCollate, as_labels, paired, pairs_of
 from bdistil.data.loaders.checks import check_dataset, distinct_samples, first_samples, is_random, single_loader
 from bdistil.data.loaders.early_trainer import with_trainer
 from bdistil.data.loaders.indexing import (
@@ -35,6 +35,7 @@ __all__ = [
     "largest_batch",
     "only_given",
     "paired",
+    "pairs_of",
     "rows_loader",
     "sequential_loader",
     "single_loader",

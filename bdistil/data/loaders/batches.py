@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -119,3 +119,13 @@ def paired(
     loader = copy.copy(loader)
     loader.collate_fn = PairCollate(loader.collate_fn, labels, ignore_index, name)
     return loader
+
+
+def pairs_of(
+    loader: Iterable[Any], labels: str | None = "labels", ignore_index: int = UNLABELLED
+) -> Iterator[tuple[Any, Tensor | None]]:
+    """The batches of a loader, or of any other iterable, as (x, y), see `PairCollate`."""
+    ready = isinstance(getattr(loader, "collate_fn", None), PairCollate)
+    split = PairCollate(list, labels, ignore_index, "loader").split
+    for batch in loader:
+        yield batch if ready else split(batch)

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from bdistil.data.loaders.batches import PairCollate, paired
+from bdistil.data.loaders.batches import PairCollate, pairs_of
 from bdistil.data.loaders.order import EpochLoader
 from bdistil.errors import UserError
 from bdistil.utils.trees import joined_rows, row_count, take_rows
@@ -26,7 +26,7 @@ def first_samples(loader: Any, count: int, labels: str | None = "labels") -> Any
     `labels` is the key of the labels in batches that are mappings; None where a batch is x alone.
     """
     batches: list[Any] = []
-    for x, _ in paired(single_loader(loader), labels):
+    for x, _ in pairs_of(single_loader(loader), labels):
         batches.append(x)
         if sum(map(row_count, batches)) >= count:
             break
