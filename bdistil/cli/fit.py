@@ -24,12 +24,13 @@ from bdistil.boosting.run import FREE_KEYS
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.cli.commands import print_curve
-from bdistil.data.loaders import indexed_loaders, single_loader
+from bdistil.data.loaders import indexed_loaders
 from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import fit_anytime
+from bdistil.evaluation.run_data import pairs_loader
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tracking import Tracking, make_logger
 from bdistil.storage.files import disk_errors
@@ -235,6 +236,11 @@ class BoostCLI(LightningCLI):
             return
         path = Path(spec.checkpoint) if spec.checkpoint else controller.run.teacher
         if not path.is_file():
+            if model.boosting.labels is None:
+                raise UserError(
+                    "The data have no labels (model.boosting.labels: null), so the recipe cannot train its teacher. Give "
+                    "a trained one by model.teacher.checkpoint."
+                )
             rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")
             spec.network.requires_grad_(True).train()
             keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")
@@ -242,7 +248,8 @@ class BoostCLI(LightningCLI):
                 controller.signals, keeper,
                 max_epochs=spec.epochs, logger=False, default_root_dir=str(keeper.path.parent),
             )  # fmt: skip
-            with indexed_loaders(datamodule, seed_of(seed, "teacher")):
+            labels, ignore_index = model.boosting.labels, model.boosting.ignore_index
+            with indexed_loaders(datamodule, seed_of(seed, "teacher"), labels=labels, ignore_index=ignore_index):
                 trainer.fit(TeacherTraining(spec, model.boosting.task), datamodule, ckpt_path=keeper.ckpt_path)
             if distributed.early_rank() == 0:
                 with disk_errors("the teacher", controller.run.root):
@@ -254,10 +261,11 @@ class BoostCLI(LightningCLI):
 
 def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
     """Fits early exits and times the stages, once for each run, if its data allow it."""
-    if distributed.early_rank() != 0 or load_calibration(run) is not None or run.task == "regression":
+    if distributed.early_rank() != 0 or load_calibration(run) is not None or run.task != "classification":
         return
     try:
-        figures = fit_anytime(ProgressiveEnsemble.load(run.root), single_loader(datamodule.val_dataloader()))
+        loader = pairs_loader(run, datamodule.val_dataloader(), "val_dataloader")
+        figures = fit_anytime(ProgressiveEnsemble.load(run.root), loader)
     except UserError as error:
         rank_zero_info(f"No thresholds were fitted: {error}")
         return

@@ -51,7 +51,9 @@ def fit_anytime(
         UserError: another task than classification; labels that are not class numbers; no stage meets the target.
     """
     if ensemble.task != "classification":
-        raise UserError(f"Expected an ensemble of a classification, to fit exits for, got one of a {ensemble.task} task.")
+        raise UserError(
+            f"Expected an ensemble of a classification, to fit exits for, got one of a {ensemble.task} task."
+        )
     target, device = target or ExitTarget(), torch.device(device)
     ensemble.to(device).calibration = Calibration(len(ensemble))
     own, classes = own_logits(ensemble, loader, device, labels)

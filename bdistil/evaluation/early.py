@@ -70,7 +70,9 @@ def early_figures(
     for x, y in loader:
         steps = x.shape[1]
         logits = [stage.logits.cpu() for stage in ensemble.stages(x)]
-        confidences.append(torch.stack([confidence_of(answer, "max_prob") for answer in logits])[:, class_numbers(y) >= 0])
+        confidences.append(
+            torch.stack([confidence_of(answer, "max_prob") for answer in logits])[:, class_numbers(y) >= 0]
+        )
         classes = class_numbers(y)
         right.append(torch.stack([answer.argmax(-1) == classes for answer in logits])[:, classes >= 0])
     ends = [student.span(steps)[1] for student in students]

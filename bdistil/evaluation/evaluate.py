@@ -160,7 +160,9 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
     _check_batch_size(batch_size)
     ensemble = ProgressiveEnsemble.load(run.root)
     if not ensemble.inputs.known:
-        raise UserError("Expected x of this run to be a tensor, or a tuple or mapping of tensors, to profile its stages.")
+        raise UserError(
+            "Expected x of this run to be a tensor, or a tuple or mapping of tensors, to profile its stages."
+        )
     x, rows = ensemble.inputs.random(batch_size), []
     if teacher := run.read("teacher"):
         rows = [
@@ -175,7 +177,8 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
         inputs = (x, linked_features(student, students[:number], x)) if links_of(student) else (x,)
         cost = measure_cost(student, inputs, uncounted="record")
         rows.append(
-            {"stage": number + 1, "macs": cost.macs // batch_size, "link_macs": cost.by_module.get("join", 0) // batch_size,
+            {"stage": number + 1, "macs": cost.macs // batch_size,
+             "link_macs": cost.by_module.get("join", 0) // batch_size,
              "params": cost.params, "weight_bytes": cost.weight_bytes, "activation_bytes": cost.activation_bytes,
              "latency_ms": round(latency_ms(student, inputs), 3), "cumulative_macs": ensemble.macs[number]}
         )  # fmt: skip

@@ -14,7 +14,6 @@ from bdistil.reporting.tables import format_table
 from bdistil.storage.files import disk_errors, write_atomically
 from bdistil.storage.run_directory import RunDirectory
 
-
 # Column of the score.
 SCORES: dict[Task, str] = {"regression": "r2", "multilabel": "mean_average_precision", "classification": "accuracy"}
 

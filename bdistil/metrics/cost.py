@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from bdistil.errors import UserError
-from bdistil.utils.trees import clone_tensors, leaves_of
+from bdistil.utils.trees import leaves_of, map_tensors
 
 # Operators without matmul-like work, besides the views and pointwise ones that torch marks as such.
 FREE = re.compile(
@@ -189,7 +189,7 @@ def _tensors(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copies that a module may write to, and that autograd takes even where the originals are inference tensors."""
-    return tuple(map(clone_tensors, inputs))
+    return tuple(map_tensors(x, lambda tensor: tensor.detach().clone()) for x in inputs)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
 from bdistil.metrics.quality import Task, class_sums
-from bdistil.teachers.wrappers import teacher_answer
+from bdistil.teachers.wrappers import run_teacher
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TeacherTraining(pl.LightningModule):
     def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
         """Loss of a batch (x, y, index)."""
         x, y, _ = batch
-        answers = at_least_float32(teacher_answer(self.network, x))
+        answers = at_least_float32(run_teacher(self.network, x))
         if self.task == "regression":
             return F.mse_loss(answers, y.reshape(answers.shape).to(answers.dtype))
         if self.task == "multilabel":
@@ -88,7 +88,7 @@ class TeacherTraining(pl.LightningModule):
     def validation_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> None:
         """Adds the accuracy (of several labels, their mean), or the squared error, of a batch."""
         x, y, _ = batch
-        answers = at_least_float32(teacher_answer(self.network, x))
+        answers = at_least_float32(run_teacher(self.network, x))
         if self.task == "regression":
             self._score.update((answers - y.reshape(answers.shape)).square().mean(-1))
         elif self.task == "multilabel":

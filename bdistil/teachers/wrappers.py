@@ -4,60 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-<<<<<<< Updated upstream
 import re
-from collections.abc import Iterator
-=======
 from collections.abc import Iterator, Mapping
->>>>>>> Stashed changes
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
-<<<<<<< Updated upstream
 from bdistil.metrics.cost import is_compiled
-from bdistil.models.inputs import expectation_of
-=======
 from bdistil.models.inputs import call_on, expectation_of
-
-
-def teacher_answer(network: nn.Module, x: Any) -> Tensor:
-    """Logits (B, L) of a teacher, which may return them in a larger answer.
-
-    They are the tensor itself, the attribute or key ``logits``, the only value of a mapping, or the first of a tuple. A
-    mapping x is given by keywords to a network whose `forward` names its keys.
-
-    Raises:
-        UserError: the answer holds none of these.
-
-    Example:
-        >>> class Both(nn.Module):
-        ...     def forward(self, x):
-        ...         return {"logits": 2 * x, "hidden": x}
-        >>> teacher_answer(Both(), torch.ones(1, 2))
-        tensor([[2., 2.]])
-    """
-    answer = call_on(network, x)
-    if isinstance(answer, Tensor):
-        return answer
-    found = getattr(answer, "logits", None)
-    if isinstance(answer, Mapping) and found is None:
-        found = answer.get("logits", next(iter(answer.values())) if len(answer) == 1 else None)
-    elif isinstance(answer, tuple | list) and found is None:
-        found = next(iter(answer), None)
-    if isinstance(found, Tensor):
-        return found
-    keys = f" with {', '.join(map(repr, answer))}" if isinstance(answer, Mapping) else ""
-    raise UserError(
-        f"Expected logits (B, L) of the teacher {type(network).__name__}, alone, as `logits` or first in a tuple, got "
-        f"{type(answer).__name__}{keys}. Wrap it in a module that returns the logits."
-    )
->>>>>>> Stashed changes
+from bdistil.utils.trees import map_tensors
 
 
 class FrozenTeacher(nn.Module):
@@ -71,7 +30,7 @@ class FrozenTeacher(nn.Module):
     (False, False)
 
     Args:
-        module: maps a batch x (B, ...) to logits (B, L), see `teacher_answer`.
+        module: maps a batch x (B, ...) to logits (B, L), see `run_teacher`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -87,14 +46,8 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Any) -> Tensor:
-<<<<<<< Updated upstream
         """Logits (B, L) float32 of a batch, without a graph."""
-        logits = run_teacher(self.module, x)
-        return logits.float() if isinstance(logits, Tensor) else logits
-=======
-        """Logits (B, L) of a batch, without a graph."""
-        return teacher_answer(self.module, x)
->>>>>>> Stashed changes
+        return run_teacher(self.module, x).float()
 
     @property
     def fingerprint(self) -> str:
@@ -145,8 +98,14 @@ def comes_trained(network: nn.Module) -> bool:
     return bool(getattr(network, "trained", False))
 
 
-def run_teacher(network: nn.Module, x: Any) -> Any:
-    """Answers of a teacher to x, whose real numbers are converted to the precision of its weights.
+def run_teacher(network: nn.Module, x: Any) -> Tensor:
+    """Logits (B, L) of a teacher to x, whose real numbers are converted to the precision of its weights.
+
+    A teacher may return its logits in a larger answer: as the attribute or key ``logits``, as the only value of a
+    mapping, or first in a tuple. A mapping x is given by keywords to a network whose `forward` names its keys.
+
+    Raises:
+        UserError: the answer holds no logits.
 
     Example:
         >>> run_teacher(nn.Linear(2, 3).double(), torch.zeros(1, 2)).dtype
@@ -155,8 +114,23 @@ def run_teacher(network: nn.Module, x: Any) -> Any:
     if not isinstance(network, AdaptedTeacher | AveragedTeacher):  # they convert x for each of their networks
         kinds = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
         if kind := next(kinds, None):
-            x = tree_map_only(Tensor, lambda part: part.to(kind) if part.is_floating_point() else part, x)
-    return network(x)
+            x = map_tensors(x, lambda part: part.to(kind) if part.is_floating_point() else part)
+    return _logits_in(call_on(network, x), network)
+
+
+def _logits_in(answer: Any, network: nn.Module) -> Tensor:
+    found = answer if isinstance(answer, Tensor) else getattr(answer, "logits", None)
+    if isinstance(answer, Mapping) and found is None:
+        found = answer.get("logits", next(iter(answer.values())) if len(answer) == 1 else None)
+    elif isinstance(answer, tuple | list) and found is None:
+        found = next(iter(answer), None)
+    if isinstance(found, Tensor):
+        return found
+    keys = f" with {', '.join(map(repr, answer))}" if isinstance(answer, Mapping) else ""
+    raise UserError(
+        f"Expected logits (B, L) of the teacher {type(network).__name__}, alone, as `logits` or first in a tuple, got "
+        f"{type(answer).__name__}{keys}. Wrap it in a module that returns the logits."
+    )
 
 
 class AdaptedTeacher(nn.Module):
@@ -214,11 +188,7 @@ class AdaptedTeacher(nn.Module):
         x = self.normalised(x)
         if self.size is not None and tuple(x.shape[-2:]) != tuple(self.size):
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
-<<<<<<< Updated upstream
-        answers: Tensor = run_teacher(self.network, x)
-=======
-        answers = teacher_answer(self.network, x)
->>>>>>> Stashed changes
+        answers = run_teacher(self.network, x)
         if not self.probabilities:
             return answers
         answers = at_least_float32(answers)
@@ -254,11 +224,7 @@ class AveragedTeacher(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L); those of `probabilities` are log-probabilities, which the ledger centres."""
-<<<<<<< Updated upstream
         answers = torch.stack([run_teacher(network, x).float() for network in self.networks])  # (K, B, L)
-=======
-        answers = at_least_float32(torch.stack([teacher_answer(network, x) for network in self.networks]))  # (K, B, L)
->>>>>>> Stashed changes
         if self.of == "logits":
             return answers.mean(0)
         return torch.log_softmax(answers, -1).logsumexp(0) - math.log(len(answers))

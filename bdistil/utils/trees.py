@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,11 +89,9 @@ def take_rows(x: Any, rows: Tensor | slice) -> Any:
     return apply_to_collection(x, (*LEAVES, list), take)
 
 
-def clone_tensors(x: Any) -> Any:
-    """A batch with copies of its tensors, without their graph."""
-    if isinstance(x, Tensor):
-        return x.detach().clone()
-    return apply_to_collection(x, Tensor, lambda tensor: tensor.detach().clone())
+def map_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A batch with a function of each of its tensors in their places."""
+    return function(x) if isinstance(x, Tensor) else apply_to_collection(x, Tensor, function)
 
 
 def joined_rows(batches: Sequence[Any]) -> Any:

@@ -93,7 +93,7 @@ def test_weights_only_where_they_are_asked_for_and_win(ensemble, data):
 
 @pytest.mark.parametrize("labels", [torch.randn(N), torch.zeros(N, 2, dtype=torch.long)], ids=["numbers", "several"])
 def test_labels_that_are_no_classes(ensemble, data, labels):
-    with pytest.raises(UserError, match="class numbers"):
+    with pytest.raises(UserError, match="class number"):
         fit_anytime(ensemble, DataLoader(TensorDataset(data[0], labels), batch_size=150))
 
 
