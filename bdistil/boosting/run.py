@@ -143,7 +143,7 @@ class Boosting:
             student = build_student(self.make, 0, [], Rung(0))
         check_rounds(student, settings.rounds)
         outputs = declared_outputs(self.teacher) or check_outputs(self.teacher, student, pair, settings.task)
-        inputs = self._check_samples(datamodule, train, val, outputs)
+        inputs = self._check_samples(datamodule, parts.train.loader, parts.val.loader, outputs)
         if is_api(self.teacher):  # it is billed, so that labels are checked first
             check_outputs(self.teacher, student, pair, settings.task)
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))

@@ -238,8 +238,8 @@ class BoostCLI(LightningCLI):
         if not path.is_file():
             if model.boosting.labels is None:
                 raise UserError(
-                    "The data have no labels (model.boosting.labels: null), so the recipe cannot train its teacher. Give "
-                    "a trained one by model.teacher.checkpoint."
+                    "The data have no labels (model.boosting.labels: null), so the recipe cannot train its teacher. "
+                    "Give a trained one by model.teacher.checkpoint."
                 )
             rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")
             spec.network.requires_grad_(True).train()
