@@ -174,8 +174,8 @@ class StackedBodies:
     @torch.no_grad()
     def __call__(self, x: Any) -> tuple[Tensor, ...]:
         """Features (B, D) of each student."""
-        together = torch.func.vmap(self._one, in_dims=(0, 0, None))
-        return torch.unbind(together(self._parameters, self._buffers, x))
+        together = torch.func.vmap(lambda parameters, buffers: self._one(parameters, buffers, x))
+        return torch.unbind(together(self._parameters, self._buffers))
 
 
 def _of_one_shape(students: Sequence[nn.Module]) -> list[Student]:

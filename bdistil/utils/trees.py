@@ -81,12 +81,18 @@ def take_rows(x: Any, rows: Tensor | slice) -> Any:
                 return [leaf[row] for row in torch.arange(count)[rows if isinstance(rows, slice) else rows.cpu()]]
             return [apply_to_collection(value, (*LEAVES, list), take) for value in leaf]
         if isinstance(leaf, PackedSequence):
-            padded, lengths = pad_packed_sequence(leaf, batch_first=True)
-            at = rows if isinstance(rows, slice) else rows.to(lengths.device)
-            return pack_padded_sequence(padded[rows], lengths[at], batch_first=True, enforce_sorted=False)
+            return _packed_rows(leaf, rows)
         return take_rows(leaf, rows) if leaf.ndim else leaf
 
     return apply_to_collection(x, (*LEAVES, list), take)
+
+
+def _packed_rows(packed: PackedSequence, rows: Tensor | slice) -> PackedSequence:
+    padded, lengths = pad_packed_sequence(packed, batch_first=True)
+    lengths = lengths[rows if isinstance(rows, slice) else rows.to(lengths.device)]
+    if not len(lengths):  # torch packs no empty batch
+        return PackedSequence(packed.data[:0], packed.batch_sizes[:0])
+    return pack_padded_sequence(padded[rows], lengths, batch_first=True, enforce_sorted=False)
 
 
 def map_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
