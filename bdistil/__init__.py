@@ -9,6 +9,7 @@ g teacher logits, f_t student t, S running error.
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.round import BoostingRound
 from bdistil.boosting.settings import BoostingSettings
+from bdistil.callbacks.distill import distill
 from bdistil.ensemble.budget import Budget, Prediction
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError, UserError
@@ -36,4 +37,5 @@ __all__ = [
     "Student",
     "TorchScriptTeacher",
     "UserError",
+    "distill",
 ]

@@ -7,6 +7,7 @@ if __name__ == "callbacks":
     )
 
 from bdistil.callbacks.compute_cost import ComputeCost
+from bdistil.callbacks.distill import distill
 from bdistil.callbacks.epoch_keeper import EpochKeeper
 from bdistil.callbacks.gradient_noise import GradientNoise
 from bdistil.callbacks.loss_mixing import LossMixing
@@ -22,4 +23,5 @@ __all__ = [
     "MetricCurves",
     "RoundController",
     "RoundProgressBar",
+    "distill",
 ]

@@ -7,19 +7,20 @@ from typing import Any
 import lightning.pytorch as pl
 
 from bdistil.errors import UserError
-from bdistil.metrics.curve import curve_figures
+from bdistil.metrics.curve import curve_figures, merge_points
 
 
 class MetricCurves(pl.Callback):
     """Collects one (cost, accuracy) point for each fit, and logs the area under the curve and its falls.
 
-    Works with any LightningModule: give one instance to the Trainers of several fits of increasing cost. The
-    RoundController logs the same figures after each committed round.
+    Works with any LightningModule: give one instance to the Trainers of several fits, in any order of cost. Fits of
+    equal cost, with other seeds or folds, count as one point with their mean accuracy. The RoundController logs the
+    same figures after each committed round.
 
     Args:
         metric: key of the accuracy in ``trainer.callback_metrics``.
         cost: key of the cost in them; `ComputeCost` logs ``cost/macs``.
-        tolerance: a decrease of the accuracy by more than this counts as a fall.
+        tolerance: a decrease of the accuracy by more than this, with the cost, counts as a fall.
 
     Example:
         >>> curves = MetricCurves()
@@ -32,6 +33,7 @@ class MetricCurves(pl.Callback):
     def __init__(self, metric: str = "val_accuracy", cost: str = "cost/macs", tolerance: float = 0.0) -> None:
         self.metric, self.cost, self.tolerance = metric, cost, tolerance
         self.points: list[tuple[float, float]] = []
+        self._validated = False
 
     @property
     def state_key(self) -> str:
@@ -47,19 +49,38 @@ class MetricCurves(pl.Callback):
         self.points = [(float(cost), float(value)) for cost, value in state_dict["points"]]
 
     def add(self, cost: float, accuracy: float) -> dict[str, float]:
-        """Adds a point, with more MACs than the one before and an accuracy in 0 … 1; returns the figures so far."""
+        """Adds a point with a cost > 0 and an accuracy in 0 … 1; returns the figures so far."""
         self.points.append((float(cost), float(accuracy)))
-        costs, values = zip(*self.points, strict=True)
-        return curve_figures(costs, values, self.tolerance)
+        return curve_figures(*merge_points(self.points), self.tolerance)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Waits for the first validation of this fit."""
+        self._validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes that metrics of a validation have been logged."""
+        self._validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks for the metrics after the first epoch that was validated, not only when the training is over."""
+        if self._validated:
+            self._check(trainer)
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        """Raises UserError where the metric was not logged, or the cost was not, or is not positive."""
+        metrics = trainer.callback_metrics
+        missing = [key for key in (self.metric, self.cost) if key not in metrics]
+        if missing:
+            raise UserError(
+                f"MetricCurves expected {missing[0]!r} among logged metrics, got {sorted(metrics)}. "
+                "Log it, or set `metric` and `cost` to logged names (ComputeCost logs cost/macs)."
+            )
+        if float(metrics[self.cost]) <= 0:
+            raise UserError(f"MetricCurves expected {self.cost!r} to be > 0, got {float(metrics[self.cost]):g}.")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the point of this fit from the logged metrics."""
-        missing = [key for key in (self.metric, self.cost) if key not in trainer.callback_metrics]
-        if missing:
-            raise UserError(
-                f"MetricCurves expected {missing[0]!r} among logged metrics, got {sorted(trainer.callback_metrics)}. "
-                "Log it, or set `metric` and `cost` to logged names (ComputeCost logs cost/macs)."
-            )
+        self._check(trainer)
         figures = self.add(*(float(trainer.callback_metrics[key]) for key in (self.cost, self.metric)))
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{key}": value for key, value in figures.items()}, step=trainer.global_step)

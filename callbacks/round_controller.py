@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
-from bdistil.boosting.checks import check_precision, check_strategy
 from bdistil.boosting.commit import close_round
 from bdistil.boosting.costs import Uncounted
+from bdistil.boosting.optimization import LRSchedulerCallable, Optimization, OptimizerCallable
 from bdistil.boosting.round import BoostingRound, RoundState
 from bdistil.boosting.run import Boosting, RoundPlan
 from bdistil.boosting.settings import BoostingSettings
+from bdistil.boosting.trainer_checks import SharedCallbacks, check_trained, check_trainer, check_unused
 from bdistil.data.loaders import distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
@@ -24,6 +25,7 @@ from bdistil.reporting.report import write_report
 from bdistil.reporting.round_tracker import RoundTracker
 from bdistil.storage.files import disk_errors, save_epoch
 from bdistil.utils import distributed
+from bdistil.utils.optimizers import Interval
 from bdistil.utils.seeding import reseed
 from bdistil.utils.signals import StopSignals
 
@@ -40,6 +42,12 @@ class RoundController(Checkpoint):
         teacher: any module, x -> logits (B, L).
         student: ``make_student(round)``, rounds from 0; a `Student` also takes links.
         settings: of the run.
+        optimizer: makes the optimizer of the parameters of a student, as Lightning's ``OptimizerCallable``:
+            ``lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9)``. It replaces AdamW and `lr`,
+            `weight_decay` and `schedule` of the settings.
+        lr_scheduler: makes the schedule of an optimizer, as Lightning's ``LRSchedulerCallable``, or a dictionary with
+            ``scheduler`` as `configure_optimizers` takes it. Without it, an optimizer of your own has a constant rate.
+        lr_interval: whether that schedule advances after every ``epoch`` or ``step``.
         seed: all randomness of the run is a function of it, the round, the epoch and the rank.
         config: content of config.yaml, as nested plain values; settings and seed by default.
         uncounted: an operator whose multiply-adds are unknown is an ``error`` before training, or recorded with a
@@ -80,6 +88,9 @@ class RoundController(Checkpoint):
         teacher: nn.Module,
         student: Callable[..., nn.Module],
         settings: BoostingSettings | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
         seed: int = 0,
         config: Mapping[str, Any] | None = None,
         uncounted: Uncounted = "record",
@@ -87,11 +98,11 @@ class RoundController(Checkpoint):
         self.settings = settings or BoostingSettings()
         self.boosting = Boosting(
             run_dir, teacher=teacher, student=student, settings=self.settings, seed=seed, config=config,
-            uncounted=uncounted,
+            uncounted=uncounted, optimization=Optimization(optimizer, lr_scheduler, lr_interval),
         )  # fmt: skip
         self.run = self.boosting.run
         self.tracker, self.signals = RoundTracker(self.run), StopSignals(self.resume_message)
-        self.state, self.device = RoundState(), torch.device("cpu")
+        self.state, self.device, self._shared = RoundState(), torch.device("cpu"), SharedCallbacks()
         self._plan: RoundPlan | None = None
         self._closed, self._first_epoch, self._read = False, True, 0
 
@@ -110,6 +121,8 @@ class RoundController(Checkpoint):
                 self._plan, self.state = plan, RoundState(plan.module.number, plan.attempt)
                 self._closed, self._first_epoch, self._read = False, True, 0
                 yield plan.module
+            if self.boosting.rehearsed is not None:
+                return
             self.boosting.finish(datamodule, self.device)
             if distributed.early_rank() == 0 and self.run.committed():
                 write_report(self.run)
@@ -156,8 +169,8 @@ class RoundController(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks Trainer and module; seeds, as configure_optimizers may make the loader."""
-        check_strategy(trainer.strategy)
-        check_precision(str(trainer.precision))
+        check_unused(trainer)
+        check_trainer(trainer, self.settings)
         self.signals.watch(trainer)
         if distributed.early_rank() == 0:
             self.run.lock.acquire()  # a fit that failed before has let go of it
@@ -166,6 +179,11 @@ class RoundController(Checkpoint):
                 "RoundController expected the module that `controller.rounds(datamodule)` gave for round "
                 f"{self.number + 1}, got another module ({type(pl_module).__name__})."
             )
+        if self._closed:
+            raise UserError(
+                f"Expected one fit for round {self.number + 1}, got a second one: take the next module from the loop."
+            )
+        self._shared.start(trainer, self.number)
         self._reseed(trainer)
 
     def _reseed(self, trainer: pl.Trainer) -> None:
@@ -176,7 +194,8 @@ class RoundController(Checkpoint):
         self.device = pl_module.device
         with disk_errors(f"the ledger of round {self.number}", self.run.root):
             self.boosting.open(self.plan)
-        self.tracker.start(trainer, self.number)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.tracker.start(trainer, self.number)
         self._reseed(trainer)
         trainer.should_stop |= self.state.done
 
@@ -186,9 +205,13 @@ class RoundController(Checkpoint):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the epoch; for the first one `on_fit_start` did, before its loader was made."""
+        loader: Any = trainer.train_dataloader
+        for sampler in (loader.sampler, loader.batch_sampler):
+            if hasattr(sampler, "set_epoch"):  # Lightning counts an epoch twice in a resumed fit with max_steps
+                sampler.set_epoch(self.state.epochs)
         if not self._first_epoch:
             self._reseed(trainer)
-        self._first_epoch, self._read = False, 0
+        self._first_epoch = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -198,11 +221,15 @@ class RoundController(Checkpoint):
         self.signals.check()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the round under way."""
-        read = int(distributed.all_sum(torch.tensor(self._read)))
+        """Saves the round under way, as far as it counts."""
+        read, self._read = int(distributed.all_sum(torch.tensor(self._read))), 0
+        if not read:  # of a fit with max_steps that is resumed at the end of an epoch
+            return
         self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
         self.state.epochs += 1
         self.state.done = trainer.should_stop
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         with disk_errors(f"round {self.number}", self.run.root):
             save_epoch(trainer, self.run.checkpoint(self.number))
 
@@ -225,6 +252,12 @@ class RoundController(Checkpoint):
 
     def _close(self, trainer: pl.Trainer) -> None:
         self._closed = True
+        check_trained(trainer.global_step, self.number)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.boosting.rehearse(self.plan)
+            return
+        if (best := self.plan.module.best) is not None:
+            best.restore(self.plan.module.student)
         row = close_round(self.boosting, self.plan, self.state, self.device, steps=trainer.global_step)
         if row is not None:
             self.tracker.committed(trainer, row, self.number)

@@ -1,15 +1,14 @@
-"""Validation before training: data, teacher, students and Trainer."""
+"""Validation before training: data, teacher and students."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -25,8 +24,6 @@ from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
 
 TEST = "test_dataloader"
-# Strategies with one device, or one process per device that runs the script from its top; `auto` chooses between them.
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 
 
 def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | None = None) -> tuple[Any, Any]:
@@ -52,7 +49,7 @@ def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | 
     try:
         loaders = [single_loader(getattr(datamodule, name)()) for name in LOADERS]
         train, val = (as_pairs(loader, name, settings) for loader, name in zip(loaders, LOADERS, strict=True))
-        return train, val
+        return check_batches(train), val
     except ValueError as error:
         if "num_samples" not in str(error):
             raise
@@ -83,6 +80,19 @@ def as_pairs(loader: Any, name: str, settings: BoostingSettings | None = None) -
     if settings is None:
         return loader
     return paired(loader, settings.labels, ignore_index=settings.ignore_index, name=name)
+
+
+def check_batches(loader: Any) -> Any:
+    """A training loader, as it is. Raises UserError where it has samples, but no batch."""
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized) and isinstance(loader.batch_sampler, Sized):
+        samples, batches = len(loader.dataset), len(loader.batch_sampler)
+        if samples and not batches:
+            raise UserError(
+                f"Expected `train_dataloader()` to yield a batch, got {batches} of {samples} samples "
+                f"(batch_size={loader.batch_size}, drop_last={loader.drop_last}): no student would be trained. Give it "
+                "a smaller `batch_size`, or drop_last=False."
+            )
+    return loader
 
 
 def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bool:
@@ -186,31 +196,3 @@ def check_task(task: Task, teacher: nn.Module) -> None:
 def device_of(module: nn.Module) -> torch.device:
     """Device of a module's weights; the CPU if it has none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def check_strategy(strategy: Strategy | str) -> None:
-    """Raises UserError for a strategy, or its name, under which no process holds a whole student."""
-    if isinstance(strategy, str):
-        name, known = strategy, strategy in STRATEGIES
-    else:
-        started = getattr(strategy, "_start_method", "popen")  # of DDP; not public (lightning 2.6)
-        name = type(strategy).__name__ if started == "popen" else f"ddp_{started}"
-        whole = isinstance(strategy, DDPStrategy | SingleDeviceStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-        known = whole and started == "popen"
-    if known:
-        return
-    raise UserError(
-        f"Expected `strategy` of the Trainer to be 'auto' or 'ddp', got {name}. FSDP, DeepSpeed and other strategies "
-        "that split a module leave no process a whole student, which a round evaluates, commits and links to; "
-        "ddp_spawn, ddp_fork and ddp_notebook start new processes for every round. Give strategy='ddp': every process "
-        "then holds one student in training, and the frozen ones and the teacher in eval mode."
-    )
-
-
-def check_precision(precision: str) -> None:
-    """Raises UserError for a precision that converts weights: students are evaluated and committed in float32."""
-    if precision not in ("32-true", "16-mixed", "bf16-mixed"):
-        raise UserError(
-            f"Expected `precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got {precision!r}. "
-            "With the mixed ones the network's products are in half precision; weights, loss and ledger are float32."
-        )

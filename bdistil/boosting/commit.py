@@ -159,6 +159,8 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
             "evidence": {"training": asdict(verdict.training), "validation": asdict(verdict.validation)},
             "uncounted": plan.cost.uncounted,
             **counts,
+            **({} if plan.module.best is None else {"kept_epoch": plan.module.best.epoch}),
+            **plan.run.optimization,
             "indescribable": why,
             "blueprint": blueprint,
         }

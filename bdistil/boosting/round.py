@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bdistil.boosting.best_epoch import BestEpoch
 from bdistil.boosting.ledger.ledger import ErrorLedger
+from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index
@@ -29,7 +31,6 @@ from bdistil.metrics.quality import (
 )
 from bdistil.models.student import linked_numbers, links_of, run_student
 from bdistil.utils import distributed
-from bdistil.utils.modules import adamw_cosine
 
 # (g, S, labels, index) of a batch -> target and error of a round that mixes labels in.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
@@ -157,6 +158,7 @@ class BoostingRound(_FastHookName):
         val: validation part.
         views: further views of a training part that augments at random.
         teacher: evaluated on each batch where settings.state is `recompute`.
+        optimization: optimizer and schedule; those of the settings by default.
         run_dir: the run directory, where callbacks put their files.
     """
 
@@ -175,6 +177,7 @@ class BoostingRound(_FastHookName):
         val: Part,
         views: Sequence[Part] = (),
         teacher: nn.Module | None = None,
+        optimization: Optimization | None = None,
         run_dir: Path,
     ) -> None:
         super().__init__()
@@ -186,8 +189,12 @@ class BoostingRound(_FastHookName):
         self._linked = linked_numbers(self.earlier, links_of(student)) if teacher is None else []
         self._game: Game | None = None
         self._losses: list[Tensor] = []  # not yet checked for NaN
+        self._sizes: list[int] = []  # samples of their batches
+        self._loss_sum, self._loss_samples = 0.0, 0  # of the epoch
         self._sums: list[Tensor] = []
         object.__setattr__(self, "_precisions", PrefixPrecisions(sync_on_compute=False))  # in no checkpoint
+        self.optimization = optimization or Optimization()
+        self.best = BestEpoch() if settings.keep_epoch == "best" else None
 
     @property
     def ledger(self) -> ErrorLedger:
@@ -249,6 +256,7 @@ class BoostingRound(_FastHookName):
             target, error = self.mix(target, error, y, index)
         loss = self.game.loss(self.answer(x, index, part) - target, error)
         self._losses.append(loss.detach())
+        self._sizes.append(len(index))
         if len(self._losses) == CHECK_EVERY:
             self._check_losses(batch_idx)
         return loss
@@ -261,26 +269,54 @@ class BoostingRound(_FastHookName):
         return self.views[int(views[0])], rows
 
     def _check_losses(self, last: int) -> None:
-        """Raises RunError if one of the losses up to batch `last` is NaN or infinite."""
-        losses, self._losses = self._losses, []
-        bad = (~torch.stack(losses).isfinite()).nonzero()
+        """Adds up the losses up to batch `last`. Raises RunError if one of them is NaN or infinite."""
+        losses, sizes = torch.stack(self._losses).cpu().double(), self._sizes
+        self._losses, self._sizes = [], []
+        bad = (~losses.isfinite()).nonzero()
         if len(bad):
             batch = last + 1 - len(losses) + int(bad[0])
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise RunError(
                 f"The loss of round {self.number + 1}, epoch {self.current_epoch}, batch {batch} is NaN or infinite. "
                 f"Nothing of this round was committed; the {self.number} committed rounds are intact. "
-                f"Look at that batch, or lower `lr` (now {self.settings.lr:g}) and start again in a new `run_dir`."
+                f"Look at that batch, or lower the learning rate (now {float(rate):g}) and start again in a new "
+                "`run_dir`."
             )
+        self._loss_sum += float(losses @ torch.tensor(sizes, dtype=torch.float64))
+        self._loss_samples += sum(sizes)
 
     def on_train_epoch_end(self) -> None:
-        """Checks the last losses of the epoch for NaN."""
+        """Checks the last losses of the epoch for NaN, and logs the mean loss of its samples."""
         if self._losses:
             self._check_losses(self.trainer.fit_loop.batch_idx)
+        sums = distributed.all_sum(torch.tensor([self._loss_sum, self._loss_samples], dtype=torch.float64))
+        self._loss_sum, self._loss_samples = 0.0, 0
+        if sums[1] > 0:  # a fit with max_steps that is resumed at the end of an epoch begins with that end
+            self.log("train_loss", float(sums[0] / sums[1]), rank_zero_only=False)
+
+    # ---- checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Saves the best epoch so far."""
+        if self.best is not None:
+            checkpoint["best_epoch"] = self.best.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the best epoch so far.
+
+        Raises:
+            UserError: the checkpoint is of another student than this round's.
+        """
+        check_same_student(checkpoint["state_dict"], self.state_dict(), self.run_dir, self.number)
+        if self.best is not None and "best_epoch" in checkpoint:
+            self.best.load(checkpoint["best_epoch"])
 
     # ---- validation: sums on the device, logged once an epoch
 
     def on_validation_epoch_start(self) -> None:
-        """Resets the sums against the labels and against the teacher."""
+        """Resets the sums against the labels and against the teacher; copies weights that may be the best."""
+        if self.best is not None and not self.trainer.sanity_checking:
+            self.best.evaluate(self.student)
         shape: tuple[int, ...] = (3, self.ledger.outputs + 1) if self.settings.task == "regression" else (3,)
         self._sums = [torch.zeros(shape, device=self.device), torch.zeros(2, device=self.device)]
         self._precisions.reset()
@@ -315,16 +351,24 @@ class BoostingRound(_FastHookName):
             accuracy, loss = (figure[0].to(self.device) for figure in precision_figures(*rows))
         else:
             accuracy, loss = sums[:2] / sums[2]
-        self.log_dict(
-            {"val_accuracy": accuracy, "val_loss": loss, "val_rms": (squares / outputs).sqrt()},
-            prog_bar=True,
-            rank_zero_only=False,
-        )
+        rms = (squares / outputs).sqrt()
+        self.log_dict({"val_accuracy": accuracy, "val_loss": loss, "val_rms": rms}, prog_bar=True, rank_zero_only=False)
+        if self.best is not None and not self.trainer.sanity_checking:
+            self.best.consider(float(rms), self.current_epoch)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, fused where the precision allows it, on a cosine over the epochs or with a constant rate."""
-        # A gradient scaler unscales outside the optimizer, which a fused step does not allow.
-        fused = str(self.trainer.precision) != "16-mixed"
-        epochs = 0 if self.settings.schedule == "constant" else self.trainer.max_epochs or 0
-        options = {"weight_decay": self.settings.weight_decay, "fused": fused}
-        return adamw_cosine(self.student.parameters(), self.settings.lr, epochs, **options)
+        """AdamW on a cosine over the fit or with a constant rate, or the user's optimizer and schedule."""
+        return self.optimization.configure(self.student, self.settings, self.trainer)
+
+
+def check_same_student(there: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path, number: int) -> None:
+    """Raises UserError where two state dicts of a round differ in the names or shapes of their tensors."""
+    old, new = ({k: tuple(getattr(v, "shape", ())) for k, v in state.items()} for state in (there, now))
+    differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"The student of round {number + 1}, which is under way in {run_dir}, differs from what `student` makes "
+            f"now: {key} is {old.get(key, 'absent')} there, {new.get(key, 'absent')} now. Give the function that the "
+            f"round was started with, choose another `run_dir`, or remove {run_dir / 'work'} to train the round anew."
+        )

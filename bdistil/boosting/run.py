@@ -28,9 +28,11 @@ from bdistil.boosting.checks import (
 )
 from bdistil.boosting.costs import Uncounted, declared_outputs, is_api, student_cost, teacher_row
 from bdistil.boosting.labels import check_samples
+from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.parts import Parts
 from bdistil.boosting.round import BoostingRound, Game
 from bdistil.boosting.settings import BoostingSettings
+from bdistil.boosting.student_checks import check_factory, check_student
 from bdistil.data.loaders import LOADERS, indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError
@@ -38,7 +40,7 @@ from bdistil.metrics.cost import Cost
 from bdistil.metrics.quality import score_name
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, Student, build_student
-from bdistil.storage.provenance import describe_start
+from bdistil.storage.provenance import describe_start, flatten
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs
 from bdistil.teachers.wrappers import FrozenTeacher
@@ -50,6 +52,14 @@ FREE_KEYS = (
     "run_dir", "config", "tracking", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.logger", "trainer.enable_", "trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.profiler",
 )  # fmt: skip
+# Keys that may be raised to go on with a finished run: earlier students do not depend on them.
+GROWING_KEYS = ("boosting.rounds", "model.boosting.rounds")
+# Values of keys that a configuration written by an earlier version may lack.
+DEFAULTS = {
+    f"{section}boosting.{key}": value
+    for section in ("", "model.")
+    for key, value in flatten(BoostingSettings().to_dict()).items()
+} | {"model.lr_interval": "epoch"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class RunPlan:
         inputs: structure and shape of x in all parts.
         outputs: L.
         student: an unlinked student that the checks built; not trained.
+        optimization: the user's optimizer and schedule as plain values; empty for the default.
     """
 
     parts: Parts
@@ -69,6 +80,7 @@ class RunPlan:
     inputs: InputSpec
     outputs: int
     student: nn.Module
+    optimization: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,13 +122,16 @@ class Boosting:
         seed: int = 0,
         config: Mapping[str, Any] | None = None,
         uncounted: Uncounted = "record",
+        optimization: Optimization | None = None,
     ) -> None:
+        check_factory(student)
         self.run = RunDirectory(run_dir)
         self.teacher = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
         self.make, self.settings, self.seed, self.uncounted = student, settings, seed, uncounted
-        self.config = dict(config) if config else {"boosting": settings.to_dict(), "seed": seed}
+        self.optimization, self._config = optimization or Optimization(), dict(config) if config else None
         self.students: list[nn.Module] = []  # of the committed rounds, restored from the disk
         self._checked: tuple[pl.LightningDataModule, InputSpec] | None = None
+        self.rehearsed: RoundPlan | None = None  # the round of a fast_dev_run
 
     # ---- before training
 
@@ -131,9 +146,8 @@ class Boosting:
         if distributed.early_rank() == 0:
             run.prepare()
             if run.config.exists() or run.committed():
-                run.freeze(self.config, FREE_KEYS)
-        for number in range(run.committed()):
-            run.weights(number)
+                run.compare(self.config({}), [*FREE_KEYS, *GROWING_KEYS, "optimizer", "lr_scheduler"], DEFAULTS)
+        self._check_rounds()
         train, val = loaders_of(datamodule, settings)
         parts = Parts.of(train, val, run.ledger, settings, self.seed)
         check_task(settings.task, self.teacher.module)
@@ -141,15 +155,17 @@ class Boosting:
         pair, _ = train.collate_fn([train.dataset[0], train.dataset[parts.train.samples - 1]])
         with torch.random.fork_rng():
             student = build_student(self.make, 0, [], Rung(0))
+            check_student(student, [], pair)
         check_rounds(student, settings.rounds)
         outputs = declared_outputs(self.teacher) or check_outputs(self.teacher, student, pair, settings.task)
         inputs = self._check_samples(datamodule, parts.train.loader, parts.val.loader, outputs)
         if is_api(self.teacher):  # it is billed, so that labels are checked first
             check_outputs(self.teacher, student, pair, settings.task)
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
+        optimization = self.optimization.describe(student, settings)
         if distributed.early_rank() == 0:
-            run.freeze(self.config, FREE_KEYS)
-        return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student)
+            run.freeze(self.config(optimization), FREE_KEYS, GROWING_KEYS, DEFAULTS)
+        return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 
     def _check_samples(self, datamodule: pl.LightningDataModule, train: Any, val: Any, outputs: int) -> InputSpec:
         """Structure and shape of x, after a look at every label of all parts, in the first process, once in a run."""
@@ -166,6 +182,23 @@ class Boosting:
         self._checked = (datamodule, inputs)
         return inputs
 
+    def config(self, optimization: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Content of config.yaml: as given, or settings, seed and the user's optimizer."""
+        if self._config is not None:
+            return self._config
+        return {"boosting": self.optimization.settings_used(self.settings), "seed": self.seed, **optimization}
+
+    def _check_rounds(self) -> None:
+        """Raises UserError for more committed rounds than `rounds`, RunError for one that is torn."""
+        committed = self.run.committed()
+        if committed > self.settings.rounds:
+            raise UserError(
+                f"Expected `rounds` of the boosting settings to be at least {committed}, as many as `run_dir` "
+                f"{self.run.root} holds, got {self.settings.rounds}. Choose another `run_dir` for a shorter run."
+            )
+        for number in range(committed):
+            self.run.weights(number)
+
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[RoundPlan]:
         """The remaining rounds; while one is being fitted, the data module's loaders yield the index, too.
 
@@ -173,6 +206,7 @@ class Boosting:
             UserError: an invalid argument, see `check`, or a ledger of another teacher or number of samples.
             RunError: a round came back without a verdict, or a file of the run is torn.
         """
+        self.rehearsed, new = None, not self.run.config.exists()
         plan, fingerprint = self.check(datamodule), self.teacher.fingerprint
         if not isinstance(plan.student, Student):
             kind = type(plan.student).__name__
@@ -193,6 +227,9 @@ class Boosting:
                 labels=self.settings.labels, ignore_index=self.settings.ignore_index,
             ):  # fmt: skip
                 yield this
+            if self.rehearsed is not None:
+                self._end_rehearsal(new)
+                return
             if self.run.verdicts(number) == before:
                 raise RunError(
                     f"Round {number + 1} came back without a verdict. Was its module fitted to the end by a "
@@ -214,6 +251,9 @@ class Boosting:
             return None
         reseed(self.seed, number, len(tries), "build")
         student = build_student(self.make, number, self.students, rungs[len(tries)])
+        for module in (*self.students, student):
+            module.cpu()
+        check_student(student, self.students, plan.example)
         cost = student_cost(student, self.students, plan.example, self.uncounted)
         module = BoostingRound(
             student,
@@ -224,6 +264,7 @@ class Boosting:
             val=plan.parts.val,
             views=plan.parts.views,
             teacher=self.teacher if settings.state == "recompute" else None,
+            optimization=self.optimization,
             run_dir=run.root,
         )
         return RoundPlan(plan, module, rungs, len(tries), cost, fingerprint)
@@ -268,11 +309,30 @@ class Boosting:
         if distributed.early_rank() == 0:
             self.run.stop(number, f"no class of students was accepted in round {number + 1}; last, {reason}")
 
+    # ---- a fast_dev_run: nothing of it counts
+
+    def rehearse(self, plan: RoundPlan) -> None:
+        """Ends the only round of a fast_dev_run, of which nothing is committed."""
+        self.rehearsed = plan
+
+    def _end_rehearsal(self, new: bool) -> None:
+        """Removes what a run directory got that was `new`, so that the real run may have another configuration."""
+        distributed.barrier()
+        if new and distributed.early_rank() == 0:
+            self.run.discard()
+        rank_zero_info("fast_dev_run: one round was fitted for a few batches; nothing was committed.")
+
     # ---- the end of the run
 
     @property
     def ensemble(self) -> ProgressiveEnsemble:
-        """The ensemble of the committed rounds."""
+        """The ensemble of the committed rounds; after a fast_dev_run, that of its student alone."""
+        if self.rehearsed is not None and not self.run.committed():
+            head, plan = self.rehearsed.run.parts.train.ledger.head, self.rehearsed
+            student = plan.module.student.cpu()
+            return ProgressiveEnsemble(
+                [student], scale=head.scale, offset=head.offset, macs=[plan.cost.macs], task=self.settings.task
+            )
         return ProgressiveEnsemble.load(self.run.root, student=self.make)
 
     def finish(self, datamodule: pl.LightningDataModule, device: torch.device) -> None:

@@ -49,7 +49,9 @@ class BoostingSettings:
             weights of the game are then off by up to 1e-3 after one round and 4e-3 after four.
         lr: learning rate of a round.
         weight_decay: of AdamW.
-        schedule: of the learning rate over the epochs of a round.
+        schedule: of the learning rate over the epochs of a round, or over its steps where `max_steps` ends it.
+        keep_epoch: `best` commits the student of the epoch whose prefix had the smallest rms error to the teacher on
+            the validation part, instead of that of the `last` epoch.
 
     Raises:
         UserError: a value is out of range.
@@ -82,6 +84,7 @@ class BoostingSettings:
     lr: float = 1e-2
     weight_decay: float = 1e-4
     schedule: Literal["cosine", "constant"] = "cosine"
+    keep_epoch: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         if self.kappa is not None and self.gamma is not None:
@@ -111,6 +114,7 @@ class BoostingSettings:
         _require(self, "lr", self.lr > 0, "> 0")
         _require(self, "weight_decay", self.weight_decay >= 0, ">= 0")
         _require(self, "schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
+        _require(self, "keep_epoch", self.keep_epoch in ("last", "best"), "'last' or 'best'")
 
     def gamma_for(self, bound: float) -> float:
         """Gamma of the loss: as given, or from eta, kappa and b = 2 max|g|."""

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from bdistil.boosting.checks import check_strategy
-from bdistil.boosting.run import FREE_KEYS
+from bdistil.boosting.run import DEFAULTS, FREE_KEYS, GROWING_KEYS
 from bdistil.boosting.settings import BoostingSettings
+from bdistil.boosting.trainer_checks import check_strategy, check_trainer
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
 from bdistil.cli.commands import print_curve
 from bdistil.data.loaders import indexed_loaders
@@ -39,6 +39,7 @@ from bdistil.storage.weights import load_weights, save_weights
 from bdistil.teachers.training import TeacherSpec, TeacherTraining
 from bdistil.teachers.wrappers import comes_trained
 from bdistil.utils import distributed
+from bdistil.utils.optimizers import Interval
 from bdistil.utils.seeding import seed_of
 
 # In place of Lightning's help of these options.
@@ -58,6 +59,11 @@ class Distiller(LightningModule):
         mekd: for a teacher behind an API. The data are local unlabelled samples; the rounds are trained on samples that
             a generator makes from them.
         channels_last: memory format of images in convolutions, faster on most hardware.
+        optimizer: of the students, instead of AdamW with `lr` and `weight_decay` of `boosting`; a class path of
+            torch.optim with its arguments. It trains with a constant rate unless `lr_scheduler` is given.
+        lr_scheduler: schedule of the students' learning rate; a class path of torch.optim.lr_scheduler with its
+            arguments.
+        lr_interval: whether `lr_scheduler` advances after every epoch or step.
         compile: backend of `torch.compile` for the teacher and the students, `inductor` on most machines.
 
     Raises:
@@ -70,6 +76,9 @@ class Distiller(LightningModule):
         student: Callable[[], nn.Module],
         boosting: BoostingSettings = BoostingSettings(),  # noqa: B008 (frozen)
         mekd: Mekd | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
         channels_last: bool = False,
         compile: str | None = None,
     ) -> None:
@@ -77,6 +86,7 @@ class Distiller(LightningModule):
         if compile is not None and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise UserError(f"Expected `model.compile` to be one of {', '.join(known)}, got {compile!r}.")
         self.teacher, self.make, self.boosting, self.mekd = teacher, student, boosting, mekd
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.backend = compile
         teacher.network.to(memory_format=self.layout)
@@ -134,6 +144,7 @@ class BoostCLI(LightningCLI):
             given.append(RoundProgressBar())
         else:
             changed["enable_progress_bar"] = False
+        changed["enable_checkpointing"] = True  # the keepers of bdistil are checkpoints, and no other one is added
         return self.instantiate_trainer(callbacks=given, strategy=self._strategy(), **changed)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -156,25 +167,39 @@ class BoostCLI(LightningCLI):
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains the teacher if it is missing, then the rounds, then writes the report."""
-        run_dir = self._get(self.config, "run_dir")
+        check_trainer(self.trainer, model.boosting)
+        run = RunDirectory(self._get(self.config, "run_dir"))
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            datamodule = self._fit_run(model, datamodule, run)
+            _fit_anytime(run, datamodule)
+            if distributed.early_rank() == 0:
+                print_curve(run)
+            return
+        rehearsal = RunDirectory(run.root.with_name(f"{run.root.name}.fast_dev_run"))
+        try:
+            self._fit_run(model, datamodule, rehearsal)
+        finally:
+            if distributed.early_rank() == 0:
+                shutil.rmtree(rehearsal.root, ignore_errors=True)
+
+    def _fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
+        """Trains the teacher if it is missing, then the rounds; returns the data of the rounds."""
         config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_unset=False))
         seed = int(self._get(self.config, "seed_everything"))
         network = model.teacher.network
         controller = RoundController(
-            run_dir, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config
-        )
+            run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config,
+            optimizer=model.optimizer, lr_scheduler=model.lr_scheduler, lr_interval=model.lr_interval,
+        )  # fmt: skip
         try:
             with controller.signals, controller.run.in_use():
-                datamodule = self._fit_rounds(model, datamodule, controller, config, seed)
+                return self._fit_rounds(model, datamodule, controller, config, seed)
         except BaseException as end:  # Ctrl-C is SystemExit in Lightning; a rank that lost another fails somehow
             if controller.signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
                 raise controller.signals.interruption() from end
             raise
         finally:
             controller.tracker.close()
-        _fit_anytime(controller.run, datamodule)
-        if distributed.early_rank() == 0:
-            print_curve(controller.run)
 
     def _fit_rounds(
         self,
@@ -187,10 +212,11 @@ class BoostCLI(LightningCLI):
         """Trains the teacher and all rounds; returns the data of the rounds."""
         run = controller.run
         over = run.committed() >= model.boosting.rounds or run.stopped
-        loggers: list[Logger] | None = [] if over else None
+        rehearsed = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        loggers: list[Logger] | None = [] if over or rehearsed else None
         if model.mekd is not None:
             run.prepare()
-            run.freeze(config, FREE_KEYS)
+            run.freeze(config, FREE_KEYS, GROWING_KEYS, DEFAULTS)
             loggers = self._loggers(run, config) if loggers is None else loggers
             datamodule = self._emulate(model.mekd, model, datamodule, controller, seed, loggers)
         controller.boosting.check(datamodule)
@@ -218,7 +244,7 @@ class BoostCLI(LightningCLI):
         """Runs both stages of MEKD; returns the generated data."""
 
         def trainer(callbacks: list[Callback], **options: Any) -> Trainer:
-            return self.new_trainer(*callbacks, controller.signals, logger=loggers, **options)
+            return self.new_trainer(*callbacks, controller.signals, logger=loggers, max_steps=-1, **options)
 
         teacher, folder = model.teacher.network, controller.run.emulation
         return Emulation(settings, teacher, local, folder, seed=seed, make_trainer=trainer).run(model.make_student)
@@ -246,7 +272,7 @@ class BoostCLI(LightningCLI):
             keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")
             trainer = self.new_trainer(
                 controller.signals, keeper,
-                max_epochs=spec.epochs, logger=False, default_root_dir=str(keeper.path.parent),
+                max_epochs=spec.epochs, max_steps=-1, logger=False, default_root_dir=str(keeper.path.parent),
             )  # fmt: skip
             labels, ignore_index = model.boosting.labels, model.boosting.ignore_index
             with indexed_loaders(datamodule, seed_of(seed, "teacher"), labels=labels, ignore_index=ignore_index):

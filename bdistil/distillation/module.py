@@ -18,7 +18,8 @@ from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
 from bdistil.functional.gradient_noise import Suggestion, scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
 from bdistil.teachers.wrappers import FrozenTeacher
-from bdistil.utils.modules import adamw_cosine, eval_mode
+from bdistil.utils.modules import eval_mode
+from bdistil.utils.optimizers import adamw_cosine, schedule_length
 
 CAUTIOUS = 0.1  # weight of `auto` before the first suggestion
 
@@ -44,7 +45,7 @@ class Distillation(pl.LightningModule):
         temperature: tau.
         unbiased: adds w times the mean control variate at the start of the epoch, as SVRG does: the teacher reduces
             the noise without a bias towards its own errors. Costs a pass over the training part per epoch.
-        lr: learning rate of AdamW, on a cosine over the epochs. Override `configure_optimizers` for another optimizer.
+        lr: learning rate of AdamW, on a cosine over the fit. Override `configure_optimizers` for another optimizer.
         weight_decay: of AdamW.
 
     Raises:
@@ -165,9 +166,9 @@ class Distillation(pl.LightningModule):
         self.weight = float(checkpoint["distillation_weight"])
 
     def configure_optimizers(self) -> Any:
-        """AdamW on a cosine over the epochs."""
-        epochs = self.trainer.max_epochs or 0
-        return adamw_cosine(self.student.parameters(), self.lr, epochs, weight_decay=self.weight_decay)
+        """AdamW on a cosine over the fit."""
+        length = schedule_length(self.trainer)
+        return adamw_cosine(self.student.parameters(), self.lr, *length, weight_decay=self.weight_decay)
 
 
 def _mean_kl(terms: KDTerms) -> Tensor:

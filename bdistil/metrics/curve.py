@@ -47,6 +47,22 @@ def violations_of_monotony(accuracy: Sequence[float], tolerance: float = 0.0) ->
     return sum(b < a - tolerance for a, b in pairwise(accuracy))
 
 
+def merge_points(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Costs in rising order and the mean accuracy at each, of (cost, accuracy) of fits in any order.
+
+    Fits of one model with other seeds or folds have the same cost and become one point.
+
+    Example:
+        >>> merge_points([(20, 0.75), (10, 0.5), (20, 0.25)])
+        ([10, 20], [0.5, 0.5])
+    """
+    found: dict[float, list[float]] = {}
+    for cost, accuracy in points:
+        found.setdefault(cost, []).append(accuracy)
+    costs = sorted(found)
+    return costs, [sum(found[cost]) / len(found[cost]) for cost in costs]
+
+
 def curve_figures(macs: Sequence[float], accuracy: Sequence[float], tolerance: float = 0.0) -> dict[str, float]:
     """`area_under_curve` and `violations_of_monotony` of the prefixes so far, as they are logged.
 

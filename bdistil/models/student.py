@@ -125,6 +125,11 @@ class Student(nn.Module):
         super().__init__()
         self.body, self.head = body, head
         linear = head if isinstance(head, nn.Linear) else None
+        if isinstance(head, nn.LazyLinear) and features is None and not head.in_features:
+            raise UserError(
+                "Expected a head whose size is known, got LazyLinear without `features`: links to this student need "
+                "it. Give nn.Linear(D, L), or Student(body, head, features=D)."
+            )
         if linear is None and (features is None or outputs is None):
             raise UserError(
                 f"Expected `features` and `outputs` beside a head that is not nn.Linear, got "

@@ -57,12 +57,40 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(there: Mapping[str, Any], now: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
+def differences(
+    there: Mapping[str, Any],
+    now: Mapping[str, Any],
+    ignore: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> str:
     """Lists the differences of two nested configurations, one line per key; "" where they are the same.
 
-    Keys that begin with one of the dotted prefixes in `ignore` may differ.
+    Keys that begin with one of the dotted prefixes in `ignore` may differ. A key that one of them lacks has its value
+    in `defaults`, or None.
     """
-    old, new = flatten(there), flatten(now)
-    keys = sorted(key for key in old | new if not key.startswith(tuple(ignore)) and old.get(key) != new.get(key))
+    old, new, absent = flatten(there), flatten(now), defaults or {}
+
+    def differs(key: str) -> bool:
+        return bool(old.get(key, absent.get(key)) != new.get(key, absent.get(key)))
+
+    keys = sorted(key for key in old | new if not key.startswith(tuple(ignore)) and differs(key))
     lines = (f"  {key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} now" for key in keys)
     return "\n".join(lines)
+
+
+def updated(config: dict[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Sets dotted keys of a nested configuration to the values that a new one has; returns whether one has changed.
+
+    >>> config = {"boosting": {"rounds": 2}}
+    >>> updated(config, {"boosting": {"rounds": 3}}, ["boosting.rounds", "model.boosting.rounds"]), config
+    (True, {'boosting': {'rounds': 3}})
+    """
+    values, changed = flatten(new), False
+    for key in keys:
+        *sections, name = key.split(".")
+        place: Any = config
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if key in values and isinstance(place, dict) and place.get(name) != values[key]:
+            place[name], changed = values[key], True
+    return changed

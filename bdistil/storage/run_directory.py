@@ -25,7 +25,7 @@ from torch import Tensor
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.quality import Task
 from bdistil.storage.files import atomic, digest, disk_errors, write_atomically
-from bdistil.storage.provenance import differences
+from bdistil.storage.provenance import differences, updated
 from bdistil.storage.run_lock import RunLock
 from bdistil.utils import distributed
 
@@ -146,29 +146,59 @@ class RunDirectory:
         with self.lock.held():
             yield
 
-    def freeze(self, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
+    def freeze(
+        self,
+        config: Mapping[str, Any],
+        ignore: Sequence[str] = (),
+        growing: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes the configuration of a new run, or compares it with that of the run which is there.
 
         Args:
             config: nested plain values.
             ignore: dotted prefixes of keys that may differ between two starts of the same run.
+            growing: dotted keys that may differ, too; the new value is written.
+            defaults: values of dotted keys that one of the configurations lacks.
 
         Raises:
             UserError: the run here has another configuration; the message lists what differs.
         """
-        if not self.config.exists():
-            if self.committed():
-                raise UserError(
-                    f"{self.root} holds rounds but no config.yaml: put the file back, or choose another `run_dir`."
-                )
+        if not self.config.exists() and not self.committed():
             write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False))
             return
-        differing = differences(self.read_config(), yaml.safe_load(yaml.safe_dump(dict(config))), ignore)
+        self.compare(config, [*ignore, *growing], defaults)
+        there = self.read_config()
+        if updated(there, config, growing):
+            write_atomically(self.config, yaml.safe_dump(there, sort_keys=False))
+
+    def compare(
+        self, config: Mapping[str, Any], ignore: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        """Compares a configuration with that of the run which is here; see `freeze`."""
+        if not self.config.exists():
+            raise UserError(
+                f"{self.root} holds rounds but no config.yaml: put the file back, or choose another `run_dir`."
+            )
+        now = yaml.safe_load(yaml.safe_dump(dict(config)))
+        differing = differences(self.read_config(), now, ignore, defaults)
         if differing:
             raise UserError(
                 f"`run_dir` {self.root} holds a run of another configuration:\n{differing}\n"
                 "Choose another `run_dir`, or give the values that stand there to go on with that run."
             )
+
+    def discard(self) -> None:
+        """Removes what a start of a run wrote before its first commit; the rest of the folder stays.
+
+        A run with committed rounds is left as it is.
+        """
+        if self.committed():
+            return
+        for folder in (self.ledger, self.root / "work", self.root / "rounds"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.config, self.root / "teacher.json", self.root / "environment.json"):
+            file.unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
         """Reads config.yaml."""

@@ -17,6 +17,7 @@ from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
 from bdistil.metrics.quality import Task, class_sums
 from bdistil.teachers.wrappers import run_teacher
+from bdistil.utils.optimizers import may_fuse
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class TeacherTraining(pl.LightningModule):
         spec = self.spec
         options: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if spec.optimizer == "sgd" else {}
         kind = torch.optim.SGD if spec.optimizer == "sgd" else torch.optim.AdamW
-        options |= {"weight_decay": spec.weight_decay, "fused": str(self.trainer.precision) != "16-mixed"}
+        options |= {"weight_decay": spec.weight_decay, "fused": may_fuse(self.trainer)}
         optimizer = kind(self.network.parameters(), spec.lr, **options)
         cosine = lr_scheduler.CosineAnnealingLR(optimizer, spec.epochs - spec.warmup)
         if not spec.warmup:

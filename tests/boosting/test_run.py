@@ -13,6 +13,7 @@ from helpers.toys import (
     EPOCHS,
     HEAD,
     ROUNDS,
+    TIMES,
     TRAIN,
     VAL,
     WIDTH,
@@ -34,6 +35,7 @@ from helpers.toys import (
     samples,
     settings_for,
 )
+from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 
 from bdistil import ProgressiveEnsemble, RunError, Rung, UserError
@@ -94,7 +96,7 @@ def test_the_rates_of_a_round(schedule, rates):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         for scheduler in schedulers:
-            scheduler.step()
+            scheduler["scheduler"].step()
     assert found == pytest.approx(rates)
 
 
@@ -109,7 +111,7 @@ def optimizer_of(settings, epochs=4, precision="32-true"):
     module = BoostingRound(
         make_student(0), number=0, settings=settings, earlier=[], train=part, val=part, run_dir=Path()
     )
-    trainer = SimpleNamespace(max_epochs=epochs, precision=precision)
+    trainer = SimpleNamespace(max_epochs=epochs, max_steps=-1, precision=precision, gradient_clip_val=None)
     module.trainer = trainer
     made = module.configure_optimizers()
     return (made[0][0], made[1]) if isinstance(made, tuple) else (made, [])
@@ -324,13 +326,82 @@ def test_another_run_is_refused(tmp_path):
         assert everything(tmp_path) == before
 
     refused(r"another configuration(.|\n)*boosting\.eta: 0\.5 there, 0\.25 now", settings=settings_for(1, eta=0.25))
-    refused(r"boosting\.rounds: 1 there, 4 now", settings=settings_for(4))
     refused(r"boosting\.ladder: ", settings=settings_for(1, ladder=[Rung(0), Rung(1)]))
     refused(r"seed: 0 there, 3 now", seed=3)
     refused(r"teacher's weights differ", teacher=make_teacher(seed=2))
     refused(r"training dataset has 160 samples.*started with\s+192", Toys(train=160))
     refused(r"validation dataset has 32 samples.*started with\s+64", Toys(val=32))
     boost(tmp_path, settings=settings_for(1))
+
+
+@pytest.mark.parametrize("accept", ["margin", "progress"])
+def test_a_finished_run_goes_on_when_rounds_is_raised(tmp_path, accept):
+    """It ends as a run of that many rounds from the start, in every file that does not hold times."""
+    options = {"accept": accept, "min_progress": 0.0, "lr": 0.03}
+    whole = boost(tmp_path / "whole", settings=settings_for(3, **options))
+    boost(tmp_path / "run", settings=settings_for(2, **options))
+    fits = []
+    count = Hook(on_train_start=lambda trainer, module: fits.append(module.number))
+    raised = boost(tmp_path / "run", settings=settings_for(3, **options), callbacks=lambda: [count])
+    assert fits[0] == 2
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+    assert curve(tmp_path / "run", without=TIMES) == curve(tmp_path / "whole", without=TIMES)
+    assert (tmp_path / "run/config.yaml").read_text() == (tmp_path / "whole/config.yaml").read_text()
+    assert raised.run.read("test") == whole.run.read("test")
+    torch.testing.assert_close(ledger(tmp_path / "run"), ledger(tmp_path / "whole"), atol=0, rtol=0)
+    before = digests(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"`rounds` of the boosting settings to be at least 3, as many as `run_dir` .* got 2"
+    ):
+        boost(tmp_path / "run", settings=settings_for(2, **options))
+    assert digests(tmp_path / "run") == before
+
+
+def test_rounds_that_are_raised_beside_another_setting_are_refused(tmp_path):
+    boost(tmp_path, settings=settings_for(1))
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match=r"another configuration:\n  boosting\.eta: 0\.5 there, 0\.25 now\n"):
+        boost(tmp_path, settings=settings_for(2, eta=0.25))
+    assert everything(tmp_path) == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its config.yaml lacks settings that came later; they had the value that is the default now."""
+    boost(tmp_path, settings=settings_for(1))
+    config = tmp_path / "config.yaml"
+    lines = config.read_text().splitlines()
+    kept = [line for line in lines if "keep_epoch" not in line]
+    assert len(kept) == len(lines) - 1
+    config.write_text("\n".join(kept))
+    assert len(boost(tmp_path, settings=settings_for(2)).ensemble) == 2
+    with pytest.raises(UserError, match=r"keep_epoch: '\(absent\)' there, 'best' now"):
+        boost(tmp_path, settings=settings_for(2, keep_epoch="best"))
+
+
+# ---- what is logged
+
+
+def test_the_training_loss_is_logged_as_the_mean_over_samples(tmp_path):
+    """Of the last epoch, by hand from the losses of its batches; the last of them is smaller than the others."""
+    losses, logged = [], []
+
+    class Loss(Hook):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append((trainer.current_epoch, float(outputs["loss"]), len(batch[0])))
+
+    def look(trainer, module):
+        logged.append(float(trainer.callback_metrics["train_loss"]))
+
+    boost(tmp_path, Toys(train=TRAIN - 20), callbacks=lambda: [Loss(on_fit_end=look)], settings=settings_for(1))
+    last = [(value, size) for epoch, value, size in losses if epoch == EPOCHS - 1]
+    assert len({size for _, size in last}) == 2
+    assert logged == pytest.approx([sum(value * size for value, size in last) / (TRAIN - 20)])
+
+
+def test_a_round_may_be_stopped_by_its_training_loss(tmp_path):
+    stopping = EarlyStopping("train_loss", patience=0, min_delta=1e6)
+    controller = boost(tmp_path, callbacks=lambda: [stopping], settings=settings_for(1), trainer={"epochs": 9})
+    assert controller.run.record(0)["epochs"] == 2
 
 
 # ---- what a controller refuses

@@ -203,7 +203,7 @@ def test_kinds_of_optimizer():
 def test_steps_are_fused_where_no_scaler_is_in_the_way(precision, fused, kind):
     """A Trainer on the CPU takes no 16-mixed, hence what stands for one here."""
     module = TeacherTraining(TeacherSpec(nn.Linear(2, 2), optimizer=kind))
-    trainer = SimpleNamespace(precision=precision, max_epochs=15)
+    trainer = SimpleNamespace(precision=precision, max_epochs=15, gradient_clip_val=None)
     module.trainer = trainer
     assert module.configure_optimizers()[0][0].defaults["fused"] is fused
 

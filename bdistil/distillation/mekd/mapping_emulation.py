@@ -13,7 +13,7 @@ from bdistil.distillation.mekd.networks import Generator
 from bdistil.distillation.mekd.stage import EmulationStage
 from bdistil.errors import UserError
 from bdistil.functional.mekd import hard_emulation, soft_emulation
-from bdistil.utils.modules import adamw_cosine
+from bdistil.utils.optimizers import adamw_cosine
 from bdistil.utils.seeding import reseed
 
 Optimizer = Literal["sgd", "adamw"]
@@ -134,9 +134,8 @@ class MappingEmulation(EmulationStage):
         """The optimizer, with a schedule per step."""
         steps, parameters = int(self.trainer.estimated_stepping_batches), self.student.parameters()
         if self.optimizer == "adamw":
-            (optimizer,), (schedule,) = adamw_cosine(parameters, self.lr, steps)
-        else:
-            optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9, weight_decay=5e-4)
-            cuts = sorted({max(1, steps // 3), max(1, 2 * steps // 3)})
-            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, cuts)
+            return adamw_cosine(parameters, self.lr, steps, "step")
+        optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9, weight_decay=5e-4)
+        cuts = sorted({max(1, steps // 3), max(1, 2 * steps // 3)})
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, cuts)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]

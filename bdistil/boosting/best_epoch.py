@@ -1,0 +1,58 @@
+"""The student of the best epoch of a round, where `keep_epoch` is `best`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class BestEpoch:
+    """Weights of the epoch with the smallest error so far; part of the round's checkpoint.
+
+    Attributes:
+        error: the smallest error so far.
+        epoch: in which it was measured, from 0; None before the first.
+
+    Example:
+        >>> import torch
+        >>> best, student = BestEpoch(), nn.Linear(1, 1)
+        >>> _ = nn.init.constant_(student.weight, 1.0)
+        >>> best.evaluate(student)  # before the validation that gives the error
+        >>> best.consider(0.5, epoch=0)
+        >>> _ = nn.init.constant_(student.weight, 2.0)
+        >>> best.evaluate(student)
+        >>> best.consider(0.7, epoch=1)
+        >>> best.restore(student)
+        >>> student.weight.item(), best.epoch
+        (1.0, 0)
+    """
+
+    def __init__(self) -> None:
+        self.error, self.epoch = math.inf, None  # type: float, int | None
+        self._weights: dict[str, Tensor] = {}
+        self._evaluated: dict[str, Tensor] = {}
+
+    def evaluate(self, student: nn.Module) -> None:
+        """Copies the weights with which a validation begins: an averaging callback replaces them until its end."""
+        self._evaluated = {name: value.detach().clone() for name, value in student.state_dict().items()}
+
+    def consider(self, error: float, epoch: int) -> None:
+        """Takes the weights of this validation if its error is smaller than all before."""
+        if error < self.error:
+            self.error, self.epoch, self._weights = error, epoch, self._evaluated
+        self._evaluated = {}
+
+    def restore(self, student: nn.Module) -> None:
+        """Gives a student the best weights; without a validation it stays as it is."""
+        if self.epoch is not None:
+            student.load_state_dict(self._weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values and tensors for a checkpoint."""
+        return {"error": self.error, "epoch": self.epoch, "weights": self._weights}
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Restores the values of a checkpoint."""
+        self.error, self.epoch, self._weights = values["error"], values["epoch"], values["weights"]

@@ -1,0 +1,186 @@
+"""Optimizer and schedule of a round: AdamW on a cosine, or the user's own, in Lightning's convention."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from bdistil.boosting.settings import BoostingSettings
+from bdistil.errors import UserError
+from bdistil.utils.optimizers import Interval, adamw_cosine, may_fuse, schedule_length
+
+# As in lightning.pytorch.cli. A schedule may also be a dictionary with "scheduler", "interval", … as
+# `configure_optimizers` returns it.
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], Any]
+
+# Learning rates of a schedule's first intervals, by which two schedules are told apart.
+TRACE = 10
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Optimizer and schedule of the rounds.
+
+    Attributes:
+        optimizer: makes the optimizer of the given parameters; it replaces AdamW and `lr`, `weight_decay` and
+            `schedule` of the settings. None for AdamW.
+        lr_scheduler: makes the schedule of the given optimizer; None for that of the settings with AdamW, and for a
+            constant rate with another optimizer.
+        lr_interval: whether the schedule advances after every ``epoch`` or ``step``.
+
+    Raises:
+        UserError: an argument is no function, or the interval is unknown.
+    """
+
+    optimizer: OptimizerCallable | None = None
+    lr_scheduler: LRSchedulerCallable | None = None
+    lr_interval: Interval = "epoch"
+
+    def __post_init__(self) -> None:
+        for name, wanted in (("optimizer", "parameters"), ("lr_scheduler", "optimizer")):
+            value = getattr(self, name)
+            if value is not None and (not callable(value) or isinstance(value, Optimizer | LRScheduler)):
+                raise UserError(
+                    f"Expected `{name}` to be a function of the {wanted}, got {type(value).__name__}. Each round "
+                    f"makes its own: write {name}=lambda {wanted}: …"
+                )
+        if self.lr_interval not in ("epoch", "step"):
+            raise UserError(f"Expected `lr_interval` to be 'epoch' or 'step', got {self.lr_interval!r}.")
+
+    def configure(self, student: nn.Module, settings: BoostingSettings, trainer: pl.Trainer) -> Any:
+        """What `configure_optimizers` of a round returns."""
+        if self.optimizer is None and self.lr_scheduler is None:
+            constant: tuple[int, Interval] = (0, "epoch")
+            length = constant if settings.schedule == "constant" else schedule_length(trainer)
+            options: dict[str, Any] = {"weight_decay": settings.weight_decay, "fused": may_fuse(trainer)}
+            return adamw_cosine(student.parameters(), settings.lr, *length, **options)
+        optimizer = self._optimizer(student, settings, fused=may_fuse(trainer))
+        schedule = self._schedule(optimizer)
+        return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _optimizer(self, student: nn.Module, settings: BoostingSettings, **options: Any) -> Optimizer:
+        """The optimizer of a student.
+
+        Raises:
+            UserError: `optimizer` returned something else, or an optimizer of other parameters.
+        """
+        if self.optimizer is None:
+            (optimizer,), _ = adamw_cosine(
+                student.parameters(), settings.lr, 0, weight_decay=settings.weight_decay, **options
+            )
+            return optimizer
+        made = self.optimizer(student.parameters())
+        if not isinstance(made, Optimizer):
+            raise UserError(f"Expected `optimizer` to return a torch Optimizer, got {type(made).__name__}.")
+        held = {id(parameter) for group in made.param_groups for parameter in group["params"]}
+        if not any(id(p) in held for p in student.parameters() if p.requires_grad):
+            raise UserError(
+                f"Expected `optimizer` to return an optimizer of the parameters that it is given, got a "
+                f"{type(made).__name__} of others: the student would not be trained."
+            )
+        return made
+
+    def _schedule(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Lightning's description of the schedule, or None for a constant rate.
+
+        Raises:
+            UserError: `lr_scheduler` returned no schedule.
+        """
+        made = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        if made is None:
+            return None
+        given = dict(made) if isinstance(made, Mapping) else {"scheduler": made}
+        scheduler = given.get("scheduler")
+        if not hasattr(scheduler, "step"):
+            kind = type(made if scheduler is None else scheduler).__name__
+            raise UserError(f"Expected `lr_scheduler` to return a schedule of torch, got {kind}.")
+        defaults: dict[str, Any] = {"interval": self.lr_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            defaults["monitor"] = getattr(scheduler, "monitor", "val_rms")  # Lightning's own subclass has one
+        return defaults | given
+
+    def settings_used(self, settings: BoostingSettings) -> dict[str, Any]:
+        """The settings as plain values, without those that the user's optimizer or schedule replaces."""
+        replaced = [] if self.optimizer is None else ["lr", "weight_decay"]
+        replaced += [] if self.optimizer is None and self.lr_scheduler is None else ["schedule"]
+        return {key: value for key, value in settings.to_dict().items() if key not in replaced}
+
+    def describe(self, student: nn.Module, settings: BoostingSettings) -> dict[str, Any]:
+        """Optimizer and schedule as plain values, for config.yaml and round.json; empty for the default.
+
+        Two of them count as the same where class, options and the first ten learning rates are the same.
+
+        Args:
+            student: on which they are tried; it is not trained.
+            settings: of the run.
+
+        Raises:
+            UserError: one of the functions returns something else.
+        """
+        if self.optimizer is None and self.lr_scheduler is None:
+            return {}
+        optimizer = self._optimizer(student, settings)
+        found = {} if self.optimizer is None else {"optimizer": describe_optimizer(optimizer)}
+        schedule = self._schedule(optimizer)
+        if schedule is None:
+            return found
+        scheduler, others = schedule["scheduler"], {k: v for k, v in schedule.items() if k != "scheduler"}
+        return found | {"lr_scheduler": {**describe_schedule(scheduler, optimizer), **_plain(others)}}
+
+
+def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """Class and options of an optimizer, and those of its groups that differ."""
+    groups = [
+        {key: value for key, value in group.items() if key != "params" and value != optimizer.defaults.get(key)}
+        for group in optimizer.param_groups
+    ]
+    sizes = [
+        {"parameters": len(group["params"]), **own} for group, own in zip(optimizer.param_groups, groups, strict=True)
+    ]
+    own = {"groups": _plain(sizes)} if any(groups) else {}
+    return {"class": _path_of(optimizer), **_plain(optimizer.defaults), **own}
+
+
+def describe_schedule(scheduler: Any, optimizer: Optimizer) -> dict[str, Any]:
+    """Class and public numbers of a schedule, and its first learning rates; advances the schedule."""
+    state = {key: value for key, value in scheduler.state_dict().items() if not key.startswith("_")}
+    found = {"class": _path_of(scheduler), **_plain(state)}
+    return found | {"rates": _trace(scheduler, optimizer)}
+
+
+def _trace(scheduler: Any, optimizer: Optimizer) -> list[float]:
+    """The first learning rates of a schedule, rounded so that they are the same on every machine."""
+    rates: list[float] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer takes no step
+        for _ in range(1 if isinstance(scheduler, ReduceLROnPlateau) else TRACE):
+            rates.append(float(f"{float(optimizer.param_groups[0]['lr']):.6g}"))
+            try:
+                scheduler.step()
+            except (TypeError, ValueError):  # it needs a metric, or it has ended
+                break
+    return rates
+
+
+def _path_of(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    """Plain values for YAML and JSON, without options that are None or False: later versions of torch add some."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None and v is not False and not callable(v)}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value if item is not None and not callable(item)]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    return type(value).__name__ if kind is None else kind(value)  # a number of NumPy becomes one of Python

@@ -1,0 +1,120 @@
+"""Validation of `student` and of the modules that it makes, before they are trained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from bdistil.boosting.checks import device_of
+from bdistil.errors import UserError
+from bdistil.metrics.cost import as_written
+from bdistil.models.student import run_student
+from bdistil.utils.modules import eval_mode
+from bdistil.utils.trees import leaves_of
+
+
+def check_factory(make: Any) -> None:
+    """Raises UserError unless `student` is a function that takes the number of a round."""
+    if isinstance(make, nn.Module) or not callable(make):
+        raise UserError(
+            f"Expected `student` to be a function of the round, make_student(round) -> module, got a "
+            f"{type(make).__name__}. Each round trains a new student: write student=lambda round: …"
+        )
+    try:
+        inspect.signature(make).bind(0)
+    except TypeError as error:
+        raise UserError(
+            f"Expected `student` to be a function of the round, make_student(round) -> module, got one that cannot be "
+            f"called with a number ({error}). Write student=lambda round: …"
+        ) from error
+    except ValueError:  # a callable without a signature
+        return
+
+
+def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> None:
+    """Checks a new student, and gives its lazy layers their sizes.
+
+    Args:
+        student: new, linked; it stays in its mode.
+        earlier: the students before it, on the same device.
+        example: x of a few samples.
+
+    Raises:
+        UserError: it cannot be trained, saved or evaluated; the message says why, and the way out.
+    """
+    _refuse_compiled(student)
+    _check_state(student)
+    with as_written(student, *earlier), torch.no_grad(), eval_mode(student):
+        _evaluate(student, earlier, example)
+    unknown = [name for name, value in _tensors(student) if isinstance(value, UninitializedParameter)]
+    if unknown:
+        raise UserError(
+            f"Expected a student whose lazy layers are all used, but `{unknown[0]}` has no size after a first batch. "
+            "Give the layer its sizes, or leave it out."
+        )
+    _check_types(student)
+
+
+def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> None:
+    try:
+        run_student(student, earlier, move_data_to_device(example, device_of(student)))
+    except RuntimeError as error:
+        given = {x.data.dtype for x in leaves_of(example) if x.data.is_floating_point()}
+        own = {p.dtype for p in student.parameters() if p.is_floating_point()}
+        if given and own and given != own:
+            raise UserError(
+                f"Expected x of the same type as the student's weights ({_names(own)}), got {_names(given)}. Convert x "
+                "in the dataset, or the student."
+            ) from error
+        raise
+
+
+def _names(types: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+
+
+def _tensors(student: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*student.named_parameters(), *student.named_buffers()]
+
+
+def _refuse_compiled(student: nn.Module) -> None:
+    """Refuses a module around another one, as `torch.compile(network)` makes it: its weights have other names."""
+    for name, module in student.named_modules():
+        if [child for child, _ in module.named_children()] == ["_orig_mod"]:
+            raise UserError(
+                f"Expected a student that is compiled in place, got the result of torch.compile(network) as "
+                f"{f'`{name}`' if name else 'the student'}. Write network.compile(), with the same options."
+            )
+
+
+def _check_state(student: nn.Module) -> None:
+    """Raises UserError unless the state is tensors, some of them to be trained."""
+    for name, value in student.state_dict().items():
+        if not isinstance(value, Tensor) or (not isinstance(value, UninitializedBuffer) and value.is_quantized):
+            kind = "a quantized tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(
+                f"Expected the state of a student to be tensors of numbers, got {kind} as `{name}`. Keep what "
+                "`get_extra_state` returns in a buffer or an attribute; quantize students when they are exported "
+                "(`bdistil export --quantise`)."
+            )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(
+            f"Expected a student with parameters to train, got a {type(student).__name__} without one that requires a "
+            "gradient."
+        )
+
+
+def _check_types(student: nn.Module) -> None:
+    """Raises UserError for weights in half precision: their steps would be rounded away."""
+    for name, parameter in student.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise UserError(
+                f"Expected a student with weights in float32, got {_names({parameter.dtype})} (`{name}`). Leave them "
+                "in float32 and give Trainer(precision='bf16-mixed') or '16-mixed'."
+            )

@@ -1,0 +1,144 @@
+"""Validation of a Trainer before it fits a round: strategy, precision, length and callbacks."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+
+from bdistil.boosting.settings import BoostingSettings
+from bdistil.errors import UserError
+
+# Strategies with one device, or one process per device that runs the script from its top; `auto` chooses between them.
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+# WeightAveraging is there from lightning 2.6 on.
+AVERAGING = (StochasticWeightAveraging, getattr(lightning_callbacks, "WeightAveraging", StochasticWeightAveraging))
+
+
+def check_trainer(trainer: pl.Trainer, settings: BoostingSettings) -> None:
+    """Checks all that a Trainer shows before it is used.
+
+    Raises:
+        UserError: the strategy, the precision or a callback is none that a round allows, or the Trainer would not train
+            or not validate.
+    """
+    if trainer.barebones:
+        raise UserError(
+            "Expected a Trainer with barebones=False: a round logs its metrics and is saved after each epoch."
+        )
+    check_strategy(trainer.strategy)
+    check_precision(str(trainer.precision))
+    _check_length(trainer)
+    _check_finders(trainer)
+    if settings.keep_epoch == "best":
+        _check_validation(trainer)
+
+
+def check_strategy(strategy: Strategy | str) -> None:
+    """Raises UserError for a strategy, or its name, under which no process holds a whole student."""
+    if isinstance(strategy, str):
+        name, known = strategy, strategy in STRATEGIES
+    else:
+        started = getattr(strategy, "_start_method", "popen")  # of DDP; not public (lightning 2.6)
+        name = type(strategy).__name__ if started == "popen" else f"ddp_{started}"
+        whole = isinstance(strategy, DDPStrategy | SingleDeviceStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+        known = whole and started == "popen"
+    if known:
+        return
+    raise UserError(
+        f"Expected `strategy` of the Trainer to be 'auto' or 'ddp', got {name}. FSDP, DeepSpeed and other strategies "
+        "that split a module leave no process a whole student, which a round evaluates, commits and links to; "
+        "ddp_spawn, ddp_fork and ddp_notebook start new processes for every round. Give strategy='ddp': every process "
+        "then holds one student in training, and the frozen ones and the teacher in eval mode."
+    )
+
+
+def check_precision(precision: str) -> None:
+    """Raises UserError for a precision that converts weights: students are evaluated and committed in float32."""
+    if precision not in ("32-true", "16-mixed", "bf16-mixed"):
+        raise UserError(
+            f"Expected `precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got {precision!r}. "
+            "With the mixed ones the network's products are in half precision; weights, loss and ledger are float32."
+        )
+
+
+def _check_length(trainer: pl.Trainer) -> None:
+    """Raises UserError for limits with which a Trainer makes no step."""
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if (value := getattr(trainer, name)) == 0:
+            raise UserError(
+                f"Expected `{name}` of the Trainer to be at least 1, got {value}: the student of the round would be "
+                "committed untrained."
+            )
+
+
+def _check_finders(trainer: pl.Trainer) -> None:
+    """Raises UserError for callbacks that fit a module on trial, before the ledger of the round is open."""
+    for finder, found, way_out in (
+        (LearningRateFinder, "learning rate", "give it as BoostingSettings(lr=…) or `optimizer`"),
+        (BatchSizeFinder, "batch size", "give it to the data module"),
+    ):
+        if any(isinstance(callback, finder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                f"Expected a Trainer without {finder.__name__} (or Tuner) beside RoundController: it fits on trial "
+                "before the teacher's logits are known. Find the "
+                f"{found} with bdistil.distillation.Distillation(student, teacher), and {way_out}."
+            )
+
+
+def _check_validation(trainer: pl.Trainer) -> None:
+    """Raises UserError where a Trainer does not validate, which `keep_epoch` needs."""
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs or 0
+    if trainer.limit_val_batches == 0 or (every is not None and 0 < epochs < every):
+        raise UserError(
+            "Expected a Trainer that validates, as keep_epoch='best' compares validation errors, got "
+            f"limit_val_batches={trainer.limit_val_batches}, check_val_every_n_epoch={every} and max_epochs={epochs}."
+        )
+
+
+def check_unused(trainer: pl.Trainer) -> None:
+    """Raises UserError for a Trainer that has trained already: it is at its end, and would train nothing."""
+    if trainer.global_step > 0:
+        raise UserError(
+            f"Expected a Trainer of its own for each round, got one that has trained {trainer.global_step} steps "
+            "already, and would not train again. Make it inside the loop: "
+            "for module in controller.rounds(datamodule): trainer = Trainer(…, callbacks=[controller])"
+        )
+
+
+class SharedCallbacks:
+    """Callbacks of the rounds so far: some of Lightning's carry the past of one student over to the next."""
+
+    def __init__(self) -> None:
+        self._used: dict[int, list[pl.Callback]] = {}
+
+    def start(self, trainer: pl.Trainer, number: int) -> None:
+        """Lets each EarlyStopping begin anew with a round, from 0.
+
+        Raises:
+            UserError: a callback that averages weights was in the Trainer of another round.
+        """
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        before = [callback for n, used in self._used.items() if n != number for callback in used]
+        for callback in callbacks:
+            if isinstance(callback, AVERAGING) and any(callback is other for other in before):
+                raise UserError(
+                    f"Expected a {type(callback).__name__} of its own in the Trainer of each round, got that of "
+                    "another round, which would average over students of both. Make it inside the loop."
+                )
+            if isinstance(callback, EarlyStopping):
+                callback.wait_count, callback.stopped_epoch = 0, 0
+                callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        self._used[number] = [callback for callback in callbacks if isinstance(callback, AVERAGING)]
+
+
+def check_trained(steps: int, number: int) -> None:
+    """Raises UserError for a round whose optimizer made no step."""
+    if steps == 0:
+        raise UserError(
+            f"The student of round {number + 1} was not trained: the fit ended without a step. Nothing of this round "
+            "was committed. Look at the Trainer (`max_epochs`, `max_time`, `limit_train_batches`, a callback that sets "
+            "`should_stop`) and at the training loader (`drop_last` with fewer samples than a batch for each process)."
+        )

@@ -1,0 +1,58 @@
+"""Optimizers of Lightning modules: AdamW on a cosine, the length of a schedule, and when steps may be fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+Interval = Literal["epoch", "step"]
+
+
+def adamw_cosine(
+    parameters: Iterable[nn.Parameter], lr: float, length: int, interval: Interval = "epoch", **options: Any
+) -> tuple[list[Optimizer], list[Any]]:
+    """AdamW with a rate that falls to 0 on a cosine, as `configure_optimizers` of Lightning returns them.
+
+    Args:
+        parameters: parameters to train.
+        lr: first learning rate.
+        length: of the schedule; 0 or less for a constant rate.
+        interval: unit of `length`.
+        options: further arguments of AdamW.
+
+    >>> (optimizer,), (schedule,) = adamw_cosine(nn.Linear(1, 1).parameters(), 0.4, 2)
+    >>> optimizer.step(), schedule["scheduler"].step(), schedule["scheduler"].get_last_lr()
+    (None, None, [0.2])
+    """
+    optimizer = AdamW(parameters, lr, **options)
+    schedule = [{"scheduler": CosineAnnealingLR(optimizer, length), "interval": interval}] if length > 0 else []
+    return [optimizer], schedule
+
+
+def schedule_length(trainer: pl.Trainer) -> tuple[int, Interval]:
+    """Length of a fit in epochs, or in steps where `max_steps` ends it; 0, with a warning, where neither does."""
+    epochs, steps = trainer.max_epochs or 0, trainer.max_steps
+    if steps > 0 and (epochs < 1 or trainer.estimated_stepping_batches == steps):
+        return steps, "step"
+    if epochs < 1:
+        rank_zero_warn(
+            "The learning rate stays constant: a cosine needs an end, and this Trainer has none. Give it `max_epochs` "
+            "or `max_steps`."
+        )
+    return max(epochs, 0), "epoch"
+
+
+def may_fuse(trainer: pl.Trainer) -> bool:
+    """Whether the steps of an optimizer may be fused.
+
+    A gradient scaler (16-mixed) unscales outside the optimizer, which a fused step does not allow; Lightning does not
+    clip gradients for a fused step in any mixed precision.
+    """
+    precision = str(trainer.precision)
+    return precision != "16-mixed" and not (precision.endswith("-mixed") and trainer.gradient_clip_val)

@@ -1,0 +1,110 @@
+"""A whole boosting run in one call."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from bdistil.boosting.optimization import LRSchedulerCallable, OptimizerCallable
+from bdistil.boosting.settings import BoostingSettings
+from bdistil.boosting.trainer_checks import check_strategy, check_trainer
+from bdistil.callbacks.round_controller import RoundController
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.errors import UserError
+from bdistil.utils.optimizers import Interval
+
+
+def distill(
+    teacher: nn.Module,
+    student: Callable[..., nn.Module],
+    datamodule: pl.LightningDataModule,
+    *,
+    run_dir: str | os.PathLike[str],
+    rounds: int | None = None,
+    settings: BoostingSettings | None = None,
+    seed: int = 0,
+    optimizer: OptimizerCallable | None = None,
+    lr_scheduler: LRSchedulerCallable | None = None,
+    lr_interval: Interval = "epoch",
+    **trainer_options: Any,
+) -> ProgressiveEnsemble:
+    """Distils a teacher into an ordered ensemble of students: the loop over `RoundController.rounds` in one call.
+
+    Each round has a Trainer of its own, with copies of what `trainer_options` hold (callbacks, plugins, a strategy);
+    loggers are shared by all rounds. A run that is in `run_dir` is resumed, a finished one is loaded. Use a
+    `RoundController` where you need the Trainers.
+
+    Args:
+        teacher: any module, x -> logits (B, L).
+        student: ``make_student(round)``, rounds from 0.
+        datamodule: training and validation datasets are map-style and yield (x, y).
+        run_dir: the run directory.
+        rounds: T, the largest number of students; that of `settings` by default.
+        settings: of the run.
+        seed: of all randomness of the run.
+        optimizer: see `RoundController`.
+        lr_scheduler: see `RoundController`.
+        lr_interval: see `RoundController`.
+        trainer_options: of Lightning's Trainer, such as ``max_epochs=20``. `logger` and `enable_model_summary` are off
+            unless they are given.
+
+    Returns:
+        The ensemble of the committed rounds.
+
+    Raises:
+        UserError: an invalid argument, found before training.
+        RunError: a file of the run is torn, or a loss is NaN.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
+        >>> datamodule = pl.LightningDataModule.from_datasets(data, data, batch_size=16, num_workers=0)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> ensemble = distill(
+        ...     nn.Linear(4, 2), lambda round: nn.Linear(4, 2), datamodule, run_dir=folder.name, rounds=1,
+        ...     max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+        >>> ensemble(torch.randn(3, 4)).shape
+        torch.Size([3, 2])
+        >>> folder.cleanup()
+    """
+    settings = settings or BoostingSettings()
+    settings = settings if rounds is None else replace(settings, rounds=rounds)
+    controller = RoundController(
+        run_dir, teacher=teacher, student=student, settings=settings, seed=seed, optimizer=optimizer,
+        lr_scheduler=lr_scheduler, lr_interval=lr_interval,
+    )  # fmt: skip
+    check_trainer(_trainer(controller, trainer_options), settings)
+    for module in controller.rounds(datamodule):
+        trainer = _trainer(controller, trainer_options, default_root_dir=controller.run.work(module.number))
+        trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
+    return controller.ensemble
+
+
+def _trainer(controller: RoundController, options: dict[str, Any], **defaults: Any) -> pl.Trainer:
+    """A new Trainer with copies of all options but loggers.
+
+    Raises:
+        UserError: an option that a Trainer does not have, or that excludes the controller.
+    """
+    if options.get("enable_checkpointing") is False or options.get("barebones"):
+        raise UserError(
+            "Expected `enable_checkpointing=True` and `barebones=False` of the Trainer, as the round under way is "
+            "saved after each epoch. Leave both out: nothing else is saved."
+        )
+    if isinstance(strategy := options.get("strategy"), str):
+        check_strategy(strategy)  # before Lightning looks for its devices
+    copied = {key: value if key == "logger" else copy.deepcopy(value) for key, value in options.items()}
+    given = copied.pop("callbacks", None) or []
+    callbacks: Sequence[pl.Callback] = [given] if isinstance(given, pl.Callback) else given
+    quiet = {"logger": False, "enable_model_summary": False, **defaults}
+    try:
+        return pl.Trainer(callbacks=[*callbacks, controller], **{**quiet, **copied})
+    except TypeError as error:
+        raise UserError(f"Expected options of Lightning's Trainer beside those of `distill`: {error}.") from error

@@ -1,0 +1,194 @@
+"""Students that cannot be trained, saved or evaluated are refused before training; lazy layers get their sizes."""
+
+import pytest
+import torch
+from helpers.toys import CLASSES, FEATURES, ROUNDS, WIDTH, Hook, Killed, Toys, boost, control, digests, make_plain
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bdistil import ProgressiveEnsemble, Student, UserError
+from bdistil.callbacks import RoundController
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+class Extra(nn.Linear):
+    """Has a state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"note": "v1"}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def quantized(round):
+    return torch.ao.quantization.quantize_dynamic(make_plain(round), {nn.Linear}, dtype=torch.qint8)
+
+
+def frozen(round):
+    return make_plain(round).requires_grad_(False)
+
+
+# ---- `student` itself
+
+
+@pytest.mark.parametrize(
+    ("student", "got"),
+    [
+        (make_plain(0), "got a Sequential. Each round trains a new student"),
+        ("mlp", "got a str"),
+        (lambda: make_plain(0), "got one that cannot be called with a number"),
+        (lambda round, depth: make_plain(0), r"missing a required argument: 'depth'"),
+    ],
+    ids=["module", "text", "no argument", "two arguments"],
+)
+def test_student_is_a_function_of_the_round(tmp_path, student, got):
+    with pytest.raises(
+        UserError, match=r"Expected `student` to be a function of the round, make_student\(round\).*" + got
+    ):
+        RoundController(tmp_path / "run", teacher=make_plain(0), student=student)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what it makes
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization", "ignore:.*quantized tensor creation")
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (lambda r: torch.compile(make_plain(r), backend="eager"),
+         r"compiled in place, got the result of torch\.compile\(network\) as the student\. Write network\.compile"),
+        (lambda r: Student(torch.compile(nn.Linear(FEATURES, 3), backend="eager"), nn.Linear(3, CLASSES)),
+         r"torch\.compile\(network\) as `body`"),
+        (lambda r: Extra(FEATURES, CLASSES), r"to be tensors of numbers, got a dict as `_extra_state`"),
+        (quantized, r"tensors of numbers, got a .* as `.*packed_params.*quantize students when they are exported"),
+        (frozen, r"with parameters to train, got a Sequential without one that requires a gradient"),
+        (lambda r: make_plain(r).half(), r"same type as the student's weights \(float16\), got float32"),
+        (lambda r: make_plain(r).double(), r"same type as the student's weights \(float64\), got float32"),
+        (lambda r: Student(nn.Sequential(nn.LazyLinear(5), nn.ReLU()), head=nn.LazyLinear(CLASSES)),
+         r"head whose size is known, got LazyLinear without `features`"),
+        (lambda r: Unused(), r"lazy layers are all used, but `spare\.weight` has no size"),
+    ],
+    ids=["compiled", "compiled body", "extra state", "quantized", "frozen", "half", "double", "lazy head", "unused"],
+)  # fmt: skip
+def test_students_that_are_refused(tmp_path, student, message):
+    with pytest.raises(UserError, match=message):
+        control(tmp_path, student=student).boosting.check(Toys())
+    assert not (tmp_path / "config.yaml").exists()
+
+
+class Unused(nn.Linear):
+    def __init__(self):
+        super().__init__(FEATURES, CLASSES)
+        self.spare = nn.LazyLinear(3)
+
+
+class Casts(nn.Module):
+    """Weights in half precision, and an x that it converts itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(FEATURES, CLASSES).bfloat16()
+
+    def forward(self, x):
+        return self.net(x.bfloat16()).float()
+
+
+def test_weights_in_half_precision(tmp_path):
+    with pytest.raises(UserError, match=r"weights in float32, got bfloat16 \(`net\.weight`\).*precision='bf16-mixed'"):
+        control(tmp_path, student=lambda round: Casts()).boosting.check(Toys())
+
+
+def test_a_student_of_a_later_round_is_checked_before_it_is_trained(tmp_path):
+    with pytest.raises(UserError, match="got a dict as `_extra_state`"):
+        boost(tmp_path, student=lambda round: Extra(FEATURES, CLASSES) if round else make_plain(round))
+    assert list(digests(tmp_path)) == ["000"]
+
+
+# ---- what works
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        lambda r: nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(CLASSES)),
+        lambda r: Student(nn.Sequential(nn.LazyLinear(5), nn.ReLU()), head=nn.Linear(5, CLASSES)),
+        lambda r: Student(nn.Sequential(nn.LazyLinear(5), nn.ReLU()), head=nn.LazyLinear(CLASSES), features=5),
+    ],
+    ids=["plain", "body", "head"],
+)
+def test_lazy_layers_get_their_sizes(tmp_path, student):
+    boost(tmp_path / "whole", student=student)
+    assert len(digests(tmp_path / "whole")) == ROUNDS
+
+    def stop(trainer, module):
+        if (module.number, trainer.current_epoch) == (1, 1):
+            raise Killed
+
+    with pytest.raises(Killed):
+        boost(tmp_path / "run", student=student, callbacks=lambda: [Hook(on_train_epoch_start=stop)])
+    controller = boost(tmp_path / "run", student=student)
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+    x = torch.randn(4, FEATURES)
+    assert torch.equal(ProgressiveEnsemble.load(tmp_path / "run")(x), controller.ensemble(x))
+
+
+class Doubles(Toys):
+    """x in float64."""
+
+    def _loader(self, part, **options):
+        x, y = self.parts[part]
+        return DataLoader(TensorDataset(x.double(), y), batch_size=32, **options)
+
+    def train_dataloader(self):
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self):
+        return self._loader("val")
+
+    def test_dataloader(self):
+        return self._loader("test")
+
+
+def test_students_in_float64_on_x_in_float64(tmp_path):
+    teacher = nn.Linear(FEATURES, CLASSES).double()
+    boost(tmp_path, Doubles(), teacher=teacher, student=lambda round: make_plain(round).double())
+    ensemble = ProgressiveEnsemble.load(tmp_path)
+    assert len(ensemble) == ROUNDS
+    assert {p.dtype for p in ensemble.parameters()} == {torch.float64}
+    assert ensemble(torch.randn(2, FEATURES, dtype=torch.float64)).isfinite().all()
+
+
+def test_students_that_are_compiled_in_place(tmp_path):
+    def student(round):
+        made = Student(nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.ReLU()), nn.Linear(WIDTH, CLASSES))
+        made.body.compile(backend="eager")
+        return made
+
+    boost(tmp_path, student=student)
+    ensemble = ProgressiveEnsemble.load(tmp_path)
+    assert [s.links for s in ensemble.students] == [0, 1, 1]
+    assert not any("_orig_mod" in name for name in ensemble.state_dict())
+
+
+# ---- a round under way that belongs to another student
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda r: nn.Sequential(nn.Linear(FEATURES, 9), nn.Linear(9, CLASSES)), lambda r: nn.Linear(FEATURES, CLASSES)],
+)
+def test_a_round_under_way_of_another_student(tmp_path, other):
+    def stop(trainer, module):
+        if trainer.current_epoch == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        boost(tmp_path, student=make_plain, callbacks=lambda: [Hook(on_train_epoch_start=stop)])
+    with pytest.raises(
+        UserError, match=r"student of round 1, which is under way in .*, differs from what `student` makes now"
+    ):
+        boost(tmp_path, student=other)
+    assert len(boost(tmp_path, student=make_plain).ensemble) == ROUNDS

@@ -1,0 +1,91 @@
+"""Points of fits in any order of cost; metrics that are missing are named after the first epoch."""
+
+import pytest
+import torch
+from helpers.toys import CLASSES, FEATURES, Toys, make_trainer
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from bdistil import UserError
+from bdistil.callbacks import ComputeCost, MetricCurves
+from bdistil.metrics.curve import area_under_curve, merge_points
+
+
+class Foreign(LightningModule):
+    """Somebody's classifier."""
+
+    def __init__(self, width=4, every=1):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, CLASSES))
+        self.epochs = 0
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def on_train_epoch_end(self):
+        self.epochs += 1
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_accuracy", (self(batch[0]).argmax(-1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fitted(module, *callbacks, **options):
+    trainer = make_trainer(*callbacks, enable_checkpointing=False, **options)
+    trainer.fit(module, Toys())
+    return float(trainer.callback_metrics["val_accuracy"])
+
+
+def test_fits_of_equal_and_falling_cost_are_points():
+    curves, found = MetricCurves(), []
+    for seed, width in enumerate((16, 4, 4, 16)):  # two seeds of each
+        torch.manual_seed(seed)
+        found.append(fitted(Foreign(width), ComputeCost(), curves))
+    costs = [width * (FEATURES + CLASSES) for width in (4, 16)]
+    means = [(found[1] + found[2]) / 2, (found[0] + found[3]) / 2]
+    assert merge_points(curves.points) == (costs, pytest.approx(means))
+    figures = curves.add(100_000, 1.0)
+    assert figures["area"] == pytest.approx(area_under_curve([*costs, 100_000], [*means, 1.0]))
+
+
+def test_a_point_that_costs_less_and_is_better_is_a_fall():
+    curves = MetricCurves()
+    curves.add(200, 0.5)
+    assert curves.add(100, 0.9)["violations"] == 1
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [
+        (MetricCurves(metric="accuracy"), r"expected 'accuracy' among logged metrics, got .*'val_accuracy'"),
+        (MetricCurves(cost="macs"), r"expected 'macs' among logged metrics"),
+    ],
+)
+def test_a_missing_metric_is_named_after_the_first_epoch(curves, message):
+    module = Foreign()
+    with pytest.raises(UserError, match=message):
+        fitted(module, ComputeCost(), curves, epochs=5)
+    assert module.epochs <= 1
+
+
+def test_a_metric_that_comes_with_a_later_validation():
+    module = Foreign()
+    fitted(module, ComputeCost(), curves := MetricCurves(), epochs=4, check_val_every_n_epoch=4)
+    assert len(curves.points) == 1
+
+
+def test_a_fit_without_a_cost_is_refused_after_the_first_epoch():
+    class Free(Foreign):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("cost", 0.0)
+
+    module = Free()
+    with pytest.raises(UserError, match="expected 'cost' to be > 0, got 0"):
+        fitted(module, MetricCurves(cost="cost"), epochs=5)
+    assert module.epochs <= 1
