@@ -17,6 +17,7 @@ from bdistil.models.student import Rung, Student
 from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.exported import OnnxTeacher, TorchScriptTeacher
 from bdistil.teachers.http_endpoint import HttpEndpoint
+from bdistil.teachers.offline import OfflineTeacher
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher, FrozenTeacher
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ErrorLedger",
     "FrozenTeacher",
     "HttpEndpoint",
+    "OfflineTeacher",
     "OnnxTeacher",
     "Prediction",
     "ProgressiveEnsemble",

@@ -39,7 +39,7 @@ class RoundController(Checkpoint):
 
     Args:
         run_dir: the run directory; a run found there is resumed.
-        teacher: any module, x -> logits (B, L).
+        teacher: any module, x -> logits (B, L); or the logits of all samples, see `bdistil.OfflineTeacher`.
         student: ``make_student(round)``, rounds from 0; a `Student` also takes links.
         settings: of the run.
         optimizer: makes the optimizer of the parameters of a student, as Lightning's ``OptimizerCallable``:
@@ -85,7 +85,7 @@ class RoundController(Checkpoint):
         self,
         run_dir: str | os.PathLike[str],
         *,
-        teacher: nn.Module,
+        teacher: Any,
         student: Callable[..., nn.Module],
         settings: BoostingSettings | None = None,
         optimizer: OptimizerCallable | None = None,
@@ -110,7 +110,8 @@ class RoundController(Checkpoint):
         """The modules of the remaining rounds; fit each with this callback before the next is taken.
 
         Args:
-            datamodule: training and validation datasets are map-style and yield (x, y).
+            datamodule: training and validation datasets are map-style; batches are (x, y), or mappings with a key for
+                y, see `BoostingSettings.labels`.
 
         Raises:
             UserError: an invalid argument, found before training.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
 from bdistil.models.student import linked_features, links_of
 from bdistil.teachers.api import ApiTeacher
+from bdistil.teachers.offline import table_of
 
 Uncounted = Literal["error", "record"]
 
@@ -50,8 +51,9 @@ def teacher_row(
     teacher: nn.Module, example: Any, device: torch.device, samples: int, uncounted: Uncounted
 ) -> dict[str, Any]:
     """Row of the curve with the cost of the teacher, and of one pass over all samples; leaves it on the device."""
-    if is_api(teacher):
-        rank_zero_info("The teacher is an API: its MACs and parameters are unknown and written as 0.")
+    if is_api(teacher) or table_of(teacher) is not None:
+        kind = "an API" if is_api(teacher) else "a table of logits"
+        rank_zero_info(f"The teacher is {kind}: its MACs and parameters are unknown and written as 0.")
         unknown = ("macs", "link_macs", "params", "train_macs", "activation_bytes", "weight_bytes")
         return {"stage": "teacher", **dict.fromkeys(unknown, 0), "latency_ms": 0.0}
     cost = measure_cost(teacher.cpu(), (example,), uncounted=uncounted)
@@ -73,12 +75,6 @@ def teacher_row(
 def is_api(teacher: nn.Module) -> bool:
     """Whether a teacher, frozen or not, is an ApiTeacher."""
     return isinstance(getattr(teacher, "module", teacher), ApiTeacher)
-
-
-def declared_outputs(teacher: nn.Module) -> int | None:
-    """L of a teacher behind an API, which declares it; None of any other, which is run to find out."""
-    inner: Any = getattr(teacher, "module", teacher)
-    return int(inner.outputs) if is_api(teacher) else None
 
 
 def round_training_macs(

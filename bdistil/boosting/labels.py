@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from bdistil.data.loaders import LOADERS, PairCollate, as_labels, rows_loader
+from bdistil.data.loaders import LOADERS, as_labels, rows_loader
 from bdistil.errors import UserError
 from bdistil.metrics.quality import UNLABELLED, Task
 from bdistil.models.inputs import InputSpec
@@ -35,21 +35,22 @@ def check_samples(loader: DataLoader[Any], name: str, task: Task, outputs: int) 
         UserError: names the first sample with a label that cannot be used.
     """
     known = declared_labels(loader)
-    spec = InputSpec.of_batch(loader.collate_fn([loader.dataset[0]])[0])
     if known is not None:
         check_labels(known, np.arange(len(known)), f"`{name}()`", task, outputs)
         _check_some([known], name, task)
-        return spec
-    labels = []
-    for x, y, index in _all_batches(loader):
-        spec = spec.joined(InputSpec.of_batch(x))
+    if known is not None or (loader.collate_fn.labels is None and _of_one_shape(loader)):
+        return InputSpec.of_batch(loader.collate_fn([loader.dataset[0]])[0])
+    labels, spec = [], None
+    for x, y, index in all_batches(loader):
+        found = InputSpec.of_batch(x)
+        spec = found if spec is None else spec.joined(found)
         if y is not None:
             _check_count(y, index, name)
             check_labels(y, index, f"`{name}()`", task, outputs)
             labels.append(y)
     if labels:
         _check_some(labels, name, task)
-    return spec
+    return spec or InputSpec()
 
 
 def _check_some(labels: Sequence[Tensor], name: str, task: Task) -> None:
@@ -60,7 +61,15 @@ def _check_some(labels: Sequence[Tensor], name: str, task: Task) -> None:
         )
 
 
-def _all_batches(loader: DataLoader[Any]) -> Iterator[tuple[Any, Tensor | None, np.ndarray[Any, Any]]]:
+def all_batches(loader: DataLoader[Any]) -> Iterator[tuple[Any, Tensor | None, np.ndarray[Any, Any]]]:
+    """(x, y, index) of all samples of a part, in the order of its dataset."""
+    if isinstance(loader.dataset, IterableDataset):  # a test part, which needs no sample numbers
+        read = 0
+        for x, y in loader:
+            count = 0 if y is None else len(y)
+            yield x, y, np.arange(read, read + count)
+            read += count
+        return
     samples: int = len(loader.dataset)  # type: ignore[arg-type]
     size = loader.batch_size or USUAL_BATCH
     yield from rows_loader(loader, [range(low, min(low + size, samples)) for low in range(0, samples, size)])
@@ -72,11 +81,8 @@ def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
     None where they are not, and where the user's collate function may change them, or put together samples of
     different shapes.
     """
-    collate = loader.collate_fn
-    if not isinstance(collate, PairCollate) or collate.collate is not default_collate or loader.batch_size == 1:
-        return None
-    found = _declared(loader.dataset)
-    if found is None or len(found) != len(loader.dataset):  # type: ignore[arg-type]
+    collate, found = loader.collate_fn, _declared(loader.dataset)
+    if found is None or not _of_one_shape(loader) or len(found) != len(loader.dataset):  # type: ignore[arg-type]
         return None
     found = as_labels(found, collate.ignore_index)
     if type(loader.dataset) is TensorDataset:
@@ -85,6 +91,13 @@ def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
     _, given = collate([loader.dataset[row] for row in rows])
     same = given is not None and given.shape == found[rows].shape and bool((given == found[rows]).all())
     return found if same else None
+
+
+def _of_one_shape(loader: DataLoader[Any]) -> bool:
+    """Whether torch's own collate function, which stacks samples, puts them together."""
+    collate: Any = loader.collate_fn
+    stacked = collate.collate is default_collate and loader.batch_size != 1
+    return stacked and not isinstance(loader.dataset, IterableDataset)
 
 
 def _declared(dataset: Any) -> Any:

@@ -29,6 +29,7 @@ from bdistil.metrics.quality import (
     prefix_metric,
 )
 from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
+from bdistil.teachers.offline import table_of
 from bdistil.utils import distributed
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
@@ -59,7 +60,7 @@ class Part:
         view: int | None = None,
     ) -> None:
         self.samples = check_dataset(loader, f"{name}_dataloader")
-        self.loader, self.settings, self.seed, self.view = loader, settings, seed, view
+        self.name, self.loader, self.settings, self.seed, self.view = name, loader, settings, seed, view
         self.dataset_view = None if view is None else Views(loader.dataset, seed, view)
         folder = folder / name / f"view{view:03d}" if view else folder / name
         self.ledger = ErrorLedger(folder, settings.storage)
@@ -179,8 +180,12 @@ class Part:
         self, teacher: nn.Module, device: torch.device, scores: PrefixMetric
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, teacher logits (rows, L)) block by block; updates `scores`."""
+        table = table_of(teacher)
         for x, y, index in self._blocks(0):
-            logits = teacher(move_data_to_device(x, device)).float().cpu()
+            if table is None:
+                logits = teacher(move_data_to_device(x, device)).float().cpu()
+            else:
+                logits = table.rows(self.name, index)
             scores.update(logits[None], given_labels(self.settings.task, y, logits))
             yield int(index[0]), logits
 

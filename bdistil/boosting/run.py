@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from bdistil.boosting.checks import (
@@ -26,8 +26,8 @@ from bdistil.boosting.checks import (
     loaders_of,
     test_loader_of,
 )
-from bdistil.boosting.costs import Uncounted, declared_outputs, is_api, student_cost, teacher_row
-from bdistil.boosting.labels import check_samples
+from bdistil.boosting.costs import Uncounted, is_api, student_cost, teacher_row
+from bdistil.boosting.labels import all_batches, check_samples
 from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.parts import Parts
 from bdistil.boosting.round import BoostingRound, Game
@@ -37,12 +37,13 @@ from bdistil.data.loaders import LOADERS, indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import Cost
-from bdistil.metrics.quality import score_name
+from bdistil.metrics.quality import Task, given_labels, prefix_metric, score_name
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, Student, build_student
 from bdistil.storage.provenance import describe_start, flatten
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs
+from bdistil.teachers.offline import OfflineTeacher, as_teacher, declared_outputs, table_of
 from bdistil.teachers.wrappers import FrozenTeacher
 from bdistil.utils import distributed
 from bdistil.utils.seeding import reseed, seed_of
@@ -116,7 +117,7 @@ class Boosting:
         self,
         run_dir: str | os.PathLike[str],
         *,
-        teacher: nn.Module,
+        teacher: Any,
         student: Callable[..., nn.Module],
         settings: BoostingSettings,
         seed: int = 0,
@@ -126,7 +127,7 @@ class Boosting:
     ) -> None:
         check_factory(student)
         self.run = RunDirectory(run_dir)
-        self.teacher = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
+        self.teacher = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher(as_teacher(teacher))
         self.make, self.settings, self.seed, self.uncounted = student, settings, seed, uncounted
         self.optimization, self._config = optimization or Optimization(), dict(config) if config else None
         self.students: list[nn.Module] = []  # of the committed rounds, restored from the disk
@@ -157,9 +158,11 @@ class Boosting:
             student = build_student(self.make, 0, [], Rung(0))
             check_student(student, [], pair)
         check_rounds(student, settings.rounds)
+        test = self._test_loader(datamodule)
+        self._check_table(parts, test)
         outputs = declared_outputs(self.teacher) or check_outputs(self.teacher, student, pair, settings.task)
-        inputs = self._check_samples(datamodule, parts.train.loader, parts.val.loader, outputs)
-        if is_api(self.teacher):  # it is billed, so that labels are checked first
+        inputs = self._check_samples(datamodule, parts, test, outputs)
+        if declared_outputs(self.teacher) is not None:  # an API is billed, so that labels are checked first
             check_outputs(self.teacher, student, pair, settings.task)
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         optimization = self.optimization.describe(student, settings)
@@ -167,7 +170,25 @@ class Boosting:
             run.freeze(self.config(optimization), FREE_KEYS, GROWING_KEYS, DEFAULTS)
         return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 
-    def _check_samples(self, datamodule: pl.LightningDataModule, train: Any, val: Any, outputs: int) -> InputSpec:
+    def _test_loader(self, datamodule: pl.LightningDataModule) -> Any:
+        """The loader of the test part where the checks need it: before training, and for a table of logits."""
+        if self.run.committed() and table_of(self.teacher) is None:
+            return None
+        return test_loader_of(datamodule, self.settings)
+
+    def _check_table(self, parts: Parts, test: Any) -> None:
+        """Checks a table of logits that stands for the teacher, if there is one."""
+        if (table := table_of(self.teacher)) is None:
+            return
+        if self.settings.state == "recompute" or any(parts.plans):
+            raise UserError(
+                "The teacher is a table of logits, which belong to the samples as they are, but x is augmented at "
+                "random, or the settings have state='recompute'. Leave that out, or give the teacher itself."
+            )
+        sized = {} if test is None or not hasattr(test.dataset, "__len__") else {"test": len(test.dataset)}
+        table.check({"train": parts.train.samples, "val": parts.val.samples, **sized})
+
+    def _check_samples(self, datamodule: pl.LightningDataModule, parts: Parts, test: Any, outputs: int) -> InputSpec:
         """Structure and shape of x, after a look at every label of all parts, in the first process, once in a run."""
         if self.run.committed():
             return InputSpec.of(self.run.record(0))
@@ -175,9 +196,9 @@ class Boosting:
             return self._checked[1]
         if distributed.early_rank() != 0:
             return InputSpec()  # the first process commits
-        loaders = dict(zip(LOADERS, (train, val), strict=True)) | {TEST: test_loader_of(datamodule, self.settings)}
+        loaders = zip((*LOADERS, TEST), (parts.train.loader, parts.val.loader, test), strict=True)
         task = self.settings.task
-        specs = [check_samples(loader, name, task, outputs) for name, loader in loaders.items() if loader is not None]
+        specs = [check_samples(loader, name, task, outputs) for name, loader in loaders if loader is not None]
         inputs = reduce(InputSpec.joined, specs)
         self._checked = (datamodule, inputs)
         return inputs
@@ -341,13 +362,41 @@ class Boosting:
             return
         loader = test_loader_of(datamodule, self.settings) if self.run.read("test") is None else None
         if loader is not None:
-            task, unlabelled, asks = self.settings.task, self.settings.labels is None, is_api(self.teacher)
-            teacher: list[float | None] = [None]  # the queries of an API are for training
-            figures = partial(
-                prefix_accuracies, loader=loader, device=device, task=task, teacher=None if asks else self.teacher
-            )
-            if not asks:
-                teacher = [*figures(ProgressiveEnsemble([self.teacher], task=task).to(device))]
-            if not (asks and unlabelled):
-                self.run.write("test", [*teacher, *figures(self.ensemble.to(device))])
+            figures = self._test_figures(loader, device)
+            if figures is not None:
+                self.run.write("test", figures)
         self.run.write_curve(self.run.rows())
+
+    def _test_figures(self, loader: Any, device: torch.device) -> list[float | None] | None:
+        """Figures of the teacher (None where unknown) and of every prefix on the test part.
+
+        None where there are neither labels nor a teacher to compare with, or the test part cannot be evaluated: all
+        rounds are committed then, and stay.
+        """
+        settings, table = self.settings, table_of(self.teacher)
+        asked = None if is_api(self.teacher) or table else self.teacher  # the queries of an API are for training
+        if settings.labels is None and asked is None:
+            return None
+        figures = partial(prefix_accuracies, loader=loader, device=device, task=settings.task, teacher=asked)
+        try:
+            teacher: list[float | None] = [None if table is None else table_figure(table, loader, settings.task)]
+            if asked is not None:
+                teacher = [*figures(ProgressiveEnsemble([asked], task=settings.task).to(device))]
+            return [*teacher, *figures(self.ensemble.to(device))]
+        except (UserError, RunError, RuntimeError, ValueError, TypeError, LookupError) as error:
+            rank_zero_warn(
+                f"The test part could not be evaluated ({type(error).__name__}: {error}). The report has no test "
+                "figures; the ensemble is complete."
+            )
+            return None
+
+
+def table_figure(table: OfflineTeacher, loader: Any, task: Task) -> float | None:
+    """Accuracy, or what replaces it, of a table of logits on the test part; None where it has none of that part."""
+    if "test" not in table.tables:
+        return None
+    scores = prefix_metric(task, table.outputs)
+    for _, y, index in all_batches(loader):
+        logits = table.rows("test", index)
+        scores.update(logits[None], given_labels(task, y, logits))
+    return float(scores.compute()[0])

@@ -4,6 +4,7 @@ from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.exported import OnnxTeacher, TorchScriptTeacher
 from bdistil.teachers.http_endpoint import ApiRefusedError, ApiUnavailableError, HttpEndpoint
 from bdistil.teachers.local_api import LocalApi, ModelServer
+from bdistil.teachers.offline import OfflineTeacher
 from bdistil.teachers.training import TeacherSpec, TeacherTraining
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher, FrozenTeacher
 
@@ -17,6 +18,7 @@ __all__ = [
     "HttpEndpoint",
     "LocalApi",
     "ModelServer",
+    "OfflineTeacher",
     "OnnxTeacher",
     "TeacherSpec",
     "TeacherTraining",

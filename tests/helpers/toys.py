@@ -132,9 +132,8 @@ def make_trainer(*callbacks, epochs=2, logger=False, **options):
 
 def control(run_dir, *, settings=None, student=make_student, teacher=None, **options):
     """A controller of a toy run."""
-    return RoundController(
-        run_dir, teacher=teacher or make_teacher(), student=student, settings=settings or settings_for(), **options
-    )
+    teacher = make_teacher() if teacher is None else teacher
+    return RoundController(run_dir, teacher=teacher, student=student, settings=settings or settings_for(), **options)
 
 
 def fit(controller, datamodule=None, *, callbacks=list, **trainer):
