@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -38,19 +39,33 @@ def check_samples(loader: DataLoader[Any], name: str, task: Task, outputs: int) 
     if known is not None:
         check_labels(known, np.arange(len(known)), f"`{name}()`", task, outputs)
         _check_some([known], name, task)
-    if known is not None or (loader.collate_fn.labels is None and _of_one_shape(loader)):
-        return InputSpec.of_batch(loader.collate_fn([loader.dataset[0]])[0])
-    labels, spec = [], None
+    collate: Any = loader.collate_fn
+    if known is not None or (collate.labels is None and _of_one_shape(loader)):
+        return InputSpec.of_batch(collate([loader.dataset[0]])[0])
+    labels, specs = [], _alone(loader)
     for x, y, index in all_batches(loader):
-        found = InputSpec.of_batch(x)
-        spec = found if spec is None else spec.joined(found)
+        specs.append(InputSpec.of_batch(x))
+        if len(specs) > 1:
+            specs = [reduce(InputSpec.joined, specs)]
         if y is not None:
             _check_count(y, index, name)
             check_labels(y, index, f"`{name}()`", task, outputs)
             labels.append(y)
     if labels:
         _check_some(labels, name, task)
-    return spec or InputSpec()
+    return specs[0]
+
+
+def _alone(loader: DataLoader[Any]) -> list[InputSpec]:
+    """Structure and shape of some samples in batches of their own: padding may hide that lengths differ."""
+    if isinstance(loader.dataset, IterableDataset):
+        return []
+    rows = _spread(len(loader.dataset))  # type: ignore[arg-type]
+    return [reduce(InputSpec.joined, (InputSpec.of_batch(loader.collate_fn([loader.dataset[r]])[0]) for r in rows))]
+
+
+def _spread(samples: int) -> list[int]:
+    return sorted(set(np.linspace(0, samples - 1, PROBES).astype(int).tolist()))
 
 
 def _check_some(labels: Sequence[Tensor], name: str, task: Task) -> None:
@@ -81,13 +96,14 @@ def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
     None where they are not, and where the user's collate function may change them, or put together samples of
     different shapes.
     """
-    collate, found = loader.collate_fn, _declared(loader.dataset)
+    collate: Any = loader.collate_fn
+    found = _declared(loader.dataset)
     if found is None or not _of_one_shape(loader) or len(found) != len(loader.dataset):  # type: ignore[arg-type]
         return None
     found = as_labels(found, collate.ignore_index)
     if type(loader.dataset) is TensorDataset:
         return found
-    rows = np.unique(np.linspace(0, len(found) - 1, PROBES).astype(int)).tolist()
+    rows = _spread(len(found))
     _, given = collate([loader.dataset[row] for row in rows])
     same = given is not None and given.shape == found[rows].shape and bool((given == found[rows]).all())
     return found if same else None
