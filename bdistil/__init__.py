@@ -6,6 +6,12 @@ Letters in shapes, the same everywhere: N samples, L outputs (classes), T rounds
 g teacher logits, f_t student t, S running error.
 """
 
+from bdistil.utils.drawing import drop_missing_backend
+
+drop_missing_backend()  # before torchmetrics imports matplotlib
+
+# isort: split
+
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.round import BoostingRound
 from bdistil.boosting.settings import BoostingSettings

@@ -24,6 +24,7 @@ from bdistil.functional.gradient_noise import (
     variance_at,
 )
 from bdistil.functional.sample_gradients import control_cosine, sample_gradients
+from bdistil.utils.drawing import default_style
 from bdistil.utils.modules import eval_mode
 
 CHUNK = 512  # samples per forward pass
@@ -104,6 +105,7 @@ def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
     }
 
 
+@default_style()
 def draw_noise(path: str | os.PathLike[str], moments: GradientMoments, title: str) -> None:
     """Draws noise to signal and variance over lambda; where the noise to signal is infinite there is no line."""
     from matplotlib.figure import Figure

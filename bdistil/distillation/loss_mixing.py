@@ -23,6 +23,7 @@ from bdistil.functional.boosting import log_normaliser
 from bdistil.functional.loss_mixing import MixingSettings, label_target, learn_mix, mixed_target, outer_loss
 from bdistil.storage.files import atomic
 from bdistil.utils import distributed
+from bdistil.utils.drawing import default_style
 from bdistil.utils.seeding import seed_of
 
 # ---- updates
@@ -139,6 +140,7 @@ def log_weights(loggers: Iterable[Any], weights: Tensor, figures: Mapping[str, f
         logger.log_metrics(row, step=step)
 
 
+@default_style()
 def draw_weights(path: str | os.PathLike[str], weights: Tensor, flipped: Tensor | None = None) -> None:
     """Draws the histogram of the label weights, with known label noise one of clean and one of flipped samples."""
     from matplotlib.figure import Figure

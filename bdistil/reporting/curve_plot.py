@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdistil.reporting.tables import Curve, Row, format_count, number, plain
 from bdistil.storage.files import atomic
+from bdistil.utils.drawing import default_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,6 +158,7 @@ def error_figure(curve: Curve, size: tuple[float, float]) -> Figure:
     return figure
 
 
+@default_style()
 def plot_curve(rows: Sequence[Row], path: Path, *, title: str = "", task: str = "classification") -> None:
     """Draws accuracy (or R²) of every prefix against its cumulative MACs, with the teacher: a PNG of 1080 x 630 pixels.
 

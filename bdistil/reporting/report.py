@@ -20,6 +20,7 @@ from bdistil.reporting.curve_plot import COLOURS, curve_figure, error_figure, pl
 from bdistil.reporting.tables import COLUMNS, Curve
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.utils.drawing import default_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 TextTable = tuple[list[str], list[list[str]]]  # header and rows
 
 
+@default_style()
 def write_report(run: RunDirectory) -> Path:
     """Writes the HTML report of a run, one file without references, and the picture of its curve.
 
