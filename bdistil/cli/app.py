@@ -6,19 +6,22 @@ import difflib
 import inspect
 import io
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TextIO
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from bdistil.cli.commands import COMMANDS, EXAMPLES, find_recipe
 from bdistil.cli.fit import BoostCLI, Distiller, RoundTrainer
+from bdistil.cli.recipe_files import refuse_duplicate_keys
 from bdistil.errors import RunError, UserError
 from bdistil.utils.memory import keep_freed_memory
 from bdistil.utils.signals import Interrupted
@@ -138,12 +141,35 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for a failed run, 2 for bad arguments.
     """
+    try:
+        try:
+            return _main(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        return 0  # the reader of a pipe, such as `head`, has all that it wanted
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether nobody reads a stream any more; what is left in it, or written later, goes nowhere."""
+    try:
+        print(file=stream, flush=True)  # an empty buffer would say nothing
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
+
+
+def _main(args: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     _filter_messages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # R² and µ on a terminal that has only ASCII
     keep_freed_memory()
+    refuse_duplicate_keys()
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -173,5 +199,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _known(error: BaseException | None) -> UserError | RunError | None:
     """The error for the user in a chain of exceptions; the parser wraps it in one of its own."""
     while error is not None and not isinstance(error, UserError | RunError):
+        if isinstance(error, MisconfigurationException):  # Lightning's word for options that do not go together
+            return UserError(str(error))
         error = error.__cause__ or error.__context__
     return error

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from bdistil.cli.recipe_files import check_recipe
 from bdistil.ensemble.budget import Budget, Rule
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
@@ -22,6 +23,7 @@ from bdistil.export.run import ExportOptions, export_run, export_summary
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tables import curve_table
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.utils.paths import user_path
 
 NO_LIMITS = Budget()
 
@@ -59,9 +61,9 @@ def evaluate(
     teacher = reference_row(run, part)
     beside = [*([teacher] if teacher else []), *rows]
     if csv is not None:
-        write_csv(beside, Path(csv))
+        write_csv(beside, user_path(csv, "csv"))
     if picture is not None:
-        write_picture(beside, Path(picture), run.root.resolve().name)
+        write_picture(beside, user_path(picture, "picture"), run.root.resolve().name)
     if as_json:
         print(json.dumps(beside if sweep else rows[0]))
     elif sweep:
@@ -134,7 +136,8 @@ def export(
         overwrite: replace an older export.
     """
     options = ExportOptions(format, normalisation, quantise, fuse, overwrite)
-    print(export_summary(export_run(RunDirectory(run_dir), Path(output), options), Path(output)))
+    folder = user_path(output, "output")
+    print(export_summary(export_run(RunDirectory(run_dir), folder, options), folder))
 
 
 def report(run_dir: str) -> None:
@@ -174,12 +177,15 @@ def find_recipe(name: str) -> Path:
     """The path of a recipe, given as a path or as the name of a shipped recipe.
 
     Raises:
-        UserError: there is no such recipe; similar names are listed.
+        UserError: there is no such recipe; similar names are listed. Or the file is no recipe.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = user_path(name, "config")
+    if path.is_file():
+        check_recipe(path)
+        return path
     known = recipes()
     if name in known:
+        check_recipe(known[name])
         return known[name]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give a path, or one of those."

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import Logger
@@ -131,6 +132,13 @@ class BoostCLI(LightningCLI):
             action.help = HELP.get(action.dest, action.help)
         parser.set_defaults({"trainer.logger": False, "trainer.enable_model_summary": False})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Checks the seed, with which LightningCLI seeds at once."""
+        super().parse_arguments(parser, args)
+        seed = self.config.fit.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"Expected `seed_everything` in 0 … {2**32 - 1}, got {seed}.")
+
     def before_instantiate_classes(self) -> None:
         """Checks a strategy given by name before Lightning looks for its devices."""
         strategy = self._get(self.config, "trainer").strategy
@@ -149,7 +157,10 @@ class BoostCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer with its own list of callbacks, as Lightning appends to the list that it is given."""
-        return super().instantiate_trainer(**{"callbacks": self._callbacks(), **kwargs})
+        try:
+            return super().instantiate_trainer(**{"callbacks": self._callbacks(), **kwargs})
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            raise UserError(f"Lightning makes no Trainer of the options `trainer` of the recipe: {error}") from error
 
     def _callbacks(self) -> list[Callback]:
         """The callbacks of the recipe."""

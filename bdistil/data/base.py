@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -18,6 +17,7 @@ from bdistil.data.readers.files import Array, Source
 from bdistil.data.readers.images import ArrayImages, normalised
 from bdistil.data.readers.preparation import moments, validation_split
 from bdistil.errors import UserError
+from bdistil.utils.paths import user_path
 
 PARTS = ("train", "val", "test")
 
@@ -105,7 +105,7 @@ class FeatureModule(PartsModule):
     ) -> None:
         super().__init__(batch_size)
         self.root, self.partial = root, partial
-        self.cache = Path(cache) if cache else Path(root) / "features"
+        self.cache = user_path(cache, "cache") if cache else user_path(root, "root") / "features"
 
     def read(self) -> dict[str, Samples]:
         """Features (n, steps, C) and labels of each part."""

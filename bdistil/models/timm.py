@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from bdistil.errors import UserError
 from bdistil.models.inputs import Expectation
 from bdistil.models.student import Student, scaled
 from bdistil.storage.weights import load_weights
+from bdistil.utils.paths import user_path
 
 
 class TimmTeacher(nn.Module):
@@ -47,7 +47,7 @@ class TimmTeacher(nn.Module):
         super().__init__()
         self.network = build_timm(name, outputs, in_channels, checkpoint, pretrained, options)
         if checkpoint:
-            load_weights(self.network, Path(checkpoint), "checkpoint")
+            load_weights(self.network, user_path(checkpoint, "checkpoint"), "checkpoint")
         own: Any = self.network.pretrained_cfg
         self.trained = bool(checkpoint) or (pretrained and outputs in (None, own["num_classes"]))
         self.expects = (
@@ -107,7 +107,12 @@ class TimmStudent(Student):
         if place is None or not isinstance(head, nn.Linear | nn.Conv2d):
             raise _inseparable(name, f"its classifier is a {type(head).__name__}")
         if checkpoint:
-            load_weights(network, Path(checkpoint), "checkpoint", new=[f"{place}.{key}" for key in head.state_dict()])
+            load_weights(
+                network,
+                user_path(checkpoint, "checkpoint"),
+                "checkpoint",
+                new=[f"{place}.{key}" for key in head.state_dict()],
+            )
         size = (options or {}).get("img_size", network.pretrained_cfg["input_size"][1:])  # type: ignore[index]
         sides = (size, size) if isinstance(size, int) else size
         generator = torch.Generator().manual_seed(0)  # the global random state stays as it is

@@ -92,10 +92,13 @@ def save_epoch(trainer: pl.Trainer, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk; a folder only where the file system allows it."""
+    """Flushes a file, or the names in a folder, to the disk; a folder only where system and file system allow it."""
     folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    writable = not folder and os.access(path, os.W_OK)  # Windows flushes no file that is open for reading alone
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -28,6 +28,7 @@ from bdistil.storage.files import atomic, digest, disk_errors, write_atomically
 from bdistil.storage.provenance import differences, updated
 from bdistil.storage.run_lock import RunLock
 from bdistil.utils import distributed
+from bdistil.utils.paths import user_path
 
 FORMAT = 2  # of round.json
 CURVE_COLUMNS = (
@@ -57,7 +58,7 @@ class RunDirectory:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+        self.root = user_path(root, "run_dir")
         self.config = self.root / "config.yaml"
         self.teacher = self.root / "teacher.safetensors"
         self.emulation = self.root / "mekd"
@@ -72,7 +73,7 @@ class RunDirectory:
     def scratch(self) -> Path | None:
         """The node's own disk for ledgers, where BDISTIL_SCRATCH names one."""
         named = os.environ.get("BDISTIL_SCRATCH")
-        return Path(named) if named else None
+        return user_path(named, "BDISTIL_SCRATCH") if named else None
 
     @property
     def ledger(self) -> Path:

@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from bdistil.errors import RunError, UserError
 from bdistil.functional.distillation import centre
 from bdistil.teachers.api_cache import AnswerCache
 from bdistil.teachers.http_endpoint import ApiRefusedError, ApiUnavailableError, as_api_error
+from bdistil.utils.paths import user_path
 
 Answers = Literal["logits", "probabilities", "labels"]
 LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -89,7 +89,7 @@ class ApiTeacher(nn.Module):
         self.batch_size, self.rate, self.retries, self.backoff = batch_size, rate, retries, backoff
         self._next_time = 0.0  # of `rate`
         self.identity = f"{name or _own_name(ask)}, {answers} of {outputs} classes"
-        self.cache = AnswerCache(Path(cache), self.identity)
+        self.cache = AnswerCache(user_path(cache, "cache"), self.identity)
 
     @property
     def hard(self) -> bool:

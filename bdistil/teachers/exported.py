@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bdistil.data.readers.files import Array
 from bdistil.errors import UserError
 from bdistil.metrics.cost import OutsideCost
+from bdistil.utils.paths import user_path
 
 
 class TorchScriptTeacher(nn.Module):
@@ -31,8 +32,7 @@ class TorchScriptTeacher(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        _check_file(path)
-        self.path = path
+        self.path = path = _file(path)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")  # the user's file exists all the same
@@ -68,8 +68,8 @@ class OnnxTeacher(nn.Module):
 
     def __init__(self, path: str, output: str | None = None, providers: list[str] | None = None) -> None:
         super().__init__()
-        _check_file(path)
-        self.path, self.providers = path, list(providers or ["CPUExecutionProvider"])
+        self.path = path = _file(path)
+        self.providers = list(providers or ["CPUExecutionProvider"])
         self.session = _session(path, self.providers)
         inputs, outputs = self.session.get_inputs(), {o.name: o.type for o in self.session.get_outputs()}
         if len(inputs) != 1 or inputs[0].type not in _DTYPES:
@@ -182,9 +182,11 @@ def _describe(x: Any) -> str:
     return f"x of shape {tuple(x.shape)} and type {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
-def _check_file(path: str) -> None:
-    if not Path(path).is_file():
+def _file(path: str) -> str:
+    found = user_path(path, "path")
+    if not found.is_file():
         raise UserError(f"Expected `path` of the teacher to be a file, got {path!r}, which is not there.")
+    return str(found)
 
 
 def _session(path: str, providers: list[str]) -> Any:

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -20,6 +19,7 @@ from bdistil.data.loaders import indexed_loaders
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.teachers.http_endpoint import HttpEndpoint
 from bdistil.teachers.training import TeacherSpec, TeacherTraining
+from bdistil.utils.paths import user_path
 from bdistil.utils.seeding import reseed
 
 
@@ -96,7 +96,8 @@ class LocalApi:
         lr: float = 3e-3,
         seed: int = 0,
     ) -> None:
-        self.network, self.checkpoint, self.data, self.answers = network, Path(checkpoint), data, answers
+        self.network, self.data, self.answers = network, data, answers
+        self.checkpoint = user_path(checkpoint, "checkpoint")
         self.epochs, self.lr, self.seed = epochs, lr, seed
         self._ask: HttpEndpoint | None = None
 

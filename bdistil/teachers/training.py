@@ -18,6 +18,7 @@ from bdistil.functional.distillation import at_least_float32
 from bdistil.metrics.quality import Task, class_sums
 from bdistil.teachers.wrappers import run_teacher
 from bdistil.utils.optimizers import may_fuse
+from bdistil.utils.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class TeacherSpec:
                 "Expected `epochs` >= 1, `lr` > 0 and `weight_decay` >= 0 of model.teacher, "
                 f"got {self.epochs}, {self.lr} and {self.weight_decay}."
             )
+        if self.checkpoint is not None:
+            object.__setattr__(self, "checkpoint", str(user_path(self.checkpoint, "model.teacher.checkpoint")))
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise UserError(
                 f"Expected `model.teacher.checkpoint` to be a file, got {self.checkpoint!r}, which is not there. "

@@ -156,9 +156,17 @@ def allocate(path: Path, shape: tuple[int, int], storage: Storage = "float32") -
             size = size_of(shape, storage)
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
+                _reserve(file.fileno(), size)
     distributed.barrier()
     return RowFile(path, shape, storage, writable=True)
+
+
+def _reserve(handle: int, size: int) -> None:
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:  # some mounts have no such call
+        if error.errno not in files.UNSUPPORTED:
+            raise
 
 
 def publish(beside: Path, path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from bdistil.errors import UserError
+from bdistil.utils.paths import user_path
 
 SHOWN = 3  # names of missing files in a message
 
@@ -43,7 +44,8 @@ class Source:
         Raises:
             UserError: some are missing; names them and the commands that get the data set.
         """
-        places = [Path(root, self.folder), Path(root)]
+        above = user_path(root, "root")
+        places = [above / self.folder, above]
         place = next((p for p in places if any((p / name).exists() for name in needed)), places[0])
         missing = [name for name in needed if not (place / name).exists()]
         if len(missing) == len(needed):

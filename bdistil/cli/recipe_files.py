@@ -1,0 +1,82 @@
+"""Reading of recipes: one message for a file that is empty, in another encoding, or sets a key twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+from yaml.nodes import MappingNode, Node, SequenceNode
+
+from bdistil.errors import UserError
+
+
+def check_recipe(path: Path) -> None:
+    """Checks that a file holds options as YAML, in UTF-8.
+
+    Raises:
+        UserError: it does not, or the parser would read it as another text, in the encoding of the terminal.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"Expected the recipe {path} in UTF-8, got another encoding: byte {content[error.start]:#x} in line {line}."
+        ) from error
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"Expected the recipe {path} to be YAML, got an error: {' '.join(str(error).split())}."
+        ) from error
+    if not isinstance(found, dict) or not found:
+        got = "an empty file" if found in (None, {}) else f"a {type(found).__name__}"
+        raise UserError(f"Expected the recipe {path} to set options (`key: value`), got {got}.")
+    if not text.isascii():
+        _check_locale(path, found)
+
+
+def _check_locale(path: Path, found: Any) -> None:
+    try:
+        same = yaml.safe_load(path.read_text()) == found  # in the encoding of the terminal, as the parser does
+    except (UnicodeDecodeError, yaml.YAMLError):
+        same = False
+    if not same:
+        raise UserError(f"The recipe {path} is in UTF-8, the locale of this terminal is not. Set PYTHONUTF8=1.")
+
+
+def refuse_duplicate_keys() -> None:
+    """Has the parsers of the command line refuse a key that is given twice, of which YAML drops the first."""
+    set_loader("yaml", _load, (yaml.YAMLError,))
+
+
+_lenient = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    value = _lenient(text)
+    if isinstance(value, dict | list):
+        _check_keys(yaml.compose(text, yaml.SafeLoader), "")
+    return value
+
+
+def _check_keys(node: Node | None, place: str) -> None:
+    """Raises UserError where a mapping in a node has a key twice; names the key and both lines."""
+    if isinstance(node, SequenceNode):
+        for number, item in enumerate(node.value):
+            _check_keys(item, f"{place}{number}.")
+    if not isinstance(node, MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines and name != "<<":
+            raise UserError(
+                f"Expected each key once in a recipe, got `{place}{name}` twice, in lines {lines[name]} and {line}, "
+                "where YAML drops the first. Put both under one key."
+            )
+        lines[name] = line
+        _check_keys(value, f"{place}{name}.")
