@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
+from bdistil.boosting.batch_checks import check_fit
 from bdistil.boosting.commit import close_round
 from bdistil.boosting.costs import Uncounted
 from bdistil.boosting.optimization import LRSchedulerCallable, Optimization, OptimizerCallable
@@ -18,7 +19,7 @@ from bdistil.boosting.round import BoostingRound, RoundState
 from bdistil.boosting.run import Boosting, RoundPlan
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.boosting.trainer_checks import SharedCallbacks, check_trained, check_trainer, check_unused
-from bdistil.data.loaders import distinct_samples
+from bdistil.data.loaders import check_drawn, distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.reporting.report import write_report
@@ -104,6 +105,7 @@ class RoundController(Checkpoint):
         self.tracker, self.signals = RoundTracker(self.run), StopSignals(self.resume_message)
         self.state, self.device, self._shared = RoundState(), torch.device("cpu"), SharedCallbacks()
         self._plan: RoundPlan | None = None
+        self._datamodule: pl.LightningDataModule | None = None
         self._closed, self._first_epoch, self._read = False, True, 0
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
@@ -117,6 +119,7 @@ class RoundController(Checkpoint):
             UserError: an invalid argument, found before training.
             RunError: a round came back without a verdict, or a committed round is torn.
         """
+        self._datamodule = datamodule
         with self.signals, self.run.in_use():
             for plan in self.boosting.rounds(datamodule):
                 self._plan, self.state = plan, RoundState(plan.module.number, plan.attempt)
@@ -184,6 +187,7 @@ class RoundController(Checkpoint):
             raise UserError(
                 f"Expected one fit for round {self.number + 1}, got a second one: take the next module from the loop."
             )
+        check_fit(trainer, self._datamodule)
         self._shared.start(trainer, self.number)
         self._reseed(trainer)
 
@@ -214,6 +218,22 @@ class RoundController(Checkpoint):
             self._reseed(trainer)
         self._first_epoch = False
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Compares some samples with those that the teacher was asked about."""
+        self.plan.run.parts.train.see(batch)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Compares some samples with those that the teacher was asked about."""
+        self.plan.run.parts.val.see(batch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends the comparison of validation samples."""
+        self.plan.run.parts.val.settle()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -226,6 +246,8 @@ class RoundController(Checkpoint):
         read, self._read = int(distributed.all_sum(torch.tensor(self._read))), 0
         if not read:  # of a fit with max_steps that is resumed at the end of an epoch
             return
+        self.plan.run.parts.train.settle()
+        check_drawn(trainer.train_dataloader)
         self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
         self.state.epochs += 1
         self.state.done = trainer.should_stop

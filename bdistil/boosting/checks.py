@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,8 +16,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from bdistil.boosting.batch_checks import check_hooks
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import LOADERS, Views, is_random, paired, single_loader
+from bdistil.data.loaders import LOADERS, Views, is_random, paired, single_loader, with_trainer
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.quality import Task
@@ -40,23 +42,31 @@ def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | 
                 f"Expected `{type(datamodule).__name__}` to define `{method}()`. Students are accepted by their error "
                 "on the validation part; split one off the training part."
             )
-    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
-        if is_overridden(hook, datamodule, pl.LightningDataModule):
-            raise UserError(
-                f"`{type(datamodule).__name__}.{hook}` changes batches after they are read, which the ledger would not "
-                "see. Do it in the dataset or the collate function."
-            )
-    rank_zero_only(datamodule.prepare_data)()
-    datamodule.setup("fit")
-    try:
+    check_hooks(datamodule)
+    with with_trainer(datamodule), _data_errors(datamodule):
+        rank_zero_only(datamodule.prepare_data)()
+        datamodule.setup("fit")
         loaders = [single_loader(getattr(datamodule, name)()) for name in LOADERS]
-        train, val = (as_pairs(loader, name, settings) for loader, name in zip(loaders, LOADERS, strict=True))
-        return check_batches(train), val
-    except ValueError as error:
-        if "num_samples" not in str(error):
-            raise
-        kind = type(datamodule).__name__  # torch's own sampler refuses an empty dataset that is to be shuffled
-        raise UserError(f"Expected the datasets of `{kind}` to hold samples, got an empty one ({error}).") from error
+    train, val = (as_pairs(loader, name, settings) for loader, name in zip(loaders, LOADERS, strict=True))
+    return check_batches(train), val
+
+
+@contextmanager
+def _data_errors(datamodule: pl.LightningDataModule) -> Iterator[None]:
+    """Explains errors of torch's samplers in the user's methods."""
+    kind = type(datamodule).__name__
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if "num_samples" in str(error):  # torch's own sampler refuses an empty dataset that is to be shuffled
+            message = f"Expected the datasets of `{kind}` to hold samples, got an empty one ({error})."
+            raise UserError(message) from error
+        if "process group" in str(error):
+            raise UserError(
+                f"`{kind}` needs processes that are connected already ({error}). Its data are validated before: leave "
+                "the DistributedSampler out, the samples are shared by the processes without it."
+            ) from error
+        raise
 
 
 def test_loader_of(datamodule: pl.LightningDataModule, settings: BoostingSettings) -> Any:
@@ -67,8 +77,9 @@ def test_loader_of(datamodule: pl.LightningDataModule, settings: BoostingSetting
     """
     if not is_overridden(TEST, datamodule, pl.LightningDataModule):
         return None
-    datamodule.setup("test")
-    loader = single_loader(datamodule.test_dataloader())
+    with with_trainer(datamodule):
+        datamodule.setup("test")
+        loader = single_loader(datamodule.test_dataloader())
     if loader is not None and not isinstance(loader, DataLoader):
         raise UserError(
             f"Expected `{TEST}()` to return one torch DataLoader, on which the run is tested at its end, got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from bdistil.boosting.ledger.features import FeatureCache
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.ledger.records import RoundEvidence, Units
 from bdistil.boosting.ledger.reductions import BLOCK
+from bdistil.boosting.ledger.samples import SampleGuard
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import Views, check_dataset, rows_loader
+from bdistil.data.loaders import Index, Views, check_dataset, largest_batch, rows_loader
 from bdistil.functional.boosting import prefix_error
 from bdistil.metrics.quality import (
     PrefixErrors,
@@ -59,13 +61,50 @@ class Part:
         seed: int,
         view: int | None = None,
     ) -> None:
-        self.samples = check_dataset(loader, f"{name}_dataloader")
-        self.name, self.loader, self.settings, self.seed, self.view = name, loader, settings, seed, view
-        self.dataset_view = None if view is None else Views(loader.dataset, seed, view)
+        self.name, self.settings, self.seed, self.view = name, settings, seed, view
+        self.samples = check_dataset(loader, self.method)
+        self._take(loader)
         folder = folder / name / f"view{view:03d}" if view else folder / name
         self.ledger = ErrorLedger(folder, settings.storage)
         self.features = FeatureCache(folder, self.samples)
+        kinds = {"augmented": view is not None, "recomputed": settings.state == "recompute"}
+        self.guard = None if view else SampleGuard(self.method, loader, self.items, folder, **kinds)
         self.sharers: distributed.Sharers | None = None  # of the ledger's disk, where each node has one
+
+    @property
+    def method(self) -> str:
+        """Name of the user's method that returns the loader."""
+        return f"{self.name}_dataloader"
+
+    @property
+    def items(self) -> Any:
+        """The dataset, or its view."""
+        return self.dataset_view or self.loader.dataset
+
+    def _take(self, loader: DataLoader[Any]) -> None:
+        self.loader, self.batch_size = loader, min(largest_batch(loader), BLOCK)
+        self.dataset_view = None if self.view is None else Views(loader.dataset, self.seed, self.view)
+
+    def renew(self, loader: DataLoader[Any]) -> None:
+        """Takes the loader that the data module gives now: the one before may read files that are closed.
+
+        Raises:
+            UserError: its samples are not those of the run.
+        """
+        check_dataset(loader, self.method)
+        self._take(loader)
+        if self.guard is not None:
+            self.guard.renew(loader, self.items)
+
+    def see(self, batch: tuple[Any, Any, Index]) -> None:
+        """Compares some rows of a batch (x, y, index) of a fit, see `SampleGuard`."""
+        if self.guard is not None:
+            self.guard.see(*batch)
+
+    def settle(self) -> None:
+        """Ends what `see` has left for later."""
+        if self.guard is not None:
+            self.guard.settle()
 
     def query(
         self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, units: Units | None = None
@@ -87,10 +126,34 @@ class Part:
         """
         task = self.settings.task
         scores = prefix_metric(task, outputs)
-        answers = self._teacher_logits(teacher, device, scores)
-        with distributed.within(self.sharers):
+        answers = self._by_block(self._teacher_logits(teacher, device, scores))
+        with distributed.within(self.sharers), self._hashed():
             self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)
             return _summed(scores, outputs)
+
+    @contextmanager
+    def _hashed(self) -> Iterator[None]:
+        """Context of a pass over all samples that keeps their hashes."""
+        hashes = self.guard.hashes if self.guard else None
+        if hashes is not None:
+            hashes.close()
+            hashes.begin()
+        yield
+        if hashes is not None:
+            hashes.publish()
+
+    def _catch_up_samples(self) -> None:
+        """Fingerprints of the samples: compared with those on the disk, or made where there are none."""
+        if self.guard is None:
+            return
+        self.guard.compare_stored()
+        distributed.barrier()
+        self.guard.store()
+        if self.guard.hashes is not None and not distributed.agreed(self.guard.hashes.exists()):
+            with self._hashed():
+                for x, y, index in self._batches(0):
+                    self.guard.record(x, y, index)
+        self.guard.restart()
 
     def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
         """Opens S after the committed students, and their features that links may read; computes what is missing.
@@ -106,6 +169,7 @@ class Part:
         """
         with distributed.within(self.sharers):  # each disk that holds a copy is filled; sums count one copy
             self.ledger.open(self.samples, fingerprint)
+            self._catch_up_samples()
             if self.view:
                 self.ledger.use_teacher()
             else:
@@ -117,7 +181,7 @@ class Part:
             self.ledger.use(0)
             for number, student in enumerate(students):
                 scores = prefix_metric(self.settings.task, self.ledger.outputs)
-                answers = self._student_logits(student.to(device), students[:number], device, scores)
+                answers = self._by_block(self._student_logits(student.to(device), students[:number], device, scores))
                 self.ledger.advance(answers, eta=1.0, tolerance=0.0)
                 self.ledger.publish()
                 self.ledger.use(number + 1)
@@ -134,7 +198,7 @@ class Part:
                 self.features.begin(student.width)
                 for earlier in students[: number + 1]:
                     earlier.to(device)
-                for x, _, index in self._blocks(number):
+                for x, _, index in self._batches(number):
                     self.features.write(int(index[0]), features_of(students, number, move_data_to_device(x, device)))
                 self.features.publish(number)
         self.features.use(widths)
@@ -156,6 +220,7 @@ class Part:
             if isinstance(student, Student):
                 self.features.begin(student.width)
             answers = self._student_logits(student, earlier, device, scores, write=isinstance(student, Student))
+            answers = self._by_block(answers)
             evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
             return evidence, *_summed(scores, self.ledger.outputs)
 
@@ -170,18 +235,35 @@ class Part:
         """Cached features (B, D) of some students for samples, on the device."""
         return [rows.to(device, non_blocking=True) for rows in self.features.rows(numbers, index)]
 
-    def _blocks(self, number: int) -> DataLoader[Any]:
-        """The rows of this process as (x, y, index), whole blocks in order."""
-        rows = [range(low, high) for low, high in distributed.my_blocks(self.samples, BLOCK)]
+    def _batches(self, number: int) -> DataLoader[Any]:
+        """The rows of this process as (x, y, index), whole blocks in order, in batches of the user's size at most."""
+        blocks = distributed.my_blocks(self.samples, BLOCK)
+        rows = [
+            range(start, min(start + self.batch_size, high))
+            for low, high in blocks
+            for start in range(low, high, self.batch_size)
+        ]
         return rows_loader(self.loader, rows, seed=seed_of(self.seed, number, "score"), views=self.dataset_view)
+
+    def _by_block(self, answers: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """(first row, logits (rows, L)) of whole blocks, from those of batches: sums do not depend on their size."""
+        rows: list[Tensor] = []
+        for low, logits in answers:
+            rows.append(logits)
+            end = low + len(logits)
+            if end % BLOCK == 0 or end == self.samples:
+                yield end - sum(map(len, rows)), torch.cat(rows)
+                rows = []
 
     @torch.no_grad()
     def _teacher_logits(
         self, teacher: nn.Module, device: torch.device, scores: PrefixMetric
     ) -> Iterator[tuple[int, Tensor]]:
-        """(first row, teacher logits (rows, L)) block by block; updates `scores`."""
+        """(first row, teacher logits (rows, L)) batch by batch; updates `scores`."""
         table = table_of(teacher)
-        for x, y, index in self._blocks(0):
+        for x, y, index in self._batches(0):
+            if self.guard is not None:
+                self.guard.record(x, y, index)
             if table is None:
                 logits = teacher(move_data_to_device(x, device)).float().cpu()
             else:
@@ -194,9 +276,9 @@ class Part:
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device, scores: PrefixMetric,
         write: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-        """(first row, student logits (rows, L)) block by block; updates `scores` with the prefix's logits."""
+        """(first row, student logits (rows, L)) batch by batch; updates `scores` with the prefix's logits."""
         numbers = linked_numbers(earlier, links_of(student))
-        for x, y, index in self._blocks(len(earlier)):
+        for x, y, index in self._batches(len(earlier)):
             moved = move_data_to_device(x, device)
             if write and isinstance(student, Student):
                 cached = self.settings.cached_links > 0

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
 from bdistil.boosting.checks import check_augmentation
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import CANONICAL, ViewPlan, check_dataset, is_random
+from bdistil.data.loaders import CANONICAL, LOADERS, ViewPlan, check_dataset, is_random, only_given
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils import distributed
@@ -51,6 +52,7 @@ class Parts:
         """
         check_dataset(train, "train_dataloader")
         check_dataset(val, "val_dataloader")
+        val = only_given(val, "val_dataloader")
         augments, val_augments = check_augmentation(train, settings, seed), is_random(val.dataset)
         views = settings.views if augments else None
         part = partial(Part, folder=folder, settings=settings, seed=seed)
@@ -60,6 +62,31 @@ class Parts:
             tuple(part("train", train, view=view) for view in range(1, views or 1)),
             (ViewPlan(seed, views) if views else None, ViewPlan(seed) if val_augments else None),
         )
+
+    def renew(self, name: str, loader: Any) -> Any:
+        """Takes the loader that a user's method gives now; returns it with the samples that count.
+
+        Raises:
+            UserError: its samples are not those of the run.
+        """
+        parts = (self.train, *self.views) if name == LOADERS[0] else (self.val,)
+        with isolate_rng(include_cuda=False):  # the fit draws what it would have drawn
+            check_dataset(loader, name)
+            if name != LOADERS[0]:
+                loader = only_given(loader, name)
+            for part in parts:
+                part.renew(loader)
+        return loader
+
+    def compare_stored(self) -> None:
+        """Compares some samples with those of earlier starts.
+
+        Raises:
+            UserError: one differs.
+        """
+        for part in (self.train, self.val):
+            if part.guard is not None:
+                part.guard.compare_stored()
 
     def __iter__(self) -> Iterator[Part]:
         yield from (self.train, self.val, *self.views)

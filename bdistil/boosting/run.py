@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from bdistil.boosting.batch_checks import check_independence
 from bdistil.boosting.checks import (
     TEST,
     check_outputs,
@@ -164,6 +165,9 @@ class Boosting:
         inputs = self._check_samples(datamodule, parts, test, outputs)
         if declared_outputs(self.teacher) is not None:  # an API is billed, so that labels are checked first
             check_outputs(self.teacher, student, pair, settings.task)
+        if settings.state == "cached":
+            nets = {"teacher": self.teacher} if table_of(self.teacher) is None else {}
+            check_independence((parts.train, parts.val), {**nets, "student": student})
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         optimization = self.optimization.describe(student, settings)
         if distributed.early_rank() == 0:
@@ -235,6 +239,8 @@ class Boosting:
         for part in plan.parts:
             if part.ledger.exists and self.run.scratch is None:
                 part.ledger.open(part.samples, fingerprint)
+        if self.run.scratch is None:
+            plan.parts.compare_stored()
         last, started = plan.student, False
         while (this := self._plan_round(plan, fingerprint)) is not None:
             if this.module.student is last:
@@ -245,7 +251,7 @@ class Boosting:
             started, before = True, self.run.verdicts(number)
             with indexed_loaders(
                 datamodule, seed_of(self.seed, number, this.attempt), *plan.parts.plans,
-                labels=self.settings.labels, ignore_index=self.settings.ignore_index,
+                labels=self.settings.labels, ignore_index=self.settings.ignore_index, prepare=plan.parts.renew,
             ):  # fmt: skip
                 yield this
             if self.rehearsed is not None:
@@ -301,6 +307,8 @@ class Boosting:
             RunError: NaN or infinity among the teacher's logits.
         """
         parts, device = plan.run.parts, plan.module.device
+        for name in LOADERS:  # the loaders of the fit before may read closed files
+            getattr(plan.module.trainer.datamodule, name)()  # type: ignore[attr-defined]
         if self.run.scratch is not None:
             parts.claim(self.run)
         known = all(part.ledger.exists for part in parts) and self.run.read("teacher") is not None

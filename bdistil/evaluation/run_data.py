@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from bdistil.data.loaders import paired, single_loader
+from bdistil.data.loaders import paired, single_loader, with_trainer
 from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
 from bdistil.metrics.quality import UNLABELLED
@@ -41,10 +41,12 @@ def loader_of(run: RunDirectory, part: Split) -> Any:
         UserError: the run was not started by a recipe.
     """
     datamodule = datamodule_of(run)
-    datamodule.prepare_data()
-    datamodule.setup("test" if part == "test" else "fit")
     name = f"{part}_dataloader"
-    return pairs_loader(run, getattr(datamodule, name)(), name)
+    with with_trainer(datamodule):
+        datamodule.prepare_data()
+        datamodule.setup("test" if part == "test" else "fit")
+        loader = getattr(datamodule, name)()
+    return pairs_loader(run, loader, name)
 
 
 def pairs_loader(run: RunDirectory, loader: Any, name: str) -> Any:

@@ -76,7 +76,7 @@ def test_a_budget_that_is_too_small_stops_the_run_and_more_goes_on(tmp_path, no_
     ask = CountingApi()
     few = ApiTeacher(ask, 4, tmp_path / "answers", budget=200)
     with pytest.raises(
-        RunError, match=r"The query budget of the API is spent: 64 more would make 256, allowed are 200"
+        RunError, match=r"The query budget of the API is spent: 32 more would make 224, allowed are 200"
     ):
         boost(tmp_path / "run", teacher=few)
     boost(tmp_path / "run", teacher=ApiTeacher(ask, 4, tmp_path / "answers", budget=256))

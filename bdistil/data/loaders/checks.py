@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sized
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from bdistil.data.loaders.batches import PairCollate, pairs_of
+from bdistil.data.loaders.fingerprints import integers, spread
 from bdistil.data.loaders.order import EpochLoader
 from bdistil.errors import UserError
 from bdistil.utils.trees import joined_rows, row_count, take_rows
@@ -60,16 +62,18 @@ def check_dataset(loader: Any, name: str) -> int:
         )
     if len(dataset) == 0:
         raise UserError(f"Expected the dataset of `{name}()` to hold samples, got an empty {type(dataset).__name__}.")
+    if isinstance(loader, EpochLoader):  # its batches have the index already
+        return len(dataset)
     collate = loader.collate_fn
     collate = collate if isinstance(collate, PairCollate) else PairCollate(collate, name=name)
     collate([dataset[0]])
     return len(dataset)
 
 
-def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
-    """Whether reading a sample twice gives two different x (random augmentation)."""
-    numbers = range(min(tries, len(cast(Sized, dataset))))
-    return not all(_same(_x_of(dataset[index]), _x_of(dataset[index])) for index in numbers)
+def is_random(dataset: Dataset[Any], tries: int = 32) -> bool:
+    """Whether reading a sample twice gives two different x (random augmentation), of samples all over the dataset."""
+    numbers = spread(len(cast(Sized, dataset)), tries)
+    return not all(same_x(_x_of(dataset[index]), _x_of(dataset[index])) for index in numbers)
 
 
 def _x_of(item: Any) -> Any:
@@ -77,14 +81,17 @@ def _x_of(item: Any) -> Any:
     return item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
 
 
-def _same(first: Any, second: Any) -> bool:
-    """Whether two x are equal; NaN equals NaN."""
+def same_x(first: Any, second: Any) -> bool:
+    """Whether two x are equal to the bit."""
     if isinstance(first, Mapping):
-        return all(_same(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(same_x(first[key], second[key]) for key in first)
     if isinstance(first, tuple | list):
-        return all(map(_same, first, second))
-    if isinstance(first, Tensor | np.ndarray):
-        return bool(np.array_equal(np.asarray(first), np.asarray(second), equal_nan=True))
+        return len(first) == len(second) and all(map(same_x, first, second))
+    if isinstance(first, Tensor):
+        same = first.shape == second.shape and first.dtype == second.dtype
+        return same and torch.equal(integers(first), integers(second))
+    if isinstance(first, np.ndarray):
+        return bool(np.array_equal(first, second, equal_nan=first.dtype.kind in "fc"))
     return True  # equality is not defined for other types
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 # Samples that are compared at the start of a fit: one in a hundred, but at least and at most as many.
 FEWEST, MOST = 16, 64
@@ -58,8 +59,8 @@ def _elements(item: Any) -> dict[str, Any]:
     if isinstance(item, Mapping):
         return {str(key): value for key, value in item.items()}
     if isinstance(item, tuple | list):
-        names = ("x", "y") if len(item) == 2 else [f"value {number}" for number in range(len(item))]
-        return dict(zip(names, item, strict=True))
+        names = ["x", "y", *(f"value {number}" for number in range(2, len(item)))]
+        return dict(zip(names, item, strict=False))
     return {"x": item}
 
 
@@ -123,8 +124,8 @@ def changed(before: Digests, now: Digests) -> list[str]:
 # ---- hashes of the rows of a batch
 
 
-def row_hashes(tree: Any, count: int) -> Tensor:
-    """Hash of each row of a batch: shape (B,) int64, on the device of the batch.
+def row_hashes(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
+    """Hash of rows of a batch: shape (R,) int64, on the device of the batch.
 
     A sum of the row's numbers with random odd weights, modulo 2^64: the same on every device, and zeros at the end of a
     row do not count.
@@ -132,15 +133,16 @@ def row_hashes(tree: Any, count: int) -> Tensor:
     Args:
         tree: tensors (B, ...) in lists, tuples and mappings; anything else is left out.
         count: B.
+        rows: R of the B rows; all of them by default.
     """
     total: Tensor | None = None
     for number, leaf in enumerate(leaves(tree)):
         if leaf.ndim and len(leaf) == count and leaf.numel():
-            numbers = _integers(leaf).reshape(count, -1)
+            numbers = integers(leaf[rows]).flatten(1) if leaf.ndim > 1 else integers(leaf[rows]).unsqueeze(1)
             numbers = numbers[:, :: -(-numbers.shape[1] // LONGEST)]
             part = (numbers * _weights(numbers.shape[1], number, leaf.device)).sum(1)
             total = part if total is None else total + part.to(total.device)
-    return torch.zeros(count, dtype=torch.int64) if total is None else total
+    return torch.zeros(len(range(count)[rows]), dtype=torch.int64) if total is None else total
 
 
 def row_size(tree: Any, count: int) -> int:
@@ -149,9 +151,11 @@ def row_size(tree: Any, count: int) -> int:
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
-    """The tensors in lists, tuples and mappings."""
+    """The tensors in lists, tuples and mappings; packed sequences are padded by zeros."""
     if isinstance(tree, Tensor):
         yield tree.detach()
+    elif isinstance(tree, PackedSequence):
+        yield from pad_packed_sequence(tree, batch_first=True)
     elif isinstance(tree, np.ndarray) and tree.dtype.kind in "biuf":
         yield torch.as_tensor(tree)
     elif isinstance(tree, Mapping):
@@ -162,7 +166,7 @@ def leaves(tree: Any) -> Iterator[Tensor]:
             yield from leaves(entry)
 
 
-def _integers(leaf: Tensor) -> Tensor:
+def integers(leaf: Tensor) -> Tensor:
     """Numbers of a tensor as integers: real numbers by their bits."""
     if leaf.is_complex():
         leaf = torch.view_as_real(leaf)

@@ -1,0 +1,116 @@
+"""Validation of how batches are made: hooks of a data module, samples that depend on their batch, data of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bdistil.boosting.part import Part
+from bdistil.data.loaders.checks import same_x
+from bdistil.data.loaders.fingerprints import leaves, spread
+from bdistil.errors import UserError
+from bdistil.metrics.cost import as_written
+from bdistil.utils.modules import eval_mode
+from bdistil.utils.trees import take_rows
+
+HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+READ, COMPARED = 16, 4  # samples whose sizes are looked at, and smallest and largest ones that are compared
+# Largest change of a logit, relative to the largest logit, that counts as rounding.
+ROUNDING = 1e-3
+
+
+def check_hooks(datamodule: pl.LightningDataModule) -> None:
+    """Raises UserError where a data module changes batches after they are read."""
+    for hook in HOOKS:
+        if is_overridden(hook, datamodule, pl.LightningDataModule):
+            raise UserError(
+                f"`{type(datamodule).__name__}.{hook}` changes batches after they are read, which the ledger would not "
+                "see. Do it in the dataset or the collate function."
+            )
+
+
+def check_fit(trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:
+    """Raises UserError where a Trainer fits other data than those of the run, or only the first batches of an epoch."""
+    if getattr(trainer, "datamodule", None) is not datamodule:
+        raise UserError(
+            "Expected the data module that `controller.rounds(datamodule)` was given, got another one or loaders. "
+            "Fit with trainer.fit(round_module, datamodule): batches need the number of each sample."
+        )
+    if overfit := getattr(trainer, "overfit_batches", 0):
+        raise UserError(
+            f"Expected `overfit_batches` of the Trainer to be 0, got {overfit}: it replaces the sampler. To try a run "
+            "on few batches, give limit_train_batches and limit_val_batches."
+        )
+
+
+class _Twice(NamedTuple):
+    """x of one sample, as a batch of it alone and as a row of a batch of several."""
+
+    alone: Any
+    together: Any
+
+
+def check_independence(parts: Iterable[Part], nets: Mapping[str, nn.Module]) -> None:
+    """Checks that cached logits belong to a sample in any batch.
+
+    Raises:
+        UserError: a collate function mixes samples at random, or pads them, and one of the networks sees the padding.
+    """
+    for part in parts:
+        batches = _batches_of(part.loader, part.items)
+        if (rows := [row for row in batches if not same_x(row.alone, row.together)]) == []:
+            continue
+        again = _batches_of(part.loader, part.items)
+        if not all(same_x(a.together, b.together) for a, b in zip(batches, again, strict=True)):
+            raise UserError(
+                f"The collate function of `{part.method}()` gives two different x for the same samples at two readings "
+                "(MixUp, CutMix or another augmentation), so cached teacher logits would not belong to the x of a "
+                "batch. Give BoostingSettings(state='recompute') to evaluate the teacher on every batch."
+            )
+        for name, net in nets.items():
+            if _sees_the_batch(net, rows):
+                raise UserError(
+                    f"x of a sample of `{part.method}()` depends on the batch that it is in (padding to the longest, "
+                    f"or statistics of the batch), and the {name} answers differently, so cached logits would not "
+                    "belong to it. Pad to a common length, let the network use a mask or lengths, or give "
+                    "BoostingSettings(state='recompute')."
+                )
+
+
+def _batches_of(loader: DataLoader[Any], items: Any) -> list[_Twice]:
+    """Some of the smallest and of the largest samples, alone and together; none where batches cannot be cut."""
+    read = [items[number] for number in spread(len(items), READ)]
+    alone = [loader.collate_fn([item])[0] for item in read]
+    order = sorted(range(len(read)), key=lambda number: sum(leaf.numel() for leaf in leaves(alone[number])))
+    chosen = sorted({*order[:COMPARED], *order[-COMPARED:]})
+    together, _ = loader.collate_fn([read[number] for number in chosen])
+    with suppress(UserError):  # a batch of which no sample can be cut out
+        return [_Twice(alone[number], take_rows(together, slice(row, row + 1))) for row, number in enumerate(chosen)]
+    return []
+
+
+@torch.no_grad()
+def _sees_the_batch(net: nn.Module, rows: Sequence[_Twice]) -> bool:
+    """Whether the logits of samples differ between both forms; without drawing a random number."""
+    device = next((weight.device for weight in net.parameters()), torch.device("cpu"))
+    with as_written(net), eval_mode(net):
+        for row in rows:
+            first, second = (net(move_data_to_device(x, device)) for x in row)
+            if isinstance(first, Tensor) and not _close(first, second):
+                return True
+    return False
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape:
+        return False
+    largest = first.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return bool((first - second).abs().max() <= ROUNDING * largest)

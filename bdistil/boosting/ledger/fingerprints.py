@@ -1,0 +1,66 @@
+"""Hashes of all samples as they were when the teacher was evaluated, beside its logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdistil.boosting.ledger.rows import Array, allocate, is_complete, publish
+
+
+class SampleHashes:
+    """Hashes of x and y, (N, 2) int64 by sample index, on disk.
+
+    Args:
+        folder: of the file.
+        samples: N.
+    """
+
+    def __init__(self, folder: Path, samples: int) -> None:
+        self.folder, self.samples = folder, samples
+        self._open: Array | None = None
+        self._next: Array | None = None  # while it is written
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "samples.i64"
+
+    @property
+    def _room(self) -> tuple[int, int]:
+        return self.samples, 4  # a row of two int64 takes the space of four float32
+
+    def _map(self, path: Path, mode: str) -> Array:
+        return np.asarray(np.memmap(path, np.int64, mode, shape=(self.samples, 2)))  # type: ignore[call-overload]
+
+    def begin(self) -> None:
+        """Creates the file."""
+        beside = self.folder / "samples.next.tmp"
+        allocate(beside, self._room)
+        self._next = self._map(beside, "r+")
+
+    def write(self, index: Array, hashes: Tensor) -> None:
+        """Writes the hashes (B, 2) of samples (B,)."""
+        assert self._next is not None, "begin() creates the file"
+        self._next[index] = hashes.numpy()
+
+    def publish(self) -> None:
+        """Completes the file."""
+        self._next = None
+        publish(self.folder / "samples.next.tmp", self._file)
+
+    def exists(self) -> bool:
+        """Whether the file is complete."""
+        return is_complete(self._file, self._room)
+
+    def rows(self, index: Array) -> Tensor:
+        """Hashes (B, 2) of samples (B,)."""
+        if self._open is None:
+            self._open = self._map(self._file, "r")
+        return torch.from_numpy(self._open[index])
+
+    def close(self) -> None:
+        """Forgets the open file, which may be written anew."""
+        self._open = None

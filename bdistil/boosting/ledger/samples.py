@@ -1,0 +1,228 @@
+"""Samples are compared with those that state was kept for: at the start of a run and of a fit, and in its batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bdistil.boosting.ledger.fingerprints import SampleHashes
+from bdistil.data.loaders import Index
+from bdistil.data.loaders.fingerprints import (
+    Digests,
+    Items,
+    changed,
+    digests,
+    leaves,
+    read_digests,
+    row_hashes,
+    row_size,
+    spread,
+    stable_digests,
+)
+from bdistil.errors import UserError
+from bdistil.storage.files import write_atomically
+from bdistil.utils import distributed
+
+# Of the batches of a fit, the first ones are compared, and then one in as many.
+EVERY = 8
+# Numbers of a batch that are hashed; the rest of its rows is left out.
+NUMBERS = 1 << 15
+
+SEED = (
+    "State is kept by sample number, so the sample behind a number must be the same in every fit and every start. "
+    "Where `setup()` or a `*_dataloader()` splits or selects at random, seed it: "
+    "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0)). Where the data were edited, choose "
+    "another `run_dir`."
+)
+RANDOM = (
+    "Give BoostingSettings(state='recompute') to evaluate the teacher on every batch, or BoostingSettings(views=K) to "
+    "cache its logits on K fixed views of each sample."
+)
+WAY = (
+    "A hook such as `transfer_batch_to_device`, a callback, or a collate function that mixes or pads the samples of a "
+    "batch changes them after they are read, so that cached logits of the teacher do not belong to them. Change "
+    "samples in the dataset, one by one, or give BoostingSettings(state='recompute')."
+)
+
+
+class _Compared(NamedTuple):
+    """Rows of a batch: sample numbers (R,), hashes of x and y (R, 2), and the shapes of the tensors of a row of x."""
+
+    numbers: Index
+    hashes: Tensor
+    shapes: list[tuple[int, ...]]
+
+
+class SampleGuard:
+    """Compares samples of a part with those that state was kept for.
+
+    Some are compared whenever a loader is made. Where nothing augments, hashes of all samples are kept with the
+    teacher's logits, and rows of the batches of a fit are compared with them.
+
+    Args:
+        name: of the user's method that returned the loader.
+        loader: of the part, its batches are (x, y).
+        items: its dataset, or a view of it.
+        folder: of the ledger.
+        augmented: the items are fixed views of samples that are random.
+        recomputed: the teacher is evaluated on every batch, so that x may be random.
+    """
+
+    def __init__(
+        self, name: str, loader: DataLoader[Any], items: Items, folder: Path, *, augmented: bool, recomputed: bool
+    ) -> None:
+        self.name, self.loader, self.items, self.file = name, loader, items, folder / "samples.json"
+        self.digests = stable_digests(items, spread(len(items)))
+        self.fixed, self.recomputed = not augmented and not recomputed, recomputed
+        self.hashes = SampleHashes(folder, len(items)) if self.fixed and self._hashes_hold() else None
+        self.restart()
+
+    def _hashes_hold(self) -> bool:
+        """Whether the hash of a sample is the same in a batch of several and alone, as with padding by zeros."""
+        items = [self.items[number] for number in spread(len(self.items), EVERY)]
+        x, y = self.loader.collate_fn(items)
+        together = _hashes(x, y, len(items))
+        return all(torch.equal(self._alone(item), row) for item, row in zip(items, together, strict=True))
+
+    def _alone(self, item: Any) -> Tensor:
+        x, y = self.loader.collate_fn([item])
+        return _hashes(x, y, 1)[0]
+
+    # ---- some samples
+
+    def compare_stored(self) -> None:
+        """Compares some samples with those of earlier starts.
+
+        Raises:
+            UserError: one differs.
+        """
+        if self.file.exists():
+            stored = json.loads(self.file.read_text(encoding="utf-8"))
+            self._compare({int(number): found for number, found in stored.items()}, self.digests)
+
+    def store(self) -> None:
+        """Keeps the digests of some samples for later starts."""
+        if distributed.rank() == 0 and not self.file.exists():
+            write_atomically(self.file, json.dumps(self.digests))
+
+    def renew(self, loader: DataLoader[Any], items: Items) -> None:
+        """Takes the loader that a data module gives now, and compares some of its samples.
+
+        Raises:
+            UserError: one differs, or there are more or fewer.
+        """
+        if len(items) != len(self.items):
+            raise UserError(
+                f"`{self.name}()` gives a dataset of {len(items)} samples, but the run was started with "
+                f"{len(self.items)}. {SEED}"
+            )
+        self.loader, self.items = loader, items
+        self._compare(self.digests, read_digests(items, list(self.digests)))
+
+    def _compare(self, before: Mapping[int, Digests], now: Mapping[int, Digests]) -> None:
+        for number, found in now.items():
+            if number in before and (names := changed(before[number], found)):
+                self._refuse_item(number, names)
+
+    def _refuse_item(self, number: int, names: Sequence[str]) -> None:
+        """Raises UserError where an item differs; where it is random, only if nothing may be."""
+        if random := changed(digests(self.items[number]), digests(self.items[number])):
+            if not self.fixed:
+                self._forget(random)
+                return
+            raise UserError(f"Two readings of sample {number} of `{self.name}()` give two {_and(random)}. {RANDOM}")
+        if self.recomputed and not {"y", getattr(self.loader.collate_fn, "labels", None)} & set(names):
+            self._forget(names)
+            rank_zero_warn(
+                f"Sample {number} of `{self.name}()` has another {_and(names)} than before, and the same label. Its "
+                "running error is that of the sample before; if this is another sample, seed what has chosen it: "
+                "generator=torch.Generator().manual_seed(0)."
+            )
+            return
+        raise UserError(
+            f"Sample {number} of `{self.name}()` is not the one that this run keeps state for: its {_and(names)} "
+            f"{'has' if len(names) == 1 else 'have'} changed. {SEED}"
+        )
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Compares some elements no longer: they are random."""
+        for found in self.digests.values():
+            found.update(dict.fromkeys(set(names) & set(found)))
+
+    # ---- batches
+
+    def restart(self) -> None:
+        """A fit begins: its first batches are compared."""
+        self._seen: int = 0
+        self._pending: list[_Compared] = []
+
+    def record(self, x: Any, y: Any, index: Index) -> None:
+        """Keeps the hashes of samples on which the teacher is evaluated."""
+        if self.hashes is not None:
+            self.hashes.write(index, _hashes(x, y, len(index)))
+
+    def see(self, x: Any, y: Any, index: Index) -> None:
+        """Compares some rows of some batches with the samples that the teacher was asked about.
+
+        Raises:
+            UserError: one differs.
+        """
+        number, self._seen = self._seen, self._seen + 1
+        if self.hashes is None or (number >= EVERY and number % EVERY):
+            return
+        count = min(len(index), max(1, NUMBERS // max(1, row_size(x, len(index)))))
+        low = 7919 * number % (len(index) - count + 1)  # not always the first rows
+        rows, shapes = slice(low, low + count), [tuple(leaf.shape[1:]) for leaf in leaves(x)]
+        self._pending.append(_Compared(index[rows], _hashes(x, y, len(index), rows), shapes))
+        if len(self._pending) == EVERY or self._pending[-1].hashes.device.type == "cpu":
+            self.settle()
+
+    def settle(self) -> None:
+        """Compares what was seen, which waits for the device.
+
+        Raises:
+            UserError: a row differs from the sample that the teacher was asked about.
+        """
+        pending, self._pending = self._pending, []
+        for rows in pending:
+            if self.hashes is None:
+                return
+            differ = self.hashes.rows(rows.numbers) != rows.hashes.cpu()
+            if bool(differ.any()):
+                first = int(differ.any(1).nonzero()[0])
+                names = [name for name, wrong in zip(("x", "y"), differ[first].tolist(), strict=True) if wrong]
+                self._refuse_row(int(rows.numbers[first]), names, rows.shapes)
+
+    def _refuse_row(self, number: int, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+        """Raises UserError where a row of a batch differs; warns where it is padded."""
+        assert self.hashes is not None
+        stored, item = self.hashes.rows(torch.tensor([number]).numpy())[0], self.items[number]
+        if not torch.equal(self._alone(item), stored):
+            self._refuse_item(number, names)
+        alone = [tuple(leaf.shape[1:]) for leaf in leaves(self.loader.collate_fn([item])[0])]
+        if names == ["x"] and alone != list(shapes):
+            self.hashes = None
+            rank_zero_warn(
+                f"Sample {number} of `{self.name}()` has tensors of {alone} alone, and of {list(shapes)} in a batch. "
+                "Cached logits belong to it only if teacher and students do not see the padding; if they do, give "
+                "BoostingSettings(state='recompute')."
+            )
+            return
+        raise UserError(f"The {_and(names)} of sample {number} in a batch of `{self.name}()` has changed. {WAY}")
+
+
+def _hashes(x: Any, y: Any, count: int, rows: slice = slice(None)) -> Tensor:
+    """Hashes of x and y of the rows of a batch (R, 2)."""
+    first, second = row_hashes(x, count, rows), row_hashes(y, count, rows)
+    return torch.stack((first, second.to(first.device)), 1)
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)
