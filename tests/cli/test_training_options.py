@@ -1,0 +1,103 @@
+"""Options of a recipe that decide how students are trained: optimizer, schedule, length, epochs, rounds."""
+
+import pytest
+import yaml
+from helpers.toys import digests
+
+from bdistil.callbacks import round_controller
+from bdistil.cli.app import main
+from bdistil.storage.run_directory import RunDirectory
+
+SMALL = [
+    "fit", "--config", "digits", "--model.boosting.rounds", "1", "--trainer.max_epochs", "1",
+    "--model.teacher.epochs", "1", "--model.teacher.network.channels", "[4,8]", "--trainer.accelerator", "cpu",
+    "--tracking.mode", "disabled", "--data.batch_size", "500", "--trainer.limit_train_batches", "4",
+    "--model.boosting.accept", "margin", "--model.boosting.margin_share", "0",
+]  # fmt: skip
+SGD = [
+    "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.05", "--model.optimizer.momentum", "0.9",
+    "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size", "2",
+    "--model.lr_interval", "step",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_controller, "write_report", lambda run: run.report)
+        yield
+
+
+def fit(folder, *options):
+    return main([*SMALL, "--run_dir", str(folder), *options])
+
+
+def test_optimizer_and_schedule_of_a_recipe(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert fit(folder, *SGD) == 0
+    model = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+    assert model["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert model["optimizer"]["init_args"]["momentum"] == 0.9
+    assert model["lr_scheduler"]["init_args"]["step_size"] == 2
+    assert model["lr_interval"] == "step"
+    record = RunDirectory(folder).record(0)
+    assert (record["optimizer"]["class"], record["optimizer"]["lr"]) == ("torch.optim.sgd.SGD", 0.05)
+    assert record["lr_scheduler"]["rates"][:4] == [0.05, 0.05, 0.005, 0.005]
+    before = digests(folder)
+    for changed in ([*SGD, "--model.optimizer.momentum", "0.8"], []):
+        assert fit(folder, *changed) == 2
+        message = capsys.readouterr().err
+        assert "another configuration" in message
+        assert "model.optimizer" in message
+    assert fit(folder, *SGD) == 0
+    assert digests(folder) == before
+
+
+def test_a_recipe_goes_on_when_rounds_is_raised(tmp_path):
+    assert fit(tmp_path / "run") == 0
+    assert fit(tmp_path / "run", "--model.boosting.rounds", "2") == 0
+    assert fit(tmp_path / "whole", "--model.boosting.rounds", "2") == 0
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["boosting"]["rounds"] == 2
+    assert RunDirectory(tmp_path / "run").read_curve()[2]["test_accuracy"]
+
+
+def test_the_best_epoch_of_a_recipe(tmp_path):
+    assert fit(tmp_path, "--model.boosting.keep_epoch", "best", "--trainer.max_epochs", "2") == 0
+    assert RunDirectory(tmp_path).record(0)["kept_epoch"] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("trainer.precision", "16-true", "`precision` of the Trainer"),
+        ("trainer.precision", "64-true", "`precision` of the Trainer"),
+        ("trainer.max_epochs", "0", "`max_epochs` of the Trainer to be at least 1"),
+        ("trainer.limit_train_batches", "0", "`limit_train_batches` of the Trainer"),
+        ("trainer.callbacks+", "LearningRateFinder", "without LearningRateFinder"),
+    ],
+)
+def test_the_trainer_is_checked_before_the_teacher_is_trained(tmp_path, capsys, option, value, message):
+    assert fit(tmp_path / "run", f"--{option}", value) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_of_a_fast_dev_run_is_kept(tmp_path):
+    assert fit(tmp_path / "run", "--trainer.fast_dev_run", "true") == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_limit_the_students_and_not_the_teacher(tmp_path, capsys):
+    """The teacher has epochs of its own; with the 3 steps of a student it would be none."""
+    steps = ["--trainer.max_epochs", "null", "--trainer.max_steps", "3"]
+    assert fit(tmp_path / "steps", *steps) == 0
+    assert RunDirectory(tmp_path / "steps").record(0)["steps"] == 3
+    assert fit(tmp_path / "epochs") == 0
+    teachers = [(tmp_path / name / "teacher.safetensors").read_bytes() for name in ("steps", "epochs")]
+    assert teachers[0] == teachers[1]
+
+
+def test_checkpoints_may_be_switched_off(tmp_path):
+    assert fit(tmp_path, "--trainer.enable_checkpointing", "false") == 0
+    assert list(digests(tmp_path)) == ["000"]
