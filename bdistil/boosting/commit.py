@@ -15,7 +15,7 @@ from bdistil.boosting.run import Boosting, RoundPlan
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.metrics.curve import curve_figures
 from bdistil.metrics.quality import score_name
-from bdistil.models.student import Rung, links_of
+from bdistil.models.student import Rung, link_macs, links_of
 from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.storage.files import disk_errors
 from bdistil.utils import distributed
@@ -112,7 +112,7 @@ def _curve_row(
     row = {
         "stage": module.number + 1,
         "macs": before["macs"] + cost.macs,
-        "link_macs": cost.by_module.get("join", 0),
+        "link_macs": link_macs(cost.by_module),
         "params": before["params"] + cost.params,
         "train_macs": round_training_macs(
             module.student, cost, module.earlier, example, state.samples_seen,

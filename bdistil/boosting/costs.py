@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
-from bdistil.models.student import linked_features, links_of
+from bdistil.models.student import linked_activations, links_of
 from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.offline import table_of
 
@@ -21,7 +21,7 @@ Uncounted = Literal["error", "record"]
 def _inputs(student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device) -> tuple[Any, ...]:
     """Arguments of a student for one sample: x, and the features (1, D) that it reads of earlier students."""
     x = move_data_to_device(example, device)
-    return (x, linked_features(student, earlier, x)) if links_of(student) else (x,)
+    return (x, linked_activations(student, earlier, x)) if links_of(student) else (x,)
 
 
 def student_latency(student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device) -> float:
@@ -106,4 +106,4 @@ class _Links(nn.Module):
         self.student, self.earlier = student, nn.ModuleList(earlier)
 
     def forward(self, x: Any) -> list[Tensor]:
-        return linked_features(self.student, list(self.earlier), x)
+        return linked_activations(self.student, list(self.earlier), x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.boosting.ledger.features import FeatureCache
+from bdistil.boosting.ledger.features import FeatureCache, Shapes
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.ledger.records import RoundEvidence, Units
 from bdistil.boosting.ledger.reductions import BLOCK
@@ -30,11 +31,15 @@ from bdistil.metrics.quality import (
     precision_figures,
     prefix_metric,
 )
-from bdistil.models.student import Student, features_of, linked_features, linked_numbers, links_of, run_student
+from bdistil.models.stages import FEATURES
+from bdistil.models.student import Student, activations_of, linked_activations, linked_numbers, run_student, sources
 from bdistil.teachers.offline import table_of
 from bdistil.utils import distributed
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
+
+# Most numbers of the activations of a sample, besides its features, that are cached: 16 kB in float16.
+MOST_CACHED = 1 << 13
 
 
 class Part:
@@ -189,19 +194,35 @@ class Part:
 
     @torch.no_grad()
     def _catch_up_features(self, students: Sequence[nn.Module], device: torch.device) -> None:
-        widths: dict[int, int] = {}
+        shapes: dict[int, Shapes] = {}
         for number in linked_numbers(students, self.settings.cached_links):
-            student = students[number]
-            assert isinstance(student, Student)
-            widths[number] = student.width
-            if not distributed.agreed(self.features.has(number, student.width)):
-                self.features.begin(student.width)
-                for earlier in students[: number + 1]:
-                    earlier.to(device)
+            for student in students[: number + 1]:
+                student.to(device)
+            latest = number == linked_numbers(students, 1)[0]  # stages read no other student
+            shapes[number] = self._cached_shapes(students, number, device, stages=latest)
+            if not distributed.agreed(self.features.has(number, shapes[number])):
+                self.features.begin(shapes[number])
                 for x, _, index in self._batches(number):
-                    self.features.write(int(index[0]), features_of(students, number, move_data_to_device(x, device)))
+                    moved = move_data_to_device(x, device)
+                    self.features.write(int(index[0]), activations_of(students, number, moved))
                 self.features.publish(number)
-        self.features.use(widths)
+        self.features.use(shapes)
+
+    def _cached_shapes(
+        self, students: Sequence[nn.Module], number: int, device: torch.device, *, stages: bool = True
+    ) -> Shapes:
+        """Shapes of the activations of a sample, by key, that rounds read of a student from the cache."""
+        student = students[number]
+        assert isinstance(student, Student)
+        keys = self.settings.cached_keys(student) if stages else []
+        shapes: dict[int, tuple[int, ...]] = {FEATURES: (student.width,)}
+        if keys:
+            x, _, _ = next(iter(rows_loader(self.loader, [range(1)], seed=0, views=self.dataset_view)))
+            found = activations_of(students, number, move_data_to_device(x, device))
+            small = {key: tuple(found[key].shape[1:]) for key in keys}
+            if sum(map(prod, small.values())) <= MOST_CACHED:
+                shapes |= small
+        return shapes
 
     def score(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device
@@ -218,7 +239,7 @@ class Part:
         settings, scores = self.settings, prefix_metric(self.settings.task, self.ledger.outputs)
         with distributed.within(self.sharers), eval_mode(student):
             if isinstance(student, Student):
-                self.features.begin(student.width)
+                self.features.begin(self._cached_shapes([*earlier, student], len(earlier), device))
             answers = self._student_logits(student, earlier, device, scores, write=isinstance(student, Student))
             answers = self._by_block(answers)
             evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
@@ -231,9 +252,11 @@ class Part:
             if isinstance(student, Student):
                 self.features.publish(number)
 
-    def linked(self, numbers: Sequence[int], index: np.ndarray[Any, Any], device: torch.device) -> list[Tensor]:
-        """Cached features (B, D) of some students for samples, on the device."""
-        return [rows.to(device, non_blocking=True) for rows in self.features.rows(numbers, index)]
+    def linked(
+        self, places: Sequence[tuple[int, int]], index: np.ndarray[Any, Any], device: torch.device
+    ) -> list[Tensor]:
+        """Cached activations (B, ...) given as (student, key) for samples, on the device."""
+        return [rows.to(device, non_blocking=True) for rows in self.features.rows(places, index)]
 
     def _batches(self, number: int) -> DataLoader[Any]:
         """The rows of this process as (x, y, index), whole blocks in order, in batches of the user's size at most."""
@@ -277,15 +300,16 @@ class Part:
         write: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
         """(first row, student logits (rows, L)) batch by batch; updates `scores` with the prefix's logits."""
-        numbers = linked_numbers(earlier, links_of(student))
+        read = sources(student, earlier)
         for x, y, index in self._batches(len(earlier)):
             moved = move_data_to_device(x, device)
             if write and isinstance(student, Student):
-                cached = self.settings.cached_links > 0
-                linked = self.linked(numbers, index, device) if cached else linked_features(student, earlier, moved)
-                own = student.features(moved, linked)
+                # S is exact: activations in 16 bits are for training only.
+                exact = self.settings.cached_links > 0 and not student.stage_reads
+                linked = self.linked(read, index, device) if exact else linked_activations(student, earlier, moved)
+                own = student.activations(moved, linked)
                 self.features.write(int(index[0]), own)
-                logits = student.answer(own, linked)
+                logits = student.answer(own[FEATURES], linked)
             else:
                 logits = run_student(student, earlier, moved)
             logits = logits.float().cpu()

@@ -20,7 +20,7 @@ from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index
 from bdistil.errors import RunError, UserError
-from bdistil.functional.boosting import prefix_error, round_loss
+from bdistil.functional.boosting import prefix_error, prefix_kl_loss, round_loss
 from bdistil.metrics.quality import (
     PrefixPrecisions,
     class_sums,
@@ -29,7 +29,7 @@ from bdistil.metrics.quality import (
     output_sums,
     precision_figures,
 )
-from bdistil.models.student import linked_numbers, links_of, run_student
+from bdistil.models.student import run_student, sources
 from bdistil.utils import distributed
 
 # (g, S, labels, index) of a batch -> target and error of a round that mixes labels in.
@@ -186,7 +186,7 @@ class BoostingRound(_FastHookName):
         object.__setattr__(self, "earlier", list(earlier))
         object.__setattr__(self, "teacher", teacher)
         self.mix: Mix | None = None  # set by LossMixing
-        self._linked = linked_numbers(self.earlier, links_of(student)) if teacher is None else []
+        self._linked = sources(student, self.earlier) if teacher is None else []
         self._game: Game | None = None
         self._losses: list[Tensor] = []  # not yet checked for NaN
         self._sizes: list[int] = []  # samples of their batches
@@ -229,8 +229,8 @@ class BoostingRound(_FastHookName):
         return run_student(self.student, self.earlier, x)
 
     def answer(self, x: Any, index: Index, part: Part) -> Tensor:
-        """Logits (B, L) float32 of this round's student for samples of a part, with cached linked features."""
-        if not self._linked:
+        """Logits (B, L) float32 of this round's student for samples of a part, from cached activations if possible."""
+        if not self._linked or not part.features.holds(self._linked):
             return run_student(self.student, self.earlier, x).float()
         logits: Tensor = self.student(x, part.linked(self._linked, index, self.device))
         return logits.float()
@@ -248,18 +248,31 @@ class BoostingRound(_FastHookName):
     # ---- training
 
     def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
-        """The log-barrier loss of a batch (x, y, index)."""
+        """The loss of a batch (x, y, index)."""
         x, y, index = batch
         part, index = self._view_of(index)
         target, error = self.state(x, index, part)
         if self.mix is not None:
             target, error = self.mix(target, error, y, index)
-        loss = self.game.loss(self.answer(x, index, part) - target, error)
+        loss = self.loss(self.answer(x, index, part) - target, error, target)
         self._losses.append(loss.detach())
         self._sizes.append(len(index))
         if len(self._losses) == CHECK_EVERY:
             self._check_losses(batch_idx)
         return loss
+
+    def loss(self, deviation: Tensor, error: Tensor, target: Tensor) -> Tensor:
+        """The loss () of a batch, given d = f - g, S and g, all (B, L); see `BoostingSettings.loss`."""
+        settings = self.settings
+        if settings.loss == "game":
+            return self.game.loss(deviation, error)
+        loss = prefix_kl_loss(
+            deviation, error, target, earlier=self.number, scale=float(self.ledger.head.scale),
+            temperature=settings.temperature, residual=settings.residual_weight,
+        )  # fmt: skip
+        if settings.loss == "prefix_kl":
+            return loss
+        return loss + self.game.loss(deviation, error) - deviation.square().mean()  # the barrier alone
 
     def _view_of(self, index: Index) -> tuple[Part, Index]:
         """The view of a batch, and its sample numbers in it."""

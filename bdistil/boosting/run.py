@@ -277,7 +277,7 @@ class Boosting:
             self.stop(number, tries[-1])
             return None
         reseed(self.seed, number, len(tries), "build")
-        student = build_student(self.make, number, self.students, rungs[len(tries)])
+        student = build_student(self.make, number, self.students, rungs[len(tries)], plan.example)
         for module in (*self.students, student):
             module.cpu()
         check_student(student, self.students, plan.example)

@@ -10,7 +10,8 @@ from bdistil.boosting.ledger.rows import Storage
 from bdistil.errors import UserError
 from bdistil.functional.boosting import gamma_of
 from bdistil.metrics.quality import UNLABELLED, Task
-from bdistil.models.student import Rung
+from bdistil.models.stages import StagedBody
+from bdistil.models.student import Rung, Student
 
 
 def _default_ladder() -> list[Rung]:
@@ -52,6 +53,11 @@ class BoostingSettings:
         schedule: of the learning rate over the epochs of a round, or over its steps where `max_steps` ends it.
         keep_epoch: `best` commits the student of the epoch whose prefix had the smallest rms error to the teacher on
             the validation part, instead of that of the `last` epoch.
+        loss: of a round. `game` is the paper's, squared error to the teacher and a log barrier on the margins.
+            `prefix_kl` is the divergence of the whole prefix from the teacher, see `functional.prefix_kl_loss`, for
+            classification only. `prefix_kl+barrier` adds the barrier to it.
+        temperature: of `prefix_kl`.
+        residual_weight: of the squared error of the student to g - S in `prefix_kl`.
 
     Raises:
         UserError: a value is out of range.
@@ -85,6 +91,9 @@ class BoostingSettings:
     weight_decay: float = 1e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     keep_epoch: Literal["last", "best"] = "last"
+    loss: Literal["game", "prefix_kl", "prefix_kl+barrier"] = "game"
+    temperature: float = 2.0
+    residual_weight: float = 0.1
 
     def __post_init__(self) -> None:
         if self.kappa is not None and self.gamma is not None:
@@ -113,6 +122,15 @@ class BoostingSettings:
         _require(self, "storage", self.storage in ("float32", "float16"), "'float32' or 'float16'")
         _require(self, "lr", self.lr > 0, "> 0")
         _require(self, "weight_decay", self.weight_decay >= 0, ">= 0")
+        losses = ("game", "prefix_kl", "prefix_kl+barrier")
+        _require(self, "loss", self.loss in losses, " or ".join(map(repr, losses)))
+        if self.loss != "game" and self.task != "classification":
+            raise UserError(
+                f"Expected `loss` of the boosting settings to be 'game' for task {self.task!r}, got {self.loss!r}: a "
+                "divergence needs the probabilities of classes."
+            )
+        _require(self, "temperature", self.temperature > 0, "> 0 (2 is a good start)")
+        _require(self, "residual_weight", self.residual_weight >= 0, ">= 0")
         _require(self, "schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
         _require(self, "keep_epoch", self.keep_epoch in ("last", "best"), "'last' or 'best'")
 
@@ -126,6 +144,12 @@ class BoostingSettings:
     def cached_links(self) -> int:
         """How many of the last students links may read from the cache; 0 where state is recomputed."""
         return 0 if self.state == "recompute" else max(rung.links for rung in self.ladder)
+
+    def cached_keys(self, student: Student) -> list[int]:
+        """Keys of the activations after stages of a student that a rung may read from the cache."""
+        if self.state == "recompute" or not isinstance(student.body, StagedBody):
+            return []
+        return [key for key in student.body.keys if any(rung.may_read(key) for rung in self.ladder)]
 
     def rungs(self, number: int, *, links: bool) -> Sequence[Rung]:
         """The classes that a round may try, in order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from bdistil.ensemble.budget import Budget, Prediction
 from bdistil.ensemble.calibration import Calibration, exits_of, load_calibration
 from bdistil.ensemble.prediction import predict_within
-from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner
+from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner, Wiring
 from bdistil.errors import UserError
 from bdistil.metrics.quality import PrefixMetric, Task, given_labels, prefix_metric
 from bdistil.models.inputs import InputSpec
@@ -78,6 +78,7 @@ class ProgressiveEnsemble(nn.Module):
             self.register_buffer("offset", torch.tensor(offset), persistent=False)
         self.macs = list(macs) or [0] * len(self.students)
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
+        self.wiring = Wiring(students)
         self._stacked: StackedBodies | None = None
         self.requires_grad_(False).train(False)
 
@@ -131,9 +132,8 @@ class ProgressiveEnsemble(nn.Module):
     def stage_runner(self, x: Any, *, count_votes: bool = False) -> StageRunner:
         """A `StageRunner` of the students on a batch, before its first stage; checks x, see `InputSpec.check`."""
         self.inputs.check(x)
-        return StageRunner(
-            list(self.students), x, self.scale, self.macs, self.calibration.weights, self.offset, count_votes
-        )
+        students, weights = list(self.students), self.calibration.weights
+        return StageRunner(students, self.wiring, x, self.scale, self.macs, weights, self.offset, count_votes)
 
     def stages(self, x: Any) -> Iterator[Stage]:
         """Yields the answers of the prefixes; a student runs only when its stage is requested.
@@ -238,7 +238,7 @@ def restore_student(
         student = rebuild(record["blueprint"], tensors)
     else:
         with torch.random.fork_rng():
-            student = build_student(make, number, earlier, Rung(**record["rung"]))
+            student = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
         try:
             student.load_state_dict({name: tensors[name] for name in student.state_dict()})
         except (KeyError, RuntimeError) as error:
@@ -247,6 +247,12 @@ def restore_student(
                 "Give the function that the run was started with, or choose another `run_dir`."
             ) from error
     return student.requires_grad_(False).train(False)
+
+
+def _example(record: Mapping[str, Any]) -> Tensor | None:
+    """Two samples of the shape of a run's x, as far as it is known."""
+    spec = InputSpec.of(record)
+    return None if spec.shape is None else spec.random(2)
 
 
 @torch.no_grad()

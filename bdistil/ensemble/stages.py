@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bdistil.ensemble.budget import add_votes
 from bdistil.errors import UserError
-from bdistil.models.student import Student, links_of
+from bdistil.models.stages import FEATURES
+from bdistil.models.student import Student, sources
 from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.utils.trees import device_of, row_count, take_rows
 
@@ -57,9 +58,27 @@ class Stage:
         return logits if self.offset is None else logits + self.offset
 
 
+class Wiring:
+    """What each student of an ensemble reads of earlier ones.
+
+    An activation is named by the number of its student, from 0, and its key, see `bdistil.models.stages`.
+
+    Attributes:
+        reads: for each student, the activations that it reads, in the order of its argument `linked`.
+        gives: for each student, the keys of its activations that later students read.
+        drops: for each student, the activations that no student reads after it.
+    """
+
+    def __init__(self, students: Sequence[nn.Module]) -> None:
+        self.reads = [sources(student, students[:number]) for number, student in enumerate(students)]
+        last = {place: number for number, places in enumerate(self.reads) for place in places}
+        self.gives = [sorted(key for giver, key in last if giver == number) for number in range(len(students))]
+        self.drops = [[place for place in last if last[place] == number] for number in range(len(students))]
+
+
 @dataclass(eq=False)
 class StageRunner:
-    """Runs the students on a batch, one per call, and keeps their sum and the features that later students read.
+    """Runs the students on a batch, one per call, and keeps their sum and the activations that later students read.
 
     Attributes, besides those of `ProgressiveEnsemble` and `Calibration`:
         x: a batch (B, ...), or several tensors of that form in a tuple or mapping.
@@ -69,6 +88,7 @@ class StageRunner:
     """
 
     students: Sequence[nn.Module]
+    wiring: Wiring
     x: Any
     scale: float | Tensor
     macs: Sequence[int]
@@ -77,7 +97,7 @@ class StageRunner:
     count_votes: bool = False
     bodies: Sequence[Tensor] = ()
     number: int = 0
-    features: list[Tensor] = field(default_factory=list)
+    activations: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     total: Tensor | None = None
     votes: Tensor | None = None
 
@@ -101,10 +121,12 @@ class StageRunner:
         """Runs the next student."""
         number, student = self.number, self.students[self.number]
         if isinstance(student, Student):
-            linked = self.features[::-1][: student.links] if student.links else ()
-            own = self.bodies[number] if self.bodies else student.features(self.x, linked)
-            logits = student.answer(own, linked)
-            self.features.append(own)
+            linked = [self.activations[place] for place in self.wiring.reads[number]]
+            own = {FEATURES: self.bodies[number]} if self.bodies else student.activations(self.x, linked)
+            logits = student.answer(own[FEATURES], linked)
+            self.activations.update(((number, key), own[key]) for key in self.wiring.gives[number])
+            for place in self.wiring.drops[number]:
+                del self.activations[place]
         else:
             logits = student(self.x)
         if self.count_votes:
@@ -127,14 +149,11 @@ class StageRunner:
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
-        """Reduces the batch to the given rows (n,); features that no later student reads are dropped."""
+        """Reduces the batch to the given rows (n,)."""
         self.x = take_rows(self.x, rows)
         self.total = None if self.total is None else self.total.index_select(0, rows)
         self.votes = None if self.votes is None else self.votes.index_select(0, rows)
-        later = [links_of(student) for student in self.students[self.number :] if isinstance(student, Student)]
-        read = max((links - between for between, links in enumerate(later)), default=0)
-        first = len(self.features) - min(max(read, 0), len(self.features))
-        self.features = [features.index_select(0, rows) for features in self.features[first:]]
+        self.activations = {place: values.index_select(0, rows) for place, values in self.activations.items()}
         self.bodies = [features.index_select(0, rows) for features in self.bodies]
 
 

@@ -19,7 +19,7 @@ from bdistil.evaluation.run_data import Split, loader_of
 from bdistil.evaluation.tables import SCORES
 from bdistil.metrics.cost import latency_ms, measure_cost
 from bdistil.metrics.quality import PrefixMetric, prefix_metric
-from bdistil.models.student import linked_features, links_of
+from bdistil.models.student import link_macs, linked_activations, links_of
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.trees import row_count, take_rows
 
@@ -174,11 +174,11 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
         ]  # fmt: skip
     students = list(ensemble.students)
     for number, student in enumerate(students):
-        inputs = (x, linked_features(student, students[:number], x)) if links_of(student) else (x,)
+        inputs = (x, linked_activations(student, students[:number], x)) if links_of(student) else (x,)
         cost = measure_cost(student, inputs, uncounted="record")
         rows.append(
             {"stage": number + 1, "macs": cost.macs // batch_size,
-             "link_macs": cost.by_module.get("join", 0) // batch_size,
+             "link_macs": link_macs(cost.by_module) // batch_size,
              "params": cost.params, "weight_bytes": cost.weight_bytes, "activation_bytes": cost.activation_bytes,
              "latency_ms": round(latency_ms(student, inputs), 3), "cumulative_macs": ensemble.macs[number]}
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Stages of an ensemble as a module of tensors, and the exporters that write this module to a file.
 
-Stage k reads x, the running sum `total_{k-1}` and the `features_j` of the stages that it links to. It returns
-`total_k`, and its own `features_k` if a later stage reads them; k counts from 1.
+Stage k reads x, the running sum `total_{k-1}`, and the `features_j` and `activation_j_s` (after the student's own stage
+s) of the stages that it links to. It returns `total_k`, and what later stages read of it; all count from 1.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.models.student import Student, linked_numbers, links_of
+from bdistil.models.stages import FEATURES
+from bdistil.models.student import Student
 
 OPSET = 17
 Normalisation = tuple[Tensor, Tensor]
 
 
-def links_by_stage(students: Sequence[nn.Module]) -> list[list[int]]:
-    """Numbers, from 0, of the stages whose features each stage reads, most recent first."""
-    return [linked_numbers(students[:number], links_of(student)) for number, student in enumerate(students)]
+def activation_name(number: int, key: int) -> str:
+    """Name of an activation of a stage, both from 0, in graphs."""
+    return f"features_{number + 1}" if key == FEATURES else f"activation_{number + 1}_{key + 1}"
 
 
 class Segment(nn.Module):
@@ -46,16 +47,17 @@ class Segment(nn.Module):
         self, ensemble: ProgressiveEnsemble, numbers: Sequence[int], normalisation: Normalisation | None = None
     ) -> None:
         super().__init__()
-        links = links_by_stage(list(ensemble.students))
         self.numbers = list(numbers)
         self.students = nn.ModuleList(ensemble.students[number] for number in numbers)
-        self.links = [links[number] for number in numbers]
+        wiring = ensemble.wiring
+        self.places = [wiring.reads[number] for number in numbers]
         self.weights = [(ensemble.calibration.weights or (1.0,) * len(ensemble))[number] for number in numbers]
-        outside = sorted({n for linked in self.links for n in linked} - set(self.numbers))
-        later = {n for linked in links[self.numbers[-1] + 1 :] for n in linked}
         first, last = self.numbers[0], self.numbers[-1]
-        self.reads = ["x", *([f"total_{first}"] if first else []), *(f"features_{n + 1}" for n in outside)]
-        self.gives = [f"total_{last + 1}", *(f"features_{n + 1}" for n in self.numbers if n in later)]
+        outside = sorted({place for places in self.places for place in places if place[0] < first})
+        later = sorted({place for places in wiring.reads[last + 1 :] for place in places if place[0] >= first})
+        later = [place for place in later if place[0] <= last]
+        self.reads = ["x", *([f"total_{first}"] if first else []), *(activation_name(*place) for place in outside)]
+        self.gives = [f"total_{last + 1}", *(activation_name(*place) for place in later)]
         self.normalisation = normalisation
         self.requires_grad_(False).train(False)
 
@@ -66,11 +68,12 @@ class Segment(nn.Module):
         if self.normalisation is not None:
             x = (x - self.normalisation[0]) / self.normalisation[1]
         total = values.get(f"total_{self.numbers[0]}")
-        for number, student, links, weight in zip(self.numbers, self.students, self.links, self.weights, strict=True):
+        for number, student, places, weight in zip(self.numbers, self.students, self.places, self.weights, strict=True):
             if isinstance(student, Student):
-                linked = [values[f"features_{n + 1}"] for n in links]
-                features = values[f"features_{number + 1}"] = student.features(x, linked)
-                own = student.answer(features, linked)
+                linked = [values[activation_name(*place)] for place in places]
+                made = student.activations(x, linked)
+                values |= {activation_name(number, key): value for key, value in made.items()}
+                own = student.answer(made[FEATURES], linked)
             else:
                 own = student(x)
             own = own if weight == 1 else own * weight

@@ -15,7 +15,7 @@ from bdistil.ensemble.stages import prefix_factor
 from bdistil.errors import UserError
 from bdistil.evaluation.run_data import datamodule_of
 from bdistil.export.folder import graph_entry
-from bdistil.export.graphs import Exporter, Normalisation, Segment, links_by_stage
+from bdistil.export.graphs import Exporter, Normalisation, Segment
 from bdistil.export.parity import BATCHES, MOST, RunStage, check_parity, reference
 from bdistil.storage.run_directory import RunDirectory
 
@@ -128,9 +128,8 @@ class Export:
     def describe(self, number: int) -> dict[str, Any]:
         """Values of a stage, from 0, in the manifest that do not depend on its file."""
         weights = self.ensemble.calibration.weights or (1.0,) * len(self.ensemble)
-        links = links_by_stage(list(self.ensemble.students))[number]
         return {
-            "links": [n + 1 for n in links],
+            "links": list(dict.fromkeys(n + 1 for n, _ in self.ensemble.wiring.reads[number])),
             "macs": self.ensemble.macs[number],
             "factor": to_list(prefix_factor(self.ensemble.scale, weights, number + 1)),
             "weight": weights[number],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError
+from bdistil.export.graphs import activation_name
 
 TOLERANCE = 1e-4
 BATCHES = (1, 2, 5, 64, 256)
@@ -19,12 +20,12 @@ RunStage = Callable[[int, Values], Mapping[str, Tensor]]
 
 @torch.no_grad()
 def reference(ensemble: ProgressiveEnsemble, x: Tensor) -> Values:
-    """Sums `total_k` (B, L) and features `features_k` (B, D) of every stage k, from 1, by PyTorch."""
-    runner, values, found = ensemble.stage_runner(x), {}, 0
+    """Sums `total_k` (B, L) of every stage k, from 1, and the activations that later stages read, by PyTorch."""
+    runner, values = ensemble.stage_runner(x), {}
     for number in range(len(ensemble)):
         values[f"total_{number + 1}"] = runner.step().total
-        if len(runner.features) > found:
-            values[f"features_{number + 1}"], found = runner.features[-1], len(runner.features)
+        for key in ensemble.wiring.gives[number]:
+            values[activation_name(number, key)] = runner.activations[number, key]
     return values
 
 
@@ -49,7 +50,7 @@ def check_parity(
         batches: sizes.
 
     Returns:
-        The largest difference of each stage, over its sum and its features; see `difference`.
+        The largest difference of each stage, over its sum and its activations; see `difference`.
 
     Raises:
         RunError: a stage differs by more than `TOLERANCE`, or cannot be run at a batch size.

@@ -8,6 +8,7 @@ from bdistil.functional.boosting import (
     log_normaliser,
     margins,
     prefix_error,
+    prefix_kl_loss,
     round_loss,
 )
 from bdistil.functional.distillation import KDTerms, centre, kd_terms
@@ -97,6 +98,7 @@ __all__ = [
     "noise_to_signal",
     "outer_loss",
     "prefix_error",
+    "prefix_kl_loss",
     "pull_curvature",
     "residuals_of",
     "round_loss",

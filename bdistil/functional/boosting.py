@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -235,6 +236,50 @@ def round_loss(
     share = population / (len(deviation) * 2.0 * bound)
     loss: Tensor = _RoundLoss.apply(at_least_float32(deviation), error, log_z, eta, share, gamma, across)
     return loss
+
+
+def prefix_kl_loss(
+    deviation: Tensor,
+    error: Tensor,
+    target: Tensor,
+    *,
+    earlier: int,
+    scale: float = 1.0,
+    temperature: float = 2.0,
+    residual: float = 0.1,
+) -> Tensor:
+    """Divergence of the whole prefix from the teacher, instead of the error of the new student alone.
+
+    With p = g + (S + d) / (t + 1), the logits of the prefix that ends with the student, in the teacher's units,
+    loss = (t + 1) tau^2 KL(softmax(g / tau) || softmax(p / tau)) + residual * mean((f - (g - S))^2).
+    Multiplied by the number of students, the gradient with respect to the student is that of plain distillation
+    (Hinton et al., arXiv 1503.02531, section 2).
+
+    Args:
+        deviation: d = f - g on the batch, shape (B, L), in units of the ledger.
+        error: rows of S, shape (B, L).
+        target: g, shape (B, L).
+        earlier: t, the number of students before.
+        scale: one unit of the ledger in the teacher's units.
+        temperature: tau > 0.
+        residual: weight of the squared error of the student to g - S.
+
+    Returns:
+        The loss, shape ().
+
+    Example:
+        >>> g, s = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5]])
+        >>> prefix_kl_loss(-s, s, g, earlier=1)  # the student repairs the whole error
+        tensor(0.)
+        >>> prefix_kl_loss(torch.zeros(1, 2), s, g, earlier=1)
+        tensor(0.1126)
+    """
+    deviation = at_least_float32(deviation)
+    repaired = error + deviation
+    goal = F.log_softmax(target * (scale / temperature), -1)
+    soft = F.log_softmax((target + repaired / (earlier + 1)) * (scale / temperature), -1)
+    divergence = F.kl_div(soft, goal, reduction="batchmean", log_target=True)
+    return (earlier + 1) * temperature**2 * divergence + residual * repaired.square().mean()
 
 
 def gamma_of(eta: float, kappa: float, bound: float) -> float:

@@ -75,7 +75,7 @@ class WideBlock(nn.Module):
 
 def _blocks(
     depth: int, rest: int, channels: Sequence[int], block: Callable[[int, int, int], nn.Module], kind: str
-) -> list[nn.Module]:
+) -> list[nn.Sequential]:
     """Three stages of n blocks each, where depth = 6 n + rest; the second and third stage start with stride 2.
 
     `block` makes a block of input channels, output channels and stride; `channels` has those of the input and of the
@@ -84,26 +84,30 @@ def _blocks(
     count, over = divmod(depth - rest, 6)
     if over or count < 1:
         raise UserError(f"Expected `depth` of a {kind} to be 6 n + {rest} ({rest + 6}, {rest + 12}, …), got {depth}.")
-    blocks: list[nn.Module] = []
+    stages = []
     for stage, (inside, outside) in enumerate(pairwise(channels)):
-        blocks.append(block(inside, outside, 2 if stage else 1))
-        blocks += [block(outside, outside, 1) for _ in range(count - 1)]
-    return blocks
+        first = block(inside, outside, 2 if stage else 1)
+        stages.append(nn.Sequential(first, *(block(outside, outside, 1) for _ in range(count - 1))))
+    return stages
 
 
-def _body(*layers: nn.Module) -> nn.Sequential:
-    """The layers and global average pooling, with He's initialisation of the convolutions, by fan-out."""
-    body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    for module in body.modules():
+def _initialised(*stages: nn.Module) -> list[nn.Module]:
+    """The stages, with He's initialisation of the convolutions, by fan-out."""
+    for module in nn.ModuleList(stages).modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return body
+    return [*stages]
+
+
+def _pool(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class CifarResNet(Student):
     """A ResNet of three stages: ResNet-20 is ``depth=20``, ResNet-32x4 ``depth=32, channels=[32, 64, 128, 256]``.
 
-    Maps images (B, 3, H, W) to logits (B, L); as a student it exports its pooled features.
+    Maps images (B, 3, H, W) to logits (B, L). As a student it has five stages: the first convolution, the three
+    stages, and the pooling to features.
 
     Args:
         depth: 6 n + 2, with n blocks per stage.
@@ -134,16 +138,17 @@ class CifarResNet(Student):
             raise UserError(f"Expected `channels` to be four numbers >= 1, and to grow where `shortcut` is 'pad', got "
                             f"{[*channels]}.")  # fmt: skip
         first, *stages = scaled(channels, width)
-        stem = [conv3x3(3, first), nn.BatchNorm2d(first), nn.ReLU(inplace=True)]
+        stem = nn.Sequential(conv3x3(3, first), nn.BatchNorm2d(first), nn.ReLU(inplace=True))
         block = partial(BasicBlock, shortcut=shortcut)
         blocks = _blocks(depth, 2, [first, *stages], block, "CifarResNet")
-        super().__init__(_body(*stem, *blocks), nn.Linear(stages[-1], outputs))
+        super().__init__(stages=_initialised(stem, *blocks, _pool()), head=nn.Linear(stages[-1], outputs))
 
 
 class WideResNet(Student):
     """A wide ResNet: WRN-40-2 is ``depth=40, widen=2``.
 
-    Maps images (B, 3, H, W) to logits (B, L); as a student it exports its pooled features.
+    Maps images (B, 3, H, W) to logits (B, L). As a student it has five stages: the first convolution, the three
+    stages, and the pooling to features.
 
     Args:
         depth: 6 n + 4, with n blocks per stage.
@@ -166,4 +171,6 @@ class WideResNet(Student):
         first, *stages = scaled([16, *(round(count * widen) for count in (16, 32, 64))], width)
         stem, last = conv3x3(3, first), stages[-1]
         blocks = _blocks(depth, 4, [first, *stages], WideBlock, "WideResNet")
-        super().__init__(_body(stem, *blocks, nn.BatchNorm2d(last), nn.ReLU(inplace=True)), nn.Linear(last, outputs))
+        # The norm makes a copy, so that the ReLU after it leaves the activation before as it is.
+        end = _pool(nn.BatchNorm2d(last), nn.ReLU(inplace=True))
+        super().__init__(stages=_initialised(stem, *blocks, end), head=nn.Linear(last, outputs))

@@ -50,19 +50,45 @@ _LAYERS: dict[int, tuple[Callable[..., nn.Module], ...]] = {
 }
 
 
-def _conv_layers(dims: int, channels: Sequence[int], kernel: int, strides: Sequence[int], pooled: int) -> nn.Sequential:
-    """Convolutions from each number of channels to the next with batch norm and ReLU, average pooling, flattened."""
+def _conv_stages(
+    dims: int, channels: Sequence[int], kernel: int, strides: Sequence[int], pooled: int
+) -> list[nn.Sequential]:
+    """A convolution, batch norm and ReLU from each number of channels to the next; average pooling, flattened."""
     conv, norm, pool = _LAYERS[dims]
+    stages = [
+        nn.Sequential(
+            conv(inside, outside, kernel, stride, padding=kernel // 2, bias=False), norm(outside), nn.ReLU(inplace=True)
+        )
+        for inside, outside, stride in zip(channels, channels[1:], strides, strict=False)
+    ]
+    return [*stages, nn.Sequential(pool(pooled), nn.Flatten())]
+
+
+def _joined(stages: Sequence[nn.Sequential]) -> nn.Sequential:
+    """The layers of all stages under names that checkpoints of teachers have."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (inside, outside, stride) in enumerate(zip(channels, channels[1:], strides, strict=False)):
-        layers[f"conv{number}"] = conv(inside, outside, kernel, stride, padding=kernel // 2, bias=False)
-        layers[f"norm{number}"] = norm(outside)
-        layers[f"act{number}"] = nn.ReLU(inplace=True)
-    return nn.Sequential(OrderedDict(**layers, pool=pool(pooled), flat=nn.Flatten()))
+    for number, (conv, norm, act) in enumerate(stages[:-1]):
+        layers |= {f"conv{number}": conv, f"norm{number}": norm, f"act{number}": act}
+    pool, flat = stages[-1]
+    return nn.Sequential(OrderedDict(**layers, pool=pool, flat=flat))
 
 
-def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequential:
-    """Maps images to (B, channels[-1] * pooled²): 3x3 convolutions of stride 2, and average pooling to pooled x pooled.
+class ResidualConv(nn.Module):
+    """x + a 3x3 convolution (or one of 3 steps) of x, with batch norm before the sum and ReLU after it."""
+
+    def __init__(self, channels: int, dims: int = 2) -> None:
+        super().__init__()
+        conv, norm, _ = _LAYERS[dims]
+        self.conv, self.norm = conv(channels, channels, 3, padding=1, bias=False), norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, ...) to (B, C, ...)."""
+        out: Tensor = torch.relu(x + self.norm(self.conv(x)))
+        return out
+
+
+def conv_stages(in_channels: int, channels: Sequence[int], pooled: int) -> list[nn.Sequential]:
+    """Map images to (B, channels[-1] * pooled²): 3x3 convolutions of stride 2, and average pooling to pooled x pooled.
 
     Raises:
         UserError: no channels, or a number below 1.
@@ -71,7 +97,7 @@ def conv_body(in_channels: int, channels: Sequence[int], pooled: int) -> nn.Sequ
         raise UserError(
             f"Expected `channels`, `in_channels` and `pooled` >= 1, got {list(channels)}, {in_channels}, {pooled}."
         )
-    return _conv_layers(2, [in_channels, *channels], 3, [2] * len(channels), pooled)
+    return _conv_stages(2, [in_channels, *channels], 3, [2] * len(channels), pooled)
 
 
 class StridedConvNet(Classifier):
@@ -97,11 +123,12 @@ class StridedConvNet(Classifier):
         pooled: int = 2,
         dropout: float = 0.2,
     ) -> None:
-        super().__init__(conv_body(in_channels, channels, pooled), channels[-1] * pooled**2, outputs, dropout)
+        body = _joined(conv_stages(in_channels, channels, pooled))
+        super().__init__(body, channels[-1] * pooled**2, outputs, dropout)
 
 
 class ConvStudent(Student):
-    """A tiny strided convolutional student for images (B, C, H, W), with a linear head.
+    """A tiny strided convolutional student for images (B, C, H, W), with a linear head; each convolution is a stage.
 
     Args:
         channels: of each convolution.
@@ -109,6 +136,7 @@ class ConvStudent(Student):
         outputs: L.
         pooled: side of the features before the linear head.
         width: factor on all channels, for wider rungs of the ladder.
+        refine: a student that starts from an activation runs a `ResidualConv` on it first.
 
     Example:
         >>> student = ConvStudent(width=1.5)
@@ -123,15 +151,22 @@ class ConvStudent(Student):
         outputs: int = 10,
         pooled: int = 2,
         width: float = 1.0,
+        refine: bool = False,
     ) -> None:
         wide = scaled(channels, width)
-        super().__init__(conv_body(in_channels, wide, pooled), nn.Linear(wide[-1] * pooled**2, outputs))
+        stages = conv_stages(in_channels, wide, pooled)
+        super().__init__(stages=stages, head=nn.Linear(wide[-1] * pooled**2, outputs))
+        self.refine = refine
+
+    def refinement(self, activation: Tensor) -> nn.Module | None:
+        """A residual convolution, if the student refines what it starts from."""
+        return ResidualConv(activation.shape[1]) if self.refine else None
 
 
-def sequence_conv_body(
+def sequence_conv_stages(
     in_channels: int, channels: Sequence[int], *, kernel: int, strides: Sequence[int], pooled: int
-) -> nn.Sequential:
-    """Maps sequences to (B, channels[-1] * pooled): convolutions over the steps, and average pooling to `pooled` steps.
+) -> list[nn.Sequential]:
+    """Map sequences to (B, channels[-1] * pooled): convolutions over the steps, and average pooling to `pooled` steps.
 
     Raises:
         UserError: no channels, another number of strides, an even kernel, or a number below 1.
@@ -142,8 +177,7 @@ def sequence_conv_body(
             "Expected `channels` and as many `strides`, `in_channels` and `pooled` >= 1 and an odd `kernel`, "
             f"got {list(channels)}, {list(strides)}, {in_channels}, {pooled} and {kernel}."
         )
-    layers = _conv_layers(1, [in_channels, *channels], kernel, strides, pooled)
-    return nn.Sequential(OrderedDict([("turn", ChannelsFirst()), *layers.named_children()]))
+    return _conv_stages(1, [in_channels, *channels], kernel, strides, pooled)
 
 
 class SequenceConvNet(Classifier):
@@ -175,12 +209,13 @@ class SequenceConvNet(Classifier):
         dropout: float = 0.2,
         noise: float = 0.0,
     ) -> None:
-        body = sequence_conv_body(in_channels, channels, kernel=kernel, strides=strides, pooled=pooled)
+        layers = _joined(sequence_conv_stages(in_channels, channels, kernel=kernel, strides=strides, pooled=pooled))
+        body = nn.Sequential(OrderedDict([("turn", ChannelsFirst()), *layers.named_children()]))
         super().__init__(body, channels[-1] * pooled, outputs, dropout, noise)
 
 
 class SequenceConvStudent(Student):
-    """A tiny convolutional student for sequences (B, M, C), with a linear head.
+    """A tiny convolutional student for sequences (B, M, C), with a linear head; each convolution is a stage.
 
     Args:
         in_channels: C.
@@ -190,6 +225,7 @@ class SequenceConvStudent(Student):
         kernel: size of each convolution in steps, odd.
         pooled: steps after pooling, read by the head.
         width: factor on all channels, for wider rungs of the ladder.
+        refine: a student that starts from an activation runs a `ResidualConv` on it first.
 
     Example:
         >>> SequenceConvStudent(in_channels=3, outputs=5).features(torch.zeros(2, 20, 3)).shape
@@ -205,7 +241,14 @@ class SequenceConvStudent(Student):
         kernel: int = 5,
         pooled: int = 1,
         width: float = 1.0,
+        refine: bool = False,
     ) -> None:
         wide = scaled(channels, width)
-        body = sequence_conv_body(in_channels, wide, kernel=kernel, strides=strides, pooled=pooled)
-        super().__init__(body, nn.Linear(wide[-1] * pooled, outputs))
+        first, *rest = sequence_conv_stages(in_channels, wide, kernel=kernel, strides=strides, pooled=pooled)
+        stages = [nn.Sequential(ChannelsFirst(), *first), *rest]
+        super().__init__(stages=stages, head=nn.Linear(wide[-1] * pooled, outputs))
+        self.refine = refine
+
+    def refinement(self, activation: Tensor) -> nn.Module | None:
+        """A residual convolution, if the student refines what it starts from."""
+        return ResidualConv(activation.shape[1], dims=1) if self.refine else None

@@ -10,18 +10,15 @@ from bdistil.errors import UserError
 from bdistil.models.student import Student, scaled
 
 
-def mlp_body(features: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
-    """Linear layers with ReLU and dropout: (B, features) -> (B, hidden[-1]).
+def mlp_stages(features: int, hidden: Sequence[int]) -> list[nn.Sequential]:
+    """Linear layers with ReLU: (B, features) -> (B, hidden[-1]).
 
     Raises:
         UserError: no hidden layer, or a width below 1.
     """
     if not hidden or min(features, *hidden) < 1:
         raise UserError(f"Expected `features` and each of `hidden` to be >= 1, got {features} and {list(hidden)}.")
-    layers: list[nn.Module] = []
-    for inside, outside in zip([features, *hidden], hidden, strict=False):
-        layers += [nn.Linear(inside, outside), nn.ReLU(), nn.Dropout(dropout)]
-    return nn.Sequential(*layers)
+    return [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in zip([features, *hidden], hidden, strict=False)]
 
 
 class MLP(nn.Module):
@@ -51,7 +48,8 @@ class MLP(nn.Module):
         std: float = 1.0,
     ) -> None:
         super().__init__()
-        self.body, self.head = mlp_body(features, hidden, dropout), nn.Linear(hidden[-1], outputs)
+        layers = [layer for stage in mlp_stages(features, hidden) for layer in (*stage, nn.Dropout(dropout))]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(hidden[-1], outputs)
         self.mean, self.std = mean, std
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +59,7 @@ class MLP(nn.Module):
 
 
 class MLPStudent(Student):
-    """A tiny multi-layer perceptron as a student.
+    """A tiny multi-layer perceptron as a student; each hidden layer is a stage.
 
     Args:
         features: of a sample.
@@ -77,4 +75,4 @@ class MLPStudent(Student):
 
     def __init__(self, features: int, hidden: Sequence[int] = (4,), outputs: int = 1, width: float = 1.0) -> None:
         wide = scaled(hidden, width)
-        super().__init__(mlp_body(features, wide), nn.Linear(wide[-1], outputs))
+        super().__init__(stages=mlp_stages(features, wide), head=nn.Linear(wide[-1], outputs))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bdistil.errors import UserError
 from bdistil.models.convnets import Classifier
 from bdistil.models.segment_student import SegmentStudent
-from bdistil.models.student import Student, scaled
+from bdistil.models.student import Rung, Student, linkable, scaled
 
 Cell = Literal["gru", "lstm", "rnn"]
 _CELLS: dict[str, Callable[..., nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
@@ -41,9 +41,12 @@ class RecurrentBody(nn.Module):
         self.directions = 2 if bidirectional else 1
         self.features = self.directions * hidden
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B, D) of sequences (B, M, C)."""
-        state = self.net(x)[1]
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        """Features (B, D) of sequences (B, M, C), from a state (B, H) of one layer, or from zeros."""
+        start = None if state is None else state[None].contiguous()
+        if start is not None and isinstance(self.net, nn.LSTM):
+            start = (start, torch.zeros_like(start))  # type: ignore[assignment]
+        state = self.net(x, start)[1]
         last: Tensor = state[0] if isinstance(state, tuple) else state
         return last[-self.directions :].transpose(0, 1).flatten(1)
 
@@ -84,6 +87,8 @@ class RecurrentNet(Classifier):
 class RecurrentStudent(Student):
     """A tiny recurrent student for sequences (B, M, C), with a linear head.
 
+    With a rung of the kind `deep` it starts from a projection of the last state of the student before.
+
     Args:
         in_channels: C.
         outputs: L.
@@ -99,6 +104,19 @@ class RecurrentStudent(Student):
     def __init__(self, in_channels: int, outputs: int, hidden: int = 4, cell: Cell = "gru", width: float = 1.0) -> None:
         body = RecurrentBody(in_channels, scaled([hidden], width)[0], cell)
         super().__init__(body, nn.Linear(body.features, outputs))
+        self.adapt: nn.Module | None = None
+
+    def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> RecurrentStudent:
+        """Adds links; `deep` also lets the state of the student before, its features, enter the body."""
+        super().link(earlier, rung, x)
+        if rung.kind == "deep" and self.links:
+            self.states_read, self.adapt = 1, nn.Linear(linkable(earlier)[0].width, self.width)
+        return self
+
+    def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
+        """Features (B, D) of sequences (B, M, C), from the state of the student before, first of `linked`, if read."""
+        state = self.adapt(linked[0]) if self.states_read and self.adapt is not None else None
+        return self._checked(self.body(x, state))
 
 
 class StateBody(nn.Module):

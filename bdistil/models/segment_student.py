@@ -57,7 +57,7 @@ class SegmentStudent(Student):
         self.number = 0
         self.adapt: nn.Module | None = None
 
-    def link(self, earlier: Sequence[nn.Module], rung: Rung) -> SegmentStudent:
+    def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> SegmentStudent:
         """Assigns its segment and links the state of the student before, through a linear layer if the widths differ.
 
         With a rung of one link only that state is read. More links, or another kind of link, also join the head.
@@ -73,7 +73,7 @@ class SegmentStudent(Student):
         self.number = len(earlier)
         states = linkable(earlier)[: rung.links]
         if len(states) > 1 or (states and rung.kind != "concat"):
-            super().link(earlier, rung)
+            super().link(earlier, rung, x)
         self.links = len(states)
         self.states_read = min(1, self.links)
         if states and states[0].width != self.width:

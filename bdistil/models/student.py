@@ -1,22 +1,27 @@
 """Students: a body, a head, and read-only links to the bodies of earlier students.
 
-A student exports the features of its body *before* links join. So a link to student t - 1 costs the body of t - 1 and
-nothing more, and a prefix of the ensemble does not change when later students are added.
+A student exports the activations of its body: its features, and those after its stages where it has some. Links to
+features join at the head, so such a link to student t - 1 costs the body of t - 1 and nothing more. Links to
+activations enter the body. A prefix of the ensemble does not change when later students are added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
 from bdistil.models.inputs import call_on
+from bdistil.models.stages import FEATURES, StagedBody, check_stages
 
-LinkKind = Literal["concat", "residual", "hidden"]
+LinkKind = Literal["concat", "residual", "hidden", "deep", "start"]
+KINDS = get_args(LinkKind)
 
 
 @dataclass(frozen=True)
@@ -26,37 +31,57 @@ class Rung:
     Attributes:
         links: number of most recent students that a student reads; fewer in the first rounds.
         kind: `concat` joins their features into the linear head, `residual` adds a projection of them to the student's
-            own features, `hidden` joins both through a hidden layer.
+            own features, `hidden` joins both through a hidden layer. The other two are for students made of stages and
+            read the student before, `links=1`; its features join the head as for `concat`. `deep` adds a projection of
+            its activation to the own one after each stage but the last. `start` replaces the first `at` stages by its
+            activation after so many stages: the student pays only for its stages from there on.
         hidden: width of the hidden layer of `hidden`.
+        at: number of stages that are replaced; with `deep`, both: it starts from there and projects what follows.
         width: factor on the student's own width, passed to `make_student(round, width=...)` where it is not 1.
 
     Raises:
         UserError: a value is out of its range.
 
     Example:
-        >>> Rung(2, "hidden", width=1.5).name
-        'F2-hidden x1.5'
+        >>> Rung(2, "hidden", width=1.5).name, Rung(1, "start", at=2).name
+        ('F2-hidden x1.5', 'F1-start2')
     """
 
     links: int = 0
     kind: LinkKind = "concat"
     hidden: int = 32
     width: float = 1.0
+    at: int = 0
 
     def __post_init__(self) -> None:
         if self.links < 0:
             raise UserError(f"Expected `links` of a rung to be >= 0, got {self.links}.")
-        if self.kind not in ("concat", "residual", "hidden"):
+        if self.kind not in KINDS:
+            raise UserError(f"Expected `kind` of a rung to be one of {', '.join(map(repr, KINDS))}, got {self.kind!r}.")
+        if self.reads_stages and self.links != 1:
+            raise UserError(f"Expected `links` of a rung of kind {self.kind!r} to be 1, got {self.links}.")
+        least, most = {"start": (1, math.inf), "deep": (0, math.inf)}.get(self.kind, (0, 0))
+        if not least <= self.at <= most:
             raise UserError(
-                f"Expected `kind` of a rung to be one of 'concat', 'residual', 'hidden', got {self.kind!r}."
+                f"Expected `at` of a rung to be >= 1 for kind 'start', >= 0 for 'deep' and 0 for others, got {self.at} "
+                f"with kind {self.kind!r}. It is the number of stages that the earlier student's activation replaces."
             )
         if self.hidden < 1 or self.width <= 0:
             raise UserError(f"Expected `hidden` >= 1 and `width` > 0 of a rung, got {self.hidden} and {self.width}.")
 
     @property
+    def reads_stages(self) -> bool:
+        """Whether it reads activations after stages, and not only features."""
+        return self.kind in ("deep", "start")
+
+    def may_read(self, key: int) -> bool:
+        """Whether it may read the earlier student's activation of a key, see `bdistil.models.stages`."""
+        return key == self.at - 1 if self.kind == "start" else self.kind == "deep" and key >= self.at - 1
+
+    @property
     def name(self) -> str:
-        """Short name for tables: F0, F1, F2-hidden, F1 x1.5."""
-        kind = f"-{self.kind}" if self.links and self.kind != "concat" else ""
+        """Short name for tables: F0, F1, F2-hidden, F1 x1.5, F1-deep, F1-start2."""
+        kind = f"-{self.kind}{self.at or ''}" if self.links and self.kind != "concat" else ""
         return f"F{self.links}{kind}" + (f" x{self.width:g}" if self.width != 1 else "")
 
 
@@ -67,7 +92,7 @@ class Join(nn.Module):
         super().__init__()
         self.kind = rung.kind
         total = sum(linked)
-        if rung.kind == "concat":
+        if rung.kind == "concat" or rung.reads_stages:
             # With a linear head this is exactly a head over the concatenation.
             self.project: nn.Module = nn.Linear(total, outputs, bias=False)
         elif rung.kind == "residual":
@@ -78,7 +103,7 @@ class Join(nn.Module):
             )
 
     def forward(self, features: Tensor, linked: Tensor) -> Tensor:
-        """Term to add to the logits (B, L) for `concat` and `hidden`, to the features (B, D) for `residual`."""
+        """Term to add to the features (B, D) for `residual`, to the logits (B, L) for the other kinds."""
         joined: Tensor = self.project(torch.cat((features, linked), 1) if self.kind == "hidden" else linked)
         return joined
 
@@ -94,17 +119,20 @@ class Student(nn.Module):
     Args:
         body: maps x (B, ...) to features (B, D); a mapping x is given by keywords where `forward` names its keys.
         head: maps features (B, D) to logits (B, L).
+        stages: in place of `body`: modules that run one after the other, the last of which returns features (B, D).
+            Later students may read the activation after each of them, see `Rung`.
         features: D; needed only if the head is not nn.Linear.
         outputs: L; needed only if the head is not nn.Linear.
 
     Attributes:
         width: D.
-        links: number of earlier students that it reads.
-        states_read: number of linked features that its body starts from, see `bdistil.models.segment_student`.
+        links: number of earlier students whose features it reads.
+        stage_reads: keys of the activations of the student before that its stages read, see `bdistil.models.stages`.
+        states_read: number of linked tensors that enter its body.
         most_rounds: maximum number of such students in a run; None: no limit.
 
     Raises:
-        UserError: the head is not linear, and D or L was not given.
+        UserError: body and stages, or neither of them; or the head is not linear, and D or L was not given.
 
     Example:
         >>> first = Student(nn.Linear(4, 8), nn.Linear(8, 3))
@@ -114,16 +142,32 @@ class Student(nn.Module):
         torch.Size([5, 3])
         >>> run_student(second, [first], x).shape  # reads the features of the earlier students itself
         torch.Size([5, 3])
+        >>> def staged() -> Student:
+        ...     return Student(stages=[nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)], head=nn.Linear(6, 3))
+        >>> first, second = staged(), staged()
+        >>> _ = second.link([first], Rung(1, "start", at=1), x)  # reads the first one's 8 numbers, not x
+        >>> [parameter.numel() for parameter in second.body.parameters()]
+        [48, 6]
     """
 
     states_read = 0
+    stage_reads: Sequence[int] = ()
     most_rounds: int | None = None
 
     def __init__(
-        self, body: nn.Module, head: nn.Module, *, features: int | None = None, outputs: int | None = None
+        self,
+        body: nn.Module | None = None,
+        head: nn.Module | None = None,
+        *,
+        stages: Sequence[nn.Module] = (),
+        features: int | None = None,
+        outputs: int | None = None,
     ) -> None:
         super().__init__()
-        self.body, self.head = body, head
+        if head is None or (body is None) == (not stages):
+            given = [name for name, value in (("body", body), ("stages", stages), ("head", head)) if value]
+            raise UserError(f"Expected Student(body, head) or Student(stages=[...], head=...), got {given}.")
+        self.body, self.head = StagedBody(stages) if body is None else body, head
         linear = head if isinstance(head, nn.Linear) else None
         if isinstance(head, nn.LazyLinear) and features is None and not head.in_features:
             raise UserError(
@@ -141,19 +185,75 @@ class Student(nn.Module):
         self.links = 0
         self.join: Join | None = None
 
-    def link(self, earlier: Sequence[nn.Module], rung: Rung) -> Student:
+    def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> Student:
         """Adds links to the most recent of the earlier students, at most `rung.links`, and returns the student itself.
 
-        Call it before training; `earlier` has the students before this one, in order.
+        Call it before training. Without stages on both sides, `deep` and `start` link to features, as `concat` does.
+
+        Args:
+            earlier: the students before this one, in order.
+            rung: kind and number of the links.
+            x: a batch (B, ...) as an example; needed by rungs that read activations after stages.
+
+        Raises:
+            UserError: the stages of the two students do not fit together, or x is missing.
         """
         if linked := linkable(earlier)[: rung.links]:
             self.join = Join(self.width, [s.width for s in linked], self.outputs, rung)
             self.links = len(linked)
+            if rung.reads_stages and isinstance(self.body, StagedBody) and isinstance(linked[0].body, StagedBody):
+                self._link_stages(self.body, earlier, rung, x)
         return self
 
+    def _link_stages(self, body: StagedBody, earlier: Sequence[nn.Module], rung: Rung, x: Any) -> None:
+        if x is None:
+            raise UserError(f"Expected an example `x` beside a rung of kind {rung.kind!r}: link(earlier, rung, x).")
+        with torch.no_grad():
+            given = activations_of(earlier, linked_numbers(earlier, 1)[0], x)
+        start = given.get(rung.at - 1)
+        if rung.at and (start is None or rung.at >= len(body.stages)):
+            raise UserError(
+                f"Expected `at` of the rung to be a stage of the student before and not the last of this one's "
+                f"{len(body.stages)}, got {rung.at}; the one before has activations after stages "
+                f"{[key + 1 for key in given if key != FEATURES]}."
+            )
+        if start is not None and rung.at:
+            body.begin_at(rung.at, self.refinement(start))
+        linked = (start,) if start is not None and rung.at else ()
+        check_stages(body, start.clone() if start is not None and rung.at else x)
+        if rung.kind == "deep":
+            body.project(given, x, linked)
+        self.stage_reads = body.reads
+        self.states_read = len(self.stage_reads)
+
+    def refinement(self, activation: Tensor) -> nn.Module | None:
+        """A module between the earlier student's activation and the stages of a student that starts from it, or None.
+
+        To be overridden. Its output, of the shape of the activation (B, ...), is what a later student starts from.
+        """
+        return None
+
+    @property
+    def reads(self) -> list[tuple[int, int]]:
+        """What it reads of earlier students, as (students back, key), in the order of `linked` in its methods.
+
+        The key is that of the activation after a stage, or `bdistil.models.stages.FEATURES`.
+        """
+        return [(1, key) for key in self.stage_reads] + [(back, FEATURES) for back in range(1, self.links + 1)]
+
     def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
-        """Features (B, D) of the body, before links join. The first `states_read` of `linked` enter the body."""
+        """Features (B, D) of the body, before links join at the head. The first `states_read` of `linked` enter it."""
+        if isinstance(self.body, StagedBody):
+            return self.activations(x, linked)[FEATURES]
         return self._checked(call_on(self.body, x))
+
+    def activations(self, x: Any, linked: Sequence[Tensor] = ()) -> dict[int, Tensor]:
+        """What later students can read, by key: features (B, D), and the activations after stages."""
+        if not isinstance(self.body, StagedBody):
+            return {FEATURES: self.features(x, linked)}
+        found = self.body.activations(x, linked[: self.states_read])
+        self._checked(found[FEATURES])
+        return found
 
     def _checked(self, features: Tensor) -> Tensor:
         if features.ndim != 2 or features.shape[1] != self.width:
@@ -164,17 +264,18 @@ class Student(nn.Module):
         return features
 
     def answer(self, features: Tensor, linked: Sequence[Tensor] = ()) -> Tensor:
-        """Logits (B, L) from its own features (B, D) and those of the linked students, the most recent first."""
+        """Logits (B, L) from its own features (B, D) and those of the linked students, the last `links` of `linked`."""
         if self.join is None:
             logits: Tensor = self.head(features)
             return logits
-        joined = self.join(features, torch.cat(tuple(linked), 1) if len(linked) > 1 else linked[0])
+        joining = tuple(linked)[-self.links :]
+        joined = self.join(features, torch.cat(joining, 1) if len(joining) > 1 else joining[0])
         residual = self.join.kind == "residual"
         answer: Tensor = self.head(features + joined) if residual else self.head(features) + joined
         return answer
 
     def forward(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
-        """Logits (B, L); `linked` holds features (B, D) of the linked students, the most recent first."""
+        """Logits (B, L); `linked` holds the tensors named by `reads`, in that order."""
         return self.answer(self.features(x, linked), linked)
 
 
@@ -193,30 +294,60 @@ def linked_numbers(earlier: Sequence[nn.Module], links: int) -> list[int]:
     return [number for number in reversed(range(len(earlier))) if isinstance(earlier[number], Student)][:links]
 
 
-def linked_features(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> list[Tensor]:
-    """Detached features (B, D) of the earlier students that a student reads, the most recent first."""
-    return [features_of(earlier, number, x) for number in linked_numbers(earlier, links_of(student))]
+def sources(student: nn.Module, earlier: Sequence[nn.Module]) -> list[tuple[int, int]]:
+    """What a student reads: round number and key, in the order of `linked`; see `Student.reads`."""
+    if not isinstance(student, Student):
+        return []
+    numbers = linked_numbers(earlier, student.links)
+    return [(numbers[back - 1], key) for back, key in student.reads if back <= len(numbers)]
 
 
 @torch.no_grad()
-def features_of(students: Sequence[nn.Module], number: int, x: Any) -> Tensor:
-    """Detached features (B, D) of a student, after those of earlier students that its body starts from."""
-    student = students[number]
-    assert isinstance(student, Student)
-    earlier = students[:number]
-    return student.features(x, [features_of(earlier, n, x) for n in linked_numbers(earlier, student.states_read)])
+def linked_activations(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> list[Tensor]:
+    """Detached activations of the earlier students that a student reads. Each body runs once."""
+    made: dict[int, dict[int, Tensor]] = {}
+    return [activations_of(earlier, number, x, made)[key] for number, key in sources(student, earlier)]
+
+
+@torch.no_grad()
+def activations_of(
+    students: Sequence[nn.Module], number: int, x: Any, made: dict[int, dict[int, Tensor]] | None = None
+) -> dict[int, Tensor]:
+    """Detached activations of a student by key, after those of earlier students that its body reads.
+
+    Args:
+        students: in order.
+        number: of the student, from 0.
+        x: a batch (B, ...).
+        made: activations of students that ran on x already, by number; others are added.
+    """
+    made = {} if made is None else made
+    if number not in made:
+        student, earlier = students[number], students[:number]
+        assert isinstance(student, Student)
+        read = sources(student, earlier)[: student.states_read]
+        made[number] = student.activations(x, [activations_of(earlier, n, x, made)[key] for n, key in read])
+    return made[number]
 
 
 def run_student(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> Tensor:
     """Logits (B, L) of a student, which may read earlier ones; gradients reach this student only."""
-    logits: Tensor = student(x, linked_features(student, earlier, x)) if links_of(student) else student(x)
+    logits: Tensor = student(x, linked_activations(student, earlier, x)) if links_of(student) else student(x)
     return logits
 
 
-def build_student(make: Callable[..., nn.Module], number: int, earlier: Sequence[nn.Module], rung: Rung) -> nn.Module:
+def link_macs(by_module: Mapping[str, int]) -> int:
+    """Multiply-adds of the links of a student, from those of its submodules, see `bdistil.metrics.cost.Cost`."""
+    link = re.compile(r"join|adapt|body\.projections\.\d+")
+    return sum(macs for name, macs in by_module.items() if link.fullmatch(name))
+
+
+def build_student(
+    make: Callable[..., nn.Module], number: int, earlier: Sequence[nn.Module], rung: Rung, x: Any = None
+) -> nn.Module:
     """Makes a new student with the user's `make_student(round)`, and links it.
 
-    For a rung of another width `make_student(round, width=...)` is called; rounds count from 0.
+    For a rung of another width `make_student(round, width=...)` is called; rounds count from 0. `x` is an example.
 
     Raises:
         UserError: the function did not return a module.
@@ -225,5 +356,5 @@ def build_student(make: Callable[..., nn.Module], number: int, earlier: Sequence
     if not isinstance(student, nn.Module):
         raise UserError(f"Expected `student` to return a torch.nn.Module, got {type(student).__name__}.")
     if isinstance(student, Student) and not links_of(student):
-        student.link(earlier, rung)
+        student.link(earlier, rung, x)
     return student

@@ -232,9 +232,9 @@ def test_a_round_that_makes_no_progress_climbs_the_ladder_and_stops(tmp_path, ca
     assert everything(tmp_path) == before
 
 
-def test_linked_features_are_made_when_a_student_is_scored_and_never_again(tmp_path, monkeypatch):
+def test_linked_activations_are_made_when_a_student_is_scored_and_never_again(tmp_path, monkeypatch):
     """A pass over the training part a round would not be seen in any figure."""
-    monkeypatch.setattr(scoring, "features_of", kill)
+    monkeypatch.setattr(scoring, "activations_of", kill)
     assert len(boost(tmp_path).ensemble) == ROUNDS
 
 

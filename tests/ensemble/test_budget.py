@@ -241,7 +241,7 @@ def test_those_who_stay_take_along_what_is_still_read(x, links):
         elif number < T - 1:
             runner.keep(torch.arange(len(rows)))
             reads = [n or 0 for n in links[number + 1 :]]
-            assert len(runner.features) <= max(reads)
+            assert len(runner.activations) <= max(reads)
 
 
 # ---- asyncio and interruption

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from bdistil.errors import UserError
-from bdistil.models.convnets import Classifier, ConvStudent, StridedConvNet, conv_body, sequence_conv_body
+from bdistil.models.convnets import (
+    ChannelsFirst,
+    Classifier,
+    ConvStudent,
+    StridedConvNet,
+    conv_stages,
+    sequence_conv_stages,
+)
 from bdistil.models.student import Rung, run_student
 
 M, C, L = 20, 3, 5
@@ -20,7 +27,7 @@ def x():
 @pytest.mark.parametrize("side", [28, 9])
 def test_shapes(pooled, side):
     x = torch.randn(3, 2, side, side)
-    assert conv_body(2, (4, 6), pooled)(x).shape == (3, 6 * pooled**2)
+    assert nn.Sequential(*conv_stages(2, (4, 6), pooled))(x).shape == (3, 6 * pooled**2)
     assert StridedConvNet((4, 6), in_channels=2, outputs=7, pooled=pooled)(x).shape == (3, 7)
     student = ConvStudent((4, 6), in_channels=2, outputs=7, pooled=pooled)
     assert student(x).shape == (3, 7)
@@ -29,8 +36,8 @@ def test_shapes(pooled, side):
 
 def test_each_convolution_halves_the_side():
     shapes = []
-    body = conv_body(1, (2, 3, 4), 1)
-    for layer in body:
+    body = nn.Sequential(*conv_stages(1, (2, 3, 4), 1))
+    for layer in body.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[1:])))
     body(torch.randn(1, 1, 28, 28))
@@ -40,7 +47,7 @@ def test_each_convolution_halves_the_side():
 @pytest.mark.parametrize(("width", "channels"), [(1.0, (4, 8)), (1.5, (6, 12)), (2, (8, 16)), (0.1, (1, 1))])
 def test_width_widens_all_channels(width, channels):
     student = ConvStudent((4, 8), width=width)
-    convs = [layer for layer in student.body if isinstance(layer, nn.Conv2d)]
+    convs = [layer for layer in student.body.modules() if isinstance(layer, nn.Conv2d)]
     assert tuple(conv.out_channels for conv in convs) == channels
     first, second = channels
     weights = 9 * first + 9 * first * second + 2 * (first + second) + 4 * second * 10 + 10
@@ -79,9 +86,10 @@ def test_bad_arguments_are_named(make, values, got):
 
 def test_a_convolution_by_hand(x):
     """One convolution of stride 2: each window of 3 steps times the weights, batch norm at its start, ReLU, mean."""
-    body = sequence_conv_body(C, [2], kernel=3, strides=[2], pooled=1).eval()
+    stages = sequence_conv_stages(C, [2], kernel=3, strides=[2], pooled=1)
+    body = nn.Sequential(ChannelsFirst(), *stages).eval()
     padded = nn.functional.pad(x, (0, 0, 1, 1))
-    weight = body.conv0.weight
+    weight = stages[0][0].weight
     steps = [(padded[:, t : t + 3, None, :] * weight.permute(2, 0, 1)).sum((1, 3)) for t in range(0, M, 2)]
     expected = (torch.stack(steps, 1) / (1 + 1e-5) ** 0.5).clamp_min(0).mean(1)
     torch.testing.assert_close(body(x), expected)

@@ -14,7 +14,7 @@ from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.recurrent import RecurrentNet, RecurrentSegmentStudent
 from bdistil.models.segment_student import SegmentStudent
-from bdistil.models.student import build_student, linked_features, run_student
+from bdistil.models.student import build_student, linked_activations, run_student
 
 M, C, L, H, T = 13, 3, 4, 5, 4
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -69,7 +69,7 @@ def test_students_of_the_same_weights_are_one_net_over_the_whole_sequence(x, cel
     for number, (student, end) in enumerate(zip(students, ENDS, strict=True)):
         state = whole(x[:, :end])[1]
         expected = torch.cat(state, -1)[0] if cell == "lstm" else state[0]
-        linked = linked_features(student, students[:number], x)
+        linked = linked_activations(student, students[:number], x)
         torch.testing.assert_close(student.features(x, linked), expected)
         torch.testing.assert_close(run_student(student, students[:number], x), student.head(expected))
 
@@ -90,7 +90,7 @@ def test_a_state_of_another_width_goes_through_a_layer(x):
 
 def test_a_wider_class_joins_states_at_the_head_as_well(x):
     students = chain(rung=Rung(2, "hidden", 7), widths=(1.0,) * 3)
-    linked = linked_features(students[2], students[:2], x)
+    linked = linked_activations(students[2], students[:2], x)
     own = students[2].body(x[:, 6:9], linked[0])
     hidden = students[2].join.project[0](torch.cat((own, *linked), 1)).clamp_min(0)
     expected = students[2].head(own) + students[2].join.project[2](hidden)
@@ -169,7 +169,7 @@ def test_multiply_adds_of_a_stage_are_those_of_its_steps(cell):
     _, gates, states = CELLS[cell]
     students, x = chain(cell), torch.randn(1, M, C)
     for number, student in enumerate(students):
-        linked = (linked_features(student, students[:number], x),) if number else ()
+        linked = (linked_activations(student, students[:number], x),) if number else ()
         steps = ENDS[number] - [0, *ENDS][number]
         assert measure_cost(student, (x, *linked)).macs == steps * gates * H * (C + H) + states * H * L
 
@@ -179,7 +179,7 @@ def test_segments_of_an_lstm_cost_what_the_whole_does():
     for number in range(8):
         make_one = partial(RecurrentSegmentStudent, 32, 13, 8, 64, "lstm")
         student = build_student(lambda _, make_one=make_one: make_one(), number, students, Rung(1)).eval()
-        inputs = (x, linked_features(student, students, x)) if number else (x,)
+        inputs = (x, linked_activations(student, students, x)) if number else (x,)
         costs.append(measure_cost(student, inputs).macs - 13 * 2 * 64)
         students.append(student)
     assert sum(costs) == 2_433_024

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bdistil.errors import UserError
-from bdistil.models.student import Rung, Student, linkable, linked_features, linked_numbers, links_of, run_student
+from bdistil.models.student import Rung, Student, linkable, linked_activations, linked_numbers, links_of, run_student
 
 IN, L = 6, 3
 WIDTHS = [4, 5, 2]  # D differs from student to student
@@ -62,7 +62,7 @@ def test_residual_adds_a_projection_to_the_features(earlier, x):
     assert project.weight.shape == (3, WIDTHS[1] + WIDTHS[2])
 
 
-def test_hidden_joins_own_and_linked_features_in_a_layer(earlier, x):
+def test_hidden_joins_own_and_linked_activations_in_a_layer(earlier, x):
     student = a_student(3).eval().link(earlier, Rung(2, "hidden", hidden=9))
     first, _, second = student.join.project
     joined = torch.cat((student.body(x), features_of(earlier[1:], x)), 1)
@@ -75,7 +75,7 @@ def test_hidden_joins_own_and_linked_features_in_a_layer(earlier, x):
 def test_the_most_recent_student_is_read_first(earlier, x):
     student = a_student().link(earlier, Rung(2))
     assert student.join.project.in_features == WIDTHS[2] + WIDTHS[1]
-    found = linked_features(student, earlier, x)
+    found = linked_activations(student, earlier, x)
     assert [f.shape[1] for f in found] == [WIDTHS[2], WIDTHS[1]]
     torch.testing.assert_close(found[0], earlier[2].body(x))
     torch.testing.assert_close(found[1], earlier[1].body(x))
@@ -111,7 +111,7 @@ def test_a_rung_without_links_adds_nothing(earlier, x):
 def test_training_leaves_earlier_students_alone(earlier, x, kind):
     before = copy.deepcopy([s.state_dict() for s in earlier])
     student = a_student().link(earlier, Rung(3, kind))
-    assert not any(f.requires_grad for f in linked_features(student, earlier, x))
+    assert not any(f.requires_grad for f in linked_activations(student, earlier, x))
     run_student(student, earlier, x).square().sum().backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for s in earlier for p in s.parameters())
@@ -134,7 +134,7 @@ def test_a_link_runs_bodies_and_no_heads(earlier, x):
 def test_a_plain_module_takes_no_links(earlier, x):
     plain = nn.Linear(IN, L)
     assert links_of(plain) == 0
-    assert linked_features(plain, earlier, x) == []
+    assert linked_activations(plain, earlier, x) == []
     assert torch.equal(run_student(plain, earlier, x), plain(x))
 
 
@@ -202,7 +202,7 @@ def test_names_of_rungs(rung, name):
     ("values", "message"),
     [
         ({"links": -1}, "`links` of a rung to be >= 0, got -1"),
-        ({"kind": "sum"}, "'concat', 'residual', 'hidden', got 'sum'"),
+        ({"kind": "sum"}, "'hidden', 'deep', 'start', got 'sum'"),
         ({"hidden": 0}, "`hidden` >= 1 and `width` > 0 of a rung, got 0 and 1.0"),
         ({"width": 0.0}, "`hidden` >= 1 and `width` > 0 of a rung, got 32 and 0.0"),
         ({"width": -1.5}, "got 32 and -1.5"),

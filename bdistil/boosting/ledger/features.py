@@ -1,20 +1,25 @@
-"""Cache of the features that later students are linked to."""
+"""Cache of the activations that later students read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
-from bdistil.boosting.ledger.rows import Array, RowFile, allocate, is_complete, publish
+from bdistil.boosting.ledger.rows import Array, RowFile, Storage, allocate, is_complete, publish
+from bdistil.models.stages import FEATURES
 from bdistil.utils import distributed
+
+Shapes = Mapping[int, tuple[int, ...]]
 
 
 class FeatureCache:
-    """Features (N, D) of recent students by sample index, on disk.
+    """Activations (N, ...) of recent students by sample index, on disk: features in float32, others in float16.
 
     With them no body of an earlier student runs in training: a step costs the same in round 2 and in round 20.
+    Activations of a student have the keys of `bdistil.models.stages`.
 
     Args:
         folder: of the files.
@@ -23,39 +28,59 @@ class FeatureCache:
 
     def __init__(self, folder: Path, samples: int) -> None:
         self.folder, self.samples = folder, samples
-        self._open: dict[int, RowFile] = {}
-        self._next: RowFile | None = None  # while it is written
+        self._open: dict[tuple[int, int], tuple[RowFile, tuple[int, ...]]] = {}
+        self._next: dict[int, RowFile] = {}  # while they are written
 
-    def _file(self, number: int) -> Path:
-        return self.folder / f"features.{number:03d}.f32"
+    def _file(self, number: int, key: int) -> Path:
+        name = f"features.{number:03d}.f32" if key == FEATURES else f"features.{number:03d}.{key + 1}.f16"
+        return self.folder / name
 
-    def begin(self, width: int) -> None:
-        """Creates the file of a student with features of that width."""
-        self._next = allocate(self.folder / "features.next.tmp", (self.samples, width))
+    def begin(self, shapes: Shapes) -> None:
+        """Creates the files of a student, given the shape of each activation of one sample, by key."""
+        self._next = {
+            key: allocate(self.folder / f"features.next{key + 1}.tmp", (self.samples, prod(shape)), _storage(key))
+            for key, shape in shapes.items()
+        }
 
-    def write(self, low: int, features: Tensor) -> None:
-        """Writes features (rows, D) from row `low` on."""
-        assert self._next is not None, "begin() creates the file"
-        self._next.write(low, features)
+    def write(self, low: int, activations: Mapping[int, Tensor]) -> None:
+        """Writes activations (rows, ...) from row `low` on; those that no file was created for are left out."""
+        for key, file in self._next.items():
+            file.write(low, activations[key].flatten(1))
 
     def publish(self, number: int) -> None:
-        """Makes the file that was written that of student `number`."""
-        assert self._next is not None, "begin() creates the file"
-        path, self._next = self._next.path, None
-        publish(path, self._file(number))
+        """Makes the files that were written those of student `number`."""
+        written, self._next = self._next, {}
+        for key, file in written.items():
+            publish(file.path, self._file(number, key))
 
-    def has(self, number: int, width: int) -> bool:
-        """Whether a student's features are complete on disk."""
-        return is_complete(self._file(number), (self.samples, width))
+    def has(self, number: int, shapes: Shapes) -> bool:
+        """Whether a student's activations are complete on disk."""
+        return all(
+            is_complete(self._file(number, key), (self.samples, prod(shape)), _storage(key))
+            for key, shape in shapes.items()
+        )
 
-    def use(self, widths: dict[int, int]) -> None:
-        """Opens the features of students, given as {number: width}; removes others, which can be computed again."""
-        self._open = {number: RowFile(self._file(number), (self.samples, width)) for number, width in widths.items()}
+    def use(self, shapes: Mapping[int, Shapes]) -> None:
+        """Opens activations of students, given as {number: shapes}; removes others, which can be computed again."""
+        wanted = {(number, key): shape for number, by_key in shapes.items() for key, shape in by_key.items()}
+        self._open = {
+            (number, key): (RowFile(self._file(number, key), (self.samples, prod(shape)), _storage(key)), shape)
+            for (number, key), shape in wanted.items()
+        }
         distributed.barrier()
         if distributed.rank() == 0:
-            for path in set(self.folder.glob("features.*")) - {self._file(number) for number in widths}:
+            for path in set(self.folder.glob("features.*")) - {self._file(*place) for place in wanted}:
                 path.unlink(missing_ok=True)
 
-    def rows(self, numbers: Sequence[int], index: Array) -> list[Tensor]:
-        """Features (B, D) of some students, in the order of `numbers`, on the CPU."""
-        return [self._open[number].gather(index) for number in numbers]
+    def holds(self, places: Sequence[tuple[int, int]]) -> bool:
+        """Whether all of some activations, given as (number, key), are open."""
+        return all(place in self._open for place in places)
+
+    def rows(self, places: Sequence[tuple[int, int]], index: Array) -> list[Tensor]:
+        """Activations (B, ...) given as (number, key), in this order, on the CPU."""
+        opened = [self._open[place] for place in places]
+        return [file.gather(index).view(len(index), *shape) for file, shape in opened]
+
+
+def _storage(key: int) -> Storage:
+    return "float32" if key == FEATURES else "float16"
