@@ -266,13 +266,13 @@ class BoostingRound(_FastHookName):
         settings = self.settings
         if settings.loss == "game":
             return self.game.loss(deviation, error)
+        scale, alone = self.ledger.head.scale, settings.loss == "prefix_kl"
+        assert not isinstance(scale, tuple), "only a regression has a unit for each output"
         loss = prefix_kl_loss(
-            deviation, error, target, earlier=self.number, scale=float(self.ledger.head.scale),
-            temperature=settings.temperature, residual=settings.residual_weight,
+            deviation, error, target, earlier=self.number, scale=scale, temperature=settings.temperature,
+            residual=settings.residual_weight if alone else 0.0,
         )  # fmt: skip
-        if settings.loss == "prefix_kl":
-            return loss
-        return loss + self.game.loss(deviation, error) - deviation.square().mean()  # the barrier alone
+        return loss if alone else loss + settings.residual_weight * self.game.loss(deviation, error)
 
     def _view_of(self, index: Index) -> tuple[Part, Index]:
         """The view of a batch, and its sample numbers in it."""

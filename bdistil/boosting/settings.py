@@ -55,9 +55,10 @@ class BoostingSettings:
             the validation part, instead of that of the `last` epoch.
         loss: of a round. `game` is the paper's, squared error to the teacher and a log barrier on the margins.
             `prefix_kl` is the divergence of the whole prefix from the teacher, see `functional.prefix_kl_loss`, for
-            classification only. `prefix_kl+barrier` adds the barrier to it.
+            classification only. In `prefix_kl+game` the loss of the game, with its barrier, stands in place
+            of the squared error in it.
         temperature: of `prefix_kl`.
-        residual_weight: of the squared error of the student to g - S in `prefix_kl`.
+        residual_weight: of the squared error of the student to g - S in `prefix_kl`, or of the game beside it.
 
     Raises:
         UserError: a value is out of range.
@@ -91,7 +92,7 @@ class BoostingSettings:
     weight_decay: float = 1e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     keep_epoch: Literal["last", "best"] = "last"
-    loss: Literal["game", "prefix_kl", "prefix_kl+barrier"] = "game"
+    loss: Literal["game", "prefix_kl", "prefix_kl+game"] = "game"
     temperature: float = 2.0
     residual_weight: float = 0.1
 
@@ -122,7 +123,7 @@ class BoostingSettings:
         _require(self, "storage", self.storage in ("float32", "float16"), "'float32' or 'float16'")
         _require(self, "lr", self.lr > 0, "> 0")
         _require(self, "weight_decay", self.weight_decay >= 0, ">= 0")
-        losses = ("game", "prefix_kl", "prefix_kl+barrier")
+        losses = ("game", "prefix_kl", "prefix_kl+game")
         _require(self, "loss", self.loss in losses, " or ".join(map(repr, losses)))
         if self.loss != "game" and self.task != "classification":
             raise UserError(

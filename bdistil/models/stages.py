@@ -93,15 +93,21 @@ class StagedBody(nn.Module):
 
 
 def check_stages(body: StagedBody, value: Any) -> None:
-    """Checks that no stage changes its input in place: later students read it.
+    """Checks that the stages take what the body starts from, and that none changes its input: later students read it.
 
     Raises:
-        UserError: a stage does; it is named.
+        UserError: a stage cannot take its input, or changes it in place; it is named.
     """
     with eval_mode(body), torch.no_grad():
         for number, stage in enumerate(body.stages, body.start + 1):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value = torch.randn_like(value)  # a ReLU leaves the output of another ReLU as it is
             before = value.clone() if isinstance(value, Tensor) else None
-            after = call_on(stage, value)
+            try:
+                after = call_on(stage, value)
+            except RuntimeError as error:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise UserError(f"Stage {number} of the student cannot take its input of {shape}: {error}.") from error
             if before is not None and not torch.equal(before, value):
                 raise UserError(f"Stage {number} of the student changes its input in place. Set inplace=False there.")
             value = after

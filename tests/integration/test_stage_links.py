@@ -1,0 +1,218 @@
+"""Whole runs of students that build on activations: cached and recomputed, resumed, loaded, cut down, exported."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.toys import (
+    CLASSES,
+    FEATURES,
+    Hook,
+    Killed,
+    boost,
+    by_hand,
+    control,
+    curve,
+    digests,
+    fit,
+    kill,
+    ledger,
+    make_teacher,
+    samples,
+    settings_for,
+)
+from torch import nn
+
+from bdistil import Budget, ProgressiveEnsemble, Rung, Student, UserError
+from bdistil.boosting import part
+from bdistil.export.run import ExportOptions, export_run
+from bdistil.export.runner import ExportedEnsemble
+from bdistil.functional import kd_terms
+from bdistil.storage.run_directory import RunDirectory
+
+LADDERS = {"deep": Rung(1, "deep"), "start": Rung(1, "start", at=1), "both": Rung(1, "deep", at=1)}
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def make(round, width=1.0):
+    stages = [nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()) for i, o in ((FEATURES, 7), (7, 5), (5, 6))]
+    return Student(stages=stages, head=nn.Linear(6, CLASSES))
+
+
+def settings(kind, **more):
+    return settings_for(3, ladder=[Rung(0), LADDERS[kind]], **more)
+
+
+@pytest.fixture(scope="module", params=LADDERS)
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    answers = []
+    look = Hook(on_fit_end=lambda trainer, module: answers.append(ProgressiveEnsemble.load(folder)(samples(9, 5)[0])))
+    boost(folder, student=make, settings=settings(request.param), callbacks=lambda: [look])
+    return request.param, folder, answers
+
+
+def test_prefixes_stay_as_they_are(run):
+    """To the bit; also where the student is built by the user's function, as for classes that cannot be imported."""
+    _, folder, answers = run
+    x = samples(9, 5)[0]
+    for ensemble in (ProgressiveEnsemble.load(folder), ProgressiveEnsemble.load(folder, student=make)):
+        for stages, before in enumerate(answers, 1):
+            assert torch.equal(ensemble(x, stages=stages), before)
+
+
+def test_the_ledger_holds_exact_errors(run):
+    """Although training read activations in 16 bits."""
+    _, folder, _ = run
+    expected = by_hand(ProgressiveEnsemble.load(folder), make_teacher(), samples(192, 11)[0])
+    torch.testing.assert_close(ledger(folder)[1], expected.error, atol=2e-5, rtol=1e-5)
+
+
+def test_macs_of_the_curve(run):
+    kind, folder, _ = run
+    rows = curve(folder)[1:]
+    own = {"deep": FEATURES * 7 + 35 + 30, "start": 35 + 30, "both": 35 + 30}[kind] + 6 * CLASSES
+    links = {"deep": 49 + 25, "start": 0, "both": 25}[kind] + 6 * CLASSES
+    assert [int(row["link_macs"]) for row in rows] == [0, links, links]
+    assert int(rows[2]["macs"]) - int(rows[1]["macs"]) == own + links
+    assert [row["accepted_class"] for row in rows] == ["F0", LADDERS[kind].name, LADDERS[kind].name]
+
+
+def test_what_is_cached_is_what_rounds_read(run):
+    kind, folder, _ = run
+    last = sorted(path.name for path in (folder / "ledger" / "train").glob("features.*"))
+    keys = {"deep": ["1", "2"], "start": ["1"], "both": ["1", "2"]}[kind]
+    assert [name for name in last if name.startswith("features.002")] == [
+        *(f"features.002.{key}.f16" for key in keys), "features.002.f32",
+    ]  # fmt: skip
+
+
+def test_no_earlier_body_runs_while_a_round_is_trained(tmp_path):
+    calls = []
+
+    def watch(trainer, module):
+        for student in module.earlier:
+            student.body.stages[-1].register_forward_hook(lambda *_: calls.append(module.number))
+
+    hooks = lambda: [Hook(on_train_start=watch, on_train_end=lambda *_: calls.append("end"))]  # noqa: E731
+    boost(tmp_path, student=make, settings=settings("deep"), callbacks=hooks)
+    assert calls[0] == calls[1] == "end"
+    assert 2 not in calls[: calls.index("end", 2)]
+
+
+@pytest.mark.parametrize("how", ["state", "size"])
+def test_recomputed_activations_train_the_same_students(run, tmp_path, monkeypatch, how):
+    """Up to the 16 bits of the cache; also where they are too large to be cached."""
+    kind, folder, _ = run
+    monkeypatch.setattr(part, "MOST_CACHED", 2)
+    other = settings(kind, state="recompute") if how == "state" else settings(kind)
+    boost(tmp_path / "run", student=make, settings=other)
+    assert not list((tmp_path / "run").rglob("*.f16"))
+    x = samples(9, 5)[0]
+    expected = ProgressiveEnsemble.load(folder)(x)
+    torch.testing.assert_close(ProgressiveEnsemble.load(tmp_path / "run")(x), expected, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("lost", ["nothing", "cache"])
+def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path, lost):
+    kind, folder, _ = run
+    hooks = lambda: [Hook(on_train_epoch_end=lambda trainer, module: kill() if module.number == 2 else None)]  # noqa: E731
+    with pytest.raises(Killed):
+        boost(tmp_path / "run", student=make, settings=settings(kind), callbacks=hooks)
+    if lost == "cache":
+        for file in (tmp_path / "run").glob("ledger/*/features*"):
+            file.unlink()
+    fit(control(tmp_path / "run", student=make, settings=settings(kind)))
+    assert digests(tmp_path / "run") == digests(folder)
+
+
+def test_samples_that_left_take_their_activations_with_them(run):
+    """Each sample is answered by its prefix, whoever else is in the batch."""
+    _, folder, _ = run
+    ensemble, x = ProgressiveEnsemble.load(folder), samples(40, 6)[0]
+    runner = ensemble.stage_runner(x)
+    runner.advance()
+    rows = torch.arange(0, 40, 3)
+    runner.keep(rows)
+    assert all(len(values) == len(rows) for values in runner.activations.values())
+    torch.testing.assert_close(runner.step().logits, ensemble(x[rows], stages=2))
+    runner.advance()
+    assert not runner.activations  # nobody reads anything any more
+    prediction = ensemble.predict(x, Budget(confidence=0.6))
+    for stages in prediction.stages.unique().tolist():
+        of = prediction.stages == stages
+        torch.testing.assert_close(prediction.logits[of], ensemble(x[of], stages=stages))
+
+
+def test_bodies_that_read_activations_do_not_run_together(run):
+    _, folder, _ = run
+    with pytest.raises(UserError, match="Take schedule='one'"):
+        ProgressiveEnsemble.load(folder)(samples(2, 6)[0], schedule="all")
+
+
+@pytest.mark.parametrize("options", [ExportOptions(), ExportOptions(fuse="all")])
+def test_exported_graphs_hand_activations_on(run, tmp_path, options):
+    kind, folder, _ = run
+    manifest = export_run(RunDirectory(folder), tmp_path / "out", options)
+    first = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"][1]["inputs"]
+    keys = {"deep": "12", "start": "1", "both": "12"}[kind]
+    assert {tensor["name"] for tensor in first} >= {f"activation_1_{key}" for key in keys} | {"features_1"}
+    x = samples(37, 6)[0]
+    runner, expected = ExportedEnsemble.load(tmp_path / "out"), ProgressiveEnsemble.load(folder)(x).numpy()
+    given = runner.predict(x.numpy()).logits
+    assert max(manifest["parity"]["differences"]) <= 1e-4
+    np.testing.assert_allclose(given, expected, atol=1e-4)
+
+
+def test_torch_archives_hand_activations_on(run, tmp_path):
+    export_run(RunDirectory(run[1]), tmp_path / "out", ExportOptions(format="torch"))
+    values = {"x": (x := samples(5, 6)[0])}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for stage in manifest["stages"]:
+        program = torch.export.load(tmp_path / "out" / stage["file"]).module()
+        given = program(*(values[tensor["name"]] for tensor in stage["inputs"]))
+        values |= {tensor["name"]: value for tensor, value in zip(stage["outputs"], given, strict=True)}
+    logits = values["total_3"] * manifest["stages"][2]["factor"]
+    torch.testing.assert_close(logits, ProgressiveEnsemble.load(run[1])(x), atol=1e-4, rtol=1e-4)
+
+
+# ---- the loss
+
+
+def test_a_run_with_the_divergence_of_the_prefix_comes_nearer_to_the_teachers_classes(tmp_path):
+    divergences = {}
+    for loss in ("prefix_kl", "game"):
+        folder, x = tmp_path / loss, samples(192, 11)[0]
+        boost(folder, student=make, settings=settings("deep", loss=loss), trainer={"epochs": 12})
+        assert all(row["margin_share"] for row in curve(folder)[1:])
+        answers, goal = ProgressiveEnsemble.load(folder)(x), make_teacher().eval()(x).detach()
+        divergences[loss] = nn.functional.kl_div(
+            (answers / 2).log_softmax(-1), (goal / 2).log_softmax(-1), reduction="batchmean", log_target=True
+        )
+    assert divergences["prefix_kl"] < divergences["game"]
+
+
+def test_both_losses_together(tmp_path):
+    seen = []
+
+    def look(trainer, module):
+        g, s = module.ledger.rows(torch.arange(50))
+        d = torch.randn(50, CLASSES, generator=torch.Generator().manual_seed(module.number))
+        seen.append((module.loss(d, s, g), module.game.loss(d, s), module, d, s, g))
+
+    boost(
+        tmp_path, student=make, settings=settings("deep", loss="prefix_kl+game"),
+        callbacks=lambda: [Hook(on_train_start=look)], trainer={"epochs": 1},
+    )  # fmt: skip
+    scale = json.loads((tmp_path / "rounds/000/round.json").read_text())["scale"]
+    for loss, game, module, d, s, g in seen:
+        prefix = (g + (s + d) / (module.number + 1)) * scale
+        terms = kd_terms(prefix, g * scale, torch.zeros(50, dtype=torch.long), temperature=2.0)
+        torch.testing.assert_close(loss, (module.number + 1) * terms.kl.mean() + 0.1 * game)
+    assert len(seen) == 3
+
+
+def test_a_regression_has_no_divergence():
+    with pytest.raises(UserError, match="`loss` of the boosting settings to be 'game' for task 'regression', got 'pre"):
+        settings("deep", loss="prefix_kl", task="regression")
