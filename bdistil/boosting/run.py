@@ -40,6 +40,7 @@ from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import Cost
 from bdistil.metrics.quality import Task, given_labels, prefix_metric, score_name
 from bdistil.models.inputs import InputSpec
+from bdistil.models.stages import StagedBody
 from bdistil.models.student import Rung, Student, build_student
 from bdistil.storage.provenance import describe_start, flatten
 from bdistil.storage.run_directory import RunDirectory
@@ -236,6 +237,9 @@ class Boosting:
         if not isinstance(plan.student, Student):
             kind = type(plan.student).__name__
             rank_zero_info(f"{kind} is no bdistil.Student, so it takes no links: all rounds are of class F0.")
+        elif any(rung.reads_stages for rung in self.settings.ladder) and not isinstance(plan.student.body, StagedBody):
+            kind = type(plan.student).__name__
+            rank_zero_info(f"{kind} has no stages: rungs of the kinds 'deep' and 'start' link to its features.")
         for part in plan.parts:
             if part.ledger.exists and self.run.scratch is None:
                 part.ledger.open(part.samples, fingerprint)

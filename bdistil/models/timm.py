@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from bdistil.errors import UserError
 from bdistil.models.inputs import Expectation
 from bdistil.models.student import Student, scaled
 from bdistil.storage.weights import load_weights
+from bdistil.utils.modules import eval_mode
 from bdistil.utils.paths import user_path
 
 
@@ -64,6 +66,8 @@ class TimmTeacher(nn.Module):
 
 class TimmStudent(Student):
     """A network of timm as a student; it exports the input of its classifier to later students.
+
+    Where the network calls its layers one after the other, its stages are those that timm lists in `feature_info`.
 
     Args:
         name: as in `timm.list_models()`.
@@ -117,7 +121,9 @@ class TimmStudent(Student):
         sides = (size, size) if isinstance(size, int) else size
         generator = torch.Generator().manual_seed(0)  # the global random state stays as it is
         image = torch.rand(1, in_channels, *sides, generator=generator)
-        super().__init__(*_split(network, head, name, image))
+        body, linear = _split(network, head, name, image)
+        stages = _stages(body, image)
+        super().__init__(None if stages else body, linear, stages=stages)
 
 
 def build_timm(
@@ -178,6 +184,30 @@ def _split(network: nn.Module, head: nn.Linear | nn.Conv2d, name: str, image: Te
     if not same:
         raise _inseparable(name, "the two together answer otherwise than the network")
     return network.train(), linear.train()
+
+
+@torch.no_grad()
+def _stages(network: nn.Module, image: Tensor) -> list[nn.Module]:
+    """The layers of a network, cut behind those that timm lists as its features; none if it does more than call them.
+
+    A vision transformer, for example, adds the embedding of positions between two layers.
+    """
+    info = network.feature_info if isinstance(network.feature_info, list) else []
+    cuts, layers = [feature["module"] for feature in info], OrderedDict[str, nn.Module]()
+    for name, child in network.named_children():
+        inside = isinstance(child, nn.Sequential) and any(cut.startswith(f"{name}.") for cut in cuts)
+        layers |= {f"{name}.{key}": part for key, part in child.named_children()} if inside else {name: child}
+    stages: list[nn.Module] = [nn.Sequential()]
+    for name, layer in layers.items():
+        cast(nn.Sequential, stages[-1]).append(layer)
+        if name in cuts:
+            stages.append(nn.Sequential())
+    with eval_mode(network):
+        try:
+            same = len(stages) > 1 and torch.equal(nn.Sequential(*stages)(image), network(image))
+        except (RuntimeError, TypeError, ValueError):
+            return []
+    return stages if same else []
 
 
 def _inseparable(name: str, why: str) -> UserError:

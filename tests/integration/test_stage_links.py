@@ -216,3 +216,10 @@ def test_both_losses_together(tmp_path):
 def test_a_regression_has_no_divergence():
     with pytest.raises(UserError, match="`loss` of the boosting settings to be 'game' for task 'regression', got 'pre"):
         settings("deep", loss="prefix_kl", task="regression")
+
+
+def test_students_without_stages_are_told_so_once(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        boost(tmp_path, settings=settings("deep"), trainer={"epochs": 1})
+    said = [record.message for record in caplog.records if "has no stages" in record.message]
+    assert said == ["Student has no stages: rungs of the kinds 'deep' and 'start' link to its features."]

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import ProgressiveEnsemble, Rung, UserError
+from bdistil.models.stages import StagedBody
+from bdistil.models.student import build_student, run_student
 from bdistil.models.timm import TimmStudent, TimmTeacher
 from bdistil.storage.blueprint import describe, rebuild
 from bdistil.storage.weights import load_weights
@@ -42,10 +44,10 @@ def test_a_student_answers_as_timm_does(name):
     student = TimmStudent(name, CLASSES).eval()
     network = timm.create_model(name, num_classes=CLASSES).eval()
     place = next(place for place, module in network.named_modules() if module is network.get_classifier())
-    own = student.state_dict()
-    weights = {key.removeprefix("body."): value for key, value in own.items() if key.startswith("body.")}
-    weights |= {f"{place}.{key.removeprefix('head.')}": value for key, value in own.items() if key.startswith("head.")}
-    network.load_state_dict(weights)
+    body, head = student.body.state_dict(), student.head.state_dict()
+    names = [name for name in network.state_dict() if name.rpartition(".")[0] != place]
+    weights = dict(zip(names, body.values(), strict=True))  # stages have other names, in the same order
+    network.load_state_dict(weights | {f"{place}.{key}": value for key, value in head.items()})
     x = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(student(x), network(x))
@@ -184,3 +186,24 @@ def test_a_checkpoint_that_holds_no_weights_is_refused_and_not_executed(tmp_path
     with pytest.raises(UserError, match="`checkpoint` to hold"):
         TimmTeacher("test_efficientnet", checkpoint=str(tmp_path / "bad.pt"))
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [("test_resnet", 6), ("test_convnext", 5), ("test_efficientnet", 6), ("test_vit", 0)]
+)
+@pytest.mark.parametrize("rung", [Rung(1, "deep"), Rung(1, "start", at=2)])
+def test_stages_are_those_of_feature_info(name, counts, rung):
+    """The network answers as in one piece, and a second student reads the first one's activations."""
+    x, students = torch.randn(2, 3, 32, 32), []
+    for number in range(2):
+        torch.manual_seed(number)
+        students.append(build_student(lambda number: TimmStudent(name, outputs=5), number, students, rung, x).eval())
+    first, second = students
+    network = timm.create_model(name, num_classes=0)
+    assert (len(first.body.stages) if isinstance(first.body, StagedBody) else 0) == counts
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=5).eval()
+    network.reset_classifier(0)
+    assert torch.equal(first.features(x), network(x))
+    assert (second.stage_reads != ()) == bool(counts)
+    assert run_student(second, [first], x).shape == (2, 5)
