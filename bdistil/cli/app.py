@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from bdistil.cli.commands import COMMANDS, EXAMPLES, find_recipe
 from bdistil.cli.fit import BoostCLI, Distiller, RoundTrainer
-from bdistil.cli.recipe_files import refuse_duplicate_keys
+from bdistil.cli.recipe_files import check_recipe, refuse_duplicate_keys
 from bdistil.errors import RunError, UserError
 from bdistil.utils.memory import keep_freed_memory
 from bdistil.utils.signals import Interrupted
@@ -85,10 +85,16 @@ def _with_recipe_paths(args: Sequence[str]) -> list[str]:
     out = list(args)
     for place, arg in enumerate(out):
         if arg.startswith("--config="):
-            out[place] = f"--config={find_recipe(arg.removeprefix('--config='))}"
+            out[place] = f"--config={_checked(arg.removeprefix('--config='))}"
         elif arg in ("--config", "-c") and place + 1 < len(out):
-            out[place + 1] = str(find_recipe(out[place + 1]))
+            out[place + 1] = _checked(out[place + 1])
     return out
+
+
+def _checked(name: str) -> str:
+    path = find_recipe(name)
+    check_recipe(path)
+    return str(path)
 
 
 def _run(command: str, args: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from bdistil.cli.recipe_files import check_recipe
 from bdistil.ensemble.budget import Budget, Rule
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
@@ -177,15 +176,12 @@ def find_recipe(name: str) -> Path:
     """The path of a recipe, given as a path or as the name of a shipped recipe.
 
     Raises:
-        UserError: there is no such recipe; similar names are listed. Or the file is no recipe.
+        UserError: there is no such recipe; similar names are listed.
     """
-    path = user_path(name, "config")
-    if path.is_file():
-        check_recipe(path)
+    if name and (path := user_path(name, "config")).is_file():
         return path
     known = recipes()
     if name in known:
-        check_recipe(known[name])
         return known[name]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give a path, or one of those."

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
 
 from bdistil.data.base import ImageModule, Images
-from bdistil.data.readers import ImageFiles, Source, pad_crop_flip
+from bdistil.data.readers import ImageFiles, Source, encoded, pad_crop_flip
 from bdistil.data.readers.files import listed
 from bdistil.errors import UserError
 
@@ -36,8 +34,7 @@ def read_folders(folder: Path, source: Source) -> tuple[Images, list[str]]:
 
 
 def _files(paths: Iterable[str], labels: Iterable[int]) -> Images:
-    # An array: the workers of a loader would copy a list of a million strings, reference count by reference count.
-    return np.array([os.fsencode(path) for path in paths]), torch.tensor([*labels])
+    return encoded(paths), torch.tensor([*labels])
 
 
 class ImageFolders(ImageModule):

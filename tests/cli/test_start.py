@@ -110,7 +110,6 @@ def test_what_lightning_refuses_is_one_message(tmp_path, capsys, options, messag
         ["evaluate", "--run_dir", " "],
         ["report", "--run_dir", ""],
         ["export", "--run_dir", "none", "--output", ""],
-        ["fit", "--config", ""],
     ],
     ids=" ".join,
 )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from bdistil.errors import RunError
+from bdistil.errors import RunError, UserError
 
 Transform = Callable[[Any], Tensor]
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+LARGEST_16_BIT = 65535
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange height and width
 
 
 def normalised(first: Sequence[v2.Transform], mean: Sequence[float], std: Sequence[float]) -> Transform:
@@ -24,7 +30,7 @@ def normalised(first: Sequence[v2.Transform], mean: Sequence[float], std: Sequen
     return composed
 
 
-def pad_crop_flip(size: int, padding: int) -> list[v2.Transform]:
+def pad_crop_flip(size: int | Sequence[int], padding: int) -> list[v2.Transform]:
     """The augmentation of CIFAR: pad with zeros, crop to the old size at random, mirror half of the images."""
     return [v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
 
@@ -47,13 +53,80 @@ class ArrayImages(Dataset[tuple[Tensor, int]]):
 
 
 class ImageFiles(ArrayImages):
-    """Images in files, whose encoded paths are an array of bytes (N,); decoded to RGB as they are read."""
+    """Images in files, whose encoded paths are an array of bytes (N,); decoded as they are read, see `read_image`."""
+
+    channels = 3
 
     def read(self, index: int) -> Any:
-        """One image of PIL."""
-        path = os.fsdecode(bytes(self.images[index]))
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise RunError(f"{path} is no whole image ({error}). Get it again, or remove it.") from error
+        """One image."""
+        return read_image(os.fsdecode(bytes(self.images[index])), self.channels)
+
+
+class GreyFiles(ImageFiles):
+    """The same with one channel."""
+
+    channels = 1
+
+
+def encoded(paths: Iterable[str | Path]) -> Any:
+    """Paths as an array of bytes: the workers of a loader would copy a list of a million strings, one by one."""
+    return np.array([os.fsencode(path) for path in paths])
+
+
+def read_image(path: str, channels: int = 3) -> Any:
+    """Decodes an image upright, as its EXIF orientation says.
+
+    Args:
+        path: of the file.
+        channels: 3 for RGB, 1 for grey. Transparency is dropped.
+
+    Returns:
+        An image of PIL with 8 bits a channel; one of 16 bits as a tensor (channels, H, W) float32 in 0 … 1.
+
+    Raises:
+        RunError: it is no whole image, or its numbers have no range, see `check_mode`.
+    """
+    try:
+        with Image.open(path) as image:
+            check_mode(image, path)
+            upright = ImageOps.exif_transpose(image)
+            if _has_16_bits(image):
+                values = np.asarray(upright, dtype=np.float32) / LARGEST_16_BIT
+                return torch.from_numpy(values).expand(channels, -1, -1).contiguous()
+            return upright.convert("RGB" if channels == 3 else "L")
+    except UserError as error:
+        raise RunError(str(error)) from error
+    except UNREADABLE as error:
+        raise RunError(f"{path} is no whole image ({error}). Get it again, or remove it.") from error
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether an image is grey with 16 bits; older versions of PIL open such a PNG as 32 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def check_mode(image: Image.Image, path: str | Path) -> None:
+    """Raises UserError for an image of real numbers or 32-bit integers: which of them is white is not known."""
+    if image.mode in ("F", "I") and not _has_16_bits(image):
+        kind = "real numbers" if image.mode == "F" else "32-bit integers"
+        raise UserError(
+            f"{path} has pixels that are {kind}, whose range is not known. Save images of 8 or 16 bits, or give their "
+            "numbers as an array in a .npz file (bdistil.data.Arrays)."
+        )
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(H, W) of an image when it is upright, from its header.
+
+    Raises:
+        UserError: it is no image, or one that `check_mode` refuses.
+    """
+    try:
+        with Image.open(path) as image:
+            check_mode(image, path)
+            width, height = image.size
+            return (width, height) if image.getexif().get(ORIENTATION) in SIDEWAYS else (height, width)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{path} is no image that can be read ({error}). Get it again, or remove it.") from error

@@ -11,9 +11,10 @@ from bdistil.errors import UserError
 
 
 def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of three parts of labels (N,) with the same share of every class: the rest, and two of the given sizes.
+    """Indices of three parts of labels (N,): the rest, and two of given sizes with as many samples of every class.
 
-    Sizes that are no multiples of the number of classes are rounded down to one.
+    Sizes that are no multiples of the number of classes are rounded down to one. A class of few samples keeps a fifth
+    of them, rounded up, in the first part; the others are then smaller.
 
     Example:
         >>> labels = torch.tensor([0, 1, 0, 1, 0, 1])
@@ -27,9 +28,32 @@ def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple
     for label in classes:
         rows = (labels == label).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        pieces.append((rows[second + third :], rows[:second], rows[second : second + third]))
+        most = min(second + third, 4 * len(rows) // 5)
+        own = most * second // max(1, second + third)  # `second` itself where the class has enough samples
+        pieces.append((rows[most:], rows[:own], rows[own:most]))
     train, val, test = (torch.cat(part).sort().values for part in zip(*pieces, strict=True))
     return train, val, test
+
+
+def share_split(labels: Tensor, shares: Sequence[float], seed: int) -> list[Tensor]:
+    """Indices of the rest of labels (N,), and of parts with the given shares of every class, rounded.
+
+    Every class keeps a sample in the rest.
+
+    Example:
+        >>> labels = torch.tensor([0] * 10 + [1] * 4 + [2])
+        >>> [labels[part].tolist() for part in share_split(labels, (0.2, 0.3), seed=0)]
+        [[0, 0, 0, 0, 0, 1, 1, 2], [0, 0, 1], [0, 0, 0, 1]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pieces = []
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        ends = [min(round(sum(shares[: part + 1]) * len(rows)), len(rows) - 1) for part in range(len(shares))]
+        *parts, rest = rows.tensor_split(ends)
+        pieces.append((rest, *parts))
+    return [torch.cat(part).sort().values for part in zip(*pieces, strict=True)]
 
 
 def validation_split(labels: Tensor, validation: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,171 @@
+"""Arrays of one's own, in a .npz file."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from bdistil.data.base import PARTS, TensorParts
+from bdistil.data.folders import check_shares
+from bdistil.data.readers import share_split
+from bdistil.data.readers.files import Array
+from bdistil.errors import UserError
+from bdistil.utils.paths import user_path
+
+
+class Arrays(TensorParts):
+    """Samples x (N, ...) and y (N,) or (N, L) of a .npz file; a recipe for one's own arrays needs no Python.
+
+    The file has `x` and `y`, or `x_train`, `y_train` and the same with `_val` and `_test`. A part that is not there is
+    split off the training samples by seed, of class labels with the same share of every class; every class keeps
+    training samples. Labels may be integers or names; real numbers are for `task: regression`.
+
+    Real numbers become float32, and integers int64, as ids of tokens. Images of integers need `standardise`.
+
+    Args:
+        file: the .npz file, as `numpy.savez` writes it.
+        standardise: x as float32 with mean 0 and sd 1 over the training part, for each index of `axis`.
+        axis: of the channels, or features, in a batch.
+        channels_last: move the last axis of x to `axis` 1, for images (N, H, W, C).
+        shape: of one sample, to which x is reshaped first; for example [1, 28, 28] for images (N, 28, 28).
+        validation: share of the training samples for a validation part that is not there.
+        test: share for a test part that is not there.
+        split_seed: seed of the split, independent of the seed of a run.
+        options: as for `PartsModule`.
+
+    Attributes:
+        labels: names of the classes, after `setup`, where y has names.
+        normalisation: mean and standard deviation, after `setup` with `standardise`.
+
+    Raises:
+        UserError: a value outside of its range. In `setup`: no such file, or arrays that do not go together, of another
+            type, or with NaN; the array is named.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        *,
+        standardise: bool = False,
+        axis: int = 1,
+        channels_last: bool = False,
+        shape: list[int] | None = None,
+        validation: float = 0.15,
+        test: float = 0.15,
+        split_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_shares(validation, test)
+        self.file, self.standardise, self.axis = user_path(file, "data.file"), standardise, axis
+        self.channels_last, self.shape = channels_last, shape
+        self.shares, self.split_seed = {"val": validation, "test": test}, split_seed
+        self.labels: list[str] | None = None
+        self.normalisation: tuple[Tensor, Tensor] | None = None
+
+    def make_parts(self) -> dict[str, Any]:
+        """The three parts, in memory."""
+        found = read_arrays(self.file)
+        labels = {part: y for part, (_, y) in found.items()}
+        if labels["train"].dtype.kind in "US":
+            labels = self._number(labels)
+        parts = {part: (self._samples(x, part), _labels(labels[part], part)) for part, (x, _) in found.items()}
+        parts |= self._split(*parts["train"], {part: s for part, s in self.shares.items() if part not in parts})
+        if self.standardise:
+            mean, spread = self.normalisation = self._moments(parts["train"][0])
+            parts = {part: ((x - mean) / spread, y) for part, (x, y) in parts.items()}
+        return {part: TensorDataset(*parts[part]) for part in PARTS}
+
+    def _number(self, labels: dict[str, Array]) -> dict[str, Array]:
+        """Class numbers in place of names; the classes are those of the training part."""
+        names = np.unique(labels["train"])
+        for part, y in labels.items():
+            if len(unknown := np.setdiff1d(y, names)):
+                raise UserError(f"Expected classes of the training part as y of {part}, got also {str(unknown[0])!r}.")
+        self.labels = [str(name) for name in names]
+        return {part: np.searchsorted(names, y) for part, y in labels.items()}
+
+    def _samples(self, x: Array, part: str) -> Tensor:
+        where = f"x of {part} in {self.file}"
+        if x.dtype.kind not in "biuf":
+            raise UserError(f"Expected {where} to be numbers, got {x.dtype}.")
+        if self.shape is not None:
+            if np.prod(self.shape) * len(x) != x.size:
+                raise UserError(f"Expected {where} to have samples of `shape` {self.shape}, got {x.shape[1:]}.")
+            x = x.reshape(len(x), *self.shape)
+        x = np.moveaxis(x, -1, 1) if self.channels_last else x
+        if x.dtype.kind in "iu" and x.ndim > 2 and not self.standardise:
+            raise UserError(
+                f"Expected {where} to be real numbers, got {x.dtype} of shape {x.shape}. Give `standardise` "
+                "(--data.standardise true) for pixels, or save them as float32."
+            )
+        if self.standardise or x.dtype.kind in "bf":
+            x = x.astype(np.float32)
+        if x.dtype.kind == "f" and not np.isfinite(x).all():
+            wrong = int(np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1))[0])
+            raise UserError(f"Expected {where} without NaN or infinity, got some in sample {wrong}.")
+        return torch.from_numpy(np.ascontiguousarray(x if x.dtype.kind == "f" else x.astype(np.int64)))
+
+    def _split(self, x: Tensor, y: Tensor, missing: dict[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
+        classes = y if y.ndim == 1 and not y.is_floating_point() else torch.zeros(len(y))
+        rows = share_split(classes, [*missing.values()], self.split_seed)
+        if empty := [part for part, chosen in zip(("train", *missing), rows, strict=True) if not len(chosen)]:
+            raise UserError(
+                f"Expected samples in every part of {self.file}, got none in {', '.join(empty)}: {len(x)} training "
+                f"samples are too few to split off the shares {missing}."
+            )
+        return {part: (x[chosen], y[chosen]) for part, chosen in zip(("train", *missing), rows, strict=True)}
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of x (N, ...), of a shape that broadcasts over it; 1 where nothing varies."""
+        if not -x.ndim <= self.axis < x.ndim or self.axis % x.ndim == 0:
+            raise UserError(
+                f"Expected `axis` to be one of the axes after the first of x {tuple(x.shape)}, got {self.axis}."
+            )
+        others = [axis for axis in range(x.ndim) if axis != self.axis % x.ndim]
+        mean, spread = x.double().mean(others, keepdim=True), x.double().std(others, correction=0, keepdim=True)
+        return mean[0].float(), torch.where(spread[0] < 1e-6, 1.0, spread[0]).float()
+
+
+def read_arrays(file: Path) -> dict[str, tuple[Array, Array]]:
+    """x and y of each part in a .npz file, of which `x` and `y` alone are the training part.
+
+    Raises:
+        UserError: there is no such file, an array is missing, or x and y differ in length.
+    """
+    if not file.is_file():
+        raise UserError(f"Expected `file` of Arrays to be a .npz file, got {str(file)!r}, which is not there.")
+    if not zipfile.is_zipfile(file):
+        raise UserError(f"Expected {file} to be a .npz file of arrays of numbers, got another file (see numpy.savez).")
+    try:
+        with np.load(file, allow_pickle=False) as loaded:
+            arrays = {name.lower(): loaded[name] for name in loaded.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"Expected {file} to be a .npz file of arrays of numbers, got: {error}") from error
+    divided = "x_train" in arrays
+    names = {part: (f"x_{part}", f"y_{part}") for part in PARTS if f"x_{part}" in arrays} if divided else {}
+    names = names or {"train": ("x", "y")}
+    if lacking := [name for pair in names.values() for name in pair if name not in arrays]:
+        raise UserError(
+            f"Expected arrays x and y, or x_train, y_train …, in {file}, got {list(arrays)} ({lacking[0]} lacks)."
+        )
+    found = {part: (arrays[x], arrays[y]) for part, (x, y) in names.items()}
+    for part, (x, y) in found.items():
+        if x.ndim < 2 or not y.ndim or not len(x) or len(x) != len(y):
+            raise UserError(f"Expected N samples x (N, ...) and y of {part} in {file}, got {x.shape} and {y.shape}.")
+    return found
+
+
+def _labels(y: Array, part: str) -> Tensor:
+    """Class numbers (N,) int64, or real numbers (N,) or (N, L) float32."""
+    if y.dtype.kind not in "biuf":
+        raise UserError(f"Expected y of {part} to be numbers or names, got {y.dtype}.")
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 and y.dtype.kind in "biu" else y
+    whole = y.dtype.kind in "biu" and y.ndim == 1
+    return torch.from_numpy(np.ascontiguousarray(y.astype(np.int64 if whole else np.float32)))

@@ -1,0 +1,196 @@
+"""Images of one's own, in one folder for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from bdistil.data.base import PARTS, PartsModule
+from bdistil.data.readers import GreyFiles, ImageFiles, encoded, image_size, normalised, pad_crop_flip, share_split
+from bdistil.data.readers.files import listed
+from bdistil.errors import UserError
+from bdistil.utils.paths import user_path
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0 … 1, as most teachers expect
+GREY_MEAN, GREY_STD = 0.449, 0.226  # their means
+
+Files = dict[str, list[Path]]  # by class
+
+
+class ImageFolder(PartsModule):
+    """Images in one folder for each class, in three parts; a recipe for one's own images needs no Python.
+
+    Either `root/train/CLASS/*` with `root/val` and `root/test` like it, or `root/CLASS/*`. A part that is not there is
+    split off the training images by seed, with the same share of every class; every class keeps training images.
+    Classes are numbered in the order of their names. Images are turned as their EXIF orientation says; those of 16 bits
+    keep their range. The header of every image is read at the start, and one that cannot be read is named.
+
+    Args:
+        root: the folder.
+        size: side of the images, whose shorter side is scaled to it before the middle is cropped; or [height, width],
+            to which they are scaled. None for images that have one size.
+        channels: 3 for RGB, 1 for grey.
+        validation: share of the training images for a validation part that is not there.
+        test: share for a test part that is not there.
+        augment: pad by an eighth, crop and flip the training images; needs `boosting.state: recompute`.
+        mean: of the pixels in 0 … 1, subtracted; those of ImageNet by default. For each channel, or one number.
+        std: likewise; the pixels are divided by it.
+        split_seed: seed of the split, independent of the seed of a run.
+        options: as for `PartsModule`.
+
+    Attributes:
+        labels: names of the classes, after `setup`.
+
+    Raises:
+        UserError: a value outside of its range. In `setup`: no images, a class without images or unknown in training,
+            an image that cannot be read, images of several sizes without `size`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        size: int | list[int] | None = None,
+        channels: Literal[1, 3] = 3,
+        validation: float = 0.15,
+        test: float = 0.15,
+        augment: bool = False,
+        mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
+        split_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_shares(validation, test)
+        self.root, self.channels, self.augment = user_path(root, "data.root"), channels, augment
+        self.shares, self.split_seed = {"val": validation, "test": test}, split_seed
+        self.size = [size] if isinstance(size, int) else size
+        self.mean = _per_channel(mean, MEAN if channels == 3 else [GREY_MEAN], channels)
+        self.std = _per_channel(std, STD if channels == 3 else [GREY_STD], channels)
+        if channels not in (1, 3) or (self.size and not (len(self.size) < 3 and min(self.size) > 0)):
+            raise UserError(
+                f"Expected `channels` 1 or 3 and `size` > 0, or [height, width], got {channels} and {size}."
+            )
+        if min(self.std) <= 0:
+            raise UserError(f"Expected `std` > 0, got {self.std}.")
+        # `bdistil export` writes them to its manifest.
+        self.normalisation = tuple(torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        self.labels: list[str] = []
+
+    def make_parts(self) -> dict[str, Any]:
+        """Datasets of the images; only the training part is augmented."""
+        found = find_parts(self.root)
+        self.labels = list(found["train"])
+        parts = {part: _numbered(files, self.labels, self.root / part) for part, files in found.items()}
+        sides = self._sides([path for paths, _ in parts.values() for path in paths])
+        parts = self._split(*parts.pop("train"), parts)
+        kind = ImageFiles if self.channels == 3 else GreyFiles
+        return {
+            part: kind(encoded(paths), labels, self._transform(sides, augment=self.augment and part == "train"))
+            for part, (paths, labels) in parts.items()
+        }
+
+    def _sides(self, paths: Sequence[Path]) -> list[int]:
+        """Height and width of all x; reads the header of every image."""
+        sizes: dict[tuple[int, int], Path] = {}
+        for path in paths:
+            sizes.setdefault(image_size(path), path)
+        if self.size is None and len(sizes) > 1:
+            (first, one), (second, other), *_ = sizes.items()
+            raise UserError(
+                f"Expected images of one size in {self.root}, got {len(sizes)} sizes, such as {first} of {one} and "
+                f"{second} of {other} (height, width). Give `size` (--data.size 64) to have them scaled."
+            )
+        return list(self.size * 2)[:2] if self.size else list(next(iter(sizes)))
+
+    def _transform(self, sides: list[int], *, augment: bool) -> Any:
+        first: list[v2.Transform] = []
+        if self.size is not None:
+            first = [v2.Resize(self.size if len(self.size) == 2 else self.size[0], antialias=True)]
+            first += [v2.CenterCrop(sides)] if len(self.size) == 1 else []
+        return normalised([*first, *(pad_crop_flip(sides, min(sides) // 8) if augment else [])], self.mean, self.std)
+
+    def _split(
+        self, paths: list[Path], labels: Tensor, parts: Mapping[str, tuple[list[Path], Tensor]]
+    ) -> dict[str, Any]:
+        missing = {part: share for part, share in self.shares.items() if part not in parts}
+        rows = dict(zip(("train", *missing), share_split(labels, [*missing.values()], self.split_seed), strict=True))
+        split = {part: ([paths[row] for row in chosen], labels[chosen]) for part, chosen in rows.items()} | dict(parts)
+        if empty := [part for part in PARTS if not split[part][0]]:
+            raise UserError(
+                f"Expected images in every part of {self.root}, got none in {', '.join(empty)}: {len(paths)} training "
+                f"images in {len(self.labels)} classes are too few to split off the shares {missing}."
+            )
+        return {part: split[part] for part in PARTS}
+
+
+def check_shares(validation: float, test: float) -> None:
+    """Raises UserError unless both shares are positive and leave a fifth for training."""
+    if min(validation, test) <= 0 or validation + test > 0.8:
+        raise UserError(
+            f"Expected `validation` and `test` to be shares > 0, together at most 0.8, got {validation} and {test}."
+        )
+
+
+def _per_channel(values: float | list[float] | None, default: Sequence[float], channels: int) -> list[float]:
+    given = list(default) if values is None else [values] * channels if isinstance(values, float | int) else values
+    if len(given) != channels:
+        raise UserError(
+            f"Expected `mean` and `std` to be one number, or one for each of {channels} channels, got {values}."
+        )
+    return given
+
+
+def find_parts(root: Path) -> dict[str, Files]:
+    """Paths of images by part and class: of `root/train` and others beside it, or of `root` as `train` alone.
+
+    Raises:
+        UserError: there is no folder or no image, or a class of the training part has none.
+    """
+    if not root.is_dir():
+        raise UserError(f"Expected `root` of ImageFolder to be a folder, got {str(root)!r}, which is not there.")
+    divided = (root / "train").is_dir() and any(_folders(root / "train"))
+    folders = {part: root / part for part in PARTS if (root / part).is_dir()} if divided else {"train": root}
+    found = {part: _classes(folder) for part, folder in folders.items()}
+    if empty := [name for name, paths in found["train"].items() if not paths]:
+        raise UserError(
+            f"Expected images in every folder of {folders['train']}, got none in {listed(empty)}. Images end in "
+            f"{', '.join(IMG_EXTENSIONS)}."
+        )
+    if len(found["train"]) < 2:
+        raise UserError(
+            f"Expected one folder for each of two or more classes in {folders['train']}, got "
+            f"{listed(found['train']) or 'no folder'}."
+        )
+    return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _classes(folder: Path) -> Files:
+    """Images by class, at any depth, in the order of their names; hidden files are not read."""
+    return {
+        each.name: sorted(
+            path
+            for path in each.rglob("*")
+            if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".") and path.is_file()
+        )
+        for each in _folders(folder)
+    }
+
+
+def _numbered(files: Files, classes: Sequence[str], folder: Path) -> tuple[list[Path], Tensor]:
+    """Paths and class numbers (N,) of a part."""
+    if unknown := sorted(set(files) - set(classes)):
+        raise UserError(f"Expected classes of the training part in {folder}, got also {listed(unknown)}.")
+    paths = [path for each in files.values() for path in each]
+    numbers = [classes.index(name) for name, each in files.items() for _ in each]
+    return paths, torch.tensor(numbers, dtype=torch.int64)
