@@ -106,6 +106,13 @@ class InputSpec:
         items = self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts)
         return {key: spec for place, part in items for key, spec in part.tensors(f"{name}_{place}").items()}
 
+    def paths(self) -> list[list[str | int]]:
+        """The keys and places by which each of the tensors is found in x, in the order of `tensors`."""
+        if self.parts is None:
+            return [[]]
+        items = self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts)
+        return [[place, *rest] for place, part in items for rest in part.paths()]
+
     def take_apart(self, x: Any, name: str = "x") -> dict[str, Any]:
         """The tensors of a batch x, by the names of `tensors`."""
         if self.parts is None:
@@ -121,20 +128,27 @@ class InputSpec:
             return tuple(part.put_together(tensors, f"{name}_{place}") for place, part in enumerate(self.parts))
         return tensors[name]
 
-    def random(self, count: int) -> Any:
+    @property
+    def varies(self) -> bool:
+        """Whether a size may vary."""
+        return any(isinstance(size, tuple) for spec in self.tensors().values() for size in spec.shape or ())
+
+    def random(self, count: int, *, smallest: bool = False) -> Any:
         """Random samples (count, ...), always the same: standard normal, or zeros and ones for an integer dtype.
 
-        A size that may vary is the largest. The first column of whole numbers is 1, so that none is an empty mask.
+        A size that may vary is the largest one, or the smallest. The first column of whole numbers is 1, so that none
+        is an empty mask.
         """
-        return self._random(count, torch.Generator().manual_seed(0))
+        return self._random(count, torch.Generator().manual_seed(0), 0 if smallest else 1)
 
-    def _random(self, count: int, generator: torch.Generator) -> Any:
+    def _random(self, count: int, generator: torch.Generator, end: int) -> Any:
         if isinstance(self.parts, Mapping):
-            return {key: part._random(count, generator) for key, part in self.parts.items()}
+            return {key: part._random(count, generator, end) for key, part in self.parts.items()}
         if self.parts is not None:
-            return tuple(part._random(count, generator) for part in self.parts)
+            return tuple(part._random(count, generator, end) for part in self.parts)
         assert self.shape is not None
-        dtype, sizes = getattr(torch, self.dtype or "float32"), [_largest(size) for size in self.shape]
+        dtype = getattr(torch, self.dtype or "float32")
+        sizes = [size[end] if isinstance(size, tuple) else size for size in self.shape]
         if dtype.is_floating_point:
             return torch.randn(count, *sizes, generator=generator).to(dtype)
         numbers = torch.randint(2, (count, *sizes), generator=generator).to(dtype)
@@ -189,10 +203,6 @@ class InputSpec:
         # that the samples are checked one by one then.
         if x.is_floating_point() and not math.isfinite(x.sum().item()):
             _refuse_nan(x, name)
-
-
-def _largest(size: Size) -> int:
-    return size[1] if isinstance(size, tuple) else size
 
 
 def _joined_size(a: Size, b: Size) -> Size:
