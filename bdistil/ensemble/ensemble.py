@@ -132,6 +132,7 @@ class ProgressiveEnsemble(nn.Module):
     def stage_runner(self, x: Any, *, count_votes: bool = False) -> StageRunner:
         """A `StageRunner` of the students on a batch, before its first stage; checks x, see `InputSpec.check`."""
         self.inputs.check(x)
+        x = self.inputs.select(x)
         students, weights = list(self.students), self.calibration.weights
         return StageRunner(students, self.wiring, x, self.scale, self.macs, weights, self.offset, count_votes)
 
@@ -179,7 +180,7 @@ class ProgressiveEnsemble(nn.Module):
             raise UserError(f"Expected `schedule` to be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
         if schedule == "all":
             self._stacked = self._stacked or StackedBodies(list(self.students))
-            runner.bodies = self._stacked(x) if count == len(self) else ()
+            runner.bodies = self._stacked(runner.x) if count == len(self) else ()
         for _ in range(count - 1):
             runner.advance()
         return runner.step().logits

@@ -133,6 +133,17 @@ class InputSpec:
         """Whether a size may vary."""
         return any(isinstance(size, tuple) for spec in self.tensors().values() for size in spec.shape or ())
 
+    def select(self, x: Any) -> Any:
+        """A batch without the keys that it did not have in training, such as that of the labels.
+
+        Example:
+            >>> InputSpec(parts={"ids": InputSpec((2,), "int64")}).select({"ids": 1, "labels": 2})
+            {'ids': 1}
+        """
+        if not isinstance(self.parts, Mapping) or not isinstance(x, Mapping) or self.parts.keys() >= set(x):
+            return x
+        return {key: x[key] for key in self.parts if key in x}
+
     def random(self, count: int, *, smallest: bool = False) -> Any:
         """Random samples (count, ...), always the same: standard normal, or zeros and ones for an integer dtype.
 
