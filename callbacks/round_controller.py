@@ -18,7 +18,13 @@ from bdistil.boosting.optimization import LRSchedulerCallable, Optimization, Opt
 from bdistil.boosting.round import BoostingRound, RoundState
 from bdistil.boosting.run import Boosting, RoundPlan
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.trainer_checks import SharedCallbacks, check_trained, check_trainer, check_unused
+from bdistil.boosting.trainer_checks import (
+    SharedCallbacks,
+    check_trained,
+    check_trainer,
+    check_uncompiled,
+    check_unused,
+)
 from bdistil.data.loaders import check_drawn, distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
@@ -188,6 +194,7 @@ class RoundController(Checkpoint):
                 f"Expected one fit for round {self.number + 1}, got a second one: take the next module from the loop."
             )
         check_fit(trainer, self._datamodule)
+        check_uncompiled(pl_module)
         self._shared.start(trainer, self.number)
         self._reseed(trainer)
 
@@ -275,12 +282,13 @@ class RoundController(Checkpoint):
 
     def _close(self, trainer: pl.Trainer) -> None:
         self._closed = True
-        check_trained(trainer.global_step, self.number)
+        module = self.plan.module
+        if (best := module.best) is not None:
+            best.restore(module.student)
+        check_trained(trainer.global_step, self.number, module.student, module.initial)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.boosting.rehearse(self.plan)
             return
-        if (best := self.plan.module.best) is not None:
-            best.restore(self.plan.module.student)
         row = close_round(self.boosting, self.plan, self.state, self.device, steps=trainer.global_step)
         if row is not None:
             self.tracker.committed(trainer, row, self.number)

@@ -161,6 +161,7 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
             **counts,
             **({} if plan.module.best is None else {"kept_epoch": plan.module.best.epoch}),
             **plan.run.optimization,
+            "structure": plan.module.structure,
             "indescribable": why,
             "blueprint": blueprint,
         }

@@ -31,6 +31,8 @@ from bdistil.metrics.quality import (
 )
 from bdistil.models.student import run_student, sources
 from bdistil.utils import distributed
+from bdistil.utils.modules import first_difference, structure_of
+from bdistil.utils.optimizers import schedule_length
 
 # (g, S, labels, index) of a batch -> target and error of a round that mixes labels in.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
@@ -193,6 +195,8 @@ class BoostingRound(_FastHookName):
         self._loss_sum, self._loss_samples = 0.0, 0  # of the epoch
         self._sums: list[Tensor] = []
         object.__setattr__(self, "_precisions", PrefixPrecisions(sync_on_compute=False))  # in no checkpoint
+        self.structure = structure_of(student)  # before a Trainer converts modules
+        self.initial = [parameter.detach().cpu().clone() for parameter in student.parameters()]
         self.optimization = optimization or Optimization()
         self.best = BestEpoch() if settings.keep_epoch == "best" else None
 
@@ -310,7 +314,8 @@ class BoostingRound(_FastHookName):
     # ---- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the best epoch so far."""
+        """Saves the best epoch so far, and how the student is built."""
+        checkpoint["structure"] = self.structure
         if self.best is not None:
             checkpoint["best_epoch"] = self.best.to_dict()
 
@@ -321,8 +326,28 @@ class BoostingRound(_FastHookName):
             UserError: the checkpoint is of another student than this round's.
         """
         check_same_student(checkpoint["state_dict"], self.state_dict(), self.run_dir, self.number)
+        self._check_structure(checkpoint)
         if self.best is not None and "best_epoch" in checkpoint:
             self.best.load(checkpoint["best_epoch"])
+
+    def _check_structure(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where a checkpoint is of a student, or of a cosine, that is not this round's."""
+        work = self.run_dir / "work"
+        if found := first_difference(checkpoint.get("structure"), self.structure):
+            raise UserError(
+                f"The student of round {self.number + 1}, which is under way in {self.run_dir}, differs from what "
+                f"`student` makes now: {found}. Give the function that the round was started with, choose another "
+                f"`run_dir`, or remove {work} to train the round anew."
+            )
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        there = [int(state["T_max"]) for state in checkpoint["lr_schedulers"] if "T_max" in state]
+        if self.optimization == Optimization() and there and there[0] != (now := schedule_length(self.trainer)[0]):
+            raise UserError(
+                f"Round {self.number + 1}, which is under way in {self.run_dir}, was started with a cosine over "
+                f"{there[0]} epochs or steps, now the Trainer ends after {now}. Give the former `max_epochs` or "
+                f"`max_steps`, or remove {work} to train the round anew."
+            )
 
     # ---- validation: sums on the device, logged once an epoch
 

@@ -271,7 +271,10 @@ class Boosting:
     def _plan_round(self, plan: RunPlan, fingerprint: str) -> RoundPlan | None:
         """The next round, with its student built; None when the run is finished."""
         run, settings, number = self.run, self.settings, self.run.committed()
-        if number >= settings.rounds or run.stopped is not None:
+        if (reason := run.stopped) is not None:
+            rank_zero_info(f"Boosting has stopped after {number} of {settings.rounds} rounds: {reason}.")
+            return None
+        if number >= settings.rounds:
             return None
         while len(self.students) < number:
             self.students.append(restore_student(run, len(self.students), self.students, self.make))

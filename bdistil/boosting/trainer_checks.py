@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.compile import to_uncompiled
+from torch import Tensor, nn
 
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.errors import UserError
@@ -134,11 +138,37 @@ class SharedCallbacks:
         self._used[number] = [callback for callback in callbacks if isinstance(callback, AVERAGING)]
 
 
-def check_trained(steps: int, number: int) -> None:
-    """Raises UserError for a round whose optimizer made no step."""
+def check_uncompiled(module: pl.LightningModule) -> None:
+    """Raises UserError for a round that was compiled as a whole: its steps read the ledger's files."""
+    try:
+        to_uncompiled(module)
+    except ValueError:  # it is not compiled
+        return
+    raise UserError(
+        "Expected the module of a round as it is, got torch.compile(module). Compile the network that is trained: "
+        "module.student.compile(), before the fit."
+    )
+
+
+def check_trained(steps: int, number: int, student: nn.Module, initial: Sequence[Tensor]) -> None:
+    """Raises UserError for a round whose optimizer made no step, or changed no weight.
+
+    Args:
+        steps: of the optimizer.
+        number: of the round, from 0.
+        student: after the fit.
+        initial: its parameters before the fit.
+    """
     if steps == 0:
         raise UserError(
             f"The student of round {number + 1} was not trained: the fit ended without a step. Nothing of this round "
             "was committed. Look at the Trainer (`max_epochs`, `max_time`, `limit_train_batches`, a callback that sets "
             "`should_stop`) and at the training loader (`drop_last` with fewer samples than a batch for each process)."
+        )
+    now = [parameter.detach() for parameter in student.parameters()]
+    if all(torch.equal(value.cpu(), before) for value, before in zip(now, initial, strict=True)):
+        raise UserError(
+            f"The student of round {number + 1} was not trained: {steps} steps of the optimizer changed no weight. "
+            "Nothing of this round was committed. Look at the learning rate, and at callbacks that freeze, average or "
+            "replace weights."
         )

@@ -20,7 +20,7 @@ from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner, Wiring
 from bdistil.errors import UserError
 from bdistil.metrics.quality import PrefixMetric, Task, given_labels, prefix_metric
 from bdistil.models.inputs import InputSpec
-from bdistil.models.student import Rung, build_student
+from bdistil.models.student import Rung, build_student, first_difference, structure_of
 from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory, task_of
 from bdistil.utils.trees import device_of, row_count
@@ -247,6 +247,11 @@ def restore_student(
                 f"The student of round {number + 1} in {run.root} differs from what `student` makes now ({error}). "
                 "Give the function that the run was started with, or choose another `run_dir`."
             ) from error
+        if found := first_difference(record.get("structure"), structure_of(student)):
+            raise UserError(
+                f"The student of round {number + 1} in {run.root} differs from what `student` makes now: {found}. "
+                "Give the function that the run was started with, or choose another `run_dir`."
+            )
     return student.requires_grad_(False).train(False)
 
 

@@ -196,7 +196,8 @@ class RunDirectory:
         """
         if self.committed():
             return
-        for folder in (self.ledger, self.root / "work", self.root / "rounds"):
+        names = ("work", "rounds", "mixing", "noise")
+        for folder in (self.ledger, *(self.root / name for name in names)):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.config, self.root / "teacher.json", self.root / "environment.json"):
             file.unlink(missing_ok=True)

@@ -1,11 +1,12 @@
-"""Eval mode of a module."""
+"""Eval mode and structure of a module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 
 @contextmanager
@@ -26,3 +27,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode  # not train(mode): it sets the submodules as well
+
+
+def structure_of(module: nn.Module) -> dict[str, str]:
+    """Kind and options of all submodules by name, as they print themselves; lazy ones are left out.
+
+    Two modules with weights of the same shapes may differ in it, by an activation or a stride for example.
+
+    >>> structure_of(nn.Sequential(nn.ReLU(), nn.Dropout(0.1)))
+    {'': 'Sequential()', '0': 'ReLU()', '1': 'Dropout(p=0.1, inplace=False)'}
+    """
+    parts = [(name, part) for name, part in module.named_modules() if not isinstance(part, LazyModuleMixin)]
+    return {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in parts}
+
+
+def first_difference(there: Mapping[str, str] | None, now: Mapping[str, str]) -> str | None:
+    """The first difference of two structures, as text; None where there is none, or one of them is unknown."""
+    for name, value in now.items():
+        if there is not None and there.get(name, value) != value:
+            return f"{name or 'the module'} is {there[name]} there, {value} now"
+    return None

@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from helpers.toys import CLASSES, FEATURES, ROUNDS, WIDTH, Hook, Killed, Toys, boost, control, digests, make_plain
+from helpers.toys import (
+    CLASSES,
+    FEATURES,
+    ROUNDS,
+    WIDTH,
+    Hook,
+    Killed,
+    Toys,
+    boost,
+    control,
+    digests,
+    make_plain,
+    make_trainer,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -192,3 +205,49 @@ def test_a_round_under_way_of_another_student(tmp_path, other):
     ):
         boost(tmp_path, student=other)
     assert len(boost(tmp_path, student=make_plain).ensemble) == ROUNDS
+
+
+def test_a_round_under_way_of_a_student_with_the_same_shapes(tmp_path):
+    def other(round):
+        made = make_plain(round)
+        made[2] = nn.Tanh()
+        return made
+
+    def stop(trainer, module):
+        if (module.number, trainer.current_epoch) == (where, 1):
+            raise Killed
+
+    for where in (0, 1):  # nothing is committed; a round is  # noqa: B007
+        with pytest.raises(Killed):
+            boost(tmp_path, student=make_plain, callbacks=lambda: [Hook(on_train_epoch_start=stop)])
+        with pytest.raises(
+            UserError, match=r"student of round 1.* `student` makes now: 2 is ReLU\(\) there, Tanh\(\) now"
+        ):
+            boost(tmp_path, student=other)
+    assert len(boost(tmp_path, student=make_plain).ensemble) == ROUNDS
+
+
+def test_a_round_under_way_of_another_length(tmp_path):
+    """The cosine of its checkpoint would end before the fit does, and rise again."""
+
+    def stop(trainer, module):
+        if trainer.current_epoch == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        boost(tmp_path, callbacks=lambda: [Hook(on_train_epoch_start=stop)])
+    with pytest.raises(UserError, match=r"started with a cosine over 2 epochs or steps, now the Trainer ends after 5"):
+        boost(tmp_path, trainer={"epochs": 5})
+    assert len(boost(tmp_path).ensemble) == ROUNDS
+
+
+def test_the_module_of_a_round_is_not_compiled_as_a_whole(tmp_path):
+    controller, data = control(tmp_path), Toys()
+    rounds = controller.rounds(data)
+    module = next(rounds)
+    with pytest.raises(UserError, match=r"got torch\.compile\(module\)\. Compile .*: module\.student\.compile\(\)"):
+        make_trainer(controller).fit(torch.compile(module, backend="eager"), data)
+    module.student.compile(backend="eager")
+    make_trainer(controller).fit(module, data)
+    rounds.close()
+    assert list(digests(tmp_path)) == ["000"]

@@ -133,6 +133,13 @@ def test_a_fit_that_ends_without_a_step_commits_nothing(refused):
     )  # fmt: skip
 
 
+def test_a_fit_that_changes_no_weight_commits_nothing(refused):
+    refused(
+        r"student of round 1 was not trained: 12 steps of the optimizer changed no weight", asked=BATCH * 16,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, 0.0),
+    )  # fmt: skip
+
+
 # ---- fast_dev_run
 
 
