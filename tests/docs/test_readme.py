@@ -38,9 +38,12 @@ def test_its_python_runs(tmp_path, monkeypatch, capsys):
     scope = {"__name__": "mine"}
     exec(own_teacher, scope)
     assert len(scope["ensemble"]) == 2
-    exec(PYTHON[1], scope)
+    in_a_call = PYTHON[1].replace("max_epochs=20", quiet).replace("rounds=6", "rounds=1")
+    exec(in_a_call, scope)
+    assert len(scope["ensemble"]) == 1
+    exec(PYTHON[2], scope)
     assert "2 " in capsys.readouterr().out
     assert scope["prediction"].logits.shape == (16, 10)
-    exec(PYTHON[2].replace("max_epochs=1", quiet), {"L": L})
+    exec(PYTHON[3].replace("max_epochs=1", quiet), {"L": L})
     assert ComputeCost
     assert MetricCurves
