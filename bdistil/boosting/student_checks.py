@@ -50,6 +50,7 @@ def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any
     """
     _refuse_compiled(student)
     _check_state(student)
+    _check_types(student)
     with as_written(student, *earlier), torch.no_grad(), eval_mode(student):
         _evaluate(student, earlier, example)
     unknown = [name for name, value in _tensors(student) if isinstance(value, UninitializedParameter)]
@@ -58,7 +59,6 @@ def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any
             f"Expected a student whose lazy layers are all used, but `{unknown[0]}` has no size after a first batch. "
             "Give the layer its sizes, or leave it out."
         )
-    _check_types(student)
 
 
 def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> None:
@@ -84,7 +84,13 @@ def _tensors(student: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _refuse_compiled(student: nn.Module) -> None:
-    """Refuses a module around another one, as `torch.compile(network)` makes it: its weights have other names."""
+    """Refuses TorchScript, and a module around another one, as `torch.compile(network)` makes it."""
+    if isinstance(student, torch.jit.ScriptModule):
+        raise UserError(
+            f"Expected a student written in Python, got a {type(student).__name__} of TorchScript, which cannot be "
+            "frozen once it is committed. Give the module that was scripted, or network.compile() if it should be "
+            "faster."
+        )
     for name, module in student.named_modules():
         if [child for child, _ in module.named_children()] == ["_orig_mod"]:
             raise UserError(

@@ -20,9 +20,10 @@ from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner, Wiring
 from bdistil.errors import UserError
 from bdistil.metrics.quality import PrefixMetric, Task, given_labels, prefix_metric
 from bdistil.models.inputs import InputSpec
-from bdistil.models.student import Rung, build_student, first_difference, structure_of
+from bdistil.models.student import Rung, build_student
 from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory, task_of
+from bdistil.utils.modules import first_difference, structure_of
 from bdistil.utils.trees import device_of, row_count
 
 SCHEDULES = ("one", "all")
@@ -241,7 +242,7 @@ def restore_student(
         with torch.random.fork_rng():
             student = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
         try:
-            student.load_state_dict({name: tensors[name] for name in student.state_dict()})
+            student.load_state_dict(_once(student, tensors), strict=False)
         except (KeyError, RuntimeError) as error:
             raise UserError(
                 f"The student of round {number + 1} in {run.root} differs from what `student` makes now ({error}). "
@@ -259,6 +260,16 @@ def _example(record: Mapping[str, Any]) -> Tensor | None:
     """Two samples of the shape of a run's x, as far as it is known."""
     spec = InputSpec.of(record)
     return None if spec.shape is None else spec.random(2)
+
+
+def _once(student: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a student by the first of their names: a module that is used twice was written once.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    names = {id(value): name for name, value in reversed(student.state_dict(keep_vars=True).items())}
+    return {name: tensors[name] for name in names.values()}
 
 
 @torch.no_grad()

@@ -67,7 +67,9 @@ def test_student_is_a_function_of_the_round(tmp_path, student, got):
 # ---- what it makes
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization", "ignore:.*quantized tensor creation")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.ao.quantization", "ignore:.*quantized tensor creation", "ignore:`torch.jit.script`"
+)
 @pytest.mark.parametrize(
     ("student", "message"),
     [
@@ -78,13 +80,14 @@ def test_student_is_a_function_of_the_round(tmp_path, student, got):
         (lambda r: Extra(FEATURES, CLASSES), r"to be tensors of numbers, got a dict as `_extra_state`"),
         (quantized, r"tensors of numbers, got a .* as `.*packed_params.*quantize students when they are exported"),
         (frozen, r"with parameters to train, got a Sequential without one that requires a gradient"),
-        (lambda r: make_plain(r).half(), r"same type as the student's weights \(float16\), got float32"),
+        (lambda r: make_plain(r).half(), r"weights in float32, got float16 \(`0\.weight`\).*precision='bf16-mixed'"),
+        (lambda r: torch.jit.script(make_plain(r)), r"written in Python, got a RecursiveScriptModule of TorchScript"),
         (lambda r: make_plain(r).double(), r"same type as the student's weights \(float64\), got float32"),
         (lambda r: Student(nn.Sequential(nn.LazyLinear(5), nn.ReLU()), head=nn.LazyLinear(CLASSES)),
          r"head whose size is known, got LazyLinear without `features`"),
         (lambda r: Unused(), r"lazy layers are all used, but `spare\.weight` has no size"),
     ],
-    ids=["compiled", "compiled body", "extra state", "quantized", "frozen", "half", "double", "lazy head", "unused"],
+    ids=["compiled", "compiled body", "extra", "quantized", "frozen", "half", "scripted", "double", "lazy", "unused"],
 )  # fmt: skip
 def test_students_that_are_refused(tmp_path, student, message):
     with pytest.raises(UserError, match=message):
@@ -184,6 +187,17 @@ def test_students_that_are_compiled_in_place(tmp_path):
     ensemble = ProgressiveEnsemble.load(tmp_path)
     assert [s.links for s in ensemble.students] == [0, 1, 1]
     assert not any("_orig_mod" in name for name in ensemble.state_dict())
+
+
+def test_a_module_that_is_used_twice(tmp_path):
+    def student(round):
+        twice = nn.Linear(FEATURES, FEATURES)
+        return nn.Sequential(twice, nn.ReLU(), twice, nn.Linear(FEATURES, CLASSES))
+
+    controller = boost(tmp_path, student=student)
+    x = torch.randn(4, FEATURES)
+    assert len(controller.ensemble) == ROUNDS
+    assert torch.equal(ProgressiveEnsemble.load(tmp_path)(x), controller.ensemble(x))
 
 
 # ---- a round under way that belongs to another student
