@@ -261,12 +261,16 @@ class Boosting:
             if self.rehearsed is not None:
                 self._end_rehearsal(new)
                 return
-            if self.run.verdicts(number) == before:
-                raise RunError(
-                    f"Round {number + 1} came back without a verdict. Was its module fitted to the end by a "
-                    "Trainer with callbacks=[controller]?"
-                )
+            self._check_verdict(number, before)
             gc.collect()  # a Trainer lingers in reference cycles
+
+    def _check_verdict(self, number: int, before: tuple[int, int]) -> None:
+        """Raises RunError for a round that has no more verdicts than before."""
+        if self.run.verdicts(number) == before:
+            raise RunError(
+                f"Round {number + 1} came back without a verdict. Was its module fitted to the end by a Trainer with "
+                "callbacks=[controller]?"
+            )
 
     def _plan_round(self, plan: RunPlan, fingerprint: str) -> RoundPlan | None:
         """The next round, with its student built; None when the run is finished."""
