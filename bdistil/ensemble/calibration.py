@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,53 @@ from bdistil.ensemble.budget import Budget, Rule
 from bdistil.ensemble.stage_clock import BatchTimes, StageClock
 from bdistil.errors import RunError, UserError
 from bdistil.storage.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What fitted thresholds promise for new samples, see `bdistil.evaluation.risk_control`.
+
+    Attributes:
+        max_loss: percentage points of accuracy that they lose at most against all stages …
+        delta: … but with this probability.
+        kept: whether there are thresholds that keep it; if not, all stages run.
+        validation: number of validation samples.
+        samples: how many of them were not used to fit, but to test the thresholds.
+        spoiled: how many of these all stages answer rightly and the exits wrongly.
+        bound: upper bound of the share of such samples, in percentage points.
+        needed: validation samples from which on such a promise is possible; None: no number is enough.
+        needed_for_half: the same for half of `max_loss`.
+    """
+
+    max_loss: float
+    delta: float
+    kept: bool
+    validation: int
+    samples: int
+    spoiled: int
+    bound: float
+    needed: int | None
+    needed_for_half: int | None
+
+    def __str__(self) -> str:
+        goal = f"at most {self.max_loss:g} points of accuracy with probability {1 - self.delta:g}"
+        if not self.kept and (self.needed is None or self.validation < self.needed):
+            enough = "no number is enough" if self.needed is None else f"at least {self.needed:,} are needed"
+            return f"{self.validation:,} validation samples cannot support losing {goal} ({enough}): all stages run."
+        if not self.kept:
+            return f"No threshold loses {goal} on new samples: all stages run."
+        tighter = (
+            ""
+            if self.needed_for_half is None
+            else (
+                f" A promise of {self.max_loss / 2:g} points needs at least {self.needed_for_half:,} validation "
+                f"samples; there are {self.validation:,}."
+            )
+        )
+        return (
+            f"New samples like these lose {goal}: of {self.samples:,} that were not fitted on, exits spoil "
+            f"{self.spoiled} (at most {self.bound:.2f} %, Clopper-Pearson).{tighter}"
+        )
 
 
 @dataclass(frozen=True)
@@ -31,8 +78,9 @@ class ExitFigures:
         accuracy: with these exits, in 0 … 1.
         full_accuracy: of all stages, in 0 … 1.
         average_macs: multiply-adds per sample with these exits.
-        held_out_loss: percentage points of accuracy lost against all stages where the thresholds are fitted on one half
-            of the samples and applied to the other.
+        held_out_loss: percentage points of accuracy lost against all stages on samples that were not fitted on: those
+            of the promise, or the other half for a naive fit.
+        promise: for new samples; None for a naive fit.
     """
 
     rule: Rule
@@ -43,6 +91,17 @@ class ExitFigures:
     full_accuracy: float
     average_macs: float
     held_out_loss: float = 0.0
+    promise: Promise | None = None
+
+    @property
+    def outlook(self) -> str:
+        """What to expect on new samples, as a sentence or two."""
+        if self.promise is not None:
+            return str(self.promise)
+        return (
+            f"A naive fit, which promises nothing for new samples: fitted on one half and applied to the other, it "
+            f"loses {self.held_out_loss:.2f} points."
+        )
 
 
 @dataclass(frozen=True)
@@ -55,6 +114,8 @@ class Calibration:
         temperatures: one per stage: softmax(logits / temperature) is calibrated.
         calibration_error: expected calibration error of each stage on validation, before and after the temperatures.
         weights: one per student, where weighted prefixes won on validation; empty for equal weights.
+        shares: by exit rule, the share of validation samples decided at each stage with one threshold for all stages:
+            a row (threshold, share of stage 1, …, share of stage T) per threshold, in ascending order.
         times: by batch size, smallest first.
         device: type of the device of `times`, for example ``cpu``.
     """
@@ -64,6 +125,7 @@ class Calibration:
     temperatures: tuple[float, ...] = ()
     calibration_error: tuple[tuple[float, float], ...] = ()
     weights: tuple[float, ...] = ()
+    shares: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     times: tuple[BatchTimes, ...] = ()
     device: str = "cpu"
 
@@ -81,9 +143,20 @@ class Calibration:
         """The measured times, if they are of this type of device."""
         return self._clock if self.times and device == self.device else None
 
-    @cached_property  # it caches its own decisions
+    @cached_property
     def _clock(self) -> StageClock:
         return StageClock(self.times)
+
+    def shares_at(self, rule: Rule, threshold: float) -> tuple[float, ...] | None:
+        """Expected share of samples decided at each stage, interpolated between thresholds; None where unknown."""
+        rows = self.shares.get(rule, ())
+        later = [row for row in rows if row[0] >= threshold][:1] or list(rows[-1:])
+        if not later:
+            return None
+        earlier = [row for row in rows if row[0] < threshold][-1:] or later
+        (low, *first), (high, *second) = earlier[0], later[0]
+        part = min((threshold - low) / (high - low), 1.0) if high > low else 1.0
+        return tuple((1 - part) * a + part * b for a, b in zip(first, second, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -99,12 +172,14 @@ class Calibration:
         """
         given = _tuples(values)
         if given.get("exits") is not None:
-            given["exits"] = ExitFigures(**given["exits"])
+            promise = given["exits"].get("promise")
+            given["exits"] = ExitFigures(**{**given["exits"], "promise": promise and Promise(**promise)})
         given["times"] = tuple(BatchTimes(**times) for times in given.get("times", ()))
         calibration = cls(**given)
         exits = calibration.exits
         lists: list[Sequence[Any]] = [calibration.temperatures, calibration.calibration_error, calibration.weights]
         lists += [exits.thresholds, exits.decided_share] if exits else []
+        lists += [row[1:] for rows in calibration.shares.values() for row in rows]
         lists += [seconds for times in calibration.times for seconds in (times.stages, times.late)]
         if wrong := [len(numbers) for numbers in lists if len(numbers) not in (0, calibration.count)]:
             raise ValueError(f"{wrong[0]} numbers for {calibration.count} stages")
@@ -172,7 +247,8 @@ def exits_of(budget: Budget, calibration: Calibration) -> Exits | None:
         return None
     temperatures = tuple(calibration.temperature(number) for number in range(calibration.count))
     if budget.confidence != "fitted":
-        return Exits(budget.rule or "max_prob", (budget.confidence,) * calibration.count, temperatures)
+        rule, threshold = budget.rule or "max_prob", float(budget.confidence)
+        return Exits(rule, (threshold,) * calibration.count, temperatures, calibration.shares_at(rule, threshold))
     fitted = calibration.exits
     if fitted is None:
         raise UserError(

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from bdistil.ensemble.budget import Budget, Prediction
 from bdistil.ensemble.calibration import Calibration, exits_of, load_calibration
-from bdistil.ensemble.prediction import predict_within
+from bdistil.ensemble.prediction import ExitPlan, predict_within, time_of
+from bdistil.ensemble.stage_clock import Deadline, Guard
 from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner, Wiring
 from bdistil.errors import UserError
 from bdistil.metrics.quality import PrefixMetric, Task, given_labels, prefix_metric
@@ -27,6 +28,7 @@ from bdistil.utils.modules import first_difference, structure_of
 from bdistil.utils.trees import device_of, row_count
 
 SCHEDULES = ("one", "all")
+PLANS = 64  # budgets whose exits are kept
 
 
 class ProgressiveEnsemble(nn.Module):
@@ -81,6 +83,8 @@ class ProgressiveEnsemble(nn.Module):
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
         self.wiring = Wiring(students)
         self._stacked: StackedBodies | None = None
+        self._plans: dict[Any, ExitPlan | None] = {}  # by budget and device, of one calibration
+        self._plans_of: Calibration | None = None
         self.requires_grad_(False).train(False)
 
     @classmethod
@@ -193,10 +197,11 @@ class ProgressiveEnsemble(nn.Module):
         return self
 
     def predict(self, x: Any, budget: Budget | None = None) -> Prediction:
-        """Predicts within a budget; work beyond it is not done.
+        """Predicts within a budget.
 
+        With a confidence, a sample is answered by the first stage that is sure of it, whatever else is in the batch.
         Decided samples are removed from the batch, so that the next student runs on fewer. Where that was measured to
-        cost more than it saves they stay, and later students answer them as well.
+        cost more than it saves they stay; `macs` of the prediction counts what was run.
 
         Args:
             x: a batch (B, ...), or a tuple or mapping of tensors of that form, on the device of the ensemble.
@@ -208,6 +213,24 @@ class ProgressiveEnsemble(nn.Module):
         """
         started = time.perf_counter()
         budget = budget or Budget()
+        allowed, device, deadline = budget.stages_within(self.macs), device_of(x), None
+        plan = self._plan(budget, allowed, device.type)
+        runner = self.stage_runner(x, count_votes=plan is not None and plan.rule == "agreement")
+        if budget.seconds is not None:
+            clock = self.calibration.clock(device.type)
+            deadline = Deadline(budget.seconds, clock, lambda: time_of(device), started)
+        return predict_within(runner, allowed, plan, deadline)
+
+    def _plan(self, budget: Budget, allowed: int, device: str) -> ExitPlan | None:
+        """The exits of a budget, kept with what they learn of the samples served; None without a confidence."""
+        if self._plans_of is not self.calibration or len(self._plans) >= PLANS:
+            self._plans, self._plans_of = {}, self.calibration
+        key = (budget.confidence, budget.rule, allowed, device)
+        if key not in self._plans:
+            self._plans[key] = self._new_plan(budget, allowed, device)
+        return self._plans[key]
+
+    def _new_plan(self, budget: Budget, allowed: int, device: str) -> ExitPlan | None:
         if budget.confidence is not None and self.task != "classification":
             outputs = "real outputs" if self.task == "regression" else "several labels"
             raise UserError(
@@ -215,8 +238,10 @@ class ProgressiveEnsemble(nn.Module):
                 f"{budget.confidence!r}. Limit `stages`, `macs` or `seconds`."
             )
         exits = exits_of(budget, self.calibration)
-        runner = self.stage_runner(x, count_votes=exits is not None and exits.rule == "agreement")
-        return predict_within(runner, budget, exits, self.calibration.clock(device_of(x).type), started)
+        if exits is None:
+            return None
+        guard = Guard(self.calibration.clock(device), allowed, exits.shares)
+        return ExitPlan(exits, float(self.scale), self.calibration.weights, guard)
 
 
 def restore_student(

@@ -15,7 +15,7 @@ from bdistil.errors import UserError
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import Student, sources
 from bdistil.storage.blueprint import IndescribableError, describe
-from bdistil.utils.trees import device_of, row_count, take_rows
+from bdistil.utils.trees import row_count, take_rows
 
 
 def prefix_factor(scale: float | Tensor, weights: Sequence[float], count: int) -> float | Tensor:
@@ -109,12 +109,7 @@ class StageRunner:
     @property
     def samples(self) -> int:
         """Number of samples in the batch."""
-        return row_count(self.x) if self.total is None else len(self.total)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the batch."""
-        return device_of(self.x)
+        return row_count(self.x) if self.total is None else self.total.shape[0]
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -141,15 +136,15 @@ class StageRunner:
         self.advance()
         return self.stage()
 
-    def stage(self, rows: Tensor | None = None) -> Stage:
-        """Answer of the current prefix to the batch, or to the given rows (n,) of it."""
+    def stage(self) -> Stage:
+        """Answer of the current prefix to the batch."""
         assert self.total is not None
-        total = self.total if rows is None else self.total.index_select(0, rows)
-        return Stage(total, self.factor, self.number, self.macs[self.number - 1], self.offset)
+        return Stage(self.total, self.factor, self.number, self.macs[self.number - 1], self.offset)
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
-        """Reduces the batch to the given rows (n,)."""
+        """Reduces the batch to the given rows (n,), on any device."""
+        rows = rows if self.total is None else rows.to(self.total.device)
         self.x = take_rows(self.x, rows)
         self.total = None if self.total is None else self.total.index_select(0, rows)
         self.votes = None if self.votes is None else self.votes.index_select(0, rows)

@@ -13,12 +13,12 @@ import torch
 from bdistil.ensemble.budget import Rule
 from bdistil.ensemble.calibration import Exits
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.prediction import Answers, time_of
-from bdistil.ensemble.stage_clock import BatchTimes
+from bdistil.ensemble.prediction import ExitPlan, time_of
+from bdistil.ensemble.stage_clock import BatchTimes, Guard
 from bdistil.errors import UserError
 from bdistil.utils.trees import device_of, row_count, take_rows
 
-BATCHES = (1, 8, 64, 256)
+BATCHES = (1, 2, 8, 64, 256)  # torch convolves one sample by itself twice as fast as two
 SECONDS = 0.3  # for the repeats of one batch size, beyond the first `LEAST`
 LEAST, MOST = 7, 100
 TYPICAL, LATE = 0.25, 0.99  # quantiles; other programs disturb the lower quartile less than a median
@@ -47,8 +47,9 @@ def measure_times(
 @torch.no_grad()
 def _times_of(ensemble: ProgressiveEnsemble, x: Any, rule: Rule) -> BatchTimes:
     exits = Exits(rule, (0.5,) * len(ensemble), (1.5,) * len(ensemble))
-    _time_once(ensemble, x, exits)  # warm-up
-    rows = _repeated(lambda: _time_once(ensemble, x, exits))
+    plan = ExitPlan(exits, float(ensemble.scale), ensemble.calibration.weights, Guard(None, len(ensemble)))
+    _time_once(ensemble, x, plan)  # warm-up
+    rows = _repeated(lambda: _time_once(ensemble, x, plan))
     *stages, check, compact = _quantile(rows, TYPICAL)
     names = ["one", "all"] if len(ensemble) > 1 and _supports_all(ensemble, x) else ["one"]
     turns = _repeated(lambda: [_timed(partial(ensemble, x, schedule=name), device_of(x)) for name in names])
@@ -78,18 +79,22 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
     return time_of(device) - started
 
 
-def _time_once(ensemble: ProgressiveEnsemble, x: Any, exits: Exits) -> list[float]:
+def _time_once(ensemble: ProgressiveEnsemble, x: Any, plan: ExitPlan) -> list[float]:
     """Seconds of each stage, of one check of the exit rule, and of removing half of the batch."""
-    count_votes, device = exits.rule == "agreement", device_of(x)
+    count_votes, device = plan.rule == "agreement", device_of(x)
     runner = ensemble.stage_runner(x, count_votes=count_votes)  # checks x, which belongs to no stage
     seconds = [_timed(lambda: runner.step().logits, device) for _ in range(len(ensemble))]
     # The check follows a student, as in a prediction: its own code and numbers are then no longer in the cache.
     runner = ensemble.stage_runner(x, count_votes=count_votes)
     runner.advance()
-    answers = Answers(runner)
-    seconds.append(_timed(lambda: answers.decided(exits), device))
-    half = np.arange(runner.samples) % 2 == 0
-    seconds.append(_timed(lambda: answers.compact(half), device))
+    answers = plan.answers(runner)
+    answers.add()
+    seconds.append(_timed(answers.check, device))
+    if runner.samples > 1:
+        answers.open = np.arange(runner.samples) % 2 == 0
+        seconds.append(_timed(answers.remove, device))
+    else:  # there is nothing to remove from a batch of one
+        seconds.append(0.0)
     return seconds
 
 

@@ -71,7 +71,7 @@ def fuse_exits(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
     taken: dict[str, list[float]] = {"stages_ms": [], "fused_ms": []}
     for number in range(count):
         exits = Exits(fused["rule"], exit_after(number, count), [1.0] * count)
-        taken["stages_ms"].append(best_ms(stages.run_stages, x, exits, count))
+        taken["stages_ms"].append(best_ms(stages.run_stages, x, stages.plan_of(exits, count), count))
         taken["fused_ms"].append(best_ms(whole.run_exits, x, exits.thresholds, count))
     faster = sum(taken["fused_ms"]) < sum(taken["stages_ms"])
     return {**fused, "difference": largest, "latency": {"1": taken}, "faster": faster}

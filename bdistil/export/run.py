@@ -84,6 +84,7 @@ def _manifest(export: Export) -> dict[str, Any]:
         "offset": to_list(ensemble.offset),
         "temperatures": calibration["temperatures"],
         "exits": calibration["exits"],
+        "shares": calibration["shares"],
         "quantised": None,
         "fused": None,
         "times": [],

@@ -3,6 +3,7 @@
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -227,19 +228,31 @@ def test_a_batch_of_none(ensemble, budget):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stages": 0}, "`stages` of a budget to be >= 1, got 0"),
-        ({"macs": 0}, "`macs` of a budget to be > 0, got 0"),
-        ({"macs": -3}, "`macs` of a budget to be > 0, got -3"),
-        ({"seconds": 0.0}, "`seconds` of a budget to be > 0, got 0.0"),
+        ({"stages": 0}, "`stages` of a budget to be a whole number >= 1, got 0"),
+        ({"macs": 0}, "`macs` of a budget to be a number > 0, got 0"),
+        ({"macs": -3}, "`macs` of a budget to be a number > 0, got -3"),
+        ({"seconds": 0.0}, "`seconds` of a budget to be a number > 0, got 0.0"),
         ({"confidence": 0.0}, r"`confidence` of a budget to be in \(0, 1\] or 'fitted', got 0.0"),
         ({"confidence": 1.5}, r"`confidence` of a budget to be in \(0, 1\] or 'fitted', got 1.5"),
         ({"confidence": float("nan")}, "got nan"),
-        ({"seconds": float("nan")}, "`seconds` of a budget to be > 0, got nan"),
+        ({"confidence": True}, "got True"),
+        ({"confidence": "0.9"}, "got '0.9'"),
+        ({"stages": 2.5}, "`stages` of a budget to be a whole number >= 1, got 2.5"),
+        ({"stages": True}, "`stages` of a budget to be a whole number >= 1, got True"),
+        ({"macs": True}, "got True"),
+        ({"seconds": "1"}, "`seconds` of a budget to be a number > 0, got '1'"),
+        ({"seconds": float("nan")}, "`seconds` of a budget to be a number > 0, got nan"),
     ],
 )
 def test_budgets_that_make_no_sense(values, message):
     with pytest.raises(UserError, match=message):
         Budget(**values)
+
+
+def test_numbers_of_numpy_are_limits(ensemble, x):
+    budget = Budget(stages=np.int64(2), macs=np.float64(1e9), confidence=np.float32(0.5))
+    expected = ensemble.predict(x, Budget(stages=2, confidence=0.5))
+    assert torch.equal(ensemble.predict(x, budget).stages, expected.stages)
 
 
 # ---- save and load

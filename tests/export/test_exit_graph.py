@@ -79,7 +79,6 @@ def test_it_exits_at_fitted_thresholds(exported, monkeypatch):
     ensemble, runner, x = exported
     has_rule = runner.manifest["fused"]["rule"] == runner.manifest["exits"]["rule"]
     monkeypatch.setattr(runner, "_stages" if has_rule else "run_exits", None)  # agreement runs stage by stage
-    monkeypatch.setattr(runner, "clock", None)  # its times may skip the checks; the run has none
     for number in range(len(x)):
         theirs = ensemble.predict(x[number : number + 1], Budget(confidence="fitted"))
         ours = runner.predict(x[number : number + 1].numpy(), RunnerBudget(confidence="fitted"))

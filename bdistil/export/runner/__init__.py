@@ -9,8 +9,8 @@ sha256 in the manifest and lie in the folder itself. The manifest is not signed:
 from .budget import RULES, Array, Budget, ExportError, Prediction, Stage, confidence_of
 from .ensemble import ExportedEnsemble
 from .graphs import Graph
+from .prediction import ALWAYS, Exits
 from .stage_clock import BatchTimes, StageClock
-from .stages import ALWAYS, Exits
 
 __all__ = [
     "ALWAYS",

@@ -11,8 +11,12 @@ import numpy as np
 
 from .budget import Array, Budget, ExportError, Prediction, Stage
 from .graphs import Graph, PipelinePool, read_manifest
-from .stage_clock import BatchTimes, Deadline, StageClock
-from .stages import ALWAYS, Exits, StageRunner, measure_stages
+from .prediction import ALWAYS, ExitPlan, Exits, measure_stages, predict_within, runs, shares_at
+from .stage_clock import BatchTimes, Deadline, Guard, StageClock
+from .stages import StageRunner
+
+PLANS = 64  # budgets whose exits are kept
+WARM_UP = 3  # measurements that are discarded
 
 
 class ExportedEnsemble:
@@ -28,27 +32,46 @@ class ExportedEnsemble:
     Attributes:
         manifest: of the folder.
         macs: cumulative multiply-adds per sample, one value per stage.
-        clock: measured stage times, or None.
     """
 
     def __init__(self, root: str | os.PathLike[str], manifest: Mapping[str, Any], threads: int) -> None:
-        self.manifest, stages = manifest, manifest["stages"]
-        self.graphs = [Graph(Path(root), entry, threads) for entry in stages]
+        self.root, self.manifest, self.threads = Path(root).absolute(), manifest, threads
+        stages = manifest["stages"]
+        self.graphs = [Graph(self.root, entry, threads) for entry in stages]
         self.macs: list[int] = [entry["macs"] for entry in stages]
         factors = [entry["factor"] for entry in stages]
         self.factors = [np.asarray(factor, np.float32) if isinstance(factor, list) else factor for factor in factors]
         self.offset = None if manifest["offset"] is None else np.float32(manifest["offset"])
-        self.clock = StageClock([BatchTimes(**times) for times in manifest["times"]]) if manifest["times"] else None
         self._shape, self._dtype = tuple(manifest["input"]["shape"]), np.dtype(manifest["input"]["dtype"])
+        self.clock = self._clock_of(manifest["times"])
         self._stages = PipelinePool(self.graphs)
         self._all = self._exits = None
         fused = manifest["fused"]
         if fused and fused["faster"]:
-            graphs = [Graph(Path(root), entry, threads) for entry in fused["graphs"]]
+            graphs = [Graph(self.root, entry, threads) for entry in fused["graphs"]]
             if fused["kind"] == "exits":
                 self._exits = PipelinePool(graphs, ("x", "thresholds"))
             else:
                 self._all = PipelinePool(graphs)
+
+    @staticmethod
+    def _clock_of(times: Sequence[Mapping[str, Any]]) -> StageClock | None:
+        return StageClock([BatchTimes(**entry) for entry in times]) if times else None
+
+    @property
+    def clock(self) -> StageClock | None:
+        """Measured stage times, or None."""
+        return self._clock
+
+    @clock.setter
+    def clock(self, clock: StageClock | None) -> None:
+        self._clock = clock
+        self._plans: dict[Any, ExitPlan] = {}  # by budget
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies name the folder, and open it again."""
+        times = [vars(entry) for entry in self.clock.times] if self.clock else []
+        return type(self), (self.root, {**self.manifest, "times": times}, self.threads)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, threads: int = 1) -> ExportedEnsemble:
@@ -73,15 +96,15 @@ class ExportedEnsemble:
         return len(self.graphs)
 
     def check(self, x: Array) -> None:
-        """Checks that x is a batch (B, ...) as in training, without NaN or infinity.
+        """Checks that x is a batch (B, ...) as in training, without NaN or infinity; it may have no samples.
 
         Raises:
             ExportError: it is not.
         """
-        if not isinstance(x, np.ndarray) or x.ndim == 0 or x.shape[1:] != self._shape or not len(x):
+        if not isinstance(x, np.ndarray) or x.ndim == 0 or x.shape[1:] != self._shape:
             expected = ", ".join(map(str, ("B", *self._shape)))
             got = x.shape if isinstance(x, np.ndarray) else type(x).__name__
-            raise ExportError(f"Expected `x` to be an array of shape ({expected}) with B >= 1, got {got}.")
+            raise ExportError(f"Expected `x` to be an array of shape ({expected}), got {got}.")
         if x.dtype != self._dtype:
             raise ExportError(
                 f"Expected `x` of dtype {self._dtype}, got {x.dtype}. Convert it: x.astype('{self._dtype}')."
@@ -93,6 +116,9 @@ class ExportedEnsemble:
                 f"index {wrong.argmax()}."
             )
 
+    def _runner(self, x: Array) -> StageRunner:
+        return StageRunner(self.graphs, self._stages, x)
+
     def _stage(self, number: int, total: Array) -> Stage:
         return Stage(total, self.factors[number], number + 1, self.macs[number], self.offset)
 
@@ -103,14 +129,15 @@ class ExportedEnsemble:
             x: a batch (B, ...).
         """
         self.check(x)
-        pipeline = self._stages.acquire(x)
-        for number, step in enumerate(pipeline.steps):
-            step()
-            yield self._stage(number, pipeline.values[f"total_{number + 1}"].copy())
-        self._stages.release(pipeline)
+        runner = self._runner(x)
+        while runs(runner, len(self), None):
+            yield self._stage(runner.number - 1, runner.total(runner.number - 1).copy())
+        runner.close()
 
     def predict(self, x: Array, budget: Budget | None = None) -> Prediction:
-        """Predicts within a budget. Decided samples are removed from the batch where that saves time.
+        """Predicts within a budget.
+
+        With a confidence, a sample is answered by the first stage that is sure of it, whatever else is in the batch.
 
         Args:
             x: a batch (B, ...).
@@ -120,69 +147,78 @@ class ExportedEnsemble:
             ExportError: x is no batch as in training, or the budget needs confidences or thresholds that do not exist.
         """
         self.check(x)
-        allowed = budget.stages_within(self.macs) if budget else len(self)
-        if budget and (budget.confidence is not None or budget.seconds is not None):
-            exits = self._exits_of(budget)
-            one_sample = len(x) == 1 and budget.seconds is None
-            if self._exits and exits and one_sample and exits.rule == self.manifest["fused"]["rule"]:
-                return self.run_exits(x, exits.thresholds, allowed)
-            return self.run_stages(x, exits, allowed, budget.seconds)
+        budget = budget or Budget()
+        allowed = budget.stages_within(self.macs)
+        plan = self._plan(budget, allowed) if budget.confidence is not None else None
+        if plan is None and budget.seconds is None:
+            return self._run_all(x, allowed)
+        if self._exits and plan and len(x) == 1 and budget.seconds is None and plan.rule == self._fused_rule:
+            return self.run_exits(x, plan.exits.thresholds, allowed)
+        return self.run_stages(x, plan, allowed, budget.seconds)
+
+    @property
+    def _fused_rule(self) -> str:
+        return str(self.manifest["fused"]["rule"])
+
+    def _run_all(self, x: Array, allowed: int) -> Prediction:
+        """Runs the first stages, or the fused graph of all, on the whole batch."""
         pool = self._all if self._all and allowed == len(self) else self._stages
         pipeline = pool.acquire(x)
         for step in pipeline.steps[:allowed]:
             step()
         logits = self._stage(allowed - 1, pipeline.values[f"total_{allowed}"]).logits
         pool.release(pipeline)
-        return Prediction(logits, np.full(len(x), allowed), np.full(len(x), self.macs[allowed - 1]))
+        return self._uniform(logits, allowed)
 
-    def _exits_of(self, budget: Budget) -> Exits | None:
-        """The exits of a budget; None without a confidence."""
-        if budget.confidence is None:
-            return None
+    def _uniform(self, logits: Array, number: int) -> Prediction:
+        return Prediction(logits, np.full(len(logits), number), np.full(len(logits), self.macs[number - 1]))
+
+    def _plan(self, budget: Budget, allowed: int) -> ExitPlan:
+        """The exits of a budget, kept with what they learn of the samples served."""
+        key = (budget.confidence, budget.rule, allowed)
+        if key not in self._plans:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            self._plans[key] = self.plan_of(self._exits_of(budget), allowed)
+        return self._plans[key]
+
+    def plan_of(self, exits: Exits, allowed: int) -> ExitPlan:
+        """Exits with what a prediction of up to `allowed` stages needs."""
+        factors = [float(factor) for factor in self.factors]
+        return ExitPlan(exits, factors, self.macs, Guard(self.clock, allowed, exits.shares))
+
+    def _exits_of(self, budget: Budget) -> Exits:
+        """The exits of a budget with a confidence."""
         if self.manifest["task"] == "regression":
             raise ExportError("Expected no `confidence` for real outputs, which have none. Limit stages or macs.")
         fitted, temperatures = self.manifest["exits"], self.manifest["temperatures"] or [1.0] * len(self)
         if budget.confidence != "fitted":
-            return Exits(budget.rule or "max_prob", [float(budget.confidence)] * len(self), temperatures)
+            rule, threshold = budget.rule or "max_prob", float(budget.confidence)  # type: ignore[arg-type]
+            shares = shares_at((self.manifest.get("shares") or {}).get(rule, []), threshold)
+            return Exits(rule, [threshold] * len(self), temperatures, shares)
         if fitted is None or budget.rule not in (None, fitted["rule"]):
             found = f"those of the rule {fitted['rule']!r}" if fitted else "none"
             raise ExportError(f"Expected fitted thresholds of rule {budget.rule!r} in the manifest, found {found}.")
         return Exits(fitted["rule"], fitted["thresholds"], temperatures, fitted["decided_share"])
 
-    def run_stages(self, x: Array, exits: Exits | None, allowed: int, seconds: float | None = None) -> Prediction:
+    def run_stages(self, x: Array, plan: ExitPlan | None, allowed: int, seconds: float | None = None) -> Prediction:
         """Runs stage by stage, with exits and a time limit.
 
         Args:
             x: a batch (B, ...), checked before.
-            exits: None keeps all samples in the batch.
+            plan: exits; None keeps all samples in the batch.
             allowed: maximum number of stages.
             seconds: maximum time.
         """
-        clock, checked = self.clock, 0
-        deadline = None if seconds is None else Deadline(seconds, clock)
-        if exits:
-            checked = clock.stages_to_check(len(x), allowed, exits.shares) if clock else allowed - 1
-        pipeline = self._stages.acquire(x)
-        runner, stages = StageRunner(self.graphs, pipeline), np.zeros(len(x), np.int64)
-        logits: Array | None = None
-        for number in range(allowed):
-            samples = len(runner.rows)
-            if deadline and not deadline.allows(number, samples):
-                break
-            answer = self._stage(number, runner.run(number)).logits
-            if deadline:
-                deadline.done(number, samples)
-            logits = answer if logits is None else logits
-            logits[runner.rows], stages[runner.rows] = answer, number + 1
-            if exits and number < checked:
-                left = np.flatnonzero(~exits.decided(number, answer, runner))
-                if not len(left):
-                    break
-                if len(left) < samples and (clock is None or clock.removal_pays(number, samples, len(left), allowed)):
-                    runner.keep(left)
-        assert logits is not None
-        self._stages.release(pipeline)
-        return Prediction(logits, stages, np.asarray(self.macs)[stages - 1])
+        deadline = None if seconds is None else Deadline(seconds, self.clock)
+        runner = self._runner(x)
+        if plan is not None:
+            return predict_within(runner, allowed, plan, deadline)
+        while runs(runner, allowed, deadline):
+            pass
+        logits = self._stage(runner.number - 1, runner.total(runner.number - 1)).logits
+        runner.close()
+        return self._uniform(logits, runner.number)
 
     def run_exits(self, x: Array, thresholds: Sequence[float], allowed: int) -> Prediction:
         """Runs the fused graph with exits.
@@ -201,7 +237,7 @@ class ExportedEnsemble:
         self._exits.release(pipeline)
         return Prediction(logits, np.full(1, number), np.full(1, self.macs[number - 1]))
 
-    def measure(self, batches: Sequence[int] = (1, 16, 128), repeats: int = 30) -> list[dict[str, Any]]:
+    def measure(self, batches: Sequence[int] = (1, 2, 8, 32, 256), repeats: int = 30) -> list[dict[str, Any]]:
         """Measures the stage times on this machine and uses them from now on.
 
         Args:
@@ -211,10 +247,17 @@ class ExportedEnsemble:
         Returns:
             The entry `times` of a manifest.
         """
+        exits = Exits("max_prob", [0.5] * len(self), [1.0] * len(self))
+        plan = ExitPlan(exits, [1.0] * len(self), self.macs, Guard(None, len(self)))
         entries = []
         for batch in batches:
             size = (batch, *self._shape)
             x = np.random.default_rng(0).standard_normal(size) if self._dtype.kind == "f" else np.zeros(size)
-            entries.append(measure_stages(self.graphs, self._stages.acquire(x.astype(self._dtype)), repeats))
-        self.clock = StageClock([BatchTimes(**entry) for entry in entries])
+            x = x.astype(self._dtype)
+            rows = [measure_stages(lambda: self._runner(x), plan) for _ in range(WARM_UP + repeats)]  # noqa: B023
+            taken = np.array(rows[WARM_UP:])
+            *stages, check, compact = np.median(taken, 0).tolist()
+            late = np.quantile(taken[:, :-2], 0.95, 0).tolist()
+            entries.append({"batch": batch, "stages": stages, "late": late, "check": check, "compact": compact})
+        self.clock = self._clock_of(entries)
         return entries

@@ -15,28 +15,37 @@ import onnxruntime as ort
 
 from .budget import Array, ExportError
 
-FORMAT = "bdistil-export"
-SPARE = 8  # batch sizes for which a pool keeps arrays
+FORMAT, VERSION = "bdistil-export", 1
+SPARE = 16  # batch sizes for which a pool keeps arrays
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """Reads the manifest of an exported folder.
 
     Raises:
-        ExportError: it is missing, torn, or of another format.
+        ExportError: it is missing, torn, or of another format or version.
     """
     path = root / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = (manifest["format"], manifest["version"]) == (FORMAT, 1)
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+        known = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(
             f"Expected {path} to be the manifest of an export, got {type(error).__name__}: {error}. Give the folder "
             "that `bdistil export` wrote, or export again."
         ) from error
     if not known:
-        raise ExportError(f"Expected {path} of format {FORMAT} 1, got {manifest['format']} {manifest['version']}.")
-    return dict(manifest)
+        raise ExportError(
+            f"Expected {path} of format {FORMAT!r}, got {manifest['format']!r}. Give the folder that `bdistil export` "
+            "wrote."
+        )
+    version = manifest.get("version", "none")
+    if type(version) is not int or version != VERSION:
+        raise ExportError(
+            f"{path} has version {version!r}, but this runner reads version {VERSION}: export the run again, or load "
+            f"it with the runner in {root}."
+        )
+    return manifest
 
 
 def read_file(root: Path, entry: Mapping[str, Any]) -> bytes:
@@ -159,12 +168,22 @@ class PipelinePool:
             if missing := sorted(set(graph.reads) - known):
                 raise ExportError(f"{graph.file} reads {missing}, which no stage before it gives. Export again.")
             known |= set(graph.gives)
+        self.read_later = [self._read_later(count) for count in range(len(graphs) + 1)]
+
+    def _read_later(self, count: int) -> list[str]:
+        """Names of the arrays, known after the first `count` graphs, that later ones read."""
+        given = {name for graph in self.graphs[count:] for name in graph.gives}
+        return sorted({name for graph in self.graphs[count:] for name in graph.reads} - given)
 
     def acquire(self, x: Array) -> Pipeline:
         """A pipeline, kept or new, with the batch (B, ...) as its input."""
-        pipeline = self._spare.pop(len(x), None) or Pipeline(self.graphs, len(x))
+        pipeline = self.take(len(x))
         pipeline.values["x"][...] = x
         return pipeline
+
+    def take(self, batch: int) -> Pipeline:
+        """A pipeline, kept or new, whose inputs are to be filled."""
+        return self._spare.pop(batch, None) or Pipeline(self.graphs, batch)
 
     def release(self, pipeline: Pipeline) -> None:
         """Keeps a pipeline for the next caller."""

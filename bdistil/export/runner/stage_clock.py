@@ -1,13 +1,18 @@
-"""Decisions from measured stage times: whether to check exits or remove samples, and whether a stage ends in time."""
+"""Decisions from measured stage times: when to check exits, when to remove decided samples, and deadlines."""
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-ALLOWANCE = 0.02  # cost of exit checks relative to all stages, where the share of decided samples is unknown
+import numpy as np
+
+PRIOR = 100  # samples that shares from the manifest count for, beside those seen while serving
+ENOUGH = 50  # samples from which on shares are known
+REMEMBERED = 4096  # samples; the counts of older ones are halved
+CACHED = 4096  # decisions kept
 
 
 @dataclass(frozen=True)
@@ -30,63 +35,116 @@ class BatchTimes:
 
 
 class StageClock:
-    """Measured times of an ensemble on this machine.
+    """Measured times of an ensemble on this machine, at any batch size.
+
+    Between the measured sizes they are interpolated linearly; beyond the largest, and for a batch below 1, which is an
+    expected number of samples, they are in proportion.
 
     Args:
         times: by batch size, smallest first, at least one.
     """
 
     def __init__(self, times: Sequence[BatchTimes]) -> None:
-        self.times, self.sizes = times, [t.batch for t in times]
+        self.times, self._largest = times, times[-1].batch
+        columns = [(*accumulate(t.stages), *t.late, t.check, t.compact) for t in times]
+        sizes, batches = [t.batch for t in times], range(self._largest + 1)
+        # One list per column, with the seconds at each batch size: a decision takes as long as a tiny student.
+        until = [np.interp(batches, sizes, column).tolist() for column in zip(*columns)]  # noqa: B905
+        count = len(times[0].stages)
+        self._until, self._late = [[0.0] * len(batches), *until[:count]], until[count:-2]
+        self._check, self._compact = until[-2:]
 
-    def at(self, batch: float, read: Callable[[BatchTimes], float]) -> float:
-        """A measured time at any batch size: linear between the measured sizes, and beyond the largest.
-
-        Args:
-            batch: samples; a fraction below 1 is an expected number of them, and scales the time.
-            read: the time of one size, in seconds.
-        """
-        place = bisect_left(self.sizes, batch)
-        if place == 0:
-            return read(self.times[0]) * min(1.0, batch / self.sizes[0] if batch < 1 else 1.0)
-        if place == len(self.sizes):
-            return read(self.times[-1]) * batch / self.sizes[-1]
-        low, high = self.times[place - 1], self.times[place]
-        part = (batch - low.batch) / (high.batch - low.batch)
-        return read(low) * (1 - part) + read(high) * part
+    def _at(self, column: Sequence[float], batch: float) -> float:
+        if batch < 1:
+            return column[1] * batch
+        if batch >= self._largest:
+            return column[-1] * batch / self._largest
+        low = int(batch)
+        return column[low] + (column[low + 1] - column[low]) * (batch - low)
 
     def stage(self, number: int, batch: float) -> float:
-        """Median seconds of a stage, from 0."""
-        return self.at(batch, lambda t: t.stages[number])
+        """Seconds of a stage, from 0."""
+        return self.rest(number, number + 1, batch)
 
     def late(self, number: int, batch: float) -> float:
-        """95th percentile of the seconds of a stage, from 0."""
-        return self.at(batch, lambda t: t.late[number])
+        """A high quantile of the seconds of a stage, from 0."""
+        return self._at(self._late[number], batch)
 
-    def stages_to_check(self, batch: int, allowed: int, shares: Sequence[float] | None) -> int:
-        """Number of first stages after which to check the exit rule; 0 where that costs more than it saves.
+    def rest(self, count: int, allowed: int, batch: float) -> float:
+        """Seconds of the stages after the first `count`, up to `allowed`."""
+        return self._at(self._until[allowed], batch) - self._at(self._until[count], batch)
+
+    def check(self, batch: float) -> float:
+        """Seconds of one evaluation of an exit rule."""
+        return self._at(self._check, batch)
+
+    def compact(self, batch: float) -> float:
+        """Seconds of one removal of decided samples."""
+        return self._at(self._compact, batch)
+
+
+class Guard:
+    """Decides after which stages to evaluate the exit rule, and when to remove decided samples from the batch.
+
+    It decides about time only: a sample whose rule is evaluated later, or which stays in the batch, gets the same
+    answer. Without measured times the rule is evaluated after each stage, and decided samples are removed at once.
+
+    Args:
+        clock: measured times, or None.
+        allowed: number of stages that may run.
+        shares: share of samples decided at each stage, where known; it is corrected by the samples seen.
+    """
+
+    def __init__(self, clock: StageClock | None, allowed: int, shares: Sequence[float] | None = None) -> None:
+        self.clock, self.allowed = clock, allowed
+        self.counts = [PRIOR * share for share in shares or ()] or [0.0] * allowed  # of samples answered by each stage
+        self.seen = sum(self.counts)
+        self._fresh = 1.5 * self.seen  # samples seen up to which the decisions are kept
+        self._decisions: dict[tuple[int, int, int], int] = {}
+
+    def next_check(self, checked: int, batch: int, left: int) -> int:
+        """Number of first stages after which to evaluate the rule next; `allowed` where no more stage is to be checked.
 
         Args:
-            batch: samples.
-            allowed: stages that may run.
-            shares: expected share of samples decided at each stage; None allows checks to cost `ALLOWANCE`.
+            checked: number of first stages at which it was evaluated.
+            batch: samples in the batch.
+            left: how many of them are undecided.
         """
-        check = self.at(batch, lambda t: t.check)
-        whole = sum(self.stage(number, batch) for number in range(allowed))
-        if shares is None:
-            return min(allowed - 1, int(ALLOWANCE * whole / check)) if check else allowed - 1
-        extra = check + (self.at(batch, lambda t: t.compact) if batch > 1 else 0.0)
-        left, expected = 1.0, 0.0
-        for number in range(allowed):
-            expected += self.stage(number, batch * left)
-            expected += extra * min(1.0, batch * left) if number + 1 < allowed else 0.0
-            left = max(left - shares[number], 0.0)
-        return allowed - 1 if expected < whole else 0
+        if self.clock is None or self.seen < ENOUGH:
+            return checked + 1
+        key = (checked, batch, left)
+        if key not in self._decisions:
+            if len(self._decisions) >= CACHED:
+                self._decisions.clear()
+            later = range(checked + 1, self.allowed)
+            pays = (count for count in later if self._check_pays(self.clock, count, checked, batch, left))
+            self._decisions[key] = next(pays, self.allowed)
+        return self._decisions[key]
 
-    def removal_pays(self, number: int, batch: int, left: int, allowed: int) -> bool:
-        """Whether the stages after `number` save more on the samples left than the removal of the others costs."""
-        saved = sum(self.stage(n, batch) - self.stage(n, left) for n in range(number + 1, allowed))
-        return saved > self.at(batch, lambda t: t.compact)
+    def _check_pays(self, clock: StageClock, count: int, checked: int, batch: int, left: int) -> bool:
+        """Whether the samples that the first `count` stages decide save more than it costs to find them."""
+        staying = left * (sum(self.counts[count:]) + 1) / (sum(self.counts[checked:]) + 1)
+        removal = clock.compact(batch) * min(1.0, staying) if batch > 1 else 0.0
+        saved = clock.rest(count, self.allowed, batch) - clock.rest(count, self.allowed, staying)
+        return saved > clock.check(batch) + removal
+
+    def removes(self, count: int, batch: int, left: int) -> bool:
+        """Whether the stages after the first `count` save more on the samples left than removing the others costs."""
+        if self.clock is None:
+            return True
+        saved = self.clock.rest(count, self.allowed, batch) - self.clock.rest(count, self.allowed, left)
+        return saved > self.clock.compact(batch)
+
+    def learn(self, stage: int, samples: int) -> None:
+        """Counts samples that a stage, from 1, has answered."""
+        self.counts[stage - 1] += samples
+        self.seen += samples
+        if self.seen > REMEMBERED:
+            self.counts, self.seen = [count / 2 for count in self.counts], self.seen / 2
+            self._fresh = self.seen
+        if self.seen >= self._fresh:
+            self._fresh = 1.5 * self.seen
+            self._decisions.clear()
 
 
 class Deadline:
@@ -112,7 +170,7 @@ class Deadline:
             return True
         need = self.longest
         if self.clock is not None:
-            need = self.clock.late(number, batch) * max(1.0, self.spent / self.expected)
+            need = self.clock.late(number, max(batch, 1)) * max(1.0, self.spent / self.expected)
         return self.begun - self.started + need <= self.seconds
 
     def done(self, number: int, batch: int) -> None:
@@ -120,4 +178,4 @@ class Deadline:
         taken = time.perf_counter() - self.begun
         self.longest, self.spent = max(self.longest, taken), self.spent + taken
         if self.clock is not None:
-            self.expected += self.clock.late(number, batch)
+            self.expected += self.clock.late(number, max(batch, 1))

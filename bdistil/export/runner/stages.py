@@ -1,18 +1,15 @@
-"""Stage-by-stage evaluation of a batch from which decided samples are removed, and its measured times."""
+"""Stage-by-stage evaluation of a batch from which decided samples are removed."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .budget import Array, confidence_of
-from .graphs import Graph, Pipeline
+from .budget import Array
+from .graphs import Graph, Pipeline, PipelinePool
 
-ALWAYS = -1.0  # a threshold that every sample reaches
+BOUND = 8  # samples up to which the arrays of a smaller batch are kept, as those of whole batches are
 
 
 class StageRunner:
@@ -20,92 +17,61 @@ class StageRunner:
 
     Args:
         graphs: of the stages.
-        pipeline: of these graphs, with the batch as its input; used until samples are removed.
+        pool: pipelines of these graphs.
+        x: a batch (B, ...).
 
     Attributes:
-        rows: (n,), indices of the samples that are left.
-        values: outputs of the stages so far, of these samples.
-        votes: (n, L), number of students that answer each class, for the rule agreement.
+        number: stages that ran.
+        size: samples that are left in the batch.
+        votes: by stage, (n, L), number of students that answer each class, where `count_votes` was called.
     """
 
-    def __init__(self, graphs: Sequence[Graph], pipeline: Pipeline) -> None:
-        self.graphs, self._pipeline = graphs, pipeline
-        self.values: dict[str, Array] = {"x": pipeline.values["x"]}
-        self.rows = np.arange(len(self.values["x"]))
-        self.votes: Array | None = None
-        self._complete = True
+    def __init__(self, graphs: Sequence[Graph], pool: PipelinePool, x: Array) -> None:
+        self.graphs, self.pool = graphs, pool
+        self._pipeline: Pipeline | None = pool.acquire(x)
+        self._values = self._pipeline.values
+        self.number, self.size = 0, len(x)
+        self.votes: list[Array] = []
 
-    def run(self, number: int) -> Array:
-        """Runs a stage, from 0; returns its sum (n, L), which the next call may overwrite."""
-        graph = self.graphs[number]
-        if self._complete:
-            self._pipeline.steps[number]()
-            self.values.update((name, self._pipeline.values[name]) for name in graph.gives)
+    def advance(self) -> None:
+        """Runs the next stage."""
+        if self._pipeline is not None:
+            self._pipeline.steps[self.number]()
         else:
-            graph.run(self.values)
-        return self.values[f"total_{number + 1}"]
+            self.graphs[self.number].run(self._values)
+        self.number += 1
 
-    def count_votes(self, number: int) -> None:
-        """Adds the answers of the student of a stage: the classes of what it added to the sum."""
-        total = self.values[f"total_{number + 1}"]
-        own = total - self.values[f"total_{number}"] if number else total
-        self.votes = np.zeros(own.shape, np.float32) if self.votes is None else self.votes
-        self.votes[np.arange(len(own)), own.argmax(1)] += 1
+    def total(self, number: int) -> Array:
+        """Sum (n, L) of a stage that ran, from 0; it is overwritten once the runner is closed."""
+        return self._values[f"total_{number + 1}"]
+
+    def count_votes(self) -> None:
+        """Adds the answers of the student of the last stage: the classes of what it added to the sum."""
+        total = self.total(self.number - 1)
+        own = total - self.total(self.number - 2) if self.number > 1 else total
+        votes = self.votes[-1].copy() if self.votes else np.zeros(own.shape, np.float32)
+        votes[np.arange(len(own)), own.argmax(1)] += 1
+        self.votes.append(votes)
 
     def keep(self, rows: Array) -> None:
         """Reduces the batch to the given rows (m,)."""
-        self.rows, self._complete = self.rows[rows], False
-        self.values = {name: value[rows] for name, value in self.values.items()}
-        self.votes = None if self.votes is None else self.votes[rows]
+        old, self.size = self._values, len(rows)
+        names = self.pool.read_later[self.number]
+        if self.size <= BOUND:
+            pipeline = self.pool.take(self.size)
+            for name in names:
+                old[name].take(rows, 0, pipeline.values[name])
+            self._replace(pipeline, pipeline.values)
+        else:
+            self._replace(None, {name: old[name].take(rows, 0) for name in names})
+        self.votes = [votes[rows] for votes in self.votes]
 
+    def _replace(self, pipeline: Pipeline | None, values: Mapping[str, Array]) -> None:
+        self.close()
+        self._pipeline, self._values = pipeline, dict(values) if pipeline is None else pipeline.values
 
-@dataclass(frozen=True)
-class Exits:
-    """Exit rule and its thresholds.
-
-    Attributes:
-        rule: one of `RULES`.
-        thresholds: one per stage; a sample is decided where its confidence reaches it.
-        temperatures: one per stage.
-        shares: expected share of samples decided at each stage, where known.
-    """
-
-    rule: str
-    thresholds: Sequence[float]
-    temperatures: Sequence[float]
-    shares: Sequence[float] | None = None
-
-    def decided(self, number: int, logits: Array, runner: StageRunner) -> Array:
-        """Samples (n,) bool that are decided by the logits (n, L) of a stage, from 0."""
-        if self.rule == "agreement":
-            runner.count_votes(number)
-        confidence = confidence_of(logits, self.rule, self.temperatures[number], runner.votes)
-        decided: Array = confidence >= self.thresholds[number]
-        return decided
-
-
-def measure_stages(graphs: Sequence[Graph], pipeline: Pipeline, repeats: int) -> dict[str, Any]:
-    """Measures the seconds of each stage, of an exit rule, and of removing half of the samples.
-
-    Args:
-        graphs: of the stages.
-        pipeline: of these graphs, with a batch as its input.
-        repeats: measurements, after three that are discarded.
-
-    Returns:
-        An entry of `times` in the manifest.
-    """
-    taken, batch = np.zeros((repeats + 3, len(graphs) + 2)), len(pipeline.values["x"])
-    for row in taken:
-        runner = StageRunner(graphs, pipeline)
-        for number in range(len(graphs)):
-            begun = time.perf_counter()
-            total = runner.run(number)
-            row[number] = time.perf_counter() - begun
-        begun = time.perf_counter()
-        confidence_of(total, "max_prob")
-        row[-2] = time.perf_counter() - begun
-        runner.keep(np.arange(0, batch, 2))
-        row[-1] = time.perf_counter() - begun - row[-2]
-    median, late = np.median(taken[3:], 0).tolist(), np.quantile(taken[3:, :-2], 0.95, 0).tolist()
-    return {"batch": batch, "stages": median[:-2], "late": late, "check": median[-2], "compact": median[-1]}
+    def close(self) -> None:
+        """Returns the arrays for the next batch."""
+        if self._pipeline is not None:
+            self.pool.release(self._pipeline)
+            self._pipeline = None

@@ -1,10 +1,13 @@
 """The runner by itself: without torch, on bad input, its command line."""
 
+import copy
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ import torch
 from helpers.export_runs import change_manifest, exported_mlps
 
 from bdistil import Budget, ProgressiveEnsemble
+from bdistil.ensemble.calibration import Calibration
+from bdistil.export.runner import RULES, BatchTimes, ExportedEnsemble, ExportError, StageClock
 from bdistil.export.runner import Budget as RunnerBudget
-from bdistil.export.runner import ExportedEnsemble, ExportError
 from bdistil.export.runner.command import main
 
 
@@ -45,7 +49,6 @@ sys.exit(main(sys.argv[1:]))
 def test_only_the_folder_is_needed(mlp, folder, tmp_path):
     """In a process that cannot import torch, onnx or bdistil."""
     run, out = mlp[0], folder
-    change_manifest(out, lambda m: m.update(times=[]))  # the run has none either
     x = torch.randn(9, 6)
     np.save(tmp_path / "x.npy", x.numpy())
     command = [sys.executable, "-c", BLOCKED, ".", "--input", str(tmp_path / "x.npy")]
@@ -79,7 +82,7 @@ def test_the_command_line_writes_logits_and_answers_mistakes(mlp, tmp_path, caps
     [
         (np.zeros((2, 7), np.float32), r"`x`.*shape \(B, 6\).*got \(2, 7\)"),
         (np.zeros(6, np.float32), r"shape \(B, 6\).*got \(6,\)"),
-        (np.zeros((0, 6), np.float32), r"B >= 1, got \(0, 6\)"),
+        (np.zeros((0, 7), np.float32), r"shape \(B, 6\).*got \(0, 7\)"),
         ([[0.0] * 6], r"array.*got list"),
         (np.zeros((2, 6)), "dtype float32, got float64"),
         (np.array([[0] * 6, [np.nan] * 6], np.float32), "got 1 such samples of 2, the first at index 1"),
@@ -103,6 +106,10 @@ def test_input_that_is_none_is_named(mlp, x, message):
         ({"confidence": "sure"}, "'sure'"),
         ({"confidence": 0.5, "rule": "max"}, "'max'"),
         ({"rule": "margin"}, "with a confidence"),
+        ({"stages": 2.5}, "`stages` of a budget to be a whole number >= 1, got 2.5"),
+        ({"stages": True}, "`stages` of a budget to be a whole number >= 1, got True"),
+        ({"macs": "1"}, "`macs` of a budget to be a number > 0, got '1'"),
+        ({"confidence": True}, "got True"),
     ],
 )
 def test_a_budget_that_is_none_is_refused(limits, message):
@@ -113,6 +120,128 @@ def test_a_budget_that_is_none_is_refused(limits, message):
 def test_fitted_thresholds_that_are_not_there(mlp):
     with pytest.raises(ExportError, match="found none"):
         ExportedEnsemble.load(mlp[1]).predict(np.zeros((1, 6), np.float32), RunnerBudget(confidence="fitted"))
+
+
+# ---- exits: the answers are those of PyTorch, whatever the batch and the times
+
+
+def clock(check=1e-6, compact=1e-6):
+    return StageClock([BatchTimes(batch, [1e-3 * batch] * 4, [1e-3 * batch] * 4, check, compact) for batch in (1, 64)])
+
+
+CLOCKS = {"none": None, "all pays": clock(), "no removal": clock(compact=1.0), "no check": clock(check=1.0),
+          "some": clock(3e-3, 5e-3)}  # fmt: skip
+LEVELS = {"max_prob": 0.4, "margin": 0.12, "entropy": 0.06, "agreement": 0.5}
+
+
+@pytest.mark.parametrize("times", CLOCKS)
+@pytest.mark.parametrize("rule", RULES)
+def test_answers_are_those_of_the_first_stage_that_is_sure(mlp, rule, times):
+    ensemble, runner = ProgressiveEnsemble.load(mlp[0].root), ExportedEnsemble.load(mlp[1])
+    ensemble.calibration, runner.clock = Calibration(4), CLOCKS[times]
+    x, budget = torch.randn(90, 6), {"confidence": LEVELS[rule], "rule": rule}
+    singles = [ensemble.predict(sample, Budget(**budget)) for sample in x.split(1)]
+    stages = torch.cat([single.stages for single in singles])
+    assert len(stages.unique()) > (rule != "agreement")
+    for size in (1, 2, 5, 30, 90, 90):  # the guard learns
+        found = [runner.predict(part.numpy(), RunnerBudget(**budget)) for part in x.split(size)]
+        np.testing.assert_array_equal(np.concatenate([part.stages for part in found]), stages.numpy())
+        logits = np.concatenate([part.logits for part in found])
+        np.testing.assert_allclose(logits, torch.cat([single.logits for single in singles]).numpy(), atol=1e-4)
+        for part in found:
+            assert (part.macs >= np.array(runner.macs)[part.stages - 1]).all()
+    if times == "no check":
+        assert (part.macs == runner.macs[-1]).all()
+    if times in ("none", "all pays"):
+        np.testing.assert_array_equal(part.macs, np.array(runner.macs)[part.stages - 1])
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("limits", [{"stages": 2}, {"stages": 1}, {"macs": 250}, {"seconds": 1e-3}], ids=str)
+def test_other_limits_leave_the_last_answer_to_who_is_undecided(mlp, limits, size):
+    ensemble, runner = ProgressiveEnsemble.load(mlp[0].root), ExportedEnsemble.load(mlp[1])
+    runner.clock = StageClock([BatchTimes(batch, [1e-3] * 4, [1.0] * 4, 1e-6, 1e-6) for batch in (1, 64)])
+    most = 1 if "seconds" in limits else Budget(**limits).stages_within(runner.macs)
+    x = torch.randn(7, 6)
+    stages = np.minimum(ensemble.predict(x, Budget(confidence=0.45)).stages.numpy(), most)
+    found = [runner.predict(part.numpy(), RunnerBudget(confidence=0.45, **limits)).stages for part in x.split(size)]
+    np.testing.assert_array_equal(np.concatenate(found), stages)
+
+
+@pytest.mark.parametrize("limits", [{}, {"stages": 2}, {"confidence": 0.5}, {"seconds": 1.0}], ids=str)
+def test_a_batch_without_samples(mlp, limits):
+    budget, runner = RunnerBudget(**limits), ExportedEnsemble.load(mlp[1])
+    nobody = np.zeros((0, 6), np.float32)
+    found = runner.predict(nobody, budget)
+    assert found.logits.shape == (0, 5)
+    assert found.stages.shape == found.macs.shape == (0,)
+    assert [stage.logits.shape for stage in runner.stages(nobody)] == [(0, 5)] * 4
+
+
+# ---- to other processes
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda runner: pickle.loads(pickle.dumps(runner))])
+def test_a_copy_opens_the_folder_again(mlp, copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(mlp[1].parent)
+    runner = ExportedEnsemble.load("out")
+    runner.clock = clock(compact=0.25)
+    runner.predict(np.zeros((2, 6), np.float32), RunnerBudget(confidence=0.5))
+    monkeypatch.chdir(tmp_path)
+    other = copied(runner)
+    assert other.graphs[0].session is not runner.graphs[0].session
+    assert other.clock.compact(8) == pytest.approx(0.25)
+    x = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
+    np.testing.assert_array_equal(other.predict(x).logits, runner.predict(x).logits)
+
+
+def test_a_worker_that_is_spawned_answers(mlp):
+    runner, x = ExportedEnsemble.load(mlp[1]), np.ones((3, 6), np.float32)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(runner.predict, x).result()
+    np.testing.assert_allclose(found.logits, runner.predict(x).logits)
+
+
+# ---- manifests that are not for it
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"version": 2},
+            "manifest.json has version 2, but this runner reads version 1: export the run again",
+        ),
+        ({"version": "1"}, "has version '1'"),
+        ({"version": True}, "has version True"),
+        ({"version": None}, "has version None"),
+        ({"format": "other"}, "of format 'bdistil-export', got 'other'"),
+    ],
+)
+def test_a_manifest_of_another_version_is_refused_in_one_sentence(folder, change, message):
+    change_manifest(folder, lambda manifest: manifest.update(change))
+    with pytest.raises(ExportError, match=message) as error:
+        ExportedEnsemble.load(folder)
+    assert str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{}", "not json"])
+def test_a_manifest_that_is_none_is_named(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ExportError, match=r"Expected .*manifest.json to be the manifest of an export"):
+        ExportedEnsemble.load(folder)
+
+
+def test_a_manifest_without_a_version_is_refused(folder):
+    change_manifest(folder, lambda manifest: manifest.pop("version"))
+    with pytest.raises(ExportError, match="has version 'none'"):
+        ExportedEnsemble.load(folder)
+
+
+def test_a_manifest_of_before_the_shares_is_read(folder):
+    change_manifest(folder, lambda manifest: manifest.pop("shares"))
+    found = ExportedEnsemble.load(folder).predict(np.zeros((2, 6), np.float32), RunnerBudget(confidence=0.5))
+    assert found.stages.min() >= 1
 
 
 # ---- its arrays, which are bound once for each batch size
