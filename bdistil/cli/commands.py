@@ -81,6 +81,7 @@ def calibrate(
     rule: Rule = "max_prob",
     max_loss: float | None = None,
     average_macs: float | None = None,
+    delta: float | Literal["none"] | None = None,
     weights: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -89,12 +90,14 @@ def calibrate(
     Args:
         run_dir: run directory; its config.yaml defines the data.
         rule: confidence score of the exits.
-        max_loss: percentage points of accuracy that early exits may cost; 0.2 by default.
+        max_loss: percentage points of accuracy that early exits may cost; 1 by default.
         average_macs: average number of multiply-adds per sample, a target instead of `max_loss`.
+        delta: probability with which new samples may lose more than `max_loss`, 0.1 by default; `none` is the naive
+            fit, which keeps to `max_loss` on the validation part only.
         weights: fit weights of the students too, and keep them if they are better on held-out halves.
         as_json: print one JSON object.
     """
-    target, run = ExitTarget(rule, max_loss, average_macs), RunDirectory(run_dir)
+    target, run = ExitTarget(rule, max_loss, average_macs, delta), RunDirectory(run_dir)
     ensemble = ProgressiveEnsemble.load(run_dir, calibration=False)
     figures = fit_anytime(ensemble, loader_of(run, "val"), target, weights=weights)
     save_calibration(run, figures)
@@ -207,7 +210,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 EXAMPLES = {
     "evaluate": "bdistil evaluate --run_dir runs/digits --budget.macs 50000",
-    "calibrate": "bdistil calibrate --run_dir runs/digits --max_loss 0.5",
+    "calibrate": "bdistil calibrate --run_dir runs/digits --max_loss 1.0 --delta 0.1",
     "profile": "bdistil profile --run_dir runs/digits --batch_size 64",
     "export": "bdistil export --run_dir runs/digits --output digits-onnx",
     "report": "bdistil report --run_dir runs/digits",

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from bdistil.boosting.labels import check_labels
 from bdistil.data.loaders import first_samples, pairs_of
-from bdistil.ensemble.budget import NEVER, add_votes, confidence_of
+from bdistil.ensemble.budget import NEVER, RULES, Array, Rule, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.timing import measure_times
 from bdistil.errors import UserError
+from bdistil.evaluation.risk_control import held_back, promised_thresholds
 from bdistil.evaluation.tables import table
 from bdistil.evaluation.temperature import calibration_error, fit_temperature, weighted_prefixes, winning_weights
-from bdistil.evaluation.thresholds import ExitTarget, Numbers, exit_outcome, exit_stages, fit_thresholds
+from bdistil.evaluation.thresholds import ExitTarget, exit_outcome, exit_stages, fit_thresholds
 from bdistil.metrics.quality import class_numbers
 
 TIMED_SAMPLES = 256
+LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)  # thresholds at which decided samples are counted
 
 
 def fit_anytime(
@@ -43,7 +45,7 @@ def fit_anytime(
         loader: of the validation part, yields (x, y), or mappings with a key for y; its order must not change. Of soft
             labels the largest is the class; samples without a label are left out.
         target: of the thresholds.
-        weights: try weighted prefixes, kept where they win on held-out halves of the validation part.
+        weights: try weighted prefixes, kept where they win on held-out halves of the samples fitted on.
         device: for the measurements.
         labels: key of y in batches that are mappings.
 
@@ -57,7 +59,7 @@ def fit_anytime(
     target, device = target or ExitTarget(), torch.device(device)
     ensemble.to(device).calibration = Calibration(len(ensemble))
     own, classes = own_logits(ensemble, loader, device, labels)
-    calibration = _fit(own, classes, ensemble.macs, target, weights)
+    calibration = fit_calibration(own, classes, ensemble.macs, target, weights)
     # Times depend on the weights, and are measured without exits and temperatures.
     ensemble.calibration = replace(calibration, temperatures=(), exits=None)
     timed = move_data_to_device(first_samples(loader, TIMED_SAMPLES, labels), device)
@@ -90,61 +92,99 @@ def own_logits(
     return torch.cat(logits, 1), torch.cat(classes)
 
 
-def _fit(own: Tensor, labels: Tensor, macs: Sequence[int], target: ExitTarget, weights: bool) -> Calibration:
-    """Temperatures, thresholds and, if requested and better, student weights, from `own_logits`; no times."""
-    chosen = winning_weights(own, labels) if weights else []
+def fit_calibration(
+    own: Tensor, labels: Tensor, macs: Sequence[int], target: ExitTarget, weights: bool = False
+) -> Calibration:
+    """Temperatures, thresholds and, if requested and better, student weights, from `own_logits`; no times.
+
+    For a promise, temperatures and weights are fitted on the samples that are not tested.
+    """
+    tested = np.zeros(len(labels), bool) if target.naive else held_back(len(labels), target.points, target.risk)
+    learn = torch.from_numpy(~tested)
+    rest = ~learn if tested.any() else learn
+    chosen = winning_weights(own[:, learn], labels[learn]) if weights else []
     prefixes = weighted_prefixes(own, torch.tensor(chosen or [1.0] * len(own)))
-    temperatures = [fit_temperature(logits, labels) for logits in prefixes]
+    temperatures = [fit_temperature(logits[learn], labels[learn]) for logits in prefixes]
+    confidences = {rule: _confidence(own, prefixes, rule, temperatures) for rule in RULES}
+    right = (prefixes.argmax(-1) == labels).numpy()
     return Calibration(
         len(own),
-        exits=_fit_exits(own, prefixes, labels, macs, target, temperatures),
+        exits=_fit_exits(confidences[target.rule], right, tested, macs, target),
         temperatures=tuple(temperatures),
         calibration_error=tuple(
-            (calibration_error(logits, labels), calibration_error(logits, labels, t))
+            (calibration_error(logits[rest], labels[rest]), calibration_error(logits[rest], labels[rest], t))
             for logits, t in zip(prefixes, temperatures, strict=True)
         ),
         weights=tuple(chosen),
+        shares={rule: tuple(_shares(found, level) for level in LEVELS) for rule, found in confidences.items()},
     )
 
 
-def _fit_exits(
-    own: Tensor,
-    prefixes: Tensor,
-    labels: Tensor,
-    macs: Sequence[int],
-    target: ExitTarget,
-    temperatures: Sequence[float],
-) -> ExitFigures:
+def _confidence(own: Tensor, prefixes: Tensor, rule: Rule, temperatures: Sequence[float]) -> Array:
+    """Confidences (T, N) of the prefixes, whose logits are (T, N, L), as those of the students alone."""
     confidences, votes = [], None
     for answer, prefix, temperature in zip(own, prefixes, temperatures, strict=True):
-        votes = add_votes(votes, answer)
-        confidences.append(confidence_of(prefix, target.rule, temperature, votes))
-    confidence, right = torch.stack(confidences).double().numpy(), (prefixes.argmax(-1) == labels).numpy()
-    fits = [partial(fit_thresholds, macs=macs, target=target, shared=shared) for shared in (False, True)]
-    losses = [_held_out_loss(confidence, right, fit) for fit in fits]
-    best = losses.index(min(losses))  # a threshold per stage only where it loses no more on held-out samples
-    thresholds = fits[best](confidence, right)
+        votes = add_votes(votes, answer) if rule == "agreement" else None
+        confidences.append(confidence_of(prefix, rule, temperature, votes))
+    found: Array = torch.stack(confidences).double().numpy()
+    return found
+
+
+def _shares(confidence: Array, level: float) -> tuple[float, ...]:
+    """A threshold, and the share of samples that it decides at each stage."""
+    stages = exit_stages(confidence, np.full(len(confidence), level))
+    return level, *(np.bincount(stages, minlength=len(confidence)) / len(stages)).tolist()
+
+
+def _fit_exits(confidence: Array, right: Array, tested: Array, macs: Sequence[int], target: ExitTarget) -> ExitFigures:
+    """Fits thresholds on confidences (T, N) and on whether the prefixes are right (T, N), and sums up their effect."""
+    promise = None
+    if target.naive:
+        thresholds, loss = _naive_thresholds(confidence, right, macs, target)
+    else:
+        thresholds, promise = promised_thresholds(confidence, right, tested, target.points, target.risk)
+        loss = _loss(confidence[:, tested], right[:, tested], thresholds)
+    count = right.shape[1]
     outcome = exit_outcome(exit_stages(confidence, np.array(thresholds)), right, np.array(macs))
     return ExitFigures(
         rule=target.rule,
         thresholds=tuple(thresholds),
         target=str(target),
-        decided_share=tuple((outcome.leaving / len(labels)).tolist()),
-        accuracy=outcome.right / len(labels),
+        decided_share=tuple((outcome.leaving / count).tolist()),
+        accuracy=outcome.right / count,
         full_accuracy=float(right[-1].mean()),
-        average_macs=outcome.macs / len(labels),
-        held_out_loss=losses[best],
+        average_macs=outcome.macs / count,
+        held_out_loss=loss,
+        promise=promise,
     )
 
 
-def _held_out_loss(confidence: Numbers, right: Numbers, fit: Callable[[Numbers, Numbers], list[float]]) -> float:
+def _naive_thresholds(
+    confidence: Array, right: Array, macs: Sequence[int], target: ExitTarget
+) -> tuple[list[float], float]:
+    """The best thresholds on these samples, and the points that they lose on halves that they were not fitted on."""
+    fits = [partial(fit_thresholds, macs=macs, target=target, shared=shared) for shared in (False, True)]
+    losses = [_held_out_loss(confidence, right, fit) for fit in fits]
+    best = losses.index(min(losses))  # a threshold per stage only where it loses no more on held-out samples
+    return fits[best](confidence, right), losses[best]
+
+
+def _held_out_loss(confidence: Array, right: Array, fit: Callable[[Array, Array], list[float]]) -> float:
     """Points lost against all stages, with thresholds fitted on one half of the samples and applied to the other."""
-    lost, even = 0, np.arange(right.shape[1]) % 2 == 0
-    for half in (even, ~even):
-        if half.any() and not half.all():
-            stages = exit_stages(confidence[:, half], np.array(fit(confidence[:, ~half], right[:, ~half])))
-            lost += int(right[-1, half].sum() - right[:, half][stages, np.arange(half.sum())].sum())
-    return 100 * lost / int(right.shape[1])
+    even = np.arange(right.shape[1]) % 2 == 0
+    if even.all():
+        return 0.0
+    losses = [
+        _loss(confidence[:, h], right[:, h], fit(confidence[:, ~h], right[:, ~h])) * h.mean() for h in (even, ~even)
+    ]
+    return float(sum(losses))
+
+
+def _loss(confidence: Array, right: Array, thresholds: Sequence[float]) -> float:
+    """Percentage points lost against all stages; 0 of no samples."""
+    stages = exit_stages(confidence, np.array(thresholds))
+    lost = right[-1].astype(int) - right[stages, np.arange(right.shape[1])]
+    return 100 * float(lost.mean()) if len(lost) else 0.0
 
 
 def format_calibration(calibration: Calibration, macs: Sequence[int]) -> str:
@@ -165,8 +205,7 @@ def format_calibration(calibration: Calibration, macs: Sequence[int]) -> str:
     if exits:
         lines.append(
             f"\n{exits.rule}, to {exits.target}: accuracy {exits.accuracy:.4f} of {exits.full_accuracy:.4f} on "
-            f"validation, {exits.average_macs:,.0f} MACs on average of {macs[-1]:,}.\nFitted on one half and applied "
-            f"to the other, it loses {exits.held_out_loss:.2f} points: expect that on new samples."
+            f"validation, {exits.average_macs:,.0f} MACs on average of {macs[-1]:,}.\n{exits.outlook}"
         )
     if calibration.weights:
         lines.append("Weights of the students: " + "  ".join(f"{weight:.3f}" for weight in calibration.weights))

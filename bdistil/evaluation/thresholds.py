@@ -1,10 +1,10 @@
-"""Thresholds of an exit rule, fitted on labelled samples."""
+"""Targets of exit thresholds, and the naive fit: the best thresholds on the samples at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,16 +20,19 @@ class ExitTarget:
 
     Attributes:
         rule: exit rule.
-        max_loss: percentage points of accuracy that the exits may lose on the validation part; 0.2 by default.
+        max_loss: percentage points of accuracy that the exits may lose against all stages; 1 by default.
         average_macs: average multiply-adds per sample that the exits may cost.
+        delta: probability with which new samples may lose more than `max_loss`, 0.1 by default, see
+            `bdistil.evaluation.risk_control`; ``none`` is the naive fit, which keeps to it on the validation part only.
 
     Raises:
-        UserError: both numbers are given, or points below 0.
+        UserError: both numbers are given, points below 0, or a probability outside of 0 … 1 or for `average_macs`.
     """
 
     rule: Rule = "max_prob"
     max_loss: float | None = None
     average_macs: float | None = None
+    delta: float | Literal["none"] | None = None
 
     def __post_init__(self) -> None:
         if self.max_loss is not None and self.average_macs is not None:
@@ -38,14 +41,40 @@ class ExitTarget:
                 "cannot be fitted for both."
             )
         if self.max_loss is None and self.average_macs is None:
-            object.__setattr__(self, "max_loss", 0.2)
+            object.__setattr__(self, "max_loss", 1.0)
         if self.max_loss is not None and not self.max_loss >= 0:
             raise UserError(f"Expected `max_loss` in points >= 0, got {self.max_loss}.")
+        given, cost = self.delta, self.average_macs is not None
+        if cost and given not in (None, "none"):
+            raise UserError(
+                f"`delta` is for `max_loss`, got delta={given} with `average_macs`: an average of MACs is fitted on "
+                "the validation part and promises no accuracy. Leave `delta` out."
+            )
+        if given is None:
+            object.__setattr__(self, "delta", "none" if cost else 0.1)
+        elif given != "none" and (isinstance(given, str) or not 0 < given < 1):
+            raise UserError(f"Expected `delta` to be in 0 … 1 or 'none', got {given!r}.")
+
+    @property
+    def naive(self) -> bool:
+        """Whether the target is one of the validation part only, without a promise for new samples."""
+        return self.delta == "none"
+
+    @property
+    def points(self) -> float:
+        """`max_loss` as a number; 0 where there is none."""
+        return float(self.max_loss or 0)
+
+    @property
+    def risk(self) -> float:
+        """`delta` as a number; 0 for a naive fit."""
+        return 0.0 if self.naive else float(self.delta or 0)
 
     def __str__(self) -> str:
-        if self.max_loss is not None:
-            return f"lose at most {self.max_loss:g} points"
-        return f"average at most {self.average_macs:,.0f} MACs"
+        if self.max_loss is None:
+            return f"average at most {self.average_macs:,.0f} MACs"
+        where = "of the validation part (naive)" if self.naive else f"with probability {1 - self.risk:g}"
+        return f"lose at most {self.max_loss:g} points {where}"
 
 
 class Outcome(NamedTuple):

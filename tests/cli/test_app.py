@@ -90,12 +90,14 @@ def test_evaluate_within_budgets(run, capsys):
 
 def test_fit_leaves_what_stopping_early_needs(run, capsys):
     figures = load_calibration(run)
-    assert (figures.count, figures.exits.rule, figures.exits.target) == (2, "max_prob", "lose at most 0.2 points")
+    target = "lose at most 1 points with probability 0.9"
+    assert (figures.count, figures.exits.rule, figures.exits.target) == (2, "max_prob", target)
+    assert (figures.exits.promise.samples, figures.exits.promise.validation) == (400, 500)
     assert (
         main(["evaluate", "--run_dir", str(run.root), "--budget.confidence", "fitted", "--part", "val", "--json"]) == 0
     )
     answer = json.loads(capsys.readouterr().out)
-    assert answer["accuracy"] >= figures.exits.full_accuracy - 0.002
+    assert answer["accuracy"] == pytest.approx(figures.exits.accuracy, abs=1e-4)
 
 
 def test_calibrate_fits_again(run, capsys):
@@ -106,7 +108,16 @@ def test_calibrate_fits_again(run, capsys):
     assert (figures.exits.rule, figures.exits.target) == ("margin", "average at most 20,000 MACs")
     assert "average at most 20,000 MACs" in run.report.read_text()
     assert main(args) == 0
-    assert re.search(r"^margin, to lose at most 0.2 points: accuracy 0\.\d+ of 0\.\d+", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    assert re.search(r"^margin, to lose at most 1 points with probability 0.9: accuracy 0\.\d+ of 0\.\d+", out, re.M)
+    assert main([*args, "--max_loss", "2", "--delta", "0.05"]) == 0
+    out = capsys.readouterr().out
+    assert "lose at most 2 points with probability 0.95" in out
+    assert "at most 2 points of accuracy with probability 0.95" in run.report.read_text()
+    assert main([*args, "--max_loss", "0.2", "--delta", "none"]) == 0
+    assert "lose at most 0.2 points of the validation part (naive)" in capsys.readouterr().out
+    assert "A naive fit, which promises nothing for new samples" in run.report.read_text()
+    assert load_calibration(run).exits.promise is None
     before = (run.root / "anytime.json").read_bytes()
     status, message = failed(capsys, *args, "--average_macs", "1")
     assert status == 2
@@ -264,6 +275,7 @@ MISTAKES = [
     (["calibrate", "--run_dir", "none"], "none", "bdistil fit"),
     (["calibrate", "--run_dir", "none", "--rule", "luck"], "rule", "luck"),
     (["calibrate", "--run_dir", "none", "--max_loss", "1", "--average_macs", "2"], "`average_macs`", "Give one"),
+    (["calibrate", "--run_dir", "none", "--delta", "2"], "`delta`", "in 0 … 1 or 'none', got 2.0"),
 ]
 
 

@@ -1,0 +1,143 @@
+"""Exit thresholds with a promise for new samples: learn-then-test with exact binomial bounds.
+
+Thresholds that lose at most ε on the samples they were fitted on lose more on new ones: the fit picks the luckiest.
+Here a sequence of thresholds, from careful to bold, is learned on one part of the samples and tested on the others, in
+order, up to the first that fails. The last that passes loses at most ε on new samples from the same distribution, with
+probability 1 - δ over the draw of the samples: fixed sequence testing with a split, of Angelopoulos, Bates, Candès,
+Jordan and Lei, Learn then Test (arXiv 2110.01052). The test counts spoiled samples, which all stages answer rightly and
+the exits wrongly. Their number is binomial, so its bound is exact (Clopper and Pearson, Biometrika 26, 1934). The
+accuracy lost is the share of spoiled samples minus that of samples which an exit mends, so it is never larger.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bdistil.ensemble.budget import NEVER, Array
+from bdistil.ensemble.calibration import Promise
+from bdistil.evaluation.thresholds import exit_stages
+
+LEARNED = 5  # one sample in five is for learning
+CANDIDATES = 200
+
+
+def binomial_cdf(events: int, samples: int, share: float) -> float:
+    """Probability of at most this number of events among samples that each have one with probability `share`.
+
+    Example:
+        >>> round(binomial_cdf(1, 3, 0.5), 4)
+        0.5
+    """
+    if events < 0 or events >= samples or not 0 < share < 1:
+        return float(events >= samples or (events >= 0 and share <= 0))
+    counts = np.arange(1, events + 1)
+    ways = np.concatenate(([0.0], np.log((samples - counts + 1) / counts).cumsum()))  # log of the binomial coefficients
+    numbers = np.arange(events + 1)
+    return float(np.exp(ways + numbers * math.log(share) + (samples - numbers) * math.log1p(-share)).sum())
+
+
+def upper_bound(events: int, samples: int, delta: float) -> float:
+    """Clopper and Pearson's upper bound of a share, by its number of events; it is too low with probability `delta`.
+
+    Example:
+        >>> round(upper_bound(0, 400, 0.1), 5), round(upper_bound(1, 400, 0.1), 5)
+        (0.00574, 0.00969)
+    """
+    low, high = events / samples, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if binomial_cdf(events, samples, middle) > delta else (low, middle)
+    return high
+
+
+def events_allowed(samples: int, share: float, delta: float) -> int:
+    """Largest number of events at which the bound of a share is not above `share`; -1 where even none is too many."""
+    events = -1
+    while events < samples and binomial_cdf(events + 1, samples, share) <= delta:
+        events += 1
+    return events
+
+
+def samples_needed(max_loss: float, delta: float) -> int | None:
+    """Samples, learned ones included, from which on a promise is possible at all; None: no number of them is enough.
+
+    Args:
+        max_loss: percentage points.
+        delta: probability that the promise is broken.
+
+    Example:
+        >>> samples_needed(1.0, 0.1), samples_needed(0.5, 0.1)
+        (287, 574)
+    """
+    share = max_loss / 100
+    if share <= 0:
+        return None
+    tested = 1 if share >= 1 else math.ceil(math.log(delta) / math.log1p(-share))
+    samples = tested
+    while samples - learned_samples(samples) < tested:
+        samples += 1
+    return samples
+
+
+def learned_samples(samples: int) -> int:
+    """How many of the samples the sequence is learned on."""
+    return max(samples // LEARNED, 1)
+
+
+def held_back(samples: int, max_loss: float, delta: float) -> Array:
+    """Mask (N,) of the samples to test on, the others being those to learn from; none where there are too few of them.
+
+    It is always the same, and does not follow the order of the samples, which may be one of classes or of time.
+    """
+    mask, needed = np.zeros(samples, bool), samples_needed(max_loss, delta)
+    if needed is not None and samples >= needed:
+        mask[np.random.default_rng(0).permutation(samples)[learned_samples(samples) :]] = True
+    return mask
+
+
+def promised_thresholds(
+    confidence: Array, right: Array, tested: Array, max_loss: float, delta: float
+) -> tuple[list[float], Promise]:
+    """The boldest thresholds of the sequence for which the promise holds; all stages, where it holds for none.
+
+    The sequence has one threshold for all stages, from the highest of 200 quantiles of the learned confidences down.
+
+    Args:
+        confidence: (T, N); may depend on the labels of the learned samples, but not on those of the tested ones.
+        right: (T, N) bool, whether the answer of a prefix is right.
+        tested: (N,) bool, see `held_back`.
+        max_loss: percentage points of accuracy that may be lost against all stages.
+        delta: probability with which more may be lost.
+
+    Returns:
+        One threshold per stage, see `fit_thresholds`, and what is promised.
+    """
+    stages, samples, kept, spoiled = len(confidence), int(tested.sum()), NEVER, 0
+    if samples and stages > 1:
+        allowed = events_allowed(samples, max_loss / 100, delta)
+        quantiles = np.quantile(confidence[:-1, ~tested], np.linspace(1, 0, CANDIDATES))
+        for threshold in np.unique(quantiles)[::-1]:
+            found = _spoiled(confidence[:, tested], right[:, tested], float(threshold))
+            if found > allowed:
+                break
+            kept, spoiled = float(threshold), found
+    promise = Promise(
+        max_loss=max_loss,
+        delta=delta,
+        kept=kept < NEVER,
+        validation=right.shape[1],
+        samples=samples,
+        spoiled=spoiled,
+        bound=100 * upper_bound(spoiled, samples, delta) if samples else 100.0,
+        needed=samples_needed(max_loss, delta),
+        needed_for_half=samples_needed(max_loss / 2, delta),
+    )
+    return [*(kept,) * (stages - 1), 0.0], promise
+
+
+def _spoiled(confidence: Array, right: Array, threshold: float) -> int:
+    stages = exit_stages(confidence, np.full(len(confidence), threshold))
+    exited = right[stages, np.arange(right.shape[1])]
+    return int((right[-1] & ~exited).sum())
