@@ -1,0 +1,152 @@
+"""What exits save on the digits recipe: CPU time against all stages and against a loop by hand, torch and runner alike.
+
+Ratios within one process on one thread: medians of repetitions in turns, of CPU time, as the machine may be busy. A
+finished run of the recipe is used where BDISTIL_DIGITS names one; else it is trained first, for some minutes.
+"""
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bdistil import Budget, ProgressiveEnsemble
+from bdistil.cli.app import main
+from bdistil.data.digits import Digits
+from bdistil.evaluation.calibrate import fit_anytime
+from bdistil.export.run import export_run
+from bdistil.export.runner import Budget as RunnerBudget
+from bdistil.export.runner import ExportedEnsemble, confidence_of
+from bdistil.storage.run_directory import RunDirectory
+from bdistil.utils.memory import keep_freed_memory
+
+pytestmark = pytest.mark.slow
+keep_freed_memory()  # as the command line does
+
+SINGLES, BATCHES, SURE = 300, (16, 64, 256), (0.9, 0.99, 0.999)
+NEVER = 1.0  # float32 saturates for a few samples only
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run of the digits recipe, and the samples of its validation and test part."""
+    root = os.environ.get("BDISTIL_DIGITS")
+    if root is None:
+        root = str(tmp_path_factory.mktemp("digits") / "run")
+        options = ["--tracking.mode", "disabled", "--trainer.enable_progress_bar", "false"]
+        assert main(["fit", "--config", "digits", "--run_dir", root, *options]) == 0
+    torch.set_num_threads(1)
+    data = Digits()
+    data.setup()
+    return Path(root), data, torch.cat([data.parts[part].tensors[0] for part in ("val", "test")])
+
+
+class Torch:
+    """The ensemble in torch, with times measured here."""
+
+    def __init__(self, root, data, folder):
+        self.ensemble = ProgressiveEnsemble.load(root)
+        fit_anytime(self.ensemble, data.val_dataloader())
+        self.temperatures = self.ensemble.calibration.temperatures
+
+    def predict(self, x, confidence=None):
+        return self.ensemble.predict(x, Budget(confidence=confidence))
+
+    def by_hand(self, x, confidence):
+        for stage in self.ensemble.stages(x):
+            scaled = stage.logits / self.temperatures[stage.index - 1]
+            if float(torch.softmax(scaled, -1).max()) >= confidence:
+                break
+        return stage.index
+
+
+class Runner:
+    """The exported ensemble, with times measured here."""
+
+    def __init__(self, root, data, folder):
+        export_run(RunDirectory(root), folder / "exported")
+        self.ensemble = ExportedEnsemble.load(folder / "exported")
+        self.temperatures = self.ensemble.manifest["temperatures"]
+
+    def predict(self, x, confidence=None):
+        return self.ensemble.predict(x, RunnerBudget(confidence=confidence))
+
+    def by_hand(self, x, confidence):
+        for stage in self.ensemble.stages(x):
+            if confidence_of(stage.logits, "max_prob", 1 / self.temperatures[stage.index - 1])[0] >= confidence:
+                break
+        return stage.index
+
+
+@pytest.fixture(scope="module", params=[Torch, Runner])
+def served(request, digits, tmp_path_factory):
+    """An ensemble, and samples as it reads them."""
+    root, data, x = digits
+    return request.param(root, data, tmp_path_factory.mktemp("out")), x if request.param is Torch else x.numpy()
+
+
+def medians(*functions, turns=15):
+    """Median CPU seconds of each function, taken in turns."""
+    taken = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(turns):
+        for seconds, function in zip(taken, functions, strict=True):
+            started = time.process_time()
+            function()
+            seconds.append(time.process_time() - started)
+    return [statistics.median(seconds) for seconds in taken]
+
+
+def mean_stages(predictions):
+    return float(np.concatenate([np.asarray(prediction.stages) for prediction in predictions]).mean())
+
+
+def test_single_samples_stop_where_a_loop_by_hand_does(served):
+    ensemble, x = served
+    singles = [x[i : i + 1] for i in range(SINGLES)]
+    hand = [ensemble.by_hand(sample, 0.9) for sample in singles]
+    found = [ensemble.predict(sample, 0.9) for sample in singles]
+    assert [int(prediction.stages[0]) for prediction in found] == hand
+    by_hand, exits, whole, never = medians(
+        lambda: [ensemble.by_hand(sample, 0.9) for sample in singles],
+        lambda: [ensemble.predict(sample, 0.9) for sample in singles],
+        lambda: [ensemble.predict(sample) for sample in singles],
+        lambda: [ensemble.predict(sample, NEVER) for sample in singles],
+    )
+    print(
+        f"\n{type(ensemble).__name__}, one sample: {statistics.mean(hand):.2f} stages at 0.9, {exits / by_hand:.2f} "
+        f"of the loop by hand (bound 1.2), {exits / whole:.2f} of all stages (bound 0.6; all: "
+        f"{1e6 * whole / SINGLES:.0f} µs); {never / whole:.3f} of all stages where nearly none is sure (bound 1.03)"
+    )
+    assert exits <= 1.2 * by_hand
+    assert exits <= 0.6 * whole
+    assert never <= 1.03 * whole
+
+
+@pytest.mark.parametrize("size", BATCHES)
+def test_batches_cost_no_more_than_all_stages(served, size):
+    ensemble, x = served
+    batches = [x[i : i + size] for i in range(0, len(x) - size + 1, size)][: max(1024 // size, 4)]
+    levels = (*SURE, NEVER)
+    whole, *exits = medians(
+        lambda: [ensemble.predict(batch) for batch in batches],
+        *(lambda level=level: [ensemble.predict(batch, level) for batch in batches] for level in levels),
+    )
+    ratios = [seconds / whole for seconds in exits]
+    stages = [mean_stages([ensemble.predict(batch, level) for batch in batches]) for level in levels]
+    shown = ", ".join(f"{r:.2f} at {p} ({k:.2f} stages)" for r, p, k in zip(ratios, levels, stages, strict=True))
+    print(f"\n{type(ensemble).__name__}, batch {size}, all stages {1e6 * whole / len(batches):.0f} µs: {shown}")
+    assert ratios[0] <= 1.0
+    assert all(ratio <= 0.7 for ratio, mean in zip(ratios, stages, strict=True) if mean < 2)
+    assert max(ratios) <= 1.03
+
+
+def test_answers_are_those_of_single_samples(served):
+    ensemble, x = served
+    for level in SURE:
+        alone = mean_stages([ensemble.predict(x[i : i + 1], level) for i in range(256)])
+        assert mean_stages([ensemble.predict(x[:256], level)]) == pytest.approx(alone, abs=1 / 256)
