@@ -132,20 +132,20 @@ class Part:
         task = self.settings.task
         scores = prefix_metric(task, outputs)
         answers = self._by_block(self._teacher_logits(teacher, device, scores))
-        with distributed.within(self.sharers), self._hashed():
+        with distributed.within(self.sharers), self._sketched():
             self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)
             return _summed(scores, outputs)
 
     @contextmanager
-    def _hashed(self) -> Iterator[None]:
-        """Context of a pass over all samples that keeps their hashes."""
-        hashes = self.guard.hashes if self.guard else None
-        if hashes is not None:
-            hashes.close()
-            hashes.begin()
+    def _sketched(self) -> Iterator[None]:
+        """Context of a pass over all samples that keeps their sketches."""
+        sketches = self.guard.sketches if self.guard else None
+        if sketches is not None:
+            sketches.close()
+            sketches.begin()
         yield
-        if hashes is not None:
-            hashes.publish()
+        if sketches is not None:
+            sketches.publish()
 
     def _catch_up_samples(self) -> None:
         """Fingerprints of the samples: compared with those on the disk, or made where there are none."""
@@ -154,11 +154,10 @@ class Part:
         self.guard.compare_stored()
         distributed.barrier()
         self.guard.store()
-        if self.guard.hashes is not None and not distributed.agreed(self.guard.hashes.exists()):
-            with self._hashed():
+        if self.guard.sketches is not None and not distributed.agreed(self.guard.sketches.exists()):
+            with self._sketched():
                 for x, y, index in self._batches(0):
                     self.guard.record(x, y, index)
-        self.guard.restart()
 
     def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
         """Opens S after the committed students, and their features that links may read; computes what is missing.

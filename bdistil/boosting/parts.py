@@ -78,6 +78,14 @@ class Parts:
                 part.renew(loader)
         return loader
 
+    def start_fit(self, datamodule: Any) -> None:
+        """Takes the loaders that the data module gives in this fit: those of the fit before may read closed files."""
+        for part in (self.train, self.val):
+            if part.guard is not None:
+                part.guard.restart()
+        for name in LOADERS:
+            getattr(datamodule, name)()  # which calls `renew`
+
     def compare_stored(self) -> None:
         """Compares some samples with those of earlier starts.
 

@@ -318,8 +318,7 @@ class Boosting:
             RunError: NaN or infinity among the teacher's logits.
         """
         parts, device = plan.run.parts, plan.module.device
-        for name in LOADERS:  # the loaders of the fit before may read closed files
-            getattr(plan.module.trainer.datamodule, name)()  # type: ignore[attr-defined]
+        parts.start_fit(plan.module.trainer.datamodule)  # type: ignore[attr-defined]
         if self.run.scratch is not None:
             parts.claim(self.run)
         known = all(part.ledger.exists for part in parts) and self.run.read("teacher") is not None

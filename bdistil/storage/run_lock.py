@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,13 @@ class RunLock:
         """
         if self._handle is not None:
             return
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o644)  # a disk may be remounted read-only meanwhile
+        if _try_lock(handle) is None:
+            os.close(handle)
+            handle = os.open(self.path, os.O_RDWR)  # as network file systems want it
         try:
             self._wait(handle)
-            text = json.dumps(_myself()).encode()
-            os.ftruncate(handle, 0)
-            os.lseek(handle, 0, os.SEEK_SET)
-            os.write(handle, text)
+            self.path.write_text(json.dumps(_myself()), encoding="utf-8")
         except BaseException:
             os.close(handle)
             raise
@@ -85,7 +85,8 @@ class RunLock:
         if self._handle is None:
             return
         handle, self._handle = self._handle, None
-        os.ftruncate(handle, 0)
+        with suppress(OSError):  # the disk takes nothing any more
+            self.path.write_text("")
         _unlock(handle)  # forked workers share the open file, so that closing it is not enough
         os.close(handle)
 
@@ -174,11 +175,9 @@ def _try_lock(handle: int) -> bool | None:
 
 
 def _unlock(handle: int) -> None:
-    try:
+    with suppress(OSError):  # there was none: the file system has no locks, or the holder was passed over
         if sys.platform == "win32":
             os.lseek(handle, 1 << 30, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
         else:
             fcntl.flock(handle, fcntl.LOCK_UN)
-    except OSError:
-        pass  # there was none: the file system has no locks, or the holder was passed over

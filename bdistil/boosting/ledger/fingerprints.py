@@ -1,4 +1,4 @@
-"""Hashes of all samples as they were when the teacher was evaluated, beside its logits."""
+"""Sketches of all samples as they were when the teacher was evaluated, beside its logits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from bdistil.boosting.ledger.rows import Array, allocate, is_complete, publish
 
 
-class SampleHashes:
-    """Hashes of x and y, (N, 2) int64 by sample index, on disk.
+class SampleSketches:
+    """Sketches of x and y, (N, 2) float64 by sample index, on disk.
 
     Args:
         folder: of the file.
@@ -26,14 +26,14 @@ class SampleHashes:
 
     @property
     def _file(self) -> Path:
-        return self.folder / "samples.i64"
+        return self.folder / "samples.f64"
 
     @property
     def _room(self) -> tuple[int, int]:
-        return self.samples, 4  # a row of two int64 takes the space of four float32
+        return self.samples, 4  # a row of two float64 takes the space of four float32
 
     def _map(self, path: Path, mode: str) -> Array:
-        return np.asarray(np.memmap(path, np.int64, mode, shape=(self.samples, 2)))  # type: ignore[call-overload]
+        return np.asarray(np.memmap(path, np.float64, mode, shape=(self.samples, 2)))  # type: ignore[call-overload]
 
     def begin(self) -> None:
         """Creates the file."""
@@ -41,10 +41,10 @@ class SampleHashes:
         allocate(beside, self._room)
         self._next = self._map(beside, "r+")
 
-    def write(self, index: Array, hashes: Tensor) -> None:
-        """Writes the hashes (B, 2) of samples (B,)."""
+    def write(self, index: Array, sketches: Tensor) -> None:
+        """Writes the sketches (B, 2) of samples (B,)."""
         assert self._next is not None, "begin() creates the file"
-        self._next[index] = hashes.numpy()
+        self._next[index] = sketches.double().numpy()
 
     def publish(self) -> None:
         """Completes the file."""
@@ -56,7 +56,7 @@ class SampleHashes:
         return is_complete(self._file, self._room)
 
     def rows(self, index: Array) -> Tensor:
-        """Hashes (B, 2) of samples (B,)."""
+        """Sketches (B, 2) of samples (B,)."""
         if self._open is None:
             self._open = self._map(self._file, "r")
         return torch.from_numpy(self._open[index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bdistil.boosting.ledger.fingerprints import SampleHashes
+from bdistil.boosting.ledger.fingerprints import SampleSketches
 from bdistil.data.loaders import Index
 from bdistil.data.loaders.fingerprints import (
     Digests,
@@ -21,8 +22,9 @@ from bdistil.data.loaders.fingerprints import (
     digests,
     leaves,
     read_digests,
-    row_hashes,
     row_size,
+    row_sketches,
+    same_sketch,
     spread,
     stable_digests,
 )
@@ -30,16 +32,18 @@ from bdistil.errors import UserError
 from bdistil.storage.files import write_atomically
 from bdistil.utils import distributed
 
+# Samples that are compared at the start of a fit: one in a hundred, but at least as many.
+FEW = 4
 # Of the batches of a fit, the first ones are compared, and then one in as many.
 EVERY = 8
-# Numbers of a batch that are hashed; the rest of its rows is left out.
-NUMBERS = 1 << 15
+# Numbers of a batch that are sketched; the rest of its rows is left out.
+NUMBERS = 1 << 14
 
 SEED = (
     "State is kept by sample number, so the sample behind a number must be the same in every fit and every start. "
     "Where `setup()` or a `*_dataloader()` splits or selects at random, seed it: "
     "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0)). Where the data were edited, choose "
-    "another `run_dir`."
+    "another `run_dir`. A curriculum keeps the dataset, and chooses samples by a sampler."
 )
 RANDOM = (
     "Give BoostingSettings(state='recompute') to evaluate the teacher on every batch, or BoostingSettings(views=K) to "
@@ -53,17 +57,17 @@ WAY = (
 
 
 class _Compared(NamedTuple):
-    """Rows of a batch: sample numbers (R,), hashes of x and y (R, 2), and the shapes of the tensors of a row of x."""
+    """Rows of a batch: sample numbers (R,), sketches of x and y (R, 2), and the shapes of the tensors of a row of x."""
 
     numbers: Index
-    hashes: Tensor
+    sketches: Tensor
     shapes: list[tuple[int, ...]]
 
 
 class SampleGuard:
     """Compares samples of a part with those that state was kept for.
 
-    Some are compared whenever a loader is made. Where nothing augments, hashes of all samples are kept with the
+    Some are compared whenever a loader is made. Where nothing augments, sketches of all samples are kept with the
     teacher's logits, and rows of the batches of a fit are compared with them.
 
     Args:
@@ -81,19 +85,20 @@ class SampleGuard:
         self.name, self.loader, self.items, self.file = name, loader, items, folder / "samples.json"
         self.digests = stable_digests(items, spread(len(items)))
         self.fixed, self.recomputed = not augmented and not recomputed, recomputed
-        self.hashes = SampleHashes(folder, len(items)) if self.fixed and self._hashes_hold() else None
+        self.sketches = SampleSketches(folder, len(items)) if self.fixed and self._sketches_hold() else None
+        self._compared: Any = None  # the dataset that was compared last
         self.restart()
 
-    def _hashes_hold(self) -> bool:
-        """Whether the hash of a sample is the same in a batch of several and alone, as with padding by zeros."""
+    def _sketches_hold(self) -> bool:
+        """Whether the sketch of a sample is the same in a batch of several and alone, as with padding by zeros."""
         items = [self.items[number] for number in spread(len(self.items), EVERY)]
         x, y = self.loader.collate_fn(items)
-        together = _hashes(x, y, len(items))
-        return all(torch.equal(self._alone(item), row) for item, row in zip(items, together, strict=True))
+        together = _sketches(x, y, len(items))
+        return all(bool(same_sketch(self._alone(item), row).all()) for item, row in zip(items, together, strict=True))
 
     def _alone(self, item: Any) -> Tensor:
         x, y = self.loader.collate_fn([item])
-        return _hashes(x, y, 1)[0]
+        return _sketches(x, y, 1)[0]
 
     # ---- some samples
 
@@ -105,7 +110,7 @@ class SampleGuard:
         """
         if self.file.exists():
             stored = json.loads(self.file.read_text(encoding="utf-8"))
-            self._compare({int(number): found for number, found in stored.items()}, self.digests)
+            self._compare({int(number): _from_json(found) for number, found in stored.items()}, self.digests)
 
     def store(self) -> None:
         """Keeps the digests of some samples for later starts."""
@@ -123,13 +128,18 @@ class SampleGuard:
                 f"`{self.name}()` gives a dataset of {len(items)} samples, but the run was started with "
                 f"{len(self.items)}. {SEED}"
             )
+        known, self._compared = self._compared, loader.dataset
         self.loader, self.items = loader, items
-        self._compare(self.digests, read_digests(items, list(self.digests)))
+        if known is not loader.dataset:
+            numbers = list(self.digests)
+            few = [numbers[place] for place in spread(len(numbers), max(FEW, len(items) // 100))]
+            self._compare(self.digests, read_digests(items, few))
 
     def _compare(self, before: Mapping[int, Digests], now: Mapping[int, Digests]) -> None:
-        for number, found in now.items():
-            if number in before and (names := changed(before[number], found)):
-                self._refuse_item(number, names)
+        both = {number: changed(before[number], found) for number, found in now.items() if number in before}
+        differ = {number: names for number, names in both.items() if names}
+        if differ:  # some elements of a sample may be those of another one by chance
+            self._refuse_item(next(iter(differ)), list(dict.fromkeys(chain.from_iterable(differ.values()))))
 
     def _refuse_item(self, number: int, names: Sequence[str]) -> None:
         """Raises UserError where an item differs; where it is random, only if nothing may be."""
@@ -159,14 +169,15 @@ class SampleGuard:
     # ---- batches
 
     def restart(self) -> None:
-        """A fit begins: its first batches are compared."""
+        """A fit begins: its dataset is compared, and so are its first batches."""
+        self._compared = None
         self._seen: int = 0
         self._pending: list[_Compared] = []
 
     def record(self, x: Any, y: Any, index: Index) -> None:
-        """Keeps the hashes of samples on which the teacher is evaluated."""
-        if self.hashes is not None:
-            self.hashes.write(index, _hashes(x, y, len(index)))
+        """Keeps the sketches of samples on which the teacher is evaluated."""
+        if self.sketches is not None:
+            self.sketches.write(index, _sketches(x, y, len(index)))
 
     def see(self, x: Any, y: Any, index: Index) -> None:
         """Compares some rows of some batches with the samples that the teacher was asked about.
@@ -175,13 +186,13 @@ class SampleGuard:
             UserError: one differs.
         """
         number, self._seen = self._seen, self._seen + 1
-        if self.hashes is None or (number >= EVERY and number % EVERY):
+        if self.sketches is None or (number >= EVERY and number % EVERY):
             return
         count = min(len(index), max(1, NUMBERS // max(1, row_size(x, len(index)))))
         low = 7919 * number % (len(index) - count + 1)  # not always the first rows
         rows, shapes = slice(low, low + count), [tuple(leaf.shape[1:]) for leaf in leaves(x)]
-        self._pending.append(_Compared(index[rows], _hashes(x, y, len(index), rows), shapes))
-        if len(self._pending) == EVERY or self._pending[-1].hashes.device.type == "cpu":
+        self._pending.append(_Compared(index[rows], _sketches(x, y, len(index), rows), shapes))
+        if len(self._pending) == EVERY or self._pending[-1].sketches.device.type == "cpu":
             self.settle()
 
     def settle(self) -> None:
@@ -192,9 +203,9 @@ class SampleGuard:
         """
         pending, self._pending = self._pending, []
         for rows in pending:
-            if self.hashes is None:
+            if self.sketches is None:
                 return
-            differ = self.hashes.rows(rows.numbers) != rows.hashes.cpu()
+            differ = ~same_sketch(self.sketches.rows(rows.numbers), rows.sketches.cpu())
             if bool(differ.any()):
                 first = int(differ.any(1).nonzero()[0])
                 names = [name for name, wrong in zip(("x", "y"), differ[first].tolist(), strict=True) if wrong]
@@ -202,13 +213,13 @@ class SampleGuard:
 
     def _refuse_row(self, number: int, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
         """Raises UserError where a row of a batch differs; warns where it is padded."""
-        assert self.hashes is not None
-        stored, item = self.hashes.rows(torch.tensor([number]).numpy())[0], self.items[number]
-        if not torch.equal(self._alone(item), stored):
+        assert self.sketches is not None
+        stored, item = self.sketches.rows(torch.tensor([number]).numpy())[0], self.items[number]
+        if not bool(same_sketch(self._alone(item), stored).all()):
             self._refuse_item(number, names)
         alone = [tuple(leaf.shape[1:]) for leaf in leaves(self.loader.collate_fn([item])[0])]
         if names == ["x"] and alone != list(shapes):
-            self.hashes = None
+            self.sketches = None
             rank_zero_warn(
                 f"Sample {number} of `{self.name}()` has tensors of {alone} alone, and of {list(shapes)} in a batch. "
                 "Cached logits belong to it only if teacher and students do not see the padding; if they do, give "
@@ -218,10 +229,14 @@ class SampleGuard:
         raise UserError(f"The {_and(names)} of sample {number} in a batch of `{self.name}()` has changed. {WAY}")
 
 
-def _hashes(x: Any, y: Any, count: int, rows: slice = slice(None)) -> Tensor:
-    """Hashes of x and y of the rows of a batch (R, 2)."""
-    first, second = row_hashes(x, count, rows), row_hashes(y, count, rows)
+def _sketches(x: Any, y: Any, count: int, rows: slice = slice(None)) -> Tensor:
+    """Sketches of x and y of the rows of a batch (R, 2)."""
+    first, second = row_sketches(x, count, rows), row_sketches(y, count, rows)
     return torch.stack((first, second.to(first.device)), 1)
+
+
+def _from_json(digests: Mapping[str, Any]) -> Digests:
+    return {name: None if found is None else (str(found[0]), float(found[1])) for name, found in digests.items()}
 
 
 def _and(names: Sequence[str]) -> str:

@@ -70,7 +70,7 @@ def check_dataset(loader: Any, name: str) -> int:
     return len(dataset)
 
 
-def is_random(dataset: Dataset[Any], tries: int = 32) -> bool:
+def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
     """Whether reading a sample twice gives two different x (random augmentation), of samples all over the dataset."""
     numbers = spread(len(cast(Sized, dataset)), tries)
     return not all(same_x(_x_of(dataset[index]), _x_of(dataset[index])) for index in numbers)

@@ -1,4 +1,8 @@
-"""Fingerprints of samples: digests of items as a dataset gives them, and hashes of the rows of a batch."""
+"""Fingerprints of samples: of items as a dataset gives them, and of the rows of a batch on any device.
+
+Whole numbers and texts count to the bit. Real numbers count up to rounding: a run may go on on a processor on which a
+transform rounds otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-# Samples that are compared at the start of a fit: one in a hundred, but at least and at most as many.
+# Samples that are compared at the start of a run: one in a hundred, but at least and at most as many.
 FEWEST, MOST = 16, 64
-# Numbers of a row that are hashed; of a longer one, numbers at equal distances.
+# Numbers of a row that are sketched; of a longer one, numbers at equal distances.
 LONGEST = 1 << 16
+# Largest difference of two sketches that counts as rounding. A change of all real numbers by 0.1 % is about 1e-3.
+ROUNDING = 2e-4
+# An odd number that scatters whole numbers over 64 bits (2^64 over the golden ratio).
+SCATTER = -7046029254386353131
 
-Digests = dict[str, str | None]
+Digest = tuple[str, float]  # of what counts to the bit, and the sketch of the real numbers
+Digests = dict[str, Digest | None]
 
 
 class Items(Protocol):
@@ -64,24 +73,22 @@ def _elements(item: Any) -> dict[str, Any]:
     return {"x": item}
 
 
-def _digest(value: Any) -> str:
-    found = hashlib.blake2b(digest_size=8)
+def _digest(value: Any) -> Digest:
+    found, reals = hashlib.blake2b(digest_size=8), []
     for piece in _pieces(value):
-        found.update(len(piece).to_bytes(8, "little"))
-        found.update(piece)
-    return found.hexdigest()
+        if isinstance(piece, Tensor):
+            reals.append(piece)
+        else:
+            found.update(len(piece).to_bytes(8, "little"))
+            found.update(piece)
+    return found.hexdigest(), float(row_sketches([real[None] for real in reals], 1)[0])
 
 
-def _pieces(value: Any) -> Iterator[bytes]:
-    """The content of a value as bytes. Of an object of an unknown type, only the type counts."""
-    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        yield f"{value.dtype} {tuple(value.shape)}".encode()
-        yield flat.view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
-        yield f"{value.dtype} {value.shape}".encode()
-        yield np.ascontiguousarray(value).tobytes()
-    elif value is None or isinstance(value, str | bytes | bool | int | float | complex):
+def _pieces(value: Any) -> Iterator[bytes | Tensor]:
+    """The content of a value: real numbers as tensors, the rest as bytes. Of an unknown type, only its name counts."""
+    if isinstance(value, Tensor | np.ndarray | np.generic | float):
+        yield from _number_pieces(value)
+    elif value is None or isinstance(value, str | bytes | bool | int | complex):
         yield repr(value).encode()
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
@@ -97,6 +104,19 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield from _pieces(np.asarray(value))
     else:
         yield type(value).__qualname__.encode()
+
+
+def _number_pieces(value: Tensor | np.ndarray[Any, Any] | np.generic | float) -> Iterator[bytes | Tensor]:
+    """The content of numbers: their type and shape, and real ones as a tensor."""
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "biufc":
+        yield repr(value.tolist()).encode()
+        return
+    numbers = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    yield f"{numbers.dtype} {tuple(numbers.shape)}".encode()
+    if numbers.layout is not torch.strided or numbers.is_quantized:
+        return
+    real = numbers.is_floating_point() or numbers.is_complex()
+    yield numbers if real else numbers.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def read_digests(dataset: Items, numbers: Sequence[int]) -> dict[int, Digests]:
@@ -117,18 +137,31 @@ def stable_digests(dataset: Items, numbers: Sequence[int]) -> dict[int, Digests]
 def changed(before: Digests, now: Digests) -> list[str]:
     """Names of the elements that differ, or are missing in one of both; elements without a digest do not count."""
     names = [*before, *(name for name in now if name not in before)]
-    known = [name for name in names if not (before.get(name, "") is None or now.get(name, "") is None)]
-    return [name for name in known if before.get(name) != now.get(name)]
+    return [name for name in names if not _same(before.get(name, MISSING), now.get(name, MISSING))]
 
 
-# ---- hashes of the rows of a batch
+MISSING: Digest = ("", 0.0)
 
 
-def row_hashes(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
-    """Hash of rows of a batch: shape (R,) int64, on the device of the batch.
+def _same(first: Digest | None, second: Digest | None) -> bool:
+    if first is None or second is None:
+        return True
+    return first[0] == second[0] and bool(same_sketch(torch.tensor(first[1]), torch.tensor(second[1])))
 
-    A sum of the row's numbers with random odd weights, modulo 2^64: the same on every device, and zeros at the end of a
-    row do not count.
+
+# ---- sketches of the rows of a batch
+
+
+def same_sketch(first: Tensor, second: Tensor) -> Tensor:
+    """Whether sketches are equal up to rounding; those of NaN and infinity are equal."""
+    return ((first - second).abs() <= ROUNDING) | ~(first.isfinite() | second.isfinite())
+
+
+def row_sketches(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
+    """One number for each row of a batch, (R,), that differs if the rows do, on the device of the batch.
+
+    Of each tensor: the projection of the row's direction on random signs, plus the logarithm of its length. Zeros at
+    the end of a row do not count.
 
     Args:
         tree: tensors (B, ...) in lists, tuples and mappings; anything else is left out.
@@ -138,11 +171,36 @@ def row_hashes(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
     total: Tensor | None = None
     for number, leaf in enumerate(leaves(tree)):
         if leaf.ndim and len(leaf) == count and leaf.numel():
-            numbers = integers(leaf[rows]).flatten(1) if leaf.ndim > 1 else integers(leaf[rows]).unsqueeze(1)
-            numbers = numbers[:, :: -(-numbers.shape[1] // LONGEST)]
-            part = (numbers * _weights(numbers.shape[1], number, leaf.device)).sum(1)
-            total = part if total is None else total + part.to(total.device)
-    return torch.zeros(len(range(count)[rows]), dtype=torch.int64) if total is None else total
+            sketch = _sketch(_reals(leaf[rows]), number)
+            total = sketch if total is None else total + sketch.to(total.device)
+    return torch.zeros(len(range(count)[rows])) if total is None else total
+
+
+def _sketch(numbers: Tensor, salt: int) -> Tensor:
+    """Sketch (R,) of rows (R, D)."""
+    if numbers.shape[1] > LONGEST:
+        numbers = numbers[:, :: -(-numbers.shape[1] // LONGEST)]
+    projection = (numbers * _signs(numbers.shape[1], salt, numbers.device)).sum(1)
+    length = torch.linalg.vector_norm(numbers, dim=1)
+    safe = length.clamp(min=torch.finfo(torch.float32).tiny)
+    return (1 + salt) * torch.where(length > 0, projection / safe + safe.log(), 0.0)
+
+
+def _reals(leaf: Tensor) -> Tensor:
+    """Rows of a tensor as real numbers (R, D); whole ones are scattered, 0 stays 0."""
+    flat = leaf.reshape(len(leaf), -1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten(1)
+    if flat.is_floating_point():
+        return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+    return (flat.long() * SCATTER >> 40).float() / (1 << 23)
+
+
+@lru_cache(maxsize=16)
+def _signs(count: int, salt: int, device: torch.device) -> Tensor:
+    """Random signs (D,), float32."""
+    drawn = np.random.default_rng([salt, 0x5EED]).integers(0, 2, count)
+    return torch.from_numpy(drawn * 2 - 1).float().to(device)
 
 
 def row_size(tree: Any, count: int) -> int:
@@ -174,10 +232,3 @@ def integers(leaf: Tensor) -> Tensor:
         return leaf
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return leaf.contiguous().view(kinds[leaf.element_size()])
-
-
-@lru_cache(maxsize=16)
-def _weights(count: int, salt: int, device: torch.device) -> Tensor:
-    """Random odd numbers (count,) int64."""
-    drawn = np.random.default_rng([salt, 0x5EED]).integers(-(1 << 63), 1 << 63, count, dtype=np.int64)
-    return torch.from_numpy(drawn | 1).to(device)
