@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from bdistil.data.loaders import begin_epoch
 from bdistil.storage.files import disk_errors, save_epoch
 from bdistil.utils.seeding import reseed
 
@@ -30,7 +31,7 @@ class EpochKeeper(Checkpoint):
 
     def __init__(self, path: Path, *key: object) -> None:
         self.path, self.key = path, key
-        self.epochs, self._first = 0, True
+        self.epochs, self._first, self._trained = 0, True, False
 
     @property
     def ckpt_path(self) -> str | None:
@@ -57,13 +58,22 @@ class EpochKeeper(Checkpoint):
         self._reseed(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds the epochs after the first."""
+        """Seeds the epochs after the first, and their order."""
+        begin_epoch(trainer.train_dataloader, self.epochs)
         if not self._first:
             self._reseed(trainer)
         self._first = False
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes that the epoch has a batch: a resumed fit with `max_steps` begins with the end of the last epoch."""
+        self._trained = True
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves a checkpoint; a disk error becomes a RunError."""
-        self.epochs += 1
+        if not self._trained:
+            return
+        self.epochs, self._trained = self.epochs + 1, False
         with disk_errors("an epoch", self.path.parent):
             save_epoch(trainer, self.path)

@@ -25,7 +25,7 @@ from bdistil.boosting.trainer_checks import (
     check_uncompiled,
     check_unused,
 )
-from bdistil.data.loaders import check_drawn, distinct_samples
+from bdistil.data.loaders import begin_epoch, check_drawn, distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.reporting.report import write_report
@@ -178,7 +178,9 @@ class RoundController(Checkpoint):
     # ---- hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks Trainer and module; seeds, as configure_optimizers may make the loader."""
+        """Checks Trainer and module of a fit; seeds, as configure_optimizers may make the loader."""
+        if stage != "fit":
+            return
         check_unused(trainer)
         check_trainer(trainer, self.settings)
         self.signals.watch(trainer)
@@ -217,10 +219,7 @@ class RoundController(Checkpoint):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the epoch; for the first one `on_fit_start` did, before its loader was made."""
-        loader: Any = trainer.train_dataloader
-        for sampler in (loader.sampler, loader.batch_sampler):
-            if hasattr(sampler, "set_epoch"):  # Lightning counts an epoch twice in a resumed fit with max_steps
-                sampler.set_epoch(self.state.epochs)
+        begin_epoch(trainer.train_dataloader, self.state.epochs)
         if not self._first_epoch:
             self._reseed(trainer)
         self._first_epoch = False

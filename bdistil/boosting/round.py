@@ -352,7 +352,13 @@ class BoostingRound(_FastHookName):
     # ---- validation: sums on the device, logged once an epoch
 
     def on_validation_epoch_start(self) -> None:
-        """Resets the sums against the labels and against the teacher; copies weights that may be the best."""
+        """Resets the sums against the labels and against the teacher; copies weights that may be the best.
+
+        Raises:
+            UserError: the round has not been fitted yet.
+        """
+        if self._game is None:
+            raise UserError("A round is validated during or after its fit, which opens the ledger, not before.")
         if self.best is not None and not self.trainer.sanity_checking:
             self.best.evaluate(self.student)
         shape: tuple[int, ...] = (3, self.ledger.outputs + 1) if self.settings.task == "regression" else (3,)

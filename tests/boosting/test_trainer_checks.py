@@ -97,6 +97,23 @@ def test_a_second_fit_of_a_round_is_refused(tmp_path):
     rounds.close()
 
 
+def test_a_round_is_validated_after_its_fit_and_not_before(tmp_path):
+    controller, data = control(tmp_path), Toys()
+    rounds = controller.rounds(data)
+    module = next(rounds)
+    with pytest.raises(UserError, match="validated during or after its fit"):
+        make_trainer(controller).validate(module, data, verbose=False)
+    module.train()  # that was interrupted
+    trainer = make_trainer(controller)
+    trainer.fit(module, data)
+    before = digests(tmp_path)
+    (figures,) = trainer.validate(module, data, verbose=False)
+    assert figures["val_accuracy"] == pytest.approx(controller.run.record(0)["curve"]["val_accuracy"])
+    assert digests(tmp_path) == before
+    assert next(rounds).number == 1
+    rounds.close()
+
+
 # ---- fits without a step
 
 

@@ -13,7 +13,7 @@ from bdistil.data.loaders.indexing import (
     training_loader,
     with_dataset,
 )
-from bdistil.data.loaders.order import check_drawn, largest_batch, only_given
+from bdistil.data.loaders.order import begin_epoch, check_drawn, largest_batch, only_given
 from bdistil.data.loaders.views import CANONICAL, ViewPlan, Views, ViewSampler
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "ViewSampler",
     "Views",
     "as_labels",
+    "begin_epoch",
     "check_dataset",
     "check_drawn",
     "distinct_samples",

@@ -53,6 +53,13 @@ def reads_all(loader: DataLoader[Any]) -> bool:
     return type(sampler) is SequentialSampler and len(sampler.data_source) == samples
 
 
+def begin_epoch(loader: Any, epoch: int) -> None:
+    """Tells the samplers of a loader which epoch begins: Lightning's count is one too high in a resumed `max_steps`."""
+    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+
+
 def is_shared(sampler: Any) -> bool:
     """Whether a sampler of the user's own gives each process its share already."""
     return hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
