@@ -72,7 +72,7 @@ def write_exits(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         **seal(path),
         "first": 1,
         "last": len(stages),
-        "inputs": [stages[0]["inputs"][0], thresholds],
+        "inputs": [*stages[0]["inputs"], thresholds],
         "outputs": [{**total, "name": "logits"}, {"name": "stages", "shape": [], "dtype": "int64"}],
     }
     return {"kind": "exits", "graphs": [entry], "rule": rule}
@@ -98,8 +98,8 @@ class ExitGraph:
     def model(self) -> ModelProto:
         """The complete model."""
         first, graph = self.models[0], self._from_stage(0)
-        x = next(tensor for tensor in first.graph.input if tensor.name == "x")
-        graph.input.extend([x, helper.make_tensor_value_info("thresholds", self.onnx_dtype, [len(self.stages)])])
+        graph.input.extend(first.graph.input)  # the first stage reads x alone
+        graph.input.extend([helper.make_tensor_value_info("thresholds", self.onnx_dtype, [len(self.stages)])])
         opsets = {opset.domain: opset for model in self.models for opset in model.opset_import}
         functions = {function.name: function for model in self.models for function in model.functions}
         return helper.make_model(

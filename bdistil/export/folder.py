@@ -80,7 +80,8 @@ def graph_entry(
 
     def tensors(names: Sequence[str]) -> list[dict[str, Any]]:
         dtypes = {name: str(values[name].dtype).removeprefix("torch.") for name in names}
-        return [{"name": n, "shape": [batch, *values[n].shape[1:]], "dtype": dtypes[n]} for n in names]
+        sizes = {n: segment.sizes.get(n, values[n].shape[1:]) for n in names}
+        return [{"name": n, "shape": [batch, *sizes[n]], "dtype": dtypes[n]} for n in names]
 
     return {
         **seal(path),

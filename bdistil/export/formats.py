@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdistil.errors import RunError
+from bdistil.errors import RunError, UserError
 from bdistil.export.folder import copy_runner, graph_entry
 from bdistil.export.graphs import EXPORTERS, Segment, torch_file
 from bdistil.export.job import Export
@@ -83,6 +83,11 @@ def executorch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) 
     A device has one sample at a time. A dynamic batch size is left to ONNX: lowering silently narrows its range where a
     stage reads the outputs of another.
     """
+    if export.ensemble.inputs.varies:
+        raise UserError(
+            "Expected samples of one shape for --format executorch, whose memory is planned ahead, got lengths that "
+            "vary. Pad them to one length in the data, or export to onnx."
+        )
     path, segments = folder / "ensemble.pte", [export.segment([number]) for number in range(len(export.ensemble))]
     values = {name: value[:1] for name, value in export.values.items()}
     _write_program(segments, values, path)

@@ -17,6 +17,7 @@ from bdistil.export.graphs import EXPORTERS
 from bdistil.export.job import Export
 from bdistil.export.parity import BATCHES, TOLERANCE, difference
 from bdistil.export.runner import ALWAYS, Exits, ExportedEnsemble
+from bdistil.utils.trees import take_rows
 
 MEASURED = (1, 64)  # batch sizes
 REPEATS = 100
@@ -44,11 +45,12 @@ def fuse_all(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[
     stages, whole = fused_runner(folder, manifest, None), fused_runner(folder, manifest, fused)
     largest, latency = 0.0, {}
     for batch in BATCHES:
-        logits = whole.predict(export.raw[:batch].numpy()).logits
-        largest = max(largest, difference(Tensor(logits), export.ensemble(export.x[:batch])))
+        rows = slice(batch)
+        logits = whole.predict(export.arrays(take_rows(export.raw, rows))).logits
+        largest = max(largest, difference(Tensor(logits), export.ensemble(take_rows(export.x, rows))))
     _check_tolerance(largest, "all")
     for batch in MEASURED:
-        x = export.raw[:batch].numpy()
+        x = export.arrays(take_rows(export.raw, slice(batch)))
         latency[str(batch)] = {"stages_ms": best_ms(stages.predict, x), "fused_ms": best_ms(whole.predict, x)}
     faster = latency["1"]["fused_ms"] < latency["1"]["stages_ms"]
     return {**fused, "difference": largest, "latency": latency, "faster": faster}
@@ -61,13 +63,16 @@ def fuse_exits(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
         UserError: the run is a regression.
         RunError: the graph differs from PyTorch.
     """
-    if manifest["task"] == "regression":
-        raise UserError("`--fuse exits` needs the confidence of classes, which real outputs do not have. Leave it out.")
+    if manifest["task"] != "classification":
+        raise UserError(
+            "`--fuse exits` needs the confidence of classes, which real outputs and several labels do not have. Leave "
+            "it out."
+        )
     fused = write_exits(folder, manifest)
     stages, whole = fused_runner(folder, manifest, None), fused_runner(folder, manifest, fused)
     largest = _exit_difference(export, whole, fused["rule"])
     _check_tolerance(largest, "exits")
-    x, count = export.raw[:1].numpy(), len(stages)
+    x, count = whole.check(export.arrays(take_rows(export.raw, slice(1)))), len(stages)
     taken: dict[str, list[float]] = {"stages_ms": [], "fused_ms": []}
     for number in range(count):
         exits = Exits(fused["rule"], exit_after(number, count), [1.0] * count)
@@ -87,7 +92,7 @@ def _exit_difference(export: Export, runner: ExportedEnsemble, rule: Rule) -> fl
         RunError: the graph exits after another stage.
     """
     ensemble, count, largest = export.ensemble, len(export.ensemble), 0.0
-    answers = [stage.logits for stage in ensemble.stages(export.x[:COMPARED])]
+    answers = [stage.logits for stage in ensemble.stages(take_rows(export.x, slice(COMPARED)))]
     confidence = torch.stack(
         [confidence_of(logits, rule, ensemble.calibration.temperature(n)) for n, logits in enumerate(answers)], 1
     )
@@ -95,7 +100,8 @@ def _exit_difference(export: Export, runner: ExportedEnsemble, rule: Rule) -> fl
         for number in range(count):
             shift = [NEAR] * number + [-NEAR] * (count - number)
             thresholds = (at_stages + torch.tensor(shift)).tolist()
-            given = runner.run_exits(export.raw[row : row + 1].numpy(), thresholds, count)
+            one = runner.check(export.arrays(take_rows(export.raw, slice(row, row + 1))))
+            given = runner.run_exits(one, thresholds, count)
             if given.stages[0] != number + 1:
                 raise RunError(f"The graph with exits stopped after stage {given.stages[0]}, expected {number + 1}.")
             largest = max(largest, difference(Tensor(given.logits), answers[number][row : row + 1]))

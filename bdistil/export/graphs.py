@@ -1,7 +1,8 @@
 """Stages of an ensemble as a module of tensors, and the exporters that write this module to a file.
 
-Stage k reads x, the running sum `total_{k-1}`, and the `features_j` and `activation_j_s` (after the student's own stage
-s) of the stages that it links to. It returns `total_k`, and what later stages read of it; all count from 1.
+Stage k reads x (``x``, or ``x_KEY`` for each of several tensors), the running sum `total_{k-1}`, and the `features_j`
+and `activation_j_s` (after the student's own stage s) of the stages that it links to. It returns `total_k`, and what
+later stages read of it; all count from 1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.models.inputs import InputSpec
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import Student
 
@@ -41,6 +43,7 @@ class Segment(nn.Module):
     Attributes:
         reads: names of the inputs.
         gives: names of the outputs.
+        sizes: by name of an input of x, the sizes of one sample; a name for one that varies.
     """
 
     def __init__(
@@ -56,7 +59,13 @@ class Segment(nn.Module):
         outside = sorted({place for places in self.places for place in places if place[0] < first})
         later = sorted({place for places in wiring.reads[last + 1 :] for place in places if place[0] >= first})
         later = [place for place in later if place[0] <= last]
-        self.reads = ["x", *([f"total_{first}"] if first else []), *(activation_name(*place) for place in outside)]
+        self.inputs = ensemble.inputs
+        self.sizes = {name: _sizes(name, spec) for name, spec in ensemble.inputs.tensors().items()}
+        self.reads = [
+            *self.sizes,
+            *([f"total_{first}"] if first else []),
+            *(activation_name(*place) for place in outside),
+        ]
         self.gives = [f"total_{last + 1}", *(activation_name(*place) for place in later)]
         self.normalisation = normalisation
         self.requires_grad_(False).train(False)
@@ -64,7 +73,7 @@ class Segment(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Computes the tensors named in `gives` from those named in `reads`."""
         values = dict(zip(self.reads, tensors, strict=True))
-        x = values["x"]
+        x = self.inputs.put_together(values)
         if self.normalisation is not None:
             x = (x - self.normalisation[0]) / self.normalisation[1]
         total = values.get(f"total_{self.numbers[0]}")
@@ -83,6 +92,15 @@ class Segment(nn.Module):
         return tuple(values[name] for name in self.gives)
 
 
+def _sizes(name: str, spec: InputSpec) -> list[int | str]:
+    return [f"{name}_{axis}" if isinstance(size, tuple) else size for axis, size in enumerate(spec.shape or (), 1)]
+
+
+def _varying(segment: Segment, name: str) -> list[int]:
+    """Axes of an input, counted with the batch, whose size varies beside that of the batch."""
+    return [axis for axis, size in enumerate(segment.sizes.get(name, ()), 1) if isinstance(size, str)]
+
+
 Exporter = Callable[[Segment, Sequence[Tensor], Path], None]
 
 
@@ -92,7 +110,10 @@ def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None
     It records one run, so decisions in Python that depend on the values or the number of samples become constants: the
     graph must be compared with PyTorch on other samples and batch sizes.
     """
-    dynamic = {name: {0: "batch"} for name in (*segment.reads, *segment.gives)}
+    dynamic = {
+        name: {0: "batch", **{axis: f"{name}_{axis}" for axis in _varying(segment, name)}}
+        for name in (*segment.reads, *segment.gives)
+    }
     with warnings.catch_warnings(), _silent_stdout():
         warnings.simplefilter("ignore")  # its deprecation, and that it records one run
         torch.onnx.export(
@@ -116,8 +137,9 @@ def _silent_stdout() -> Iterator[None]:
 
 
 def _exported_program(segment: Segment, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
-    """Exports with a dynamic batch size; torch.export raises an error if the module fixes it."""
-    shapes = (tuple({0: torch.export.Dim.DYNAMIC} for _ in example),)
+    """Exports with a dynamic batch size, and dynamic lengths; torch.export raises an error if the module fixes one."""
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = (tuple(dict.fromkeys([0, *_varying(segment, name)], dynamic) for name in segment.reads),)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own code
         return torch.export.export(segment, tuple(example), dynamic_shapes=shapes)

@@ -14,11 +14,12 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from bdistil.data.loaders.checks import single_loader
 from bdistil.errors import UserError
+from bdistil.evaluation.run_data import pairs_loader
 from bdistil.export.folder import seal
 from bdistil.export.job import Export
 from bdistil.export.runner import Array, ExportedEnsemble
+from bdistil.metrics.quality import class_numbers
 
 CALIBRATION = 256  # samples
 BATCH = 32  # samples of them at once
@@ -29,7 +30,7 @@ class _Batches(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ship
     """Yields what a stage reads, batch by batch."""
 
     def __init__(self, values: Mapping[str, Array]) -> None:
-        rows = range(0, len(values["x"]), BATCH)
+        rows = range(0, len(next(iter(values.values()))), BATCH)
         self.batches = iter([{name: value[i : i + BATCH] for name, value in values.items()} for i in rows])
 
     def get_next(self) -> dict[str, Array] | None:
@@ -51,19 +52,25 @@ def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
         UserError: the run is a regression, or names no data.
     """
     kind, datamodule = export.options.quantise, export.datamodule
-    if manifest["task"] == "regression":
-        raise UserError(f"`--quantise {kind}` reports accuracy, which real outputs do not have. Export without it.")
+    if manifest["task"] != "classification":
+        raise UserError(
+            f"`--quantise {kind}` reports accuracy, which a {manifest['task']} task does not have. Export without it."
+        )
     if datamodule is None:
         raise UserError(
             f"`--quantise {kind}` needs the data of the run, but this run names none: it was not written by "
             "`bdistil fit`. Export without it."
         )
-    train, validation = single_loader(datamodule.train_dataloader()), single_loader(datamodule.val_dataloader())
+    train = pairs_loader(export.run, datamodule.train_dataloader(), "train_dataloader")
     count = min(CALIBRATION, len(train.dataset))
-    samples = export.to_raw(train.collate_fn([train.dataset[number] for number in range(count)])[0]).numpy()
-    batches = [(export.to_raw(batch[0]).numpy(), batch[1].numpy()) for batch in validation]
+    samples = export.to_raw(train.collate_fn([train.dataset[number] for number in range(count)])[0])
+    batches = []
+    for x, y in export.loader:
+        if y is None:
+            raise UserError(f"`--quantise {kind}` reports accuracy, but the run has no labels. Export without it.")
+        batches.append((export.arrays(export.to_raw(x)), class_numbers(y).numpy()))
     quantised = {"kind": kind, "calibration_samples": count, "float": _quality(folder, manifest, batches)}
-    values = {"x": samples}
+    values = {name: tensor.numpy() for name, tensor in export.tensors(samples).items()}
     for graph in ExportedEnsemble(folder, manifest, 1).graphs:
         graph.run(values)
     stages = [_quantise(folder, entry, kind == "dynamic", values) for entry in manifest["stages"]]
@@ -71,11 +78,11 @@ def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
     return {"stages": stages, "quantised": quantised}
 
 
-def _quality(folder: Path, manifest: Mapping[str, Any], batches: Sequence[tuple[Array, Array]]) -> dict[str, Any]:
-    """Accuracy of every prefix on batches (x, y), and bytes of all stages."""
+def _quality(folder: Path, manifest: Mapping[str, Any], batches: Sequence[tuple[Any, Array]]) -> dict[str, Any]:
+    """Accuracy of every prefix on batches (x, y), where there are labels, and bytes of all stages."""
     ensemble = ExportedEnsemble(folder, manifest, 1)
     correct = sum(np.array([(stage.logits.argmax(1) == y).sum() for stage in ensemble.stages(x)]) for x, y in batches)
-    accuracy = np.round(correct / sum(len(y) for _, y in batches), 6).tolist()
+    accuracy = np.round(correct / sum((y >= 0).sum() for _, y in batches), 6).tolist()
     return {"accuracy": accuracy, "bytes": sum(entry["bytes"] for entry in manifest["stages"])}
 
 

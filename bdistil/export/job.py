@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from bdistil.data.loaders import first_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.stages import prefix_factor
 from bdistil.errors import UserError
-from bdistil.evaluation.run_data import datamodule_of
+from bdistil.evaluation.run_data import datamodule_of, pairs_loader
 from bdistil.export.folder import graph_entry
 from bdistil.export.graphs import Exporter, Normalisation, Segment
 from bdistil.export.parity import BATCHES, MOST, RunStage, check_parity, reference
+from bdistil.models.inputs import InputSpec
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.utils.trees import row_count, take_rows
 
 SAMPLES = 256
+LENGTHS = 8  # lengths, where these vary, on which graphs are compared beside that of the samples
+VAL = "val_dataloader"
 EXAMPLE = 3  # samples in the example input: a batch of one may become a constant of the graph
 
 
@@ -64,23 +69,28 @@ class Export:
         options: of the export.
 
     Attributes:
+        run: the run directory.
         ensemble: of the run, on the CPU.
         datamodule: of the run's recipe, set up; None if the run names no data.
-        x: (256, ...), samples as in training: of the validation part, else random.
-        raw: the same samples as the graphs read them.
+        x: (256, ...), samples as in training: of the validation part, else random; padded to one length.
+        alone: batches of one sample of other lengths, where lengths vary.
+        raw: the samples x as the graphs read them.
         source: of the samples, in words.
         normalisation: mean and standard deviation that the data module declares, or None.
         inside: the same if the graphs apply it, else None.
         values: example of all tensors, by name.
 
     Raises:
-        UserError: nothing is committed in the run, its x is not one tensor, or the normalisation is not declared.
+        UserError: nothing is committed in the run, its x is of unknown shape, or the normalisation is not declared.
     """
 
     def __init__(self, run: RunDirectory, options: ExportOptions) -> None:
-        self.options, self.ensemble = options, ProgressiveEnsemble.load(run.root)
-        if self.ensemble.inputs.shape is None:
-            raise UserError(f"Expected students that read one tensor x, got others in {run.root}.")
+        self.run, self.options, self.ensemble = run, options, ProgressiveEnsemble.load(run.root)
+        if not self.ensemble.inputs.known:
+            raise UserError(
+                f"Expected students that read a tensor x, or several in a tuple or mapping, got others in {run.root}. "
+                "A packed sequence or an object of another class has no graph."
+            )
         self.datamodule: Any = None
         if run.config.exists() and run.read_config().get("data"):
             self.datamodule = datamodule_of(run)
@@ -93,18 +103,51 @@ class Export:
                 "Expected a data module that declares its `normalisation` for --normalisation inside, got "
                 f"{type(self.datamodule).__name__} without it. Use --normalisation declared and normalise x before."
             )
+        if self.inside is not None and self.ensemble.inputs.parts is not None:
+            raise UserError(
+                "Expected students that read one tensor x for --normalisation inside, got several. Use "
+                "--normalisation declared and normalise x before."
+            )
+        self.loader: Any = None if self.datamodule is None else pairs_loader(run, self.datamodule.val_dataloader(), VAL)
         self.x, self.source = self._samples()
+        self.alone = self._alone()
         self.raw = self.to_raw(self.x)
-        self.values = {**reference(self.ensemble, self.x[:EXAMPLE]), "x": self.raw[:EXAMPLE]}
+        x, raw = (take_rows(batch, slice(EXAMPLE)) for batch in (self.x, self.raw))
+        self.values = {**reference(self.ensemble, x), **self.tensors(raw)}
+        wide = [name for name, value in self.values.items() if name not in self.tensors(raw) and value.ndim > 2]
+        if wide and self.alone:
+            raise UserError(
+                f"Expected links to features (B, D) where lengths vary, got {wide[0]} of shape "
+                f"{tuple(self.values[wide[0]].shape)}, whose size would vary, too. Pad x to one length in the data."
+            )
 
-    def _samples(self) -> tuple[Tensor, str]:
-        if self.datamodule is None:
+    def _samples(self) -> tuple[Any, str]:
+        if self.loader is None:
             return self.ensemble.inputs.random(SAMPLES), "random numbers, as the run names no data"
-        x = first_samples(self.datamodule.val_dataloader(), SAMPLES)
-        repeats = -(-SAMPLES // len(x))
-        return x.repeat(repeats, *(1,) * (x.ndim - 1))[:SAMPLES], "the validation part"
+        x = first_samples(self.loader, SAMPLES)
+        return take_rows(x, torch.arange(SAMPLES) % row_count(x)), "the validation part"
 
-    def to_raw(self, x: Tensor) -> Tensor:
+    def _alone(self) -> list[Any]:
+        inputs = self.ensemble.inputs
+        if not inputs.varies:
+            return []
+        if self.loader is None:
+            return [inputs.random(1, smallest=True)]
+        data = self.loader.dataset
+        found = (self.loader.collate_fn([data[n]])[0] for n in range(min(len(data), SAMPLES)))
+        shapes = {str(InputSpec.of_batch(x)): x for x in found}
+        return list(shapes.values())[:LENGTHS]
+
+    def tensors(self, x: Any) -> dict[str, Tensor]:
+        """The tensors of x by the names of the graphs' inputs."""
+        return self.ensemble.inputs.take_apart(x)
+
+    def arrays(self, x: Any) -> Any:
+        """A batch as the runner reads it: an array, or several in a tuple or dictionary."""
+        arrays = {name: tensor.numpy() for name, tensor in self.tensors(x).items()}
+        return self.ensemble.inputs.put_together(arrays)
+
+    def to_raw(self, x: Any) -> Any:
         """Converts samples as in training to samples as the graphs read them."""
         return x if self.inside is None else x * self.inside[1] + self.inside[0]
 
@@ -138,7 +181,10 @@ class Export:
     def compare(self, run_stage: RunStage, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
         """Compares the stages with PyTorch, see `check_parity`; returns the entry `parity` of the manifest."""
         found = check_parity(run_stage, self.ensemble, self.x, self.raw, batches)
-        compared = min(len(self.x), MOST * max(batches))
+        for x in self.alone:
+            single = check_parity(run_stage, self.ensemble, x, self.to_raw(x), (1,))
+            found = [max(pair) for pair in zip(found, single, strict=True)]
+        compared = min(SAMPLES, MOST * max(batches))
         return {"samples": compared, "source": self.source, "batches": tuple(batches), "differences": tuple(found)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import RunError
 from bdistil.export.graphs import activation_name
+from bdistil.utils.trees import row_count, take_rows
 
 TOLERANCE = 1e-4
 BATCHES = (1, 2, 5, 64, 256)
@@ -19,7 +21,7 @@ RunStage = Callable[[int, Values], Mapping[str, Tensor]]
 
 
 @torch.no_grad()
-def reference(ensemble: ProgressiveEnsemble, x: Tensor) -> Values:
+def reference(ensemble: ProgressiveEnsemble, x: Any) -> Values:
     """Sums `total_k` (B, L) of every stage k, from 1, and the activations that later stages read, by PyTorch."""
     runner, values = ensemble.stage_runner(x), {}
     for number in range(len(ensemble)):
@@ -38,7 +40,7 @@ def difference(given: Tensor, expected: Tensor) -> float:
 
 
 def check_parity(
-    run_stage: RunStage, ensemble: ProgressiveEnsemble, x: Tensor, raw: Tensor, batches: Sequence[int] = BATCHES
+    run_stage: RunStage, ensemble: ProgressiveEnsemble, x: Any, raw: Any, batches: Sequence[int] = BATCHES
 ) -> list[float]:
     """Compares every stage, run on the outputs of the exported stages before it, with PyTorch.
 
@@ -58,9 +60,10 @@ def check_parity(
     largest = [0.0] * len(ensemble)
     for batch in batches:
         found = [0.0] * len(ensemble)
-        for begin in range(0, min(len(x), MOST * batch), batch):
+        for begin in range(0, min(row_count(x), MOST * batch), batch):
             rows = slice(begin, begin + batch)
-            expected, values = reference(ensemble, x[rows]), {"x": raw[rows]}
+            expected = reference(ensemble, take_rows(x, rows))
+            values = ensemble.inputs.take_apart(take_rows(raw, rows))
             for number in range(len(ensemble)):
                 try:
                     given = run_stage(number, values)

@@ -62,7 +62,7 @@ def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = 
 
 def _manifest(export: Export) -> dict[str, Any]:
     """Entries of the manifest that do not depend on the files."""
-    ensemble, labels, x = export.ensemble, getattr(export.datamodule, "labels", None), export.x
+    ensemble, labels = export.ensemble, getattr(export.datamodule, "labels", None)
     outputs, normalisation = export.values["total_1"].shape[1], export.normalisation
     if labels is not None and len(labels) != outputs:
         raise UserError(f"Expected `labels` of the data module to be {outputs} names, got {len(labels)}.")
@@ -75,7 +75,7 @@ def _manifest(export: Export) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "kind": export.options.format,
-        "input": {"name": "x", "shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")},
+        "inputs": _inputs(export),
         "outputs": outputs,
         "labels": None if labels is None else [str(label) for label in labels],
         "normalisation": declared,
@@ -90,6 +90,19 @@ def _manifest(export: Export) -> dict[str, Any]:
         "times": [],
         "versions": {name: _version(name) for name in ("bdistil", "torch", "onnx", "onnxruntime", "executorch")},
     }
+
+
+def _inputs(export: Export) -> list[dict[str, Any]]:
+    """The tensors of x: their names, the keys by which they are found in x, and their sizes in a sample.
+
+    A size that may vary has a name, and the largest one that was seen in training is in `largest`.
+    """
+    inputs, sizes, entries = export.ensemble.inputs, export.segment([0]).sizes, []
+    for (name, spec), path in zip(inputs.tensors().items(), inputs.paths(), strict=True):
+        known = zip(sizes[name], spec.shape or (), strict=True)
+        largest = {axis: size[1] for axis, size in known if isinstance(size, tuple)}
+        entries.append({"name": name, "path": path, "shape": sizes[name], "dtype": spec.dtype, "largest": largest})
+    return entries
 
 
 def _version(name: str) -> str | None:

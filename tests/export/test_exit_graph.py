@@ -238,5 +238,5 @@ def test_real_outputs_have_no_exits(tmp_path):
         path = run.root / "rounds" / f"{number:03d}" / "round.json"
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"scale": [1.0] * 5, "offset": [0.0] * 5}))
-    with pytest.raises(UserError, match="real outputs do not have"):
+    with pytest.raises(UserError, match="which real outputs and several labels do not have"):
         export_run(run, tmp_path / "out", ExportOptions(fuse="exits"))

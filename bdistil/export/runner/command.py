@@ -17,7 +17,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Predicts the samples of a .npy file: prints a line per sample with the class, the stages and the MACs."""
     parser = argparse.ArgumentParser(prog="runner", description=(main.__doc__ or "").split(":")[0])
     parser.add_argument("folder", nargs="?", default=Path(__file__).parent.parent, help="exported folder")
-    parser.add_argument("--input", required=True, help="x (B, ...) as .npy")
+    parser.add_argument("--input", required=True, help="x (B, ...) as .npy; several arrays by name as .npz")
     parser.add_argument("--output", help="write the logits (B, L) to this .npy instead of printing classes")
     parser.add_argument("--stages", type=int, help="maximum number of students")
     parser.add_argument("--macs", type=int, help="maximum number of multiply-adds per sample")
@@ -38,6 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _print_predictions(given: argparse.Namespace) -> None:
     try:
         x = np.load(given.input, allow_pickle=False)
+        x = x if isinstance(x, np.ndarray) else dict(x)
         confidence = float(given.confidence) if given.confidence not in (None, "fitted") else given.confidence
     except ValueError as error:
         raise ExportError(
@@ -49,7 +50,7 @@ def _print_predictions(given: argparse.Namespace) -> None:
     if given.output:
         np.save(given.output, prediction.logits, allow_pickle=False)
         return
-    labels, real = ensemble.manifest["labels"], ensemble.manifest["task"] == "regression"
+    labels, real = ensemble.manifest["labels"], ensemble.manifest["task"] != "classification"
     for logits, stages, macs in zip(prediction.logits, prediction.stages, prediction.macs, strict=True):
         best = int(logits.argmax())
         answer = " ".join(f"{value:.6g}" for value in logits) if real else labels[best] if labels else best

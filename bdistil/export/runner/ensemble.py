@@ -11,6 +11,7 @@ import numpy as np
 
 from .budget import Array, Budget, ExportError, Prediction, Stage
 from .graphs import Graph, PipelinePool, read_manifest
+from .inputs import Arrays, inputs_of
 from .prediction import ALWAYS, ExitPlan, Exits, measure_stages, predict_within, runs, shares_at
 from .stage_clock import BatchTimes, Deadline, Guard, StageClock
 from .stages import StageRunner
@@ -42,17 +43,18 @@ class ExportedEnsemble:
         factors = [entry["factor"] for entry in stages]
         self.factors = [np.asarray(factor, np.float32) if isinstance(factor, list) else factor for factor in factors]
         self.offset = None if manifest["offset"] is None else np.float32(manifest["offset"])
-        self._shape, self._dtype = tuple(manifest["input"]["shape"]), np.dtype(manifest["input"]["dtype"])
+        self.inputs = inputs_of(manifest)
         self.clock = self._clock_of(manifest["times"])
-        self._stages = PipelinePool(self.graphs)
+        names = [entry["name"] for entry, _ in self.inputs.entries]
+        self._stages = PipelinePool(self.graphs, names)
         self._all = self._exits = None
         fused = manifest["fused"]
         if fused and fused["faster"]:
             graphs = [Graph(self.root, entry, threads) for entry in fused["graphs"]]
             if fused["kind"] == "exits":
-                self._exits = PipelinePool(graphs, ("x", "thresholds"))
+                self._exits = PipelinePool(graphs, (*names, "thresholds"))
             else:
-                self._all = PipelinePool(graphs)
+                self._all = PipelinePool(graphs, names)
 
     @staticmethod
     def _clock_of(times: Sequence[Mapping[str, Any]]) -> StageClock | None:
@@ -95,75 +97,61 @@ class ExportedEnsemble:
     def __len__(self) -> int:
         return len(self.graphs)
 
-    def check(self, x: Array) -> None:
-        """Checks that x is a batch (B, ...) as in training, without NaN or infinity; it may have no samples.
+    def check(self, x: Any) -> Arrays:
+        """Checks that x is a batch (B, ...) as in training, without NaN or infinity; returns its arrays by name.
 
         Raises:
             ExportError: it is not.
         """
-        if not isinstance(x, np.ndarray) or x.ndim == 0 or x.shape[1:] != self._shape:
-            expected = ", ".join(map(str, ("B", *self._shape)))
-            got = x.shape if isinstance(x, np.ndarray) else type(x).__name__
-            raise ExportError(f"Expected `x` to be an array of shape ({expected}), got {got}.")
-        if x.dtype != self._dtype:
-            raise ExportError(
-                f"Expected `x` of dtype {self._dtype}, got {x.dtype}. Convert it: x.astype('{self._dtype}')."
-            )
-        if self._dtype.kind == "f" and not np.isfinite(x).all():
-            wrong = ~np.isfinite(x).reshape(len(x), -1).all(1)
-            raise ExportError(
-                f"Expected `x` without NaN or infinity, got {wrong.sum()} such samples of {len(x)}, the first at "
-                f"index {wrong.argmax()}."
-            )
+        return self.inputs.read(x)
 
-    def _runner(self, x: Array) -> StageRunner:
-        return StageRunner(self.graphs, self._stages, x)
+    def _runner(self, arrays: Arrays) -> StageRunner:
+        return StageRunner(self.graphs, self._stages, arrays)
 
     def _stage(self, number: int, total: Array) -> Stage:
         return Stage(total, self.factors[number], number + 1, self.macs[number], self.offset)
 
-    def stages(self, x: Array) -> Iterator[Stage]:
+    def stages(self, x: Any) -> Iterator[Stage]:
         """Yields the answers of the prefixes; a student runs when its stage is requested.
 
         Args:
-            x: a batch (B, ...).
+            x: a batch (B, ...), or a tuple or dictionary of arrays of that form, as in training.
         """
-        self.check(x)
-        runner = self._runner(x)
+        runner = self._runner(self.check(x))
         while runs(runner, len(self), None):
             yield self._stage(runner.number - 1, runner.total(runner.number - 1).copy())
         runner.close()
 
-    def predict(self, x: Array, budget: Budget | None = None) -> Prediction:
+    def predict(self, x: Any, budget: Budget | None = None) -> Prediction:
         """Predicts within a budget.
 
         With a confidence, a sample is answered by the first stage that is sure of it, whatever else is in the batch.
 
         Args:
-            x: a batch (B, ...).
+            x: a batch (B, ...), or a tuple or dictionary of arrays of that form, as in training.
             budget: limits; None runs all students.
 
         Raises:
             ExportError: x is no batch as in training, or the budget needs confidences or thresholds that do not exist.
         """
-        self.check(x)
-        budget = budget or Budget()
+        arrays, budget = self.check(x), budget or Budget()
         allowed = budget.stages_within(self.macs)
         plan = self._plan(budget, allowed) if budget.confidence is not None else None
         if plan is None and budget.seconds is None:
-            return self._run_all(x, allowed)
-        if self._exits and plan and len(x) == 1 and budget.seconds is None and plan.rule == self._fused_rule:
-            return self.run_exits(x, plan.exits.thresholds, allowed)
-        return self.run_stages(x, plan, allowed, budget.seconds)
+            return self._run_all(arrays, allowed)
+        one = len(next(iter(arrays.values()))) == 1
+        if self._exits and plan and one and budget.seconds is None and plan.rule == self._fused_rule:
+            return self.run_exits(arrays, plan.exits.thresholds, allowed)
+        return self.run_stages(arrays, plan, allowed, budget.seconds)
 
     @property
     def _fused_rule(self) -> str:
         return str(self.manifest["fused"]["rule"])
 
-    def _run_all(self, x: Array, allowed: int) -> Prediction:
+    def _run_all(self, arrays: Arrays, allowed: int) -> Prediction:
         """Runs the first stages, or the fused graph of all, on the whole batch."""
         pool = self._all if self._all and allowed == len(self) else self._stages
-        pipeline = pool.acquire(x)
+        pipeline = pool.acquire(arrays)
         for step in pipeline.steps[:allowed]:
             step()
         logits = self._stage(allowed - 1, pipeline.values[f"total_{allowed}"]).logits
@@ -189,8 +177,11 @@ class ExportedEnsemble:
 
     def _exits_of(self, budget: Budget) -> Exits:
         """The exits of a budget with a confidence."""
-        if self.manifest["task"] == "regression":
-            raise ExportError("Expected no `confidence` for real outputs, which have none. Limit stages or macs.")
+        if self.manifest["task"] != "classification":
+            raise ExportError(
+                "Expected no `confidence` for real outputs or several labels, which have no class probabilities. Limit "
+                "stages or macs."
+            )
         fitted, temperatures = self.manifest["exits"], self.manifest["temperatures"] or [1.0] * len(self)
         if budget.confidence != "fitted":
             rule, threshold = budget.rule or "max_prob", float(budget.confidence)  # type: ignore[arg-type]
@@ -201,17 +192,19 @@ class ExportedEnsemble:
             raise ExportError(f"Expected fitted thresholds of rule {budget.rule!r} in the manifest, found {found}.")
         return Exits(fitted["rule"], fitted["thresholds"], temperatures, fitted["decided_share"])
 
-    def run_stages(self, x: Array, plan: ExitPlan | None, allowed: int, seconds: float | None = None) -> Prediction:
+    def run_stages(
+        self, arrays: Arrays, plan: ExitPlan | None, allowed: int, seconds: float | None = None
+    ) -> Prediction:
         """Runs stage by stage, with exits and a time limit.
 
         Args:
-            x: a batch (B, ...), checked before.
+            arrays: of a batch, see `check`.
             plan: exits; None keeps all samples in the batch.
             allowed: maximum number of stages.
             seconds: maximum time.
         """
         deadline = None if seconds is None else Deadline(seconds, self.clock)
-        runner = self._runner(x)
+        runner = self._runner(arrays)
         if plan is not None:
             return predict_within(runner, allowed, plan, deadline)
         while runs(runner, allowed, deadline):
@@ -220,16 +213,16 @@ class ExportedEnsemble:
         runner.close()
         return self._uniform(logits, runner.number)
 
-    def run_exits(self, x: Array, thresholds: Sequence[float], allowed: int) -> Prediction:
+    def run_exits(self, arrays: Arrays, thresholds: Sequence[float], allowed: int) -> Prediction:
         """Runs the fused graph with exits.
 
         Args:
-            x: one sample (1, ...), checked before.
+            arrays: of one sample, see `check`.
             thresholds: one per stage.
             allowed: maximum number of stages.
         """
         assert self._exits is not None
-        pipeline = self._exits.acquire(x)
+        pipeline = self._exits.acquire(arrays)
         pipeline.values["thresholds"][:] = thresholds
         pipeline.values["thresholds"][allowed - 1 :] = ALWAYS
         pipeline.steps[0]()
@@ -251,10 +244,8 @@ class ExportedEnsemble:
         plan = ExitPlan(exits, [1.0] * len(self), self.macs, Guard(None, len(self)))
         entries = []
         for batch in batches:
-            size = (batch, *self._shape)
-            x = np.random.default_rng(0).standard_normal(size) if self._dtype.kind == "f" else np.zeros(size)
-            x = x.astype(self._dtype)
-            rows = [measure_stages(lambda: self._runner(x), plan) for _ in range(WARM_UP + repeats)]  # noqa: B023
+            arrays = self.inputs.random(batch)
+            rows = [measure_stages(lambda: self._runner(arrays), plan) for _ in range(WARM_UP + repeats)]  # noqa: B023
             taken = np.array(rows[WARM_UP:])
             *stages, check, compact = np.median(taken, 0).tolist()
             late = np.quantile(taken[:, :-2], 0.95, 0).tolist()

@@ -16,6 +16,7 @@ import onnxruntime as ort
 from .budget import Array, ExportError
 
 FORMAT, VERSION = "bdistil-export", 1
+Sizes = tuple[tuple[str, int], ...]  # sizes that vary, by name
 SPARE = 16  # batch sizes for which a pool keeps arrays
 
 
@@ -119,39 +120,45 @@ class Graph:
 
 
 class Pipeline:
-    """Graphs in sequence on preallocated arrays of one batch size.
+    """Graphs in sequence on preallocated arrays of one size.
 
     Inputs and outputs are bound once, so that a run allocates nothing: this saves a quarter of the time of tiny
     convolutional students. Copy what you read from `values` before the next run.
 
+    Args:
+        graphs: in order.
+        sizes: by name, of the sizes that vary, as (name, size) pairs: ``batch`` and lengths.
+
     Attributes:
         values: arrays by name; the caller fills those that no graph computes.
         steps: one call per graph.
+        sizes: as given.
     """
 
-    def __init__(self, graphs: Sequence[Graph], batch: int) -> None:
+    def __init__(self, graphs: Sequence[Graph], sizes: Sizes) -> None:
+        self.sizes, named = sizes, dict(sizes)
         self.values: dict[str, Array] = {}
         self.steps: list[Callable[[], object]] = []
         for graph in graphs:
             binding = graph.session.io_binding()
             for tensor in graph.inputs:
-                binding.bind_input(*self._bound(tensor, batch))
+                binding.bind_input(*self._bound(tensor, named))
             for tensor in graph.outputs:
-                binding.bind_output(*self._bound(tensor, batch))
+                binding.bind_output(*self._bound(tensor, named))
             self.steps.append(partial(graph.session.run_with_iobinding, binding))
 
-    def _bound(self, tensor: Mapping[str, Any], batch: int) -> tuple[Any, ...]:
+    def _bound(self, tensor: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[Any, ...]:
         """Arguments that bind a tensor to its array, which is allocated at its first use."""
         name = tensor["name"]
         if name not in self.values:
-            shape = [batch if size == "batch" else size for size in tensor["shape"]]
+            shape = [sizes[size] if isinstance(size, str) else size for size in tensor["shape"]]
             self.values[name] = np.zeros(shape, tensor["dtype"])
         array = self.values[name]
         return name, "cpu", 0, array.dtype, array.shape, array.ctypes.data
 
 
 class PipelinePool:
-    """Pipelines of the same graphs, kept by batch size. An acquired one is used by one caller only: threads are safe.
+    """Pipelines of the same graphs, kept by size. An acquired one is used by one caller only: threads are safe.
 
     Args:
         graphs: in order.
@@ -163,7 +170,14 @@ class PipelinePool:
 
     def __init__(self, graphs: Sequence[Graph], inputs: Sequence[str] = ("x",)) -> None:
         self.graphs, known = graphs, set(inputs)
-        self._spare: dict[int, Pipeline] = {}
+        self._spare: dict[Sizes, Pipeline] = {}
+        self._varying = {  # (array, axis) of each size that varies, by its name
+            size: (tensor["name"], axis)
+            for graph in graphs
+            for tensor in graph.inputs
+            for axis, size in enumerate(tensor["shape"])
+            if isinstance(size, str) and tensor["name"] in inputs
+        }
         for graph in graphs:
             if missing := sorted(set(graph.reads) - known):
                 raise ExportError(f"{graph.file} reads {missing}, which no stage before it gives. Export again.")
@@ -175,18 +189,20 @@ class PipelinePool:
         given = {name for graph in self.graphs[count:] for name in graph.gives}
         return sorted({name for graph in self.graphs[count:] for name in graph.reads} - given)
 
-    def acquire(self, x: Array) -> Pipeline:
-        """A pipeline, kept or new, with the batch (B, ...) as its input."""
-        pipeline = self.take(len(x))
-        pipeline.values["x"][...] = x
+    def acquire(self, arrays: Mapping[str, Array]) -> Pipeline:
+        """A pipeline, kept or new, with a batch, arrays (B, ...) by name, as its inputs."""
+        sizes = tuple((size, arrays[name].shape[axis]) for size, (name, axis) in self._varying.items())
+        pipeline = self.take(sizes)
+        for name, array in arrays.items():
+            pipeline.values[name][...] = array
         return pipeline
 
-    def take(self, batch: int) -> Pipeline:
+    def take(self, sizes: Sizes) -> Pipeline:
         """A pipeline, kept or new, whose inputs are to be filled."""
-        return self._spare.pop(batch, None) or Pipeline(self.graphs, batch)
+        return self._spare.pop(sizes, None) or Pipeline(self.graphs, sizes)
 
     def release(self, pipeline: Pipeline) -> None:
         """Keeps a pipeline for the next caller."""
         if len(self._spare) >= SPARE:
             self._spare.clear()
-        self._spare[len(pipeline.values["x"])] = pipeline
+        self._spare[pipeline.sizes] = pipeline

@@ -18,7 +18,7 @@ class StageRunner:
     Args:
         graphs: of the stages.
         pool: pipelines of these graphs.
-        x: a batch (B, ...).
+        arrays: a batch, arrays (B, ...) by name.
 
     Attributes:
         number: stages that ran.
@@ -26,11 +26,11 @@ class StageRunner:
         votes: by stage, (n, L), number of students that answer each class, where `count_votes` was called.
     """
 
-    def __init__(self, graphs: Sequence[Graph], pool: PipelinePool, x: Array) -> None:
+    def __init__(self, graphs: Sequence[Graph], pool: PipelinePool, arrays: Mapping[str, Array]) -> None:
         self.graphs, self.pool = graphs, pool
-        self._pipeline: Pipeline | None = pool.acquire(x)
-        self._values = self._pipeline.values
-        self.number, self.size = 0, len(x)
+        self._pipeline: Pipeline | None = pool.acquire(arrays)
+        self._values, self._sizes = self._pipeline.values, self._pipeline.sizes
+        self.number, self.size = 0, len(next(iter(arrays.values())))
         self.votes: list[Array] = []
 
     def advance(self) -> None:
@@ -58,7 +58,7 @@ class StageRunner:
         old, self.size = self._values, len(rows)
         names = self.pool.read_later[self.number]
         if self.size <= BOUND:
-            pipeline = self.pool.take(self.size)
+            pipeline = self.pool.take(tuple((n, self.size if n == "batch" else size) for n, size in self._sizes))
             for name in names:
                 old[name].take(rows, 0, pipeline.values[name])
             self._replace(pipeline, pipeline.values)
