@@ -103,7 +103,7 @@ def _curve_row(
     boosting: Boosting, plan: RoundPlan, verdict: Verdict, state: RoundState, device: torch.device
 ) -> dict[str, Any]:
     """The row of the prefix that ends with this round: MACs and parameters are cumulative, other costs its own."""
-    module, cost, example = plan.module, plan.cost, plan.run.example
+    module, cost, example, parts = plan.module, plan.cost, plan.run.example, plan.run.parts
     latency = student_latency(module.student, module.earlier, example, device)
     for student in module.earlier:
         student.cpu()
@@ -116,7 +116,8 @@ def _curve_row(
         "params": before["params"] + cost.params,
         "train_macs": round_training_macs(
             module.student, cost, module.earlier, example, state.samples_seen,
-            teacher["macs"] if boosting.settings.state == "recompute" else 0,
+            teacher_macs=teacher["macs"] if boosting.settings.state == "recompute" else 0,
+            cached_links=module.reads_cache(parts.train),
         ),
         "val_accuracy": verdict.accuracy,
         "val_loss": verdict.loss,

@@ -78,9 +78,16 @@ def is_api(teacher: nn.Module) -> bool:
 
 
 def round_training_macs(
-    student: nn.Module, cost: Cost, earlier: Sequence[nn.Module], example: Any, samples_seen: int, teacher_macs: int
+    student: nn.Module,
+    cost: Cost,
+    earlier: Sequence[nn.Module],
+    example: Any,
+    samples_seen: int,
+    *,
+    teacher_macs: int,
+    cached_links: bool,
 ) -> int:
-    """MACs of training one round: the student; without cached state also the teacher and the linked students.
+    """MACs of training one round: the student, and the teacher and the linked students as far as they are not cached.
 
     Args:
         student: of the round.
@@ -88,10 +95,11 @@ def round_training_macs(
         earlier: the students before it, on the CPU.
         example: x of one sample, as a batch.
         samples_seen: in all epochs and processes.
-        teacher_macs: 0 with cached state; else the teacher and the linked bodies run for every batch.
+        teacher_macs: of the teacher, which runs for every batch; 0 with cached state.
+        cached_links: whether what the student reads of earlier ones is cached; else their bodies run for every batch.
     """
     links = 0
-    if teacher_macs and links_of(student):
+    if not cached_links and links_of(student):
         links = measure_cost(_Links(student, earlier), (example,), uncounted="record").macs
     return training_macs(
         student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen

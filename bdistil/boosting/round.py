@@ -234,10 +234,14 @@ class BoostingRound(_FastHookName):
 
     def answer(self, x: Any, index: Index, part: Part) -> Tensor:
         """Logits (B, L) float32 of this round's student for samples of a part, from cached activations if possible."""
-        if not self._linked or not part.features.holds(self._linked):
+        if not self.reads_cache(part):
             return run_student(self.student, self.earlier, x).float()
         logits: Tensor = self.student(x, part.linked(self._linked, index, self.device))
         return logits.float()
+
+    def reads_cache(self, part: Part) -> bool:
+        """Whether what the student reads of earlier ones is cached, for the samples of a part."""
+        return bool(self._linked) and part.features.holds(self._linked)
 
     def state(self, x: Any, index: Index, part: Part) -> tuple[Tensor, Tensor]:
         """g on the view of a batch, and S, which is defined on the canonical view, both (B, L)."""

@@ -109,6 +109,8 @@ def test_recomputed_activations_train_the_same_students(run, tmp_path, monkeypat
     other = settings(kind, state="recompute") if how == "state" else settings(kind)
     boost(tmp_path / "run", student=make, settings=other)
     assert not list((tmp_path / "run").rglob("*.f16"))
+    trained = [int(row["train_macs"]) for row in curve(tmp_path / "run")[2:]]
+    assert trained[1] > trained[0]  # two earlier bodies run then
     x = samples(9, 5)[0]
     expected = ProgressiveEnsemble.load(folder)(x)
     torch.testing.assert_close(ProgressiveEnsemble.load(tmp_path / "run")(x), expected, atol=3e-2, rtol=3e-2)
