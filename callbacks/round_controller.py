@@ -197,7 +197,7 @@ class RoundController(Checkpoint):
             )
         check_fit(trainer, self._datamodule)
         check_uncompiled(pl_module)
-        self._shared.start(trainer, self.number)
+        self._shared.start(trainer, (self.number, self.state.attempt))
         self._reseed(trainer)
 
     def _reseed(self, trainer: pl.Trainer) -> None:

@@ -113,29 +113,29 @@ def check_unused(trainer: pl.Trainer) -> None:
 
 
 class SharedCallbacks:
-    """Callbacks of the rounds so far: some of Lightning's carry the past of one student over to the next."""
+    """Callbacks of the tries so far: some of Lightning's carry the past of one student over to the next."""
 
     def __init__(self) -> None:
-        self._used: dict[int, list[pl.Callback]] = {}
+        self._used: dict[tuple[int, int], list[pl.Callback]] = {}
 
-    def start(self, trainer: pl.Trainer, number: int) -> None:
-        """Lets each EarlyStopping begin anew with a round, from 0.
+    def start(self, trainer: pl.Trainer, attempt: tuple[int, int]) -> None:
+        """Lets each EarlyStopping begin anew with a try of a round, which (round, try) names.
 
         Raises:
             UserError: a callback that averages weights was in the Trainer of another round.
         """
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        before = [callback for n, used in self._used.items() if n != number for callback in used]
+        before = [callback for key, used in self._used.items() if key != attempt for callback in used]
         for callback in callbacks:
             if isinstance(callback, AVERAGING) and any(callback is other for other in before):
                 raise UserError(
                     f"Expected a {type(callback).__name__} of its own in the Trainer of each round, got that of "
-                    "another round, which would average over students of both. Make it inside the loop."
+                    "another fit, which would average over students of both. Make it inside the loop."
                 )
             if isinstance(callback, EarlyStopping):
                 callback.wait_count, callback.stopped_epoch = 0, 0
                 callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        self._used[number] = [callback for callback in callbacks if isinstance(callback, AVERAGING)]
+        self._used[attempt] = [callback for callback in callbacks if isinstance(callback, AVERAGING)]
 
 
 def check_uncompiled(module: pl.LightningModule) -> None:

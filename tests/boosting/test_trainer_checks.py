@@ -222,6 +222,19 @@ def test_a_callback_that_averages_needs_one_for_each_round(tmp_path, make):
     assert len(boost(tmp_path, callbacks=lambda: [make()]).ensemble) == ROUNDS
 
 
+def test_a_wider_try_needs_an_average_of_its_own(tmp_path):
+    shared, made = EMAWeightAveraging(), []
+
+    def callbacks():
+        made.append(EMAWeightAveraging() if not made else shared)
+        return [made[-1]]
+
+    settings = settings_for(2, accept="progress", min_progress=0.9)  # every later try is rejected
+    with pytest.raises(UserError, match="got that of another fit"):
+        boost(tmp_path, callbacks=callbacks, settings=settings)
+    assert len(made) == 3
+
+
 def test_averaged_weights_are_committed(tmp_path):
     averages = []
 

@@ -5,6 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from helpers.toys import Toys, make_student, make_teacher
+
+from bdistil.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 TEST = re.compile(r"`([\w/]+\.py)::(\w+)`")
@@ -56,3 +60,29 @@ HEAD = "| what | works? | why, and what to do | test |\n|---|---|---|---|\n"
 )
 def test_the_search_finds_faults(row, wrong):
     assert len(faults(HEAD + row + "\n", ROOT)) == wrong
+
+
+def block(language):
+    text = (ROOT / "docs/beside-your-lightning-code.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return found
+
+
+def test_its_python_makes_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {"teacher": make_teacher(), "make_student": make_student}
+    exec(block("python"), scope)
+    described = scope["controller"].boosting.check(Toys()).optimization
+    assert described["optimizer"]["class"] == "torch.optim.sgd.SGD"
+    assert described["lr_scheduler"]["interval"] == "step"
+
+
+def test_its_recipe_is_one(tmp_path, capsys):
+    file = tmp_path / "own.yaml"
+    file.write_text(block("yaml"), encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "digits", "--config", str(file), "--print_config"])
+    assert end.value.code in (0, None)
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert model["optimizer"]["init_args"]["momentum"] == 0.9
+    assert model["lr_scheduler"]["init_args"]["milestones"] == [30, 45]
