@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.label_noise import flipped_labels, labels_of
-from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders
+from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders, only_given
 from bdistil.distillation.last_layer import distilling_loaders
 from bdistil.distillation.loss_mixing import (
     check_round,
@@ -106,10 +106,10 @@ class LossMixing(pl.Callback):
             return
         if isinstance(pl_module, BoostingRound):
             check_round(pl_module, self.settings)
-            self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
             return
-        self._loaders = distilling_loaders(trainer, pl_module, "LossMixing")
-        check_dataset(self._loaders[1], "val_dataloader")
+        train, val = distilling_loaders(trainer, pl_module, "LossMixing")
+        check_dataset(val, LOADERS[1])
+        self._loaders = (train, only_given(val, LOADERS[1]))
         datamodule: pl.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._open.enter_context(indexed_loaders(datamodule, seed_of(self.seed, "mixing"), names=LOADERS[:1]))
 
@@ -123,6 +123,8 @@ class LossMixing(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the weights of the checkpoint or of the round before, or initialises them."""
+        if isinstance(pl_module, BoostingRound):  # not earlier: those of the fit before may read closed files
+            self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
         with eval_mode(pl_module), torch.no_grad():
             self.probe = probe_of(pl_module, self._loaders)
             first = next(self.probe.batches([[0]]))

@@ -147,6 +147,7 @@ class LabelNoise(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """As of the data module."""
+        self.data.trainer = self.trainer  # Lightning gives it to the outer one alone
         self.data.setup(stage)  # type: ignore[arg-type]
 
     def train_dataloader(self) -> DataLoader[Any]:

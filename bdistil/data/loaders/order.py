@@ -55,7 +55,8 @@ def reads_all(loader: DataLoader[Any]) -> bool:
 
 def begin_epoch(loader: Any, epoch: int) -> None:
     """Tells the samplers of a loader which epoch begins: Lightning's count is one too high in a resumed `max_steps`."""
-    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+    samplers: list[Any] = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    for sampler in samplers:
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
 
