@@ -151,7 +151,8 @@ def main(args: Sequence[str] | None = None) -> int:
         try:
             return _main(args)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the shell
+                sys.stdout.flush()
     except BrokenPipeError:
         if not _is_closed(sys.stdout):
             raise

@@ -44,6 +44,8 @@ class TorchScriptTeacher(nn.Module):
         """Logits (B, L)."""
         try:
             logits: Tensor = self.network(x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"The TorchScript file {self.path} does not take {_describe(x)}: {reason}") from error

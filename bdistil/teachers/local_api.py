@@ -19,6 +19,7 @@ from bdistil.data.loaders import indexed_loaders
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.teachers.http_endpoint import HttpEndpoint
 from bdistil.teachers.training import TeacherSpec, TeacherTraining
+from bdistil.teachers.wrappers import run_teacher
 from bdistil.utils.paths import user_path
 from bdistil.utils.seeding import reseed
 
@@ -127,7 +128,7 @@ class LocalApi:
 
     @torch.no_grad()
     def _answer(self, batch: np.ndarray) -> Any:
-        logits = self.network(torch.from_numpy(batch))
+        logits = run_teacher(self.network, torch.from_numpy(batch)).float()
         if self.answers == "labels":
             return logits.argmax(-1).tolist()
         return (logits.softmax(-1) if self.answers == "probabilities" else logits).tolist()
