@@ -18,7 +18,8 @@ from bdistil.ensemble.calibration import Exits
 from bdistil.ensemble.stage_clock import Deadline, Guard
 from bdistil.ensemble.stages import StageRunner, prefix_factor
 
-FEW = 64  # numbers up to which the rule is evaluated in Python's floats: less than the calls of NumPy take
+KEPT = 64  # repetitions of scales and thresholds
+FEW = 96  # numbers up to which the rule is evaluated in Python's floats: less than the calls of NumPy take
 ROUNDING = 2.0**-24  # they reach a threshold where float32, rounded, does
 
 
@@ -33,11 +34,23 @@ class ExitPlan:
     """
 
     def __init__(self, exits: Exits, scale: float, weights: Sequence[float], guard: Guard) -> None:
-        self.rule, self.guard = exits.rule, guard
+        self.exits, self.rule, self.guard = exits, exits.rule, guard
         stages = range(1, len(exits.thresholds) + 1)
         self.factors = np.array([prefix_factor(scale, weights, number) for number in stages])
         self.scales = (self.factors / exits.temperatures).tolist()
         self.thresholds = list(exits.thresholds)
+        self._repeated: dict[tuple[int, int, int], Array] = {}
+
+    def repeated(self, first: int, last: int, samples: int) -> tuple[Array, Array]:
+        """Scales and thresholds of the stages `first` to `last` - 1, each for as many samples, (P n)."""
+        key = (first, last, samples)
+        if key not in self._repeated:
+            if len(self._repeated) >= KEPT:
+                self._repeated.clear()
+            rows = np.array([self.scales[first:last], self.thresholds[first:last]], np.float32)
+            self._repeated[key] = rows.repeat(samples, 1)
+        scales, thresholds = self._repeated[key]
+        return scales, thresholds
 
     def decides(self, number: int, total: Sequence[float]) -> bool:
         """Whether a stage, from 0, decides the sample with the sum (L), in Python's floats."""
@@ -111,9 +124,7 @@ class Answers:
     def _check_several(self, totals: Array, votes: Array | None, first: int) -> None:
         """Evaluates the rule at the stages from `first` on, by sums (P n, L)."""
         plan, samples = self.plan, self.runner.samples
-        stages = slice(first, self.checked)
-        scales = np.repeat(np.array(plan.scales[stages], np.float32), samples)
-        thresholds = np.repeat(np.array(plan.thresholds[stages], np.float32), samples)
+        scales, thresholds = plan.repeated(first, self.checked, samples)
         reached = (confidence(totals, plan.rule, scales, votes) >= thresholds).reshape(-1, samples)
         here = self._decide(np.logical_or.reduce(reached))
         if len(here):

@@ -11,6 +11,7 @@ import numpy as np
 PRIOR = 100  # samples that shares from the calibration count for, beside those seen while serving
 ENOUGH = 50  # samples from which on shares are known
 REMEMBERED = 4096  # samples; the counts of older ones are halved
+PAYS = 2.0  # factor on measured costs: in a prediction a check is slower, and slows the stage after it
 CACHED = 4096  # decisions kept: one takes as long as a tiny student
 
 
@@ -129,14 +130,14 @@ class Guard:
         staying = left * (sum(self.counts[count:]) + 1) / (sum(self.counts[checked:]) + 1)
         removal = clock.compact(batch) * min(1.0, staying) if batch > 1 else 0.0
         saved = clock.rest(count, self.allowed, batch) - clock.rest(count, self.allowed, staying)
-        return saved > clock.check(batch) + removal
+        return saved > PAYS * (clock.check(batch) + removal)
 
     def removes(self, count: int, batch: int, left: int) -> bool:
         """Whether the stages after the first `count` save more on the samples left than removing the others costs."""
         if self.clock is None:
             return True
         saved = self.clock.rest(count, self.allowed, batch) - self.clock.rest(count, self.allowed, left)
-        return saved > self.clock.compact(batch)
+        return saved > PAYS * self.clock.compact(batch)
 
     def learn(self, stage: int, samples: int) -> None:
         """Counts samples that a stage, from 1, has answered."""

@@ -17,7 +17,8 @@ from .stage_clock import Deadline, Guard
 from .stages import StageRunner
 
 ALWAYS = -1.0  # a threshold that every sample reaches
-FEW = 64  # numbers up to which the rule is evaluated in Python's floats: less than the calls of NumPy take
+KEPT = 64  # repetitions of scales and thresholds
+FEW = 96  # numbers up to which the rule is evaluated in Python's floats: less than the calls of NumPy take
 ROUNDING = 2.0**-24  # they reach a threshold where float32, rounded, does
 
 
@@ -64,6 +65,18 @@ class ExitPlan:
         self.factors = np.array(factors, np.float32)
         self.scales = (self.factors / exits.temperatures).tolist()
         self.thresholds = list(exits.thresholds)
+        self._repeated: dict[tuple[int, int, int], Array] = {}
+
+    def repeated(self, first: int, last: int, samples: int) -> tuple[Array, Array]:
+        """Scales and thresholds of the stages `first` to `last` - 1, each for as many samples, (P n)."""
+        key = (first, last, samples)
+        if key not in self._repeated:
+            if len(self._repeated) >= KEPT:
+                self._repeated.clear()
+            rows = np.array([self.scales[first:last], self.thresholds[first:last]], np.float32)
+            self._repeated[key] = rows.repeat(samples, 1)
+        scales, thresholds = self._repeated[key]
+        return scales, thresholds
 
     def decides(self, number: int, total: Sequence[float]) -> bool:
         """Whether a stage, from 0, decides the sample with the sum (L), in Python's floats."""
@@ -130,9 +143,7 @@ class Answers:
     def _check_several(self, totals: Array, votes: Array | None, first: int) -> None:
         """Evaluates the rule at the stages from `first` on, by sums (P n, L)."""
         plan, samples = self.plan, self.runner.size
-        stages = slice(first, self.checked)
-        scales = np.repeat(np.array(plan.scales[stages], np.float32), samples)
-        thresholds = np.repeat(np.array(plan.thresholds[stages], np.float32), samples)
+        scales, thresholds = plan.repeated(first, self.checked, samples)
         reached = (confidence_of(totals, plan.rule, scales, votes) >= thresholds).reshape(-1, samples)
         here = self._decide(np.logical_or.reduce(reached))
         if len(here):
@@ -266,22 +277,23 @@ def measure_stages(new_runner: Callable[[], StageRunner], plan: ExitPlan) -> lis
         plan: exits.
     """
     runner = new_runner()
-    seconds = [_timed(runner.advance) for _ in range(len(runner.graphs))]
+    seconds = [timed(runner.advance) for _ in range(len(runner.graphs))]
     runner.close()
     runner = new_runner()
     runner.advance()
     answers = plan.answers(runner)
-    seconds.append(_timed(answers.check))
+    seconds.append(timed(answers.check))
     if runner.size > 1:
         answers.open = np.arange(runner.size) % 2 == 0
-        seconds.append(_timed(answers.remove))
+        seconds.append(timed(answers.remove))
     else:  # there is nothing to remove from a batch of one
         seconds.append(0.0)
     runner.close()
     return seconds
 
 
-def _timed(function: Callable[[], object]) -> float:
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of a call."""
     begun = time.perf_counter()
     function()
     return time.perf_counter() - begun
