@@ -263,7 +263,7 @@ def test_what_the_digits_gain(tmp_path):
         options = ["--tracking.mode", "disabled", "--trainer.enable_progress_bar", "false"]
         assert main(["fit", "--config", "digits", "--run_dir", folder, "--seed_everything", str(seed), *options]) == 0
         ensemble = ProgressiveEnsemble.load(folder)
-        fit_anytime(ensemble, data.val_dataloader(), ExitTarget(max_loss=0.0))
+        fit_anytime(ensemble, data.val_dataloader(), ExitTarget(max_loss=0.0, delta="none"))
         early = ensemble.predict(x, Budget(confidence="fitted"))
         accuracies = [(logits.argmax(-1) == y).double().mean().item() for logits in (ensemble(x), early.logits)]
         gains = []
