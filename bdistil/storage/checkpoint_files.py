@@ -167,6 +167,8 @@ def _describe(content: Any) -> str:
     if isinstance(content, _Ignored):
         name = f"{type(content).__module__}.{type(content).__qualname__}"
         return f"a pickled {name} (save its weights alone: torch.save(model.state_dict(), path))"
+    if isinstance(content, Mapping) and (several := dict(_entries(content))):
+        return f"weights under several names ({listed(several, 5)}; save those of the network alone)"
     if isinstance(content, Mapping):
         return f"no tensors by name, but the entries {listed(content, 5)}" if content else "an empty dict"
     return f"a {type(content).__name__}"

@@ -105,7 +105,7 @@ def run_teacher(network: nn.Module, x: Any) -> Tensor:
     mapping, or first in a tuple. A mapping x is given by keywords to a network whose `forward` names its keys.
 
     Raises:
-        UserError: the answer holds no logits.
+        UserError: the answer holds no logits, or an operator of the network does not exist for the device of x.
 
     Example:
         >>> run_teacher(nn.Linear(2, 3).double(), torch.zeros(1, 2)).dtype
@@ -115,7 +115,15 @@ def run_teacher(network: nn.Module, x: Any) -> Tensor:
         kinds = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
         if kind := next(kinds, None):
             x = map_tensors(x, lambda part: part.to(kind) if part.is_floating_point() else part)
-    return _logits_in(call_on(network, x), network)
+    try:
+        return _logits_in(call_on(network, x), network)
+    except NotImplementedError as error:  # torch has no such operator for the device, as of int8 on a GPU
+        if "operator" not in str(error):
+            raise
+        raise UserError(
+            f"The teacher {type(network).__name__} does not run on this device: {str(error).partition('. ')[0]}. Give "
+            "Trainer(accelerator='cpu') (--trainer.accelerator cpu)."
+        ) from error
 
 
 def _logits_in(answer: Any, network: nn.Module) -> Tensor:

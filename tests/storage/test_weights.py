@@ -115,6 +115,7 @@ MISMATCHES = {
         {name: value.to(torch.int8) for name, value in WEIGHTS.items()}, r"0\.weight \(int8 in the file, float32 here\)"
     ),
     "a pickled module": (make(), r"a pickled torch\.nn\.\S*Sequential \(save its weights alone: torch\.save\("),
+    "two networks": ({"generator": WEIGHTS, "critic": OTHER}, r"weights under several names \(generator, critic; save"),
     "no tensors": ({"lr": 0.1, "optimizer": {"state": {0: torch.ones(1)}}}, r"but the entries lr, optimizer in"),
 }  # fmt: skip
 

@@ -384,6 +384,12 @@ def test_fingerprints_of_odd_teachers():
     assert len(set(prints.values())) == len(prints)
 
 
+def test_int8_on_another_device_is_one_sentence():
+    """A device without data stands for a GPU."""
+    with pytest.raises(UserError, match=r"Sequential does not run on this device: quantized::.*cpu"):
+        FrozenTeacher(quantised(make_teacher()))(torch.zeros(2, FEATURES, device="meta"))
+
+
 def test_fingerprints_of_int8_per_channel():
     def print_of(factor):
         torch.manual_seed(0)
