@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from bdistil.boosting.labels import read_labels
 from bdistil.boosting.round import BoostingRound
-from bdistil.data.label_noise import flipped_labels, labels_of
+from bdistil.data.label_noise import flipped_labels
 from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders, only_given
 from bdistil.distillation.last_layer import distilling_loaders
 from bdistil.distillation.loss_mixing import (
@@ -26,8 +27,9 @@ from bdistil.distillation.loss_mixing import (
     weight_figures,
 )
 from bdistil.distillation.probes import probe_of
-from bdistil.errors import RunError
+from bdistil.errors import RunError, UserError
 from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
+from bdistil.metrics.quality import class_numbers
 from bdistil.reporting.round_tracker import logger_step
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
@@ -132,7 +134,12 @@ class LossMixing(pl.Callback):
         folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing"), 0
         if isinstance(pl_module, BoostingRound):
             folder, self._round = pl_module.run_dir / "mixing", pl_module.number
-            self._labels = labels_of(self._loaders[0].dataset)
+            self._labels = class_numbers(read_labels(self._loaders[0]))
+            if len(missing := (self._labels < 0).nonzero()):
+                raise UserError(
+                    f"LossMixing mixes labels in, but sample {int(missing[0])} of the training part has none "
+                    "(ignore_index). Leave out such samples, or this callback."
+                )
         self._file = folder / f"mixing.{self._round:03d}.f32"
         start = start_mix(self.probe.samples, teachers, self.settings.mode, self.seed)
         found = self.mix if self.mix is not None else read_mix(self._file)

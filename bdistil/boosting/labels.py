@@ -90,6 +90,12 @@ def all_batches(loader: DataLoader[Any]) -> Iterator[tuple[Any, Tensor | None, n
     yield from rows_loader(loader, [range(low, min(low + size, samples)) for low in range(0, samples, size)])
 
 
+def read_labels(loader: DataLoader[Any]) -> Tensor:
+    """Labels (N, ...) of a part that has them, in the order of its dataset."""
+    known = declared_labels(loader)
+    return torch.cat([y for _, y, _ in all_batches(loader) if y is not None]) if known is None else known
+
+
 def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
     """Labels (N, ...) of a part in the order of its dataset, where they are known without reading the samples.
 

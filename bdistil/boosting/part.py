@@ -124,17 +124,20 @@ class Part:
             units: of the ledger, where another part gives them.
 
         Returns:
-            The teacher's accuracy and cross entropy; R² and rms error for a regression.
+            The teacher's accuracy and cross entropy, or what replaces them; NaN on the training part.
 
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        task = self.settings.task
-        scores = prefix_metric(task, outputs)
+        task, scores = self.settings.task, self._metric(outputs)
         answers = self._by_block(self._teacher_logits(teacher, device, scores))
         with distributed.within(self.sharers), self._sketched():
             self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)
             return _summed(scores, outputs)
+
+    def _metric(self, outputs: int) -> PrefixMetric | None:
+        """Metric of the validation part; None for the training part, on which nothing is measured."""
+        return prefix_metric(self.settings.task, outputs) if self.name == "val" else None
 
     @contextmanager
     def _sketched(self) -> Iterator[None]:
@@ -184,8 +187,7 @@ class Part:
         if not distributed.agreed(self.ledger.has(len(students))):
             self.ledger.use(0)
             for number, student in enumerate(students):
-                scores = prefix_metric(self.settings.task, self.ledger.outputs)
-                answers = self._by_block(self._student_logits(student.to(device), students[:number], device, scores))
+                answers = self._by_block(self._student_logits(student.to(device), students[:number], device, None))
                 self.ledger.advance(answers, eta=1.0, tolerance=0.0)
                 self.ledger.publish()
                 self.ledger.use(number + 1)
@@ -229,13 +231,13 @@ class Part:
         """One pass of a new student in eval mode; writes S and its features beside those in use, see `publish`.
 
         Returns:
-            The evidence, and accuracy and cross entropy (or R² and rms error) of the prefix that ends with
-            the student.
+            The evidence, and accuracy and cross entropy (or what replaces them) of the prefix that ends with the
+            student; NaN on the training part, whose labels are not needed.
 
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        settings, scores = self.settings, prefix_metric(self.settings.task, self.ledger.outputs)
+        settings, scores = self.settings, self._metric(self.ledger.outputs)
         with distributed.within(self.sharers), eval_mode(student):
             if isinstance(student, Student):
                 self.features.begin(self._cached_shapes([*earlier, student], len(earlier), device))
@@ -279,7 +281,7 @@ class Part:
 
     @torch.no_grad()
     def _teacher_logits(
-        self, teacher: nn.Module, device: torch.device, scores: PrefixMetric
+        self, teacher: nn.Module, device: torch.device, scores: PrefixMetric | None
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, teacher logits (rows, L)) batch by batch; updates `scores`."""
         table = table_of(teacher)
@@ -290,13 +292,14 @@ class Part:
                 logits = teacher(move_data_to_device(x, device)).float().cpu()
             else:
                 logits = table.rows(self.name, index)
-            scores.update(logits[None], given_labels(self.settings.task, y, logits))
+            if scores is not None:
+                scores.update(logits[None], given_labels(self.settings.task, y, logits))
             yield int(index[0]), logits
 
     @torch.no_grad()
     def _student_logits(
-        self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device, scores: PrefixMetric,
-        write: bool = False,
+        self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device,
+        scores: PrefixMetric | None, write: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
         """(first row, student logits (rows, L)) batch by batch; updates `scores` with the prefix's logits."""
         read = sources(student, earlier)
@@ -312,15 +315,17 @@ class Part:
             else:
                 logits = run_student(student, earlier, moved)
             logits = logits.float().cpu()
-            g, s = self.ledger.rows(index)
-            prefix = g + prefix_error(logits, g, s, self.ledger.version)
-            outward = self.ledger.units.outward
-            scores.update(outward(prefix)[None], given_labels(self.settings.task, y, outward(g)))
+            if scores is not None:
+                g, s = self.ledger.rows(index)
+                prefix, outward = g + prefix_error(logits, g, s, self.ledger.version), self.ledger.units.outward
+                scores.update(outward(prefix)[None], given_labels(self.settings.task, y, outward(g)))
             yield int(index[0]), logits
 
 
-def _summed(scores: PrefixMetric, outputs: int) -> tuple[float, float]:
+def _summed(scores: PrefixMetric | None, outputs: int) -> tuple[float, float]:
     """Accuracy and loss of one predictor over all processes, some of which may have had no rows."""
+    if scores is None:
+        return float("nan"), float("nan")
     if isinstance(scores, PrefixErrors):
         r2, rms = output_figures(distributed.all_sum(scores.sums))
         return float(r2.sum()), float(rms.sum())

@@ -31,7 +31,7 @@ class LastLayerBatch(NamedTuple):
         activations: its inputs (B, D), with a column of ones where it has a bias.
         logits: (B, L).
         residuals: gradients of K losses with respect to its outputs, (K, B, L).
-        entropy: mean cross entropy of the labels; NaN for real outputs.
+        entropy: mean cross entropy of the labels; NaN where these are no classes, or there are none.
     """
 
     activations: Tensor
@@ -61,7 +61,7 @@ class Probe(ABC):
     def batches(self, groups: Sequence[Sequence[int]], loader: DataLoader[Any] | None = None) -> Iterator[Batch]:
         """(x, y, index) of groups of samples, of the training part by default, on the device of the module."""
         for x, y, index in rows_loader(self.train if loader is None else loader, groups):
-            yield move_data_to_device(x, self.module.device), y.to(self.module.device), index
+            yield *move_data_to_device((x, y), self.module.device), index
 
     @abstractmethod
     def mixing(self, batch: Batch) -> LastLayerBatch:
@@ -119,7 +119,8 @@ class RoundProbe(Probe):
         super().__init__(module, module.ledger.samples, module.train_part.loader, module.val_part.loader)
         self.layers, self.number = last_layers(module.student), module.number
         self.units, scale = module.ledger.units, module.ledger.units.scale
-        self.regression = isinstance(scale, tuple)
+        settings = module.settings
+        self.labelled = settings.task == "classification" and settings.labels is not None
         self.gain = 1.0 if isinstance(scale, tuple) else scale / (module.number + 1)
 
     def mixing(self, batch: Batch) -> LastLayerBatch:
@@ -143,7 +144,9 @@ class RoundProbe(Probe):
         return self._captured(activations, self._prefix(answer, target, error), residuals, batch[1])
 
     def _captured(self, activations: Tensor, logits: Tensor, residuals: Tensor, target: Tensor) -> LastLayerBatch:
-        entropy = float("nan") if self.regression else float(F.cross_entropy(logits, target))
+        soft = self.labelled and target.ndim > 1
+        target = target.to(logits.dtype) if soft else target
+        entropy = float(F.cross_entropy(logits, target)) if self.labelled else float("nan")
         return LastLayerBatch(activations, logits, residuals, entropy)
 
     def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -252,10 +252,10 @@ def call_on(module: nn.Module, x: Any) -> Any:
         >>> call_on(Sum(), {"a": torch.ones(2), "b": torch.ones(2)})
         tensor([2., 2.])
     """
-    return module(**x) if isinstance(x, Mapping) and _names(module, x) else module(x)
+    return module(**x) if isinstance(x, Mapping) and names_keys(module, x) else module(x)
 
 
-def _names(module: nn.Module, keys: Iterable[str]) -> bool:
+def names_keys(module: nn.Module, keys: Iterable[str]) -> bool:
     """Whether the `forward` of a module has parameters of these names, or takes all beside one of them."""
     try:
         parameters = inspect.signature(module.forward).parameters

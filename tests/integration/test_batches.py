@@ -1,5 +1,6 @@
 """Batches of every form: mappings, items that a collate function puts together, x of several tensors, other lengths."""
 
+import math
 from collections import UserDict
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.transforms import v2
 
 from bdistil import Budget, ProgressiveEnsemble, Student, UserError
+from bdistil.callbacks import GradientNoise, LossMixing
+from bdistil.distillation import MixingSettings
 from bdistil.evaluation import ExitTarget, fit_anytime, profile_run
 from bdistil.utils.trees import take_rows
 
@@ -223,6 +226,12 @@ def test_an_answer_without_logits_is_named(tmp_path):
         )
 
 
+def test_a_student_that_names_its_keys_is_a_body(tmp_path):
+    data = Data(lambda x, y, i: {"ids": x, "mask": x, "labels": y})
+    with pytest.raises(UserError, match=r"got Keywords, whose `forward` names its keys\. Make it the body"):
+        boost(tmp_path, data, teacher=Keywords(lambda x: x), student=lambda round: Keywords(lambda x: x))
+
+
 class Graph:
     """An object of tensors that no general code knows."""
 
@@ -341,6 +350,43 @@ def test_one_shape_stays_one_shape(tmp_path):
     controller = run(tmp_path, Data(lambda x, y, i: (x, y)), lambda x: x)
     with pytest.raises(UserError, match=r"of shape \(B, 8\), as in training, got \(2, 9\)"):
         controller.ensemble(torch.zeros(2, 9))
+
+
+# ---- beside the callbacks
+
+
+@pytest.mark.parametrize("settings", [{"labels": None}, {"task": "multilabel"}, {}])
+def test_gradient_noise_beside_other_batches(tmp_path, settings):
+    def item(x, y, i):
+        y = nn.functional.one_hot(y, CLASSES)
+        return {"a": x} if settings.get("labels", "") is None else {"a": x, "labels": y}
+
+    noise = []
+    boost(
+        tmp_path, Data(item), teacher=Read(lambda x: x["a"], CLASSES), settings=settings_for(1, **settings),
+        student=lambda round: Student(Read(lambda x: x["a"], WIDTH), nn.Linear(WIDTH, CLASSES)), trainer={"epochs": 1},
+        callbacks=lambda: [noise.append(GradientNoise(every=1, samples=32)) or noise[-1]],
+    )  # fmt: skip
+    labelled = not settings
+    assert [math.isnan(row["label_loss"]) for row in noise[0].history] == [not labelled] * 2
+
+
+def test_labels_are_mixed_in_where_batches_are_mappings(tmp_path):
+    mixing = MixingSettings(warmup=0, every=1, mode="convex")
+    data, read = Data(lambda x, y, i: {"a": x, "labels": int(y)}), lambda x: x["a"]
+    controller = boost(
+        tmp_path, data, teacher=Read(read, CLASSES), settings=settings_for(1), trainer={"epochs": 2},
+        student=lambda round: Student(Read(read, WIDTH), nn.Linear(WIDTH, CLASSES)),
+        callbacks=lambda: [LossMixing(mixing)],
+    )  # fmt: skip
+    assert (controller.run.root / "mixing" / "mixing.000.f32").stat().st_size > 0
+    unlabelled = Data(lambda x, y, i: {"a": x, "labels": -1 if i == 5 else int(y)})
+    with pytest.raises(UserError, match="LossMixing mixes labels in, but sample 5 of the training part has none"):
+        boost(
+            tmp_path / "unlabelled", unlabelled, teacher=Read(read, CLASSES), trainer={"epochs": 1},
+            student=lambda round: Student(Read(read, WIDTH), nn.Linear(WIDTH, CLASSES)),
+            callbacks=lambda: [LossMixing(mixing)], settings=settings_for(1, ignore_index=-1),
+        )  # fmt: skip
 
 
 # ---- mixed samples
