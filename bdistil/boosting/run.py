@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -42,7 +42,7 @@ from bdistil.metrics.quality import Task, given_labels, prefix_metric, score_nam
 from bdistil.models.inputs import InputSpec
 from bdistil.models.stages import StagedBody
 from bdistil.models.student import Rung, Student, build_student
-from bdistil.storage.provenance import describe_start, flatten
+from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs
 from bdistil.teachers.offline import OfflineTeacher, as_teacher, declared_outputs, table_of
@@ -57,12 +57,17 @@ FREE_KEYS = (
 )  # fmt: skip
 # Keys that may be raised to go on with a finished run: earlier students do not depend on them.
 GROWING_KEYS = ("boosting.rounds", "model.boosting.rounds")
-# Values of keys that a configuration written by an earlier version may lack.
-DEFAULTS = {
-    f"{section}boosting.{key}": value
-    for section in ("", "model.")
-    for key, value in flatten(BoostingSettings().to_dict()).items()
-} | {"model.lr_interval": "epoch"}
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with all settings: those that came later had the value that is the default now."""
+    sections, model = dict(config), config.get("model")
+    if isinstance(model, Mapping):
+        sections["model"] = {"lr_interval": "epoch", **complete(model)}
+    if isinstance(given := config.get("boosting"), Mapping):
+        settings = BoostingSettings().to_dict() | dict(given)
+        sections["boosting"] = settings | {"ladder": [asdict(Rung()) | dict(rung) for rung in settings["ladder"]]}
+    return sections
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Boosting:
         if distributed.early_rank() == 0:
             run.prepare()
             if run.config.exists() or run.committed():
-                run.compare(self.config({}), [*FREE_KEYS, *GROWING_KEYS, "optimizer", "lr_scheduler"], DEFAULTS)
+                run.compare(self.config({}), [*FREE_KEYS, *GROWING_KEYS, "optimizer", "lr_scheduler"], complete)
         self._check_rounds()
         train, val = loaders_of(datamodule, settings)
         parts = Parts.of(train, val, run.ledger, settings, self.seed)
@@ -172,7 +177,7 @@ class Boosting:
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         optimization = self.optimization.describe(student, settings)
         if distributed.early_rank() == 0:
-            run.freeze(self.config(optimization), FREE_KEYS, GROWING_KEYS, DEFAULTS)
+            run.freeze(self.config(optimization), FREE_KEYS, GROWING_KEYS, complete)
         return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 
     def _test_loader(self, datamodule: pl.LightningDataModule) -> Any:

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from bdistil.boosting.run import DEFAULTS, FREE_KEYS, GROWING_KEYS
+from bdistil.boosting.run import FREE_KEYS, GROWING_KEYS, complete
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.boosting.trainer_checks import check_strategy, check_trainer
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
@@ -227,7 +227,7 @@ class BoostCLI(LightningCLI):
         loggers: list[Logger] | None = [] if over or rehearsed else None
         if model.mekd is not None:
             run.prepare()
-            run.freeze(config, FREE_KEYS, GROWING_KEYS, DEFAULTS)
+            run.freeze(config, FREE_KEYS, GROWING_KEYS, complete)
             loggers = self._loggers(run, config) if loggers is None else loggers
             datamodule = self._emulate(model.mekd, model, datamodule, controller, seed, loggers)
         controller.boosting.check(datamodule)

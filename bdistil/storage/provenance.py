@@ -57,23 +57,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(
-    there: Mapping[str, Any],
-    now: Mapping[str, Any],
-    ignore: Sequence[str] = (),
-    defaults: Mapping[str, Any] | None = None,
-) -> str:
+def differences(there: Mapping[str, Any], now: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
     """Lists the differences of two nested configurations, one line per key; "" where they are the same.
 
-    Keys that begin with one of the dotted prefixes in `ignore` may differ. A key that one of them lacks has its value
-    in `defaults`, or None.
+    Keys that begin with one of the dotted prefixes in `ignore` may differ.
     """
-    old, new, absent = flatten(there), flatten(now), defaults or {}
-
-    def differs(key: str) -> bool:
-        return bool(old.get(key, absent.get(key)) != new.get(key, absent.get(key)))
-
-    keys = sorted(key for key in old | new if not key.startswith(tuple(ignore)) and differs(key))
+    old, new = flatten(there), flatten(now)
+    keys = sorted(key for key in old | new if not key.startswith(tuple(ignore)) and old.get(key) != new.get(key))
     lines = (f"  {key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} now" for key in keys)
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from bdistil.utils import distributed
 from bdistil.utils.paths import user_path
 
 FORMAT = 2  # of round.json
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 CURVE_COLUMNS = (
     "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",
     "seconds", "accepted_class", "margin_share", "reason",
@@ -152,7 +153,7 @@ class RunDirectory:
         config: Mapping[str, Any],
         ignore: Sequence[str] = (),
         growing: Sequence[str] = (),
-        defaults: Mapping[str, Any] | None = None,
+        complete: Complete = dict,
     ) -> None:
         """Writes the configuration of a new run, or compares it with that of the run which is there.
 
@@ -160,7 +161,7 @@ class RunDirectory:
             config: nested plain values.
             ignore: dotted prefixes of keys that may differ between two starts of the same run.
             growing: dotted keys that may differ, too; the new value is written.
-            defaults: values of dotted keys that one of the configurations lacks.
+            complete: adds options that a configuration of an earlier version lacks, with their defaults.
 
         Raises:
             UserError: the run here has another configuration; the message lists what differs.
@@ -168,21 +169,19 @@ class RunDirectory:
         if not self.config.exists() and not self.committed():
             write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False))
             return
-        self.compare(config, [*ignore, *growing], defaults)
+        self.compare(config, [*ignore, *growing], complete)
         there = self.read_config()
         if updated(there, config, growing):
             write_atomically(self.config, yaml.safe_dump(there, sort_keys=False))
 
-    def compare(
-        self, config: Mapping[str, Any], ignore: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
-    ) -> None:
+    def compare(self, config: Mapping[str, Any], ignore: Sequence[str] = (), complete: Complete = dict) -> None:
         """Compares a configuration with that of the run which is here; see `freeze`."""
         if not self.config.exists():
             raise UserError(
                 f"{self.root} holds rounds but no config.yaml: put the file back, or choose another `run_dir`."
             )
         now = yaml.safe_load(yaml.safe_dump(dict(config)))
-        differing = differences(self.read_config(), now, ignore, defaults)
+        differing = differences(complete(self.read_config()), complete(now), ignore)
         if differing:
             raise UserError(
                 f"`run_dir` {self.root} holds a run of another configuration:\n{differing}\n"
