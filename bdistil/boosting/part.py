@@ -144,7 +144,6 @@ class Part:
         """Context of a pass over all samples that keeps their sketches."""
         sketches = self.guard.sketches if self.guard else None
         if sketches is not None:
-            sketches.close()
             sketches.begin()
         yield
         if sketches is not None:

@@ -32,10 +32,10 @@ from bdistil.errors import UserError
 from bdistil.storage.files import write_atomically
 from bdistil.utils import distributed
 
-# Samples that are compared at the start of a fit: one in a hundred, but at least as many.
+# Samples that are compared at the start of a fit: one in a thousand, but at least as many.
 FEW = 4
-# Of the batches of a fit, the first ones are compared, and then one in as many.
-EVERY = 8
+# Batches of a fit that are compared: the first ones, and then one in as many.
+FIRST, EVERY = 8, 16
 # Numbers of a batch that are sketched; the rest of its rows is left out.
 NUMBERS = 1 << 14
 
@@ -91,7 +91,7 @@ class SampleGuard:
 
     def _sketches_hold(self) -> bool:
         """Whether the sketch of a sample is the same in a batch of several and alone, as with padding by zeros."""
-        items = [self.items[number] for number in spread(len(self.items), EVERY)]
+        items = [self.items[number] for number in spread(len(self.items), FIRST)]
         x, y = self.loader.collate_fn(items)
         together = _sketches(x, y, len(items))
         return all(bool(same_sketch(self._alone(item), row).all()) for item, row in zip(items, together, strict=True))
@@ -132,7 +132,7 @@ class SampleGuard:
         self.loader, self.items = loader, items
         if known is not loader.dataset:
             numbers = list(self.digests)
-            few = [numbers[place] for place in spread(len(numbers), max(FEW, len(items) // 100))]
+            few = [numbers[place] for place in spread(len(numbers), max(FEW, len(items) // 1000))]
             self._compare(self.digests, read_digests(items, few))
 
     def _compare(self, before: Mapping[int, Digests], now: Mapping[int, Digests]) -> None:
@@ -177,7 +177,7 @@ class SampleGuard:
     def record(self, x: Any, y: Any, index: Index) -> None:
         """Keeps the sketches of samples on which the teacher is evaluated."""
         if self.sketches is not None:
-            self.sketches.write(index, _sketches(x, y, len(index)))
+            self.sketches.write(int(index[0]), _sketches(x, y, len(index)))
 
     def see(self, x: Any, y: Any, index: Index) -> None:
         """Compares some rows of some batches with the samples that the teacher was asked about.
@@ -186,13 +186,13 @@ class SampleGuard:
             UserError: one differs.
         """
         number, self._seen = self._seen, self._seen + 1
-        if self.sketches is None or (number >= EVERY and number % EVERY):
+        if self.sketches is None or (number >= FIRST and number % EVERY):
             return
         count = min(len(index), max(1, NUMBERS // max(1, row_size(x, len(index)))))
         low = 7919 * number % (len(index) - count + 1)  # not always the first rows
         rows, shapes = slice(low, low + count), [tuple(leaf.shape[1:]) for leaf in leaves(x)]
         self._pending.append(_Compared(index[rows], _sketches(x, y, len(index), rows), shapes))
-        if len(self._pending) == EVERY or self._pending[-1].sketches.device.type == "cpu":
+        if len(self._pending) == FIRST or self._pending[-1].sketches.device.type == "cpu":
             self.settle()
 
     def settle(self) -> None:
@@ -205,7 +205,10 @@ class SampleGuard:
         for rows in pending:
             if self.sketches is None:
                 return
-            differ = ~same_sketch(self.sketches.rows(rows.numbers), rows.sketches.cpu())
+            stored, seen = self.sketches.rows(rows.numbers), rows.sketches.cpu()
+            if torch.equal(stored, seen):
+                continue
+            differ = ~same_sketch(stored, seen)
             if bool(differ.any()):
                 first = int(differ.any(1).nonzero()[0])
                 names = [name for name, wrong in zip(("x", "y"), differ[first].tolist(), strict=True) if wrong]

@@ -158,10 +158,10 @@ def same_sketch(first: Tensor, second: Tensor) -> Tensor:
 
 
 def row_sketches(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
-    """One number for each row of a batch, (R,), that differs if the rows do, on the device of the batch.
+    """One number for each row of a batch, (R,) float32, that differs if the rows do; on the device of the batch.
 
-    Of each tensor: the projection of the row's direction on random signs, plus the logarithm of its length. Zeros at
-    the end of a row do not count.
+    It is the sum over the tensors of: the projection of the row's direction on random signs, plus the logarithm of its
+    length; of a single number a function. Zeros at the end of a row do not count.
 
     Args:
         tree: tensors (B, ...) in lists, tuples and mappings; anything else is left out.
@@ -177,23 +177,25 @@ def row_sketches(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
 
 
 def _sketch(numbers: Tensor, salt: int) -> Tensor:
-    """Sketch (R,) of rows (R, D)."""
+    """Sketch (R,) of rows (R, D), or of single numbers (R,)."""
+    if numbers.ndim == 1:
+        return torch.asinh(numbers).float()
     if numbers.shape[1] > LONGEST:
         numbers = numbers[:, :: -(-numbers.shape[1] // LONGEST)]
     projection = (numbers * _signs(numbers.shape[1], salt, numbers.device)).sum(1)
-    length = torch.linalg.vector_norm(numbers, dim=1)
-    safe = length.clamp(min=torch.finfo(torch.float32).tiny)
-    return (1 + salt) * torch.where(length > 0, projection / safe + safe.log(), 0.0)
+    length = torch.linalg.vector_norm(numbers, dim=1).clamp_(min=torch.finfo(torch.float32).tiny)
+    return projection.div_(length).add_(length.log_()).float()
 
 
 def _reals(leaf: Tensor) -> Tensor:
-    """Rows of a tensor as real numbers (R, D); whole ones are scattered, 0 stays 0."""
-    flat = leaf.reshape(len(leaf), -1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).flatten(1)
-    if flat.is_floating_point():
-        return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-    return (flat.long() * SCATTER >> 40).float() / (1 << 23)
+    """Rows of a tensor as real numbers (R, D), or (R,); whole ones are scattered, 0 stays 0."""
+    if leaf.is_complex():
+        leaf = torch.view_as_real(leaf)
+    if leaf.ndim > 2:
+        leaf = leaf.flatten(1)
+    if leaf.is_floating_point():
+        return leaf if leaf.dtype in (torch.float32, torch.float64) else leaf.float()
+    return (leaf.long() * SCATTER >> 40).float() / (1 << 23)
 
 
 @lru_cache(maxsize=16)
@@ -211,7 +213,7 @@ def row_size(tree: Any, count: int) -> int:
 def leaves(tree: Any) -> Iterator[Tensor]:
     """The tensors in lists, tuples and mappings; packed sequences are padded by zeros."""
     if isinstance(tree, Tensor):
-        yield tree.detach()
+        yield tree.detach() if tree.requires_grad else tree
     elif isinstance(tree, PackedSequence):
         yield from pad_packed_sequence(tree, batch_first=True)
     elif isinstance(tree, np.ndarray) and tree.dtype.kind in "biuf":
