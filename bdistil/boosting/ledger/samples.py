@@ -32,10 +32,10 @@ from bdistil.errors import UserError
 from bdistil.storage.files import write_atomically
 from bdistil.utils import distributed
 
-# Samples that are compared at the start of a fit: one in a thousand, but at least as many.
+# Samples that are compared at the start of a fit.
 FEW = 4
 # Batches of a fit that are compared: the first ones, and then one in as many.
-FIRST, EVERY = 8, 16
+FIRST, EVERY = 8, 32
 # Numbers of a batch that are sketched; the rest of its rows is left out.
 NUMBERS = 1 << 14
 
@@ -132,7 +132,7 @@ class SampleGuard:
         self.loader, self.items = loader, items
         if known is not loader.dataset:
             numbers = list(self.digests)
-            few = [numbers[place] for place in spread(len(numbers), max(FEW, len(items) // 1000))]
+            few = [numbers[place] for place in spread(len(numbers), FEW)]
             self._compare(self.digests, read_digests(items, few))
 
     def _compare(self, before: Mapping[int, Digests], now: Mapping[int, Digests]) -> None:
