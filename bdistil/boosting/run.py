@@ -200,6 +200,8 @@ class Boosting:
 
     def _check_samples(self, datamodule: pl.LightningDataModule, parts: Parts, test: Any, outputs: int) -> InputSpec:
         """Structure and shape of x, after a look at every label of all parts, in the first process, once in a run."""
+        if hasattr(datamodule, "check_outputs"):  # a data module that knows its classes
+            datamodule.check_outputs(outputs)
         if self.run.committed():
             return InputSpec.of(self.run.record(0))
         if self._checked is not None and self._checked[0] is datamodule:

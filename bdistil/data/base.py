@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from bdistil.data.readers.files import Array, Source
+from bdistil.data.readers.files import Array, Source, listed
 from bdistil.data.readers.images import ArrayImages, normalised
 from bdistil.data.readers.preparation import moments, validation_split
 from bdistil.errors import UserError
@@ -55,6 +55,19 @@ class PartsModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Fills `parts` at the first call."""
         self.parts = self.parts or self.make_parts()
+
+    def check_outputs(self, outputs: int) -> None:
+        """Compares the L of a teacher with the number of classes, where they have names: the attribute `labels`.
+
+        Raises:
+            UserError: the numbers differ.
+        """
+        names = getattr(self, "labels", None)
+        if names and len(names) != outputs:
+            raise UserError(
+                f"Expected a teacher and students of {len(names)} outputs, one for each class of {type(self).__name__} "
+                f"({listed(names)}), got {outputs}. Set their `outputs`."
+            )
 
     def train_dataloader(self) -> Batches:
         """Batches (x, y) of the training part, shuffled."""

@@ -49,6 +49,11 @@ def test_a_recipe_for_ones_own_files_runs_from_fit_to_the_runner(
     prepare()
     (recipe,) = (block for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.S) if f"bdistil.data.{kind}" in block)
     Path("mine.yaml").write_text(recipe, encoding="utf-8")
+    if kind == "ImageFolder":
+        wrong = ["--model.teacher.network.outputs", "4", "--model.student.outputs", "4"]
+        assert main(["fit", "--config", "mine.yaml", "--run_dir", "run", *wrong, *SHORT, *QUIET]) == 2
+        assert "3 outputs, one for each class of ImageFolder (ant, bee, cat), got 4" in capsys.readouterr().err
+        assert not RunDirectory("run").config.exists()
     assert main(["fit", "--config", "mine.yaml", "--run_dir", "run", *SHORT, *QUIET]) == 0
     run = RunDirectory("run")
     assert run.committed() == 2
@@ -60,7 +65,7 @@ def test_a_recipe_for_ones_own_files_runs_from_fit_to_the_runner(
     assert figures["accuracy"] == pytest.approx(float(run.read_curve()[-1]["val_accuracy"]), abs=1e-6)
     assert main(["export", "--run_dir", "run", "--output", "exported", "--normalisation", "inside"]) == 0
     manifest = json.loads(Path("exported", "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["input"]["shape"] == shape
+    assert manifest["inputs"][0]["shape"] == shape
     assert manifest["labels"] == (["ant", "bee", "cat"] if kind == "ImageFolder" else None)
     np.save("x.npy", np.ones((3, *shape), np.float32))
     runner = [sys.executable, str(Path("exported", "runner")), "--input", "x.npy"]
