@@ -65,6 +65,47 @@ def make_student(round):
     return Student(WordMean(), nn.Linear(WIDTH, CLASSES))
 
 
+class WordStudent(Student):
+    """A student of a recipe, which makes it without arguments."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__(WordMean(width), nn.Linear(width, CLASSES))
+
+
+class Unlabelled(Sentences):
+    def train_dataloader(self):
+        return DataLoader(sentences(200, 1), batch_size=20, shuffle=True, collate_fn=alone)
+
+    def val_dataloader(self):
+        return DataLoader(sentences(80, 2), batch_size=20, collate_fn=alone)
+
+    def test_dataloader(self):
+        return DataLoader(sentences(60, 3), batch_size=20, collate_fn=alone)
+
+
+def alone(items):
+    return {key: value for key, value in padded(items).items() if key != "target"}
+
+
+class Tagged(Sentences):
+    """Several labels that hold together: which of three words occur."""
+
+    def train_dataloader(self):
+        return DataLoader(sentences(200, 1), batch_size=20, shuffle=True, collate_fn=tagged)
+
+    def val_dataloader(self):
+        return DataLoader(sentences(80, 2), batch_size=20, collate_fn=tagged)
+
+    def test_dataloader(self):
+        return DataLoader(sentences(60, 3), batch_size=20, collate_fn=tagged)
+
+
+def tagged(items):
+    batch = padded(items)
+    batch["target"] = torch.stack([(batch["ids"] == word).any(1) for word in range(1, CLASSES + 1)], 1)
+    return batch
+
+
 def run_of_sentences(folder, rounds=2, **options):
     """A run whose configuration names the data, as that of a recipe does."""
     torch.manual_seed(3)
