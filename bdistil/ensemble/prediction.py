@@ -232,18 +232,18 @@ def predict_within(
     _runs(runner, allowed, deadline)
     answers = plan.answers(runner)
     answers.add()
-    until = plan.guard.next_check(0, runner.samples, answers.left)
-    while True:
+    while runner.number < allowed:
+        until = plan.guard.next_check(answers.checked, runner.samples, answers.left)
         while runner.number < until and _runs(runner, allowed, deadline):
             answers.add()
         if runner.number < until or runner.number == allowed:
-            return answers.prediction()
+            break
         answers.check()
         if not answers.left:
-            return answers.prediction()
+            break
         if answers.left < runner.samples and plan.guard.removes(runner.number, runner.samples, answers.left):
             answers.remove()
-        until = plan.guard.next_check(answers.checked, runner.samples, answers.left)
+    return answers.prediction()
 
 
 def _runs(runner: StageRunner, allowed: int, deadline: Deadline | None) -> bool:

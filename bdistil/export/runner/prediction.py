@@ -109,17 +109,14 @@ class Answers:
         self._stages = np.zeros(self.left, np.int64)
         self._totals = np.empty_like(runner.total(0))
         self._ran: Array | None = None
-        self.add()
-
-    def add(self) -> None:
-        """Takes the answer of the stage that has just run; `check` evaluates the rule."""
-        if self.plan.rule == "agreement":
-            self.runner.count_votes()
 
     def check(self) -> None:
         """Evaluates the rule at the stages that ran since the last time."""
         runner, first, last = self.runner, self.checked, self.runner.number
         self.checked, agreement = last, self.plan.rule == "agreement"
+        if agreement:
+            for number in range(first, last):
+                runner.count_votes(number)
         if last - first == 1:
             self._check_one(runner.total(first), runner.votes[first] if agreement else None, first)
         else:
@@ -208,9 +205,6 @@ class OneAnswer(Answers):
         self.runner, self.plan = runner, plan
         self.checked, self.left = 0, 1
 
-    def add(self) -> None:
-        """Takes the answer of the stage that has just run, which `runner` keeps."""
-
     def check(self) -> None:
         """Evaluates the rule at the stages that ran since the last time, up to the first that decides the sample."""
         plan = self.plan
@@ -244,18 +238,20 @@ def predict_within(runner: StageRunner, allowed: int, plan: ExitPlan, deadline: 
     """
     runs(runner, allowed, deadline)
     answers = plan.answers(runner)
-    until = plan.guard.next_check(0, runner.size, answers.left)
-    while True:
+    while runner.number < allowed:
+        until = plan.guard.next_check(answers.checked, runner.size, answers.left)
+        if deadline is None:
+            runner.advance_to(until)
         while runner.number < until and runs(runner, allowed, deadline):
-            answers.add()
+            pass
         if runner.number < until or runner.number == allowed:
-            return answers.prediction()
+            break
         answers.check()
         if not answers.left:
-            return answers.prediction()
+            break
         if answers.left < runner.size and plan.guard.removes(runner.number, runner.size, answers.left):
             answers.remove()
-        until = plan.guard.next_check(answers.checked, runner.size, answers.left)
+    return answers.prediction()
 
 
 def runs(runner: StageRunner, allowed: int, deadline: Deadline | None) -> bool:

@@ -41,14 +41,24 @@ class StageRunner:
             self.graphs[self.number].run(self._values)
         self.number += 1
 
+    def advance_to(self, count: int) -> None:
+        """Runs the stages up to the first `count`."""
+        if self._pipeline is None:
+            while self.number < count:
+                self.advance()
+        else:  # no call more than that of each stage, which may take a few microseconds
+            for step in self._pipeline.steps[self.number : count]:
+                step()
+            self.number = count
+
     def total(self, number: int) -> Array:
         """Sum (n, L) of a stage that ran, from 0; it is overwritten once the runner is closed."""
         return self._values[f"total_{number + 1}"]
 
-    def count_votes(self) -> None:
-        """Adds the answers of the student of the last stage: the classes of what it added to the sum."""
-        total = self.total(self.number - 1)
-        own = total - self.total(self.number - 2) if self.number > 1 else total
+    def count_votes(self, number: int) -> None:
+        """Adds the answers of the student of a stage that ran, from 0: the classes of what it added to the sum."""
+        total = self.total(number)
+        own = total - self.total(number - 1) if number else total
         votes = self.votes[-1].copy() if self.votes else np.zeros(own.shape, np.float32)
         votes[np.arange(len(own)), own.argmax(1)] += 1
         self.votes.append(votes)
