@@ -1,8 +1,8 @@
 """What exits save on the digits recipe: CPU time against all stages and against a loop by hand, torch and runner alike.
 
 Ratios within one process on one thread: medians of repetitions in turns, of CPU time, as the machine may be busy. They
-are printed beside the goals, and held to bounds that they keep on a busy machine, too: for single samples the goals, for
-batches of such tiny students less. A finished run of the recipe is used where BDISTIL_DIGITS names one; else it is
+are printed beside the goals, and held to bounds that they keep on a busy machine, too: single samples to the goals,
+batches of such tiny students to less. A finished run of the recipe is used where BDISTIL_DIGITS names one; else it is
 trained first, for some minutes.
 """
 
@@ -143,8 +143,8 @@ def test_batches_cost_no_more_than_all_stages(served, size):
     ratios = [seconds / whole for seconds in exits]
     stages = [mean_stages([ensemble.predict(batch, level) for batch in batches]) for level in levels]
     shown = ", ".join(f"{r:.2f} at {p} ({k:.2f} stages)" for r, p, k in zip(ratios, levels, stages, strict=True))
-    print(f"\n{type(ensemble).__name__}, batch {size}, all stages {1e6 * whole / len(batches):.0f} µs: {shown}; goals: 0.7 where "
-          "the mean of stages is under 2, else 1.03")  # fmt: skip
+    print(f"\n{type(ensemble).__name__}, batch {size}, all stages {1e6 * whole / len(batches):.0f} µs: {shown}")
+    print("goals: 0.7 where the mean of stages is under 2, 1 at 0.9, 1.03 anywhere")
     assert ratios[0] <= BOUNDS[size]
     assert max(ratios) <= WORST
 
