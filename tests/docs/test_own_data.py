@@ -14,7 +14,7 @@ from bdistil.cli.app import main
 from bdistil.storage.run_directory import RunDirectory
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-SHORT = ["--trainer.max_epochs", "2", "--model.teacher.epochs", "2", "--model.boosting.rounds", "2"]
+SHORT = ["--trainer.max_epochs", "1", "--model.teacher.epochs", "1", "--model.boosting.rounds", "2"]
 QUIET = ["--trainer.accelerator", "cpu", "--tracking.mode", "disabled"]
 
 
@@ -24,7 +24,7 @@ def write_photos():
     for number, name in enumerate(("ant", "bee", "cat")):
         folder = Path("photos", name)
         folder.mkdir(parents=True)
-        for index in range(30):
+        for index in range(16):
             pixels = random.integers(0, 60, (40, 36 + index, 3)).astype(np.uint8)
             pixels[..., number] += 120
             exif = Image.Exif()
@@ -40,7 +40,7 @@ def write_arrays():
 
 @pytest.mark.parametrize(
     ("kind", "prepare", "samples", "shape"),
-    [("ImageFolder", write_photos, 13, [3, 32, 32]), ("Arrays", write_arrays, 30, [8])],
+    [("ImageFolder", write_photos, 7, [3, 32, 32]), ("Arrays", write_arrays, 30, [8])],
 )
 def test_a_recipe_for_ones_own_files_runs_from_fit_to_the_runner(
     tmp_path, monkeypatch, capsys, kind, prepare, samples, shape
