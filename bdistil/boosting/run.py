@@ -43,7 +43,7 @@ from bdistil.models.inputs import InputSpec
 from bdistil.models.stages import StagedBody
 from bdistil.models.student import Rung, Student, build_student
 from bdistil.storage.provenance import describe_start
-from bdistil.storage.run_directory import RunDirectory
+from bdistil.storage.run_directory import Complete, RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs
 from bdistil.teachers.offline import OfflineTeacher, as_teacher, declared_outputs, table_of
 from bdistil.teachers.wrappers import FrozenTeacher
@@ -137,6 +137,7 @@ class Boosting:
         self.teacher = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher(as_teacher(teacher))
         self.make, self.settings, self.seed, self.uncounted = student, settings, seed, uncounted
         self.optimization, self._config = optimization or Optimization(), dict(config) if config else None
+        self.complete: Complete = complete  # a configuration of an earlier version
         self.students: list[nn.Module] = []  # of the committed rounds, restored from the disk
         self._checked: tuple[pl.LightningDataModule, InputSpec] | None = None
         self.rehearsed: RoundPlan | None = None  # the round of a fast_dev_run
@@ -154,7 +155,7 @@ class Boosting:
         if distributed.early_rank() == 0:
             run.prepare()
             if run.config.exists() or run.committed():
-                run.compare(self.config({}), [*FREE_KEYS, *GROWING_KEYS, "optimizer", "lr_scheduler"], complete)
+                run.compare(self.config({}), [*FREE_KEYS, *GROWING_KEYS, "optimizer", "lr_scheduler"], self.complete)
         self._check_rounds()
         train, val = loaders_of(datamodule, settings)
         parts = Parts.of(train, val, run.ledger, settings, self.seed)
@@ -177,7 +178,7 @@ class Boosting:
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         optimization = self.optimization.describe(student, settings)
         if distributed.early_rank() == 0:
-            run.freeze(self.config(optimization), FREE_KEYS, GROWING_KEYS, complete)
+            run.freeze(self.config(optimization), FREE_KEYS, GROWING_KEYS, self.complete)
         return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 
     def _test_loader(self, datamodule: pl.LightningDataModule) -> Any:

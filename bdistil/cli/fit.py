@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -202,6 +203,7 @@ class BoostCLI(LightningCLI):
             run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config,
             optimizer=model.optimizer, lr_scheduler=model.lr_scheduler, lr_interval=model.lr_interval,
         )  # fmt: skip
+        controller.boosting.complete = self._complete
         try:
             with controller.signals, controller.run.in_use():
                 return self._fit_rounds(model, datamodule, controller, config, seed)
@@ -211,6 +213,17 @@ class BoostCLI(LightningCLI):
             raise
         finally:
             controller.tracker.close()
+
+    def _complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of a run with all options of today, those that came later with their defaults."""
+        parser = self._parser("fit")
+        exits, parser.exit_on_error = parser.exit_on_error, False
+        try:
+            return dict(yaml.safe_load(parser.dump(parser.parse_object(complete(config)), skip_unset=False)))
+        except (ArgumentError, TypeError):  # an option is gone: the comparison shows it
+            return complete(config)
+        finally:
+            parser.exit_on_error = exits
 
     def _fit_rounds(
         self,
@@ -227,7 +240,7 @@ class BoostCLI(LightningCLI):
         loggers: list[Logger] | None = [] if over or rehearsed else None
         if model.mekd is not None:
             run.prepare()
-            run.freeze(config, FREE_KEYS, GROWING_KEYS, complete)
+            run.freeze(config, FREE_KEYS, GROWING_KEYS, self._complete)
             loggers = self._loggers(run, config) if loggers is None else loggers
             datamodule = self._emulate(model.mekd, model, datamodule, controller, seed, loggers)
         controller.boosting.check(datamodule)

@@ -62,6 +62,20 @@ def test_a_recipe_goes_on_when_rounds_is_raised(tmp_path):
     assert RunDirectory(tmp_path / "run").read_curve()[2]["test_accuracy"]
 
 
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, capsys):
+    """Its config.yaml lacks options of classes and settings that came later, which have their defaults now."""
+    assert fit(tmp_path) == 0
+    config, later = tmp_path / "config.yaml", ("refine:", "keep_epoch:", "lr_interval:", "enable_autolog_hparams:")
+    lines = config.read_text().splitlines()
+    kept = [line for line in lines if not line.strip().startswith(later)]
+    assert len(kept) == len(lines) - len(later)
+    config.write_text("\n".join(kept))
+    assert fit(tmp_path) == 0
+    config.write_text("\n".join([*kept, "gone: 1"]))
+    assert fit(tmp_path) == 2
+    assert "gone: 1 there, '(absent)' now" in capsys.readouterr().err
+
+
 def test_the_best_epoch_of_a_recipe(tmp_path):
     assert fit(tmp_path, "--model.boosting.keep_epoch", "best", "--trainer.max_epochs", "2") == 0
     assert RunDirectory(tmp_path).record(0)["kept_epoch"] in (0, 1)
