@@ -79,12 +79,19 @@ class Parts:
         return loader
 
     def start_fit(self, datamodule: Any) -> None:
-        """Takes the loaders that the data module gives in this fit: those of the fit before may read closed files."""
+        """Takes the loaders that the data module gives in this fit: those of the fit before may read closed files.
+
+        Raises:
+            UserError: their samples are not those of the run, or not the same on all processes.
+        """
         for part in (self.train, self.val):
             if part.guard is not None:
                 part.guard.restart()
         for name in LOADERS:
             getattr(datamodule, name)()  # which calls `renew`
+        for part in (self.train, self.val):
+            if part.guard is not None:
+                part.guard.compare_processes()
 
     def compare_stored(self) -> None:
         """Compares some samples with those of earlier starts.

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.processes import BUSY, started
-from helpers.toys import CLASSES, FEATURES, TRAIN, VAL, Toys, boost, settings_for
+from helpers.toys import CLASSES, FEATURES, TRAIN, VAL, Toys, boost, samples, settings_for
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SubsetRandomSampler, TensorDataset
 
-from bdistil import RunError
+from bdistil import RunError, UserError
 from bdistil.storage.run_directory import RunDirectory
 
 EPOCHS, CHOSEN = 2, range(5, VAL, 3)
@@ -54,6 +54,9 @@ class Sampled(Toys):
         super().__init__()
         self.kind = kind
 
+        if kind == "parts":  # each process has drawn its own, once
+            self.parts["train"] = samples(TRAIN, 20 + int(os.environ.get("RANK", 0)))
+
     def setup(self, stage):
         self.batch = 32 // self.trainer.world_size
 
@@ -73,11 +76,12 @@ class See(L.Callback):
 
 
 KINDS = ("subset", "pairs", "batches")
+ALL = (*KINDS, "unseeded", "parts")
 
 
 def script(folder):
     """What each of the processes runs."""
-    for kind in (*KINDS, "unseeded"):
+    for kind in ALL:
         seen = []
         options = {"strategy": "ddp", "devices": 2, "epochs": EPOCHS}
         try:
@@ -86,7 +90,7 @@ def script(folder):
                 student=lambda round: nn.Linear(FEATURES, CLASSES),
                 callbacks=lambda seen=seen: [See(seen)],
             )  # fmt: skip
-        except RunError as error:
+        except (RunError, UserError) as error:
             seen.append(str(error))
         (folder / f"{kind}.{os.environ['RANK']}").write_text(json.dumps(seen))
 
@@ -104,9 +108,7 @@ def seen(tmp_path_factory):
         except subprocess.TimeoutExpired:
             pytest.fail(f"the ranks hang:\n{log.read_text()[-5000:]}")
     assert process.returncode == 0, log.read_text()[-5000:]
-    return folder, {
-        kind: [json.loads((folder / f"{kind}.{rank}").read_text()) for rank in (0, 1)] for kind in (*KINDS, "unseeded")
-    }
+    return folder, {kind: [json.loads((folder / f"{kind}.{rank}").read_text()) for rank in (0, 1)] for kind in ALL}
 
 
 @pytest.mark.distributed
@@ -132,6 +134,16 @@ def test_a_sampler_that_no_seed_reaches_is_refused(seen):
     assert message.startswith("Unseeded, the sampler of `train_dataloader()`, has given each process another order")
     assert "generator=torch.Generator().manual_seed(0)" in message
     assert RunDirectory(seen[0] / "unseeded").committed() == 0
+
+
+@pytest.mark.distributed
+def test_processes_with_other_samples_are_refused(seen):
+    for messages in seen[1]["parts"]:
+        (message,) = messages
+        assert message.startswith(
+            "The processes read different samples behind the same numbers of `train_dataloader()`"
+        )
+    assert not list((seen[0] / "parts/ledger").glob("*/ledger.json"))
 
 
 @pytest.mark.distributed

@@ -40,7 +40,7 @@ FIRST, EVERY = 8, 32
 NUMBERS = 1 << 14
 
 SEED = (
-    "State is kept by sample number, so the sample behind a number must be the same in every fit and every start. "
+    "State is kept by sample number, so the sample behind a number must be the same in every fit, start and process. "
     "Where `setup()` or a `*_dataloader()` splits or selects at random, seed it: "
     "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0)). Where the data were edited, choose "
     "another `run_dir`. A curriculum keeps the dataset, and chooses samples by a sampler."
@@ -116,6 +116,18 @@ class SampleGuard:
         """Keeps the digests of some samples for later starts."""
         if distributed.rank() == 0 and not self.file.exists():
             write_atomically(self.file, json.dumps(self.digests))
+
+    def compare_processes(self) -> None:
+        """Compares some samples of all processes; to be called by all of them.
+
+        Raises:
+            UserError: on all of them, where they differ.
+        """
+        first = distributed.from_first(self.digests)
+        same = first.keys() == self.digests.keys()
+        same = same and not any(changed(found, self.digests[number]) for number, found in first.items())
+        if not distributed.agreed(same):
+            raise UserError(f"The processes read different samples behind the same numbers of `{self.name}()`. {SEED}")
 
     def renew(self, loader: DataLoader[Any], items: Items) -> None:
         """Takes the loader that a data module gives now, and compares some of its samples.

@@ -102,6 +102,8 @@ def _pieces(value: Any) -> Iterator[bytes | Tensor]:
         yield from _pieces({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     elif hasattr(value, "__array_interface__"):  # an image of PIL
         yield from _pieces(np.asarray(value))
+    elif callable(getattr(value, "to_dict", None)) and not isinstance(value, type):  # a graph of PyG
+        yield from _pieces(value.to_dict())
     else:
         yield type(value).__qualname__.encode()
 
