@@ -145,7 +145,7 @@ class Distillation(pl.LightningModule):
         """Mean over the training part of grad CE - grad KL, one tensor per parameter of the student."""
         given: Any = self.trainer.train_dataloader
         loader: DataLoader[Any] = DataLoader(
-            given.dataset, batch_size=512, collate_fn=given.collate_fn, generator=torch.Generator()
+            given.dataset, batch_size=given.batch_size or 1, collate_fn=given.collate_fn, generator=torch.Generator()
         )
         parameters, samples = list(self.student.parameters()), 0
         total = [torch.zeros_like(p) for p in parameters]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
-from bdistil.data.loaders import Index, check_dataset, rows_loader
+from bdistil.data.loaders import Index, check_dataset, largest_batch, rows_loader
 from bdistil.distillation.last_layer import capture_last_layer, last_layers
 from bdistil.functional.boosting import prefix_error
 from bdistil.functional.distillation import kd_terms
@@ -73,8 +73,8 @@ class Probe(ABC):
 
     def validation(self) -> OuterLoss:
         """Cross entropy of the validation part as a function of the last layer."""
-        samples = len(self.val.dataset)  # type: ignore[arg-type]
-        blocks = [range(low, min(low + BLOCK, samples)) for low in range(0, samples, BLOCK)]
+        samples, size = len(self.val.dataset), min(largest_batch(self.val), BLOCK)  # type: ignore[arg-type]
+        blocks = [range(low, min(low + size, samples)) for low in range(0, samples, size)]
         rows = [(*self._validation_batch(batch), batch[1]) for batch in self.batches(blocks, self.val)]
         activations, logits, target = map(torch.cat, zip(*rows, strict=True))
         return self.outer(activations, logits, target)
