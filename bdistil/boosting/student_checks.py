@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from bdistil.boosting.checks import device_of
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
-from bdistil.models.inputs import names_keys
+from bdistil.models.inputs import takes_parts
 from bdistil.models.student import Student, run_student
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.trees import leaves_of
@@ -52,10 +52,11 @@ def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any
     _refuse_compiled(student)
     _check_state(student)
     _check_types(student)
-    if not isinstance(student, Student) and isinstance(example, Mapping) and names_keys(student, example):
+    if not isinstance(student, Student) and takes_parts(student, example):
         raise UserError(
-            f"Expected a student with `forward(self, x)`, where x is the mapping, got {type(student).__name__}, whose "
-            "`forward` names its keys. Make it the body of bdistil.Student(body, head), which gets them by keywords."
+            f"Expected a student with `forward(self, x)`, where x is the {type(example).__name__}, got "
+            f"{type(student).__name__}, whose `forward` takes its parts. Make it the body of bdistil.Student(body, "
+            "head), which is given them one by one."
         )
     with as_written(student, *earlier), torch.no_grad(), eval_mode(student):
         _evaluate(student, earlier, example)

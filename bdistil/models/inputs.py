@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from bdistil.errors import UserError
+from bdistil.utils.trees import leaves_of
 
 # A size of one sample, or the smallest and the largest one that was seen in training.
 Size = int | tuple[int, int]
@@ -47,7 +49,7 @@ class InputSpec:
             return cls(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."))
         if isinstance(x, Mapping):
             return cls(parts={str(key): cls.of_batch(value) for key, value in x.items()})
-        if type(x) in (tuple, list):
+        if type(x) in (tuple, list) and leaves_of(x):
             return cls(parts=tuple(map(cls.of_batch, x)))
         return cls()
 
@@ -243,7 +245,10 @@ def _refuse_nan(x: Tensor, name: str) -> None:
 
 
 def call_on(module: nn.Module, x: Any) -> Any:
-    """The answer of a module to x; a mapping is given by keywords to a module whose `forward` names its keys.
+    """The answer of a module to x, which may be given in several arguments.
+
+    A mapping is given by keywords to a module whose `forward` names its keys, a tuple in order to one whose `forward`
+    requires several arguments.
 
     Example:
         >>> class Sum(nn.Module):
@@ -252,15 +257,29 @@ def call_on(module: nn.Module, x: Any) -> Any:
         >>> call_on(Sum(), {"a": torch.ones(2), "b": torch.ones(2)})
         tensor([2., 2.])
     """
-    return module(**x) if isinstance(x, Mapping) and names_keys(module, x) else module(x)
+    if not takes_parts(module, x):
+        return module(x)
+    return module(**x) if isinstance(x, Mapping) else module(*x)
 
 
-def names_keys(module: nn.Module, keys: Iterable[str]) -> bool:
-    """Whether the `forward` of a module has parameters of these names, or takes all beside one of them."""
+def takes_parts(module: nn.Module, x: Any) -> bool:
+    """Whether the `forward` of a module takes the parts of x: has parameters named as its keys, or requires several."""
+    if not isinstance(x, Mapping | tuple | list) or isinstance(x, PackedSequence):
+        return False
     try:
         parameters = inspect.signature(module.forward).parameters
     except (TypeError, ValueError):  # of a scripted module, for example
         return False
+    return _names(parameters, x) if isinstance(x, Mapping) else _requires_several(parameters)
+
+
+def _requires_several(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in by_place and p.default is p.empty for p in parameters.values()) > 1
+
+
+def _names(parameters: Mapping[str, inspect.Parameter], keys: Iterable[str]) -> bool:
+    """Whether there are parameters of these names, or all others are taken beside one of them."""
     rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     return named.issuperset(keys) or (rest and (not named or bool(named.intersection(keys))))

@@ -117,7 +117,7 @@ class Student(nn.Module):
     """A network of a body and a head that can be linked to the bodies of earlier students.
 
     Args:
-        body: maps x (B, ...) to features (B, D); a mapping x is given by keywords where `forward` names its keys.
+        body: maps x (B, ...) to features (B, D); see `call_on` for x of several parts.
         head: maps features (B, D) to logits (B, L).
         stages: in place of `body`: modules that run one after the other, the last of which returns features (B, D).
             Later students may read the activation after each of them, see `Rung`.

@@ -102,7 +102,7 @@ def run_teacher(network: nn.Module, x: Any) -> Tensor:
     """Logits (B, L) of a teacher to x, whose real numbers are converted to the precision of its weights.
 
     A teacher may return its logits in a larger answer: as the attribute or key ``logits``, as the only value of a
-    mapping, or first in a tuple. A mapping x is given by keywords to a network whose `forward` names its keys.
+    mapping, or first in a tuple. x of several parts may be given in several arguments, see `call_on`.
 
     Raises:
         UserError: the answer holds no logits, or an operator of the network does not exist for the device of x.

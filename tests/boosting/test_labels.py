@@ -37,12 +37,14 @@ def look(dataset, **options):
 
 
 @pytest.mark.parametrize(
-    "declared", [{"targets": Y.tolist()}, {"labels": Y}, {"targets": Y.numpy().astype(np.uint8)}], ids=str
+    "declared",
+    [{"targets": Y.tolist()}, {"labels": Y}, {"targets": Y.numpy().astype(np.uint8)}],
+    ids=["list", "tensor", "array"],
 )
 def test_declared_labels_save_reading_the_samples(declared):
     data = Declared(**declared)
     assert look(data).shape == (3,)
-    assert data.read <= 17
+    assert data.read < N / 2
     half = Subset(data, range(1, N, 2))
     assert declared_labels(loader(half)).tolist() == Y[1::2].tolist()
 

@@ -228,7 +228,7 @@ def test_an_answer_without_logits_is_named(tmp_path):
 
 def test_a_student_that_names_its_keys_is_a_body(tmp_path):
     data = Data(lambda x, y, i: {"ids": x, "mask": x, "labels": y})
-    with pytest.raises(UserError, match=r"got Keywords, whose `forward` names its keys\. Make it the body"):
+    with pytest.raises(UserError, match=r"got Keywords, whose `forward` takes its parts\. Make it the body"):
         boost(tmp_path, data, teacher=Keywords(lambda x: x), student=lambda round: Keywords(lambda x: x))
 
 

@@ -39,6 +39,7 @@ def test_what_differs_is_unknown():
     assert InputSpec.of_batch({"a": torch.zeros(1)}).joined(InputSpec.of_batch({"b": torch.zeros(1)})) == InputSpec()
     assert InputSpec.of_batch(pack_sequence([torch.zeros(3)])) == InputSpec.of_batch(object()) == InputSpec()
     assert not InputSpec().known
+    assert InputSpec.of_batch({"a": torch.zeros(1, 2), "file": ["x.png"]}).parts["file"] == InputSpec()
     assert InputSpec.of_batch(NESTED).known
     assert not InputSpec.of_batch({"a": torch.zeros(1), "b": object()}).known
 
@@ -109,6 +110,16 @@ class Named(nn.Module):
         return ids if mask is None else ids * mask
 
 
+class Two(nn.Module):
+    def forward(self, a, b, c=1):
+        return a * b * c
+
+
+class First(nn.Module):
+    def forward(self, x, scale=1):
+        return x[0] * scale
+
+
 class Open(nn.Module):
     def forward(self, ids, **others):
         return ids + len(others)
@@ -129,7 +140,10 @@ class Single(nn.Module):
         (Single(), {"ids": 2, "mask": 3}, 102),
         (Single(), {"ids": 2}, 102),
         (Named(), 5, 5),
+        (Two(), (2, 3), 6),
+        (Two(), [2, 3], 6),
+        (First(), (2, 3), 2),
     ],
 )
-def test_a_mapping_is_given_by_keywords_where_they_are_named(module, x, expected):
+def test_a_module_is_given_x_or_its_parts(module, x, expected):
     assert call_on(module, x) == expected
