@@ -35,6 +35,7 @@ CLOCKS = {
     "no check": Calibration(T, times=times(check=1.0), shares=SHARES),
     "large stages": Calibration(T, times=times(1e-3, check=6e-3, compact=8e-3), shares=SHARES),
     "learned": Calibration(T, times=times(check=1.0)),
+    "checks alone": Calibration(T, times=times(compact=1.0)),
     "elsewhere": Calibration(T, times=times(check=1.0), shares=SHARES, device="cuda"),
 }
 
@@ -90,7 +91,10 @@ def test_answers_depend_neither_on_the_batch_nor_on_times(ensemble, x, rule, clo
     expected, logits = by_hand(ensemble, x, rule, level)
     assert len(set(expected)) >= 2 + (rule != "agreement")
     budget = Budget(confidence=level, rule=rule)
-    for size in (1, 2, 3, 16, B, B):  # at the end the guard has learned
+    for size in (1, 2, 3, 16, B, None, B):  # in between all that the guard has learned is forgotten
+        if size is None:
+            ensemble.calibration = replace(ensemble.calibration)
+            continue
         found = [ensemble.predict(part, budget) for part in x.split(size)]
         assert torch.cat([part.stages for part in found]).tolist() == expected
         torch.testing.assert_close(torch.cat([part.logits for part in found]), logits)
