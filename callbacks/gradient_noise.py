@@ -128,7 +128,7 @@ class GradientNoise(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures once more; writes figures and picture."""
         moments = self._measure_and_log(trainer, pl_module)
-        folder, name = Path(self.folder or Path(trainer.default_root_dir) / "noise"), "noise"
+        folder, name = Path(self.folder or Path(trainer.default_root_dir) / "noise").expanduser(), "noise"
         title = "label gradient and teacher"
         if isinstance(pl_module, BoostingRound):
             folder, name = pl_module.run_dir / "noise", f"noise.{pl_module.number:03d}"

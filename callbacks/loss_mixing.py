@@ -131,7 +131,7 @@ class LossMixing(pl.Callback):
             self.probe = probe_of(pl_module, self._loaders)
             first = next(self.probe.batches([[0]]))
             teachers = len(self.probe.mixing(first).residuals) - 1
-        folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing"), 0
+        folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing").expanduser(), 0
         if isinstance(pl_module, BoostingRound):
             folder, self._round = pl_module.run_dir / "mixing", pl_module.number
             self._labels = class_numbers(read_labels(self._loaders[0]))

@@ -151,13 +151,19 @@ def find_parts(root: Path) -> dict[str, Files]:
     """Paths of images by part and class: of `root/train` and others beside it, or of `root` as `train` alone.
 
     Raises:
-        UserError: there is no folder or no image, or a class of the training part has none.
+        UserError: there is no folder or no image, a class of the training part has none, or a part has another name.
     """
     if not root.is_dir():
         raise UserError(f"Expected `root` of ImageFolder to be a folder, got {str(root)!r}, which is not there.")
     divided = (root / "train").is_dir() and any(_folders(root / "train"))
     folders = {part: root / part for part in PARTS if (root / part).is_dir()} if divided else {"train": root}
     found = {part: _classes(folder) for part, folder in folders.items()}
+    beside = [folder for folder in _folders(root) if folder not in folders.values()] if divided else []
+    if odd := [folder.name for folder in beside if {each.name for each in _folders(folder)} & set(found["train"])]:
+        raise UserError(
+            f"Expected the parts in {root} to be named {', '.join(PARTS)}, got also {listed(odd)} with folders of the "
+            "same classes. Rename it, or move it elsewhere."
+        )
     if empty := [name for name, paths in found["train"].items() if not paths]:
         raise UserError(
             f"Expected images in every folder of {folders['train']}, got none in {listed(empty)}. Images end in "

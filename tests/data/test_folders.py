@@ -57,6 +57,7 @@ def test_a_folder_for_each_class_is_split_by_seed(tmp_path):
 
 def test_parts_that_are_there_are_taken_and_the_others_split_off(tmp_path):
     write(tmp_path / "train", {"ant": 20, "bee": 20})
+    (tmp_path / "notes" / "old").mkdir(parents=True)  # no part
     write(tmp_path / "test", {"bee": 3})  # one class alone: its number is that of the training part
     (tmp_path / "train" / ".cache").mkdir()
     (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
@@ -119,6 +120,11 @@ def empty(root):
     (root / "cat").mkdir()
 
 
+def other_names(root):
+    for part in ("train", "valid"):
+        write(root / part, {"ant": 5, "bee": 5})
+
+
 def torn(root):
     write(root, {"ant": 5, "bee": 5})
     (root / "bee" / "x.JPG").write_bytes(b"\xff\xd8\xff")
@@ -132,6 +138,7 @@ def real(root):
 MISTAKES = {
     "several sizes": (sizes, {}, r"images of one size in .*got 2 sizes, such as \(8, 10\) of .* and \(6, 6\) of"),
     "unknown class": (unknown, {}, r"classes of the training part in .*val, got also wasp"),
+    "other names": (other_names, {}, r"to be named train, val, test, got also valid with folders of the same classes"),
     "empty class": (empty, {}, r"images in every folder of .*, got none in cat\. Images end in \.jpg"),
     "torn image": (torn, {}, r"x\.JPG is no image that can be read"),
     "real numbers": (real, {}, r"x\.tiff has pixels that are real numbers"),
