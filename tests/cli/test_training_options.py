@@ -53,6 +53,7 @@ def test_optimizer_and_schedule_of_a_recipe(tmp_path, capsys):
     assert digests(folder) == before
 
 
+@pytest.mark.slow
 def test_a_recipe_goes_on_when_rounds_is_raised(tmp_path):
     assert fit(tmp_path / "run") == 0
     assert fit(tmp_path / "run", "--model.boosting.rounds", "2") == 0
@@ -76,6 +77,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, capsys):
     assert "gone: 1 there, '(absent)' now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_best_epoch_of_a_recipe(tmp_path):
     assert fit(tmp_path, "--model.boosting.keep_epoch", "best", "--trainer.max_epochs", "2") == 0
     assert RunDirectory(tmp_path).record(0)["kept_epoch"] in (0, 1)
