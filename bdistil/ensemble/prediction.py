@@ -242,6 +242,8 @@ def predict_within(
         if not answers.left:
             break
         if answers.left < runner.samples and plan.guard.removes(runner.number, runner.samples, answers.left):
+            if not runner.divisible:  # decided samples stay, which changes no answer
+                continue
             answers.remove()
     return answers.prediction()
 

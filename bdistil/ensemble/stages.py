@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,8 +109,19 @@ class StageRunner:
 
     @property
     def samples(self) -> int:
-        """Number of samples in the batch."""
-        return row_count(self.x) if self.total is None else self.total.shape[0]
+        """Number of samples in the batch; 1 before the first stage where x does not tell."""
+        if self.total is not None:
+            return self.total.shape[0]
+        return row_count(self.x) if self.divisible else 1
+
+    @cached_property
+    def divisible(self) -> bool:
+        """Whether samples can be taken out of x: a tensor, or several in a tuple or mapping."""
+        try:
+            row_count(self.x)
+        except UserError:
+            return False
+        return True
 
     @torch.no_grad()
     def advance(self) -> None:

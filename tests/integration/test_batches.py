@@ -249,8 +249,15 @@ def test_the_cost_of_one_sample_is_that_of_a_batch_of_one(tmp_path):
     assert [int(row["macs"]) for row in curve(tmp_path)[:2]] == [FEATURES * CLASSES, LAYER + HEAD]
     x, _ = next(iter(data.test_dataloader()))
     assert controller.ensemble(x).shape == controller.ensemble.predict(x).logits.shape == (32, CLASSES)
-    with pytest.raises(UserError, match=r"got Graph .*one sample cannot be cut out of it"):
-        take_rows(x, slice(1))
+    first = controller.ensemble(x, stages=1)
+    confidence = float(torch.softmax(first, -1).amax(-1).median())
+    for budget in (Budget(confidence=confidence), Budget(confidence=confidence, seconds=10.0)):
+        prediction = controller.ensemble.predict(x, budget)  # decided samples stay in x, which changes no answer
+        assert set(prediction.stages.tolist()) == {1, 2}
+        torch.testing.assert_close(prediction.logits[prediction.stages == 1], first[prediction.stages == 1])
+    for cut in (lambda: take_rows(x, slice(1)), lambda: fit_anytime(controller.ensemble, data.val_dataloader())):
+        with pytest.raises(UserError, match=r"got Graph .*one sample cannot be cut out of it"):
+            cut()
 
 
 # ---- sequences of different lengths
