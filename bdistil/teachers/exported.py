@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bdistil.data.readers.files import Array
 from bdistil.errors import UserError
 from bdistil.metrics.cost import OutsideCost
 from bdistil.utils.paths import user_path
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class TorchScriptTeacher(nn.Module):
