@@ -263,7 +263,7 @@ class RunDirectory:
         path = self.folder(number) / "round.json"
         try:
             record = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise _damaged(path, f"is missing or torn ({error})") from error
         if record.get("format") != FORMAT:
             raise RunError(
