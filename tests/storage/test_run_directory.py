@@ -119,7 +119,8 @@ def test_a_round_of_another_format_is_refused(run, format, found):
 def test_a_record_that_is_none_is_named(run, text):
     run.commit(0, WEIGHTS, {})
     (run.folder(0) / "round.json").write_text(text)
-    with pytest.raises(RunError, match="round.json (of a committed round is missing or torn|has format none)") as error:
+    message = r"round.json (of a committed round is missing or torn|has format none)"
+    with pytest.raises(RunError, match=message) as error:
         run.record(0)
     assert "\n" not in str(error.value)
 
