@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from bdistil.data.loaders import LOADERS, as_labels, check_dataset, rows_loader
+from bdistil.data.loaders import LOADERS, as_labels, rows_loader
 from bdistil.errors import UserError
 from bdistil.metrics.quality import UNLABELLED, Task
 from bdistil.models.inputs import InputSpec
@@ -35,8 +35,6 @@ def check_samples(loader: DataLoader[Any], name: str, task: Task, outputs: int) 
     Raises:
         UserError: names the first sample with a label that cannot be used.
     """
-    if not isinstance(loader.dataset, IterableDataset):
-        check_dataset(loader, name)
     known = declared_labels(loader)
     if known is not None:
         check_labels(known, np.arange(len(known)), f"`{name}()`", task, outputs)

@@ -33,7 +33,7 @@ from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.parts import Parts
 from bdistil.boosting.round import BoostingRound, Game
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.student_checks import check_factory, check_student
+from bdistil.boosting.student_checks import check_factory, check_reads, check_student
 from bdistil.data.loaders import LOADERS, indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError
@@ -172,6 +172,8 @@ class Boosting:
         inputs = self._check_samples(datamodule, parts, test, outputs)
         if declared_outputs(self.teacher) is not None:  # an API is billed, so that labels are checked first
             check_outputs(self.teacher, student, pair, settings.task)
+        for loader, name in ((parts.val.loader, LOADERS[1]), (test, TEST)):
+            check_reads(student, loader, name)
         if settings.state == "cached":
             nets = {"teacher": self.teacher} if table_of(self.teacher) is None else {}
             check_independence((parts.train, parts.val), {**nets, "student": student})
@@ -409,7 +411,7 @@ class Boosting:
             if asked is not None:
                 teacher = [*figures(ProgressiveEnsemble([asked], task=settings.task).to(device))]
             return [*teacher, *figures(self.ensemble.to(device))]
-        except (UserError, RunError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        except (UserError, RunError, RuntimeError, ValueError, TypeError, LookupError, OSError) as error:
             rank_zero_warn(
                 f"The test part could not be evaluated ({type(error).__name__}: {error}). The report has no test "
                 "figures; the ensemble is complete."

@@ -10,11 +10,13 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils.data import IterableDataset
 
 from bdistil.boosting.checks import device_of
+from bdistil.data.loaders import check_dataset
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
-from bdistil.models.inputs import takes_parts
+from bdistil.models.inputs import InputSpec, takes_parts
 from bdistil.models.student import Student, run_student
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.trees import leaves_of
@@ -66,6 +68,36 @@ def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any
             f"Expected a student whose lazy layers are all used, but `{unknown[0]}` has no size after a first batch. "
             "Give the layer its sizes, or leave it out."
         )
+
+
+def check_reads(student: nn.Module, loader: Any, name: str) -> None:
+    """Checks that a new student, unlinked, reads a sample of another part than the training part.
+
+    Args:
+        student: checked by `check_student`.
+        loader: of the part, its batches are (x, y); None where there is no such part.
+        name: of the user's method that returned it.
+
+    Raises:
+        UserError: the student fails on it.
+    """
+    if loader is None or isinstance(loader.dataset, IterableDataset):
+        return
+    check_dataset(loader, name)
+    x, _ = loader.collate_fn([loader.dataset[0]])
+    try:
+        with as_written(student), torch.no_grad(), eval_mode(student):
+            run_student(student, [], move_data_to_device(x, device_of(student)))
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise UserError(
+            f"Expected x of `{name}()` in the form of the training part, got {_form(x)}, on which the student fails "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _form(x: Any) -> str:
+    tensors = InputSpec.of_batch(x).tensors()
+    return ", ".join(f"{name} of shape {part.shape} and type {part.dtype}" for name, part in tensors.items())
 
 
 def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> None:

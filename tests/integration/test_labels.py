@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.toys import CLASSES, FEATURES, TRAIN, Toys, boost, curve, digests, make_teacher, settings_for
+from helpers.toys import CLASSES, FEATURES, TRAIN, Hook, Toys, boost, curve, digests, make_teacher, settings_for
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multilabel_average_precision
@@ -175,6 +175,45 @@ def test_the_test_part_is_looked_at_before_training(tmp_path, make, message):
     with pytest.raises(UserError, match=message):
         boost(tmp_path, data, **ONE)
     assert not digests(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_x_of_another_form_in_another_part_is_named_before_training(tmp_path, part):
+    data = Toys()
+    x, y = data.parts[part]
+    data.parts[part] = (torch.cat((x, x[:, :1]), 1), y)
+    with pytest.raises(UserError, match=rf"x of `{part}_dataloader\(\)` .*\(9,\).* student fails"):
+        boost(tmp_path, data, **ONE)
+    assert not digests(tmp_path)
+
+
+class Vanishing(torch.utils.data.Dataset):
+    """Test samples that cannot be read once training has begun."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.gone = x, y, False
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        if self.gone:
+            raise OSError("the disk is gone")
+        return self.x[index], self.y[index]
+
+
+def test_a_test_part_that_fails_at_the_end_costs_its_figures_only(tmp_path):
+    data = Toys()
+    test = Vanishing(*data.parts["test"])
+    data.test_dataloader = lambda: DataLoader(test, batch_size=32)
+    begin = Hook(on_train_start=lambda *_: setattr(test, "gone", True))
+    with pytest.warns(UserWarning, match="test part could not be evaluated .*the disk is gone"):
+        controller = boost(tmp_path, data, callbacks=lambda: [begin], **ONE)
+    assert len(controller.ensemble) == 1
+    assert curve(tmp_path)[-1]["test_accuracy"] == ""
+    test.gone = False
+    boost(tmp_path, data, **ONE)  # the next start measures it
+    assert float(curve(tmp_path)[-1]["test_accuracy"]) > 0
 
 
 # ---- no labels, and several
