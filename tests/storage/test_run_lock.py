@@ -30,6 +30,8 @@ worker = None
 if len(sys.argv) > 3:  # as a DataLoader with workers: a forked process shares the open file
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(float(sys.argv[3]),))
     worker.start()
+if "release" in sys.argv:
+    lock.release()
 print("held", worker and worker.pid, flush=True)
 time.sleep(600)
 """
@@ -72,6 +74,13 @@ def test_workers_of_a_killed_process_are_waited_for(tmp_path):
         before = time.monotonic()
         RunLock(tmp_path / "lock").acquire()
         assert 0.5 < time.monotonic() - before < 30
+
+
+def test_workers_do_not_keep_a_lock_that_was_given_back(tmp_path):
+    with holder(tmp_path / "lock", 30, "release") as first:
+        worker = int(first.stdout.readline().split()[1])
+        RunLock(tmp_path / "lock").acquire()
+        kill(worker)
 
 
 def test_workers_that_outlive_a_killed_process_are_passed_over(tmp_path, monkeypatch):
