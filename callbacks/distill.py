@@ -63,12 +63,16 @@ def distill(
 
     Example:
         >>> import tempfile, torch
-        >>> from torch.utils.data import TensorDataset
-        >>> data = TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
-        >>> datamodule = pl.LightningDataModule.from_datasets(data, data, batch_size=16, num_workers=0)
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> class Data(pl.LightningDataModule):
+        ...     data = TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
+        ...     def train_dataloader(self):
+        ...         return DataLoader(self.data, batch_size=16, shuffle=True)
+        ...     def val_dataloader(self):
+        ...         return DataLoader(self.data, batch_size=16)
         >>> folder = tempfile.TemporaryDirectory()
         >>> ensemble = distill(
-        ...     nn.Linear(4, 2), lambda round: nn.Linear(4, 2), datamodule, run_dir=folder.name, rounds=1,
+        ...     nn.Linear(4, 2), lambda round: nn.Linear(4, 2), Data(), run_dir=folder.name, rounds=1,
         ...     max_epochs=1, accelerator="cpu", enable_progress_bar=False)
         >>> ensemble(torch.randn(3, 4)).shape
         torch.Size([3, 2])

@@ -272,7 +272,7 @@ def prefix_kl_loss(
         >>> prefix_kl_loss(-s, s, g, earlier=1)  # the student repairs the whole error
         tensor(0.)
         >>> prefix_kl_loss(torch.zeros(1, 2), s, g, earlier=1)
-        tensor(0.1126)
+        tensor(0.0722)
     """
     deviation = at_least_float32(deviation)
     repaired = error + deviation

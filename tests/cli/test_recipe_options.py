@@ -101,7 +101,7 @@ def test_the_model_is_compiled_and_channels_last(root):
     student = model.make_student(0)
     for module in (network, student):
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in module.parameters() if p.ndim == 4)
-        assert module.body[0](torch.randn(2, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last)
+        assert module.body.stages[0](torch.randn(2, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last)
     names = list(student.state_dict())
     model.speed_up(student)
     assert student._compiled_call_impl is not None
@@ -141,7 +141,7 @@ def test_compiled_students_answer_as_plain_ones():
     student, x = model.make_student(0).eval(), torch.randn(2, 3, 16, 16)
     before = student(x)
     calls = []
-    student.body[0].register_forward_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
+    student.body.stages[0].register_forward_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
     model.speed_up(student)
     assert torch.allclose(student(x), before, atol=1e-5)
     assert any(calls)

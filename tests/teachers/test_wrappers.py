@@ -390,6 +390,7 @@ def test_int8_on_another_device_is_one_sentence():
         FrozenTeacher(quantised(make_teacher()))(torch.zeros(2, FEATURES, device="meta"))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # once in a process
 def test_fingerprints_of_int8_per_channel():
     def print_of(factor):
         torch.manual_seed(0)
