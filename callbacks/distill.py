@@ -61,22 +61,9 @@ def distill(
         UserError: an invalid argument, found before training.
         RunError: a file of the run is torn, or a loss is NaN.
 
-    Example:
-        >>> import tempfile, torch
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> class Data(pl.LightningDataModule):
-        ...     data = TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
-        ...     def train_dataloader(self):
-        ...         return DataLoader(self.data, batch_size=16, shuffle=True)
-        ...     def val_dataloader(self):
-        ...         return DataLoader(self.data, batch_size=16)
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> ensemble = distill(
-        ...     nn.Linear(4, 2), lambda round: nn.Linear(4, 2), Data(), run_dir=folder.name, rounds=1,
-        ...     max_epochs=1, accelerator="cpu", enable_progress_bar=False)
-        >>> ensemble(torch.randn(3, 4)).shape
-        torch.Size([3, 2])
-        >>> folder.cleanup()
+    Example::
+
+        ensemble = distill(teacher, make_student, datamodule, run_dir="runs/mine", rounds=6, max_epochs=20)
     """
     settings = settings or BoostingSettings()
     settings = settings if rounds is None else replace(settings, rounds=rounds)
