@@ -120,7 +120,7 @@ class Budget:
         macs: maximum number of multiply-adds per sample.
         seconds: maximum time; no student is started that would end later by the measured stage times.
         confidence: a sample is decided as soon as its confidence reaches this; ``fitted`` uses the thresholds fitted
-            on the validation part, one per stage.
+            on the validation part, and their rule.
         rule: exit rule: ``max_prob`` (the default), ``margin``, ``entropy`` or ``agreement``.
 
     Raises:

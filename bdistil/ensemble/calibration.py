@@ -18,6 +18,16 @@ from bdistil.errors import RunError, UserError
 from bdistil.storage.run_directory import RunDirectory
 
 
+def in_points(loss: float) -> str:
+    """A loss of accuracy in percentage points, as text.
+
+    Example:
+        >>> in_points(1.0), in_points(0.5)
+        ('1 point', '0.5 points')
+    """
+    return f"{loss:g} point{'' if loss == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Promise:
     """What fitted thresholds promise for new samples, see `bdistil.evaluation.risk_control`.
@@ -45,7 +55,7 @@ class Promise:
     needed_for_half: int | None
 
     def __str__(self) -> str:
-        goal = f"at most {self.max_loss:g} points of accuracy with probability {1 - self.delta:g}"
+        goal = f"at most {in_points(self.max_loss)} of accuracy with probability {1 - self.delta:g}"
         if not self.kept and (self.needed is None or self.validation < self.needed):
             enough = "no number is enough" if self.needed is None else f"at least {self.needed:,} are needed"
             return f"{self.validation:,} validation samples cannot support losing {goal} ({enough}): all stages run."
@@ -55,7 +65,7 @@ class Promise:
             ""
             if self.needed_for_half is None
             else (
-                f" A promise of {self.max_loss / 2:g} points needs at least {self.needed_for_half:,} validation "
+                f" A promise of {in_points(self.max_loss / 2)} needs at least {self.needed_for_half:,} validation "
                 f"samples; there are {self.validation:,}."
             )
         )
@@ -98,9 +108,10 @@ class ExitFigures:
         """What to expect on new samples, as a sentence or two."""
         if self.promise is not None:
             return str(self.promise)
+        change = "gains" if self.held_out_loss < 0 else "loses"
         return (
             f"A naive fit, which promises nothing for new samples: fitted on one half and applied to the other, it "
-            f"loses {self.held_out_loss:.2f} points."
+            f"{change} {abs(self.held_out_loss):.2f} points."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from bdistil.ensemble.budget import NEVER, Rule
+from bdistil.ensemble.calibration import in_points
 from bdistil.errors import UserError
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -74,7 +75,7 @@ class ExitTarget:
         if self.max_loss is None:
             return f"average at most {self.average_macs:,.0f} MACs"
         where = "of the validation part (naive)" if self.naive else f"with probability {1 - self.risk:g}"
-        return f"lose at most {self.max_loss:g} points {where}"
+        return f"lose at most {in_points(self.max_loss)} {where}"
 
 
 class Outcome(NamedTuple):

@@ -22,9 +22,9 @@ def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
     chance = 1 / outputs
     if accuracy < chance + 3 * (chance * (1 - chance) / samples) ** 0.5:
         rank_zero_warn(
-            f"The teacher is right for {accuracy:.1%} of {samples} validation samples, no better than guessing among "
-            f"{outputs} classes. Is it trained, in the order of these classes, and are its inputs normalised and "
-            "sized as in its training (AdaptedTeacher)?"
+            f"The teacher is right for {accuracy:.1%} of {samples} validation samples, not clearly better than "
+            f"guessing among {outputs} classes. Is it trained, in the order of these classes, and are its inputs "
+            "normalised and sized as in its training (AdaptedTeacher)?"
         )
 
 

@@ -90,7 +90,7 @@ def test_evaluate_within_budgets(run, capsys):
 
 def test_fit_leaves_what_stopping_early_needs(run, capsys):
     figures = load_calibration(run)
-    target = "lose at most 1 points with probability 0.9"
+    target = "lose at most 1 point with probability 0.9"
     assert (figures.count, figures.exits.rule, figures.exits.target) == (2, "max_prob", target)
     assert (figures.exits.promise.samples, figures.exits.promise.validation) == (400, 500)
     assert (
@@ -109,7 +109,7 @@ def test_calibrate_fits_again(run, capsys):
     assert "average at most 20,000 MACs" in run.report.read_text()
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^margin, to lose at most 1 points with probability 0.9: accuracy 0\.\d+ of 0\.\d+", out, re.M)
+    assert re.search(r"^margin, to lose at most 1 point with probability 0.9: accuracy 0\.\d+ of 0\.\d+", out, re.M)
     assert main([*args, "--max_loss", "2", "--delta", "0.05"]) == 0
     out = capsys.readouterr().out
     assert "lose at most 2 points with probability 0.95" in out

@@ -155,7 +155,7 @@ def test_too_few_samples_for_a_promise_run_all_stages(ensemble, data):
     assert figures.exits.accuracy == figures.exits.full_accuracy
     assert ensemble.predict(x, Budget(confidence="fitted")).stages.tolist() == [T] * N
     text = format_calibration(figures, MACS)
-    assert "200 validation samples cannot support losing at most 1 points of accuracy with probability 0.9" in text
+    assert "200 validation samples cannot support losing at most 1 point of accuracy with probability 0.9" in text
     assert "(at least 287 are needed): all stages run." in text
 
 

@@ -118,7 +118,7 @@ def test_the_tested_labels_change_nothing_but_where_the_sequence_ends():
 @pytest.mark.parametrize(
     ("samples", "max_loss", "words"),
     [
-        (100, 1.0, r"^100 validation samples cannot support losing at most 1 points of accuracy with probability 0.9 "
+        (100, 1.0, r"^100 validation samples cannot support losing at most 1 point of accuracy with probability 0.9 "
                    r"\(at least 287 are needed\): all stages run\.$"),
         (500, 0.0, r"no number is enough\): all stages run\.$"),
     ],
@@ -138,7 +138,7 @@ def test_exits_that_are_sure_of_what_is_wrong_run_all_stages():
     right = np.array([[False] * 500, [True] * 500])
     thresholds, promise = promised_thresholds(confidence, right, held_back(500, 1.0, 0.1), 1.0, 0.1)
     assert thresholds == [NEVER, 0.0]
-    assert str(promise).startswith("No threshold loses at most 1 points")
+    assert str(promise).startswith("No threshold loses at most 1 point")
 
 
 # ---- over resampled splits
