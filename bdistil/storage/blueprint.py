@@ -181,7 +181,7 @@ def _module_class(path: str) -> type[nn.Module]:
         return kind
     raise UserError(
         f"The student is a {path}, which cannot be imported as a torch module here. "
-        "Make it importable, or give ProgressiveEnsemble.load(run_dir, student=make_student)."
+        "Put it into a module on PYTHONPATH, or give ProgressiveEnsemble.load(run_dir, student=make_student)."
     )
 
 
