@@ -89,7 +89,7 @@ def mlp() -> Student:
 
 
 def conv() -> Student:
-    return ConvStudent(channels=(12, 24))  # a step of 5 ms or more, on a fast core too
+    return ConvStudent(channels=(16, 32))  # a step of 5 ms or more, on a fast core too
 
 
 def teacher() -> nn.Module:
