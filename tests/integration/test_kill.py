@@ -34,7 +34,7 @@ class Dropping(ConvStudent):
 
     def __init__(self, channels=(3, 6)):
         super().__init__(channels)
-        self.body.append(nn.Dropout(0.1))
+        self.body.stages[-1].append(nn.Dropout(0.1))
 
 
 # Stages of a run, and what is called in each: the process dies before or after one of these calls.
