@@ -22,7 +22,7 @@ from bdistil.data.loaders import LOADERS, Views, is_random, paired, single_loade
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.quality import Task
-from bdistil.models.student import Rung, Student
+from bdistil.models.student import Rung, Student, build_student
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.offline import table_of
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
@@ -150,6 +150,21 @@ def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None
             f"The ladder has students of width x{wider[0]:g}, but `student` takes no `width`. "
             "Write make_student(round, width=1.0), or leave such rungs out."
         )
+
+
+def check_stage_links(make: Callable[..., nn.Module], ladder: Sequence[Rung], rounds: int, x: Any) -> None:
+    """Raises UserError where students of the first rounds cannot read activations as the ladder says, see `Rung`.
+
+    Args:
+        make: ``make_student(round)``.
+        ladder: of the run.
+        rounds: of the run.
+        x: a batch (B, ...) as an example.
+    """
+    for rung in ladder:
+        students: list[nn.Module] = []
+        for number in range(min(rounds, 3) if rung.reads_stages else 0):
+            students.append(build_student(make, number, students, rung if number else Rung(0), x))
 
 
 def check_rounds(student: nn.Module, rounds: int) -> None:

@@ -22,6 +22,7 @@ from bdistil.boosting.checks import (
     TEST,
     check_outputs,
     check_rounds,
+    check_stage_links,
     check_task,
     check_widths,
     loaders_of,
@@ -40,7 +41,6 @@ from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import Cost
 from bdistil.metrics.quality import Task, given_labels, prefix_metric, score_name
 from bdistil.models.inputs import InputSpec
-from bdistil.models.stages import StagedBody
 from bdistil.models.student import Rung, Student, build_student
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import Complete, RunDirectory
@@ -165,6 +165,7 @@ class Boosting:
         with torch.random.fork_rng():
             student = build_student(self.make, 0, [], Rung(0))
             check_student(student, [], pair)
+            check_stage_links(self.make, settings.ladder, settings.rounds, pair)
         check_rounds(student, settings.rounds)
         test = self._test_loader(datamodule)
         self._check_table(parts, test)
@@ -247,7 +248,7 @@ class Boosting:
         if not isinstance(plan.student, Student):
             kind = type(plan.student).__name__
             rank_zero_info(f"{kind} is no bdistil.Student, so it takes no links: all rounds are of class F0.")
-        elif any(rung.reads_stages for rung in self.settings.ladder) and not isinstance(plan.student.body, StagedBody):
+        elif any(rung.reads_stages for rung in self.settings.ladder) and plan.student.staged is None:
             kind = type(plan.student).__name__
             rank_zero_info(f"{kind} has no stages: rungs of the kinds 'deep' and 'start' link to its features.")
         for part in plan.parts:
@@ -298,9 +299,10 @@ class Boosting:
             self.stop(number, tries[-1])
             return None
         reseed(self.seed, number, len(tries), "build")
-        student = build_student(self.make, number, self.students, rungs[len(tries)], plan.example)
-        for module in (*self.students, student):
+        for module in self.students:
             module.cpu()
+        student = build_student(self.make, number, self.students, rungs[len(tries)], plan.example)
+        student.cpu()
         check_student(student, self.students, plan.example)
         cost = student_cost(student, self.students, plan.example, self.uncounted)
         module = BoostingRound(

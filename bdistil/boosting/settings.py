@@ -10,7 +10,6 @@ from bdistil.boosting.ledger.rows import Storage
 from bdistil.errors import UserError
 from bdistil.functional.boosting import gamma_of
 from bdistil.metrics.quality import UNLABELLED, Task
-from bdistil.models.stages import StagedBody
 from bdistil.models.student import Rung, Student
 
 
@@ -148,9 +147,9 @@ class BoostingSettings:
 
     def cached_keys(self, student: Student) -> list[int]:
         """Keys of the activations after stages of a student that a rung may read from the cache."""
-        if self.state == "recompute" or not isinstance(student.body, StagedBody):
+        if self.state == "recompute" or student.staged is None:
             return []
-        return [key for key in student.body.keys if any(rung.may_read(key) for rung in self.ladder)]
+        return [key for key in student.staged.keys if any(rung.may_read(key) for rung in self.ladder)]
 
     def rungs(self, number: int, *, links: bool) -> Sequence[Rung]:
         """The classes that a round may try, in order.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bdistil.errors import UserError
 from bdistil.models.inputs import call_on
 from bdistil.models.stages import FEATURES, StagedBody, check_stages
+from bdistil.utils.modules import eval_mode
 
 LinkKind = Literal["concat", "residual", "hidden", "deep", "start"]
 KINDS = get_args(LinkKind)
@@ -201,14 +202,14 @@ class Student(nn.Module):
         if linked := linkable(earlier)[: rung.links]:
             self.join = Join(self.width, [s.width for s in linked], self.outputs, rung)
             self.links = len(linked)
-            if rung.reads_stages and isinstance(self.body, StagedBody) and isinstance(linked[0].body, StagedBody):
-                self._link_stages(self.body, earlier, rung, x)
+            if rung.reads_stages and self.staged is not None and linked[0].staged is not None:
+                self._link_stages(self.staged, earlier, rung, x)
         return self
 
     def _link_stages(self, body: StagedBody, earlier: Sequence[nn.Module], rung: Rung, x: Any) -> None:
         if x is None:
             raise UserError(f"Expected an example `x` beside a rung of kind {rung.kind!r}: link(earlier, rung, x).")
-        with torch.no_grad():
+        with eval_mode(nn.ModuleList(earlier)):  # earlier students stay as they are, batch norm too
             given = activations_of(earlier, linked_numbers(earlier, 1)[0], x)
         start = given.get(rung.at - 1)
         if rung.at and (start is None or rung.at >= len(body.stages)):
@@ -234,6 +235,15 @@ class Student(nn.Module):
         return None
 
     @property
+    def staged(self) -> StagedBody | None:
+        """The body, if it is made of stages that later students may read.
+
+        None for a class with a `features` of its own: what it adds to the stages would be left out.
+        """
+        own = type(self).features is Student.features
+        return self.body if own and isinstance(self.body, StagedBody) else None
+
+    @property
     def reads(self) -> list[tuple[int, int]]:
         """What it reads of earlier students, as (students back, key), in the order of `linked` in its methods.
 
@@ -243,15 +253,15 @@ class Student(nn.Module):
 
     def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:
         """Features (B, D) of the body, before links join at the head. The first `states_read` of `linked` enter it."""
-        if isinstance(self.body, StagedBody):
-            return self.activations(x, linked)[FEATURES]
+        if self.staged is not None:
+            return self._checked(self.staged(x, linked[: self.states_read]))
         return self._checked(call_on(self.body, x))
 
     def activations(self, x: Any, linked: Sequence[Tensor] = ()) -> dict[int, Tensor]:
         """What later students can read, by key: features (B, D), and the activations after stages."""
-        if not isinstance(self.body, StagedBody):
+        if self.staged is None:
             return {FEATURES: self.features(x, linked)}
-        found = self.body.activations(x, linked[: self.states_read])
+        found = self.staged.activations(x, linked[: self.states_read])
         self._checked(found[FEATURES])
         return found
 

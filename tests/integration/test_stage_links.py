@@ -225,3 +225,16 @@ def test_students_without_stages_are_told_so_once(tmp_path, caplog):
         boost(tmp_path, settings=settings("deep"), trainer={"epochs": 1})
     said = [record.message for record in caplog.records if "has no stages" in record.message]
     assert said == ["Student has no stages: rungs of the kinds 'deep' and 'start' link to its features."]
+
+
+def test_stages_that_do_not_fit_are_found_before_anything_is_trained(tmp_path):
+    def other(round, width=1.0):
+        wide = 7 + round
+        stages = [nn.Linear(FEATURES, wide), nn.Linear(wide, 6)]
+        return Student(stages=stages, head=nn.Linear(6, CLASSES))
+
+    start = settings_for(3, ladder=[Rung(0), Rung(1, "start", at=1)])
+    with pytest.raises(UserError, match=r"Stage 2 of the student cannot take its input of \(2, 7\)"):
+        boost(tmp_path / "run", student=other, settings=start)
+    assert not list((tmp_path / "run").rglob("*.f32"))
+    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bdistil import Rung, Student, UserError
+from bdistil import ProgressiveEnsemble, Rung, Student, UserError
 from bdistil.metrics.cost import measure_cost
 from bdistil.models import CifarResNet, ConvStudent, MLPStudent, RecurrentStudent, SequenceConvStudent, WideResNet
 from bdistil.models.stages import FEATURES
@@ -160,6 +160,29 @@ def test_a_recurrent_student_starts_from_a_projection_of_the_state(cell):
     out, _ = second.body.net(x, (state, 0 * state) if cell == "lstm" else state)
     expected = second.head(out[:, -1]) + first.features(x) @ second.join.project.weight.T
     torch.testing.assert_close(run_student(second, [first], x), expected)
+
+
+def test_a_class_with_features_of_its_own_answers_by_them_everywhere(x):
+    """It was trained by them, so that its stages alone would be another student."""
+
+    class Scaled(ConvStudent):
+        def features(self, x, linked=()):
+            return super().features(2 * x, linked)
+
+    students = chain(Rung(1, "deep"), make=lambda round: Scaled((3, 4, 6), 2, L, 1), x=x)
+    assert students[1].reads == [(1, FEATURES)]
+    by_hand = run_student(students[0], [], x)
+    assert torch.equal(next(ProgressiveEnsemble(students).stages(x)).logits, by_hand)
+    torch.testing.assert_close(by_hand, students[0].head(students[0].body(2 * x)))
+
+
+@pytest.mark.parametrize("rung", [Rung(1, "deep"), Rung(1, "start", at=1)])
+def test_a_link_changes_nothing_in_the_earlier_student(rung, x):
+    first, before = make().train(), {}
+    before |= {name: value.clone() for name, value in first.state_dict().items()}
+    make().link([first], rung, x)
+    assert first.training
+    assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
 
 
 def test_without_stages_the_link_is_to_features(x):
