@@ -70,8 +70,8 @@ def test_parts_that_are_drawn_anew_are_refused_before_training(tmp_path, where):
 
 @pytest.mark.parametrize("where", METHODS)
 def test_a_seeded_split_is_the_same_each_time(tmp_path, where):
-    for _ in range(2):  # two starts
-        boost(tmp_path, Redrawn(where, lambda: torch.Generator().manual_seed(0)), **SHORT)
+    runs = [boost(tmp_path, Redrawn(where, lambda: torch.Generator().manual_seed(0)), **SHORT).run for _ in range(2)]
+    assert runs[0].committed() == runs[1].committed() > 0  # the second start finds the samples of the first
 
 
 def test_parts_that_are_drawn_anew_in_another_start_are_refused(tmp_path):
