@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.up-to-date
 
-.PHONY: help setup demo test test-slow test-slurm bench lint format clean
+.PHONY: help setup demo test test-slow test-slurm bench docs lint format clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,7 +12,7 @@ setup: $(STAMP)  ## make .venv and install bdistil into it (editable); skipped w
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,data,onnx]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,data,onnx,docs]'
 	@touch $@
 
 demo: setup  ## distil the recipe `digits` (CPU, minutes) and print accuracy against cost
@@ -30,6 +30,9 @@ test-slurm: setup  ## the shipped jobs on a SLURM that is started on this machin
 bench: setup  ## timings
 	$(BIN)/python -m pytest -q -s tests/bench -m slow -p no:xdist
 
+docs: setup  ## the documentation, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: setup  ## check rules, format and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,5 +43,5 @@ format: setup  ## mend rules and format where ruff can
 	$(BIN)/ruff format .
 
 clean:  ## remove builds and caches; .venv and runs stay
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
