@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,7 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import prefix_error, prefix_kl_loss, round_loss
+from bdistil.functional.distillation import at_least_float32
 from bdistil.metrics.quality import (
     PrefixPrecisions,
     class_sums,
@@ -64,8 +66,10 @@ class Game:
     @classmethod
     def of(cls, ledger: ErrorLedger, settings: BoostingSettings, device: torch.device) -> Game:
         """The game against the current S of a ledger."""
+        alone = settings.independent  # S is 0 for such a student
+        log_z = ledger.log_normaliser(settings.eta).float()
         return cls(
-            log_z=ledger.log_normaliser(settings.eta).float().to(device),
+            log_z=(torch.full_like(log_z, math.log(2 * ledger.samples)) if alone else log_z).to(device),
             eta=settings.eta,
             gamma=settings.gamma_for(ledger.bound),
             bound=ledger.bound,
@@ -260,6 +264,8 @@ class BoostingRound(_FastHookName):
         x, y, index = batch
         part, index = self._view_of(index)
         target, error = self.state(x, index, part)
+        if self.settings.independent:
+            error = torch.zeros_like(error)
         if self.mix is not None:
             target, error = self.mix(target, error, y, index)
         loss = self.loss(self.answer(x, index, part) - target, error, target)
@@ -274,10 +280,13 @@ class BoostingRound(_FastHookName):
         settings = self.settings
         if settings.loss == "game":
             return self.game.loss(deviation, error)
+        if settings.loss == "residual":
+            return (at_least_float32(deviation) + error).square().mean()
         scale, alone = self.ledger.head.scale, settings.loss == "prefix_kl"
+        earlier = 0 if settings.independent else self.number
         assert not isinstance(scale, tuple), "only a regression has a unit for each output"
         loss = prefix_kl_loss(
-            deviation, error, target, earlier=self.number, scale=scale, temperature=settings.temperature,
+            deviation, error, target, earlier=earlier, scale=scale, temperature=settings.temperature,
             residual=settings.residual_weight if alone else 0.0,
         )  # fmt: skip
         return loss if alone else loss + settings.residual_weight * self.game.loss(deviation, error)

@@ -55,9 +55,11 @@ class BoostingSettings:
         loss: of a round. `game` is the paper's, squared error to the teacher and a log barrier on the margins.
             `prefix_kl` is the divergence of the whole prefix from the teacher, see `functional.prefix_kl_loss`, for
             classification only. In `prefix_kl+game` the loss of the game, with its barrier, stands in place
-            of the squared error in it.
+            of the squared error in it. `residual` is the squared error to g - S alone, as in gradient boosting.
         temperature: of `prefix_kl`.
         residual_weight: of the squared error of the student to g - S in `prefix_kl`, or of the game beside it.
+        independent: each student is trained as in a first round, as if it were alone: a baseline, the average of
+            students that were distilled independently. It needs a ladder without links.
 
     Raises:
         UserError: a value is out of range.
@@ -91,9 +93,10 @@ class BoostingSettings:
     weight_decay: float = 1e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     keep_epoch: Literal["last", "best"] = "last"
-    loss: Literal["game", "prefix_kl", "prefix_kl+game"] = "game"
+    loss: Literal["game", "prefix_kl", "prefix_kl+game", "residual"] = "game"
     temperature: float = 2.0
     residual_weight: float = 0.1
+    independent: bool = False
 
     def __post_init__(self) -> None:
         if self.kappa is not None and self.gamma is not None:
@@ -122,13 +125,15 @@ class BoostingSettings:
         _require(self, "storage", self.storage in ("float32", "float16"), "'float32' or 'float16'")
         _require(self, "lr", self.lr > 0, "> 0")
         _require(self, "weight_decay", self.weight_decay >= 0, ">= 0")
-        losses = ("game", "prefix_kl", "prefix_kl+game")
+        losses = ("game", "prefix_kl", "prefix_kl+game", "residual")
         _require(self, "loss", self.loss in losses, " or ".join(map(repr, losses)))
-        if self.loss != "game" and self.task != "classification":
+        if self.loss.startswith("prefix_kl") and self.task != "classification":
             raise UserError(
-                f"Expected `loss` of the boosting settings to be 'game' for task {self.task!r}, got {self.loss!r}: a "
-                "divergence needs the probabilities of classes."
+                f"Expected `loss` of the boosting settings to be 'game' or 'residual' for task {self.task!r}, got "
+                f"{self.loss!r}: a divergence needs the probabilities of classes."
             )
+        alone = not self.independent or all(rung.links == 0 for rung in self.ladder)
+        _require(self, "ladder", alone, "rungs with links=0 for independent students")
         _require(self, "temperature", self.temperature > 0, "> 0 (2 is a good start)")
         _require(self, "residual_weight", self.residual_weight >= 0, ">= 0")
         _require(self, "schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")

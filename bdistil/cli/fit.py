@@ -6,7 +6,7 @@ import copy
 import shutil
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from bdistil.boosting.run import FREE_KEYS, GROWING_KEYS, complete
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.boosting.trainer_checks import check_strategy, check_trainer
 from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
-from bdistil.cli.commands import print_curve
+from bdistil.cli.commands import find_recipe, print_curve
+from bdistil.cli.parser import Parser
+from bdistil.cli.recipe_files import check_recipe
 from bdistil.data.loaders import indexed_loaders
 from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.ensemble.calibration import load_calibration, save_calibration
@@ -182,19 +184,19 @@ class BoostCLI(LightningCLI):
         check_trainer(self.trainer, model.boosting)
         run = RunDirectory(self._get(self.config, "run_dir"))
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            datamodule = self._fit_run(model, datamodule, run)
+            datamodule = self.fit_run(model, datamodule, run)
             _fit_anytime(run, datamodule)
             if distributed.early_rank() == 0:
                 print_curve(run)
             return
         rehearsal = RunDirectory(run.root.with_name(f"{run.root.name}.fast_dev_run"))
         try:
-            self._fit_run(model, datamodule, rehearsal)
+            self.fit_run(model, datamodule, rehearsal)
         finally:
             if distributed.early_rank() == 0:
                 shutil.rmtree(rehearsal.root, ignore_errors=True)
 
-    def _fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
+    def fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
         """Trains the teacher if it is missing, then the rounds; returns the data of the rounds."""
         config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_unset=False))
         seed = int(self._get(self.config, "seed_everything"))
@@ -321,3 +323,36 @@ def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
         return
     save_calibration(run, figures)
     write_report(run)
+
+
+def run_fit(args: Sequence[str], cli: type[BoostCLI] = BoostCLI) -> BoostCLI:
+    """Runs `bdistil fit`, or another subcommand class of it, on these arguments."""
+    return cli(
+        Distiller,
+        LightningDataModule,
+        subclass_mode_data=True,
+        trainer_class=RoundTrainer,
+        parser_class=Parser,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        parser_kwargs={"prog": "bdistil"},
+        args=["fit", *_with_recipe_paths(args)],
+    )
+
+
+def _with_recipe_paths(args: Sequence[str]) -> list[str]:
+    """The arguments, with the name of a shipped recipe after --config replaced by its path."""
+    out = list(args)
+    for place, arg in enumerate(out):
+        if arg.startswith("--config="):
+            out[place] = f"--config={_checked(arg.removeprefix('--config='))}"
+        elif arg in ("--config", "-c") and place + 1 < len(out):
+            out[place + 1] = _checked(out[place + 1])
+    return out
+
+
+def _checked(name: str) -> str:
+    path = find_recipe(name)
+    check_recipe(path)
+    return str(path)

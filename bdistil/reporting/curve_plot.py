@@ -3,80 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bdistil.reporting.tables import Curve, Row, format_count, number, plain
+from bdistil.reporting.axes import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    Points,
+    cost_axis,
+    draw,
+    log_ticks,
+    note,
+    panels_figure,
+)
+from bdistil.reporting.tables import Curve, Row, number, plain
 from bdistil.storage.files import atomic
 from bdistil.utils.drawing import default_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
-Points = list[tuple[float, float]]
-# Name: colour on a light page, on a dark one. Blue and vermilion of Okabe and Ito differ for every colour vision.
-COLOURS = {
-    "blue": ("#0072b2", "#56b4e9"), "orange": ("#d55e00", "#f0a04b"), "ink": ("#1f2328", "#e6edf3"),
-    "muted": ("#59636e", "#9aa4ae"), "line": ("#d8dee4", "#2f363d"), "paper": ("#ffffff", "#0d1117"),
-}  # fmt: skip
-BLUE, ORANGE, INK, MUTED, LINE, PAPER = (light for light, _ in COLOURS.values())
 
 
 def _points(rows: Sequence[Row], x: str, y: str) -> Points:
     """The points of two columns; x is positive, as its axis is logarithmic."""
     pairs = ((number(row, x), number(row, y)) for row in rows)
     return [(a, b) for a, b in pairs if a is not None and b is not None and a > 0]
-
-
-def _figure(width: float, height: float, panels: Mapping[str, int]) -> tuple[Figure, list[Axes]]:
-    """A figure with panels one above the other, given by title and share of the height; independent of pyplot."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure((width, height), facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=list(panels.values()))[:, 0]
-    for axes, title in zip(all_axes, panels, strict=True):
-        axes.set(facecolor="none", axisbelow=True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(MUTED)
-        axes.grid(color=LINE, linewidth=0.7)
-        axes.tick_params(which="both", colors=MUTED, labelsize=9, length=0)
-        axes.set_title(title, color=INK, fontsize=10.5, loc="left", parse_math=False)
-    return figure, list(all_axes)
-
-
-def _log_ticks(axis: Axis, steps: Sequence[int], label: Callable[[float], str]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=steps, numticks=20))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
-
-
-def _draw(axes: Axes, points: Points, style: str, colour: str, size: float = 5.5) -> None:
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    axes.plot(xs, ys, style, color=colour, linewidth=1.8, markersize=size, markeredgecolor=PAPER)
-
-
-def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **kw: Any) -> None:
-    """Text beside a point, with a halo that keeps it readable over lines."""
-    from matplotlib.patheffects import withStroke
-
-    kw = {"fontsize": 9.5, "weight": "bold", "path_effects": [withStroke(linewidth=3, foreground=PAPER)], **kw}
-    axes.annotate(text, at, offset, textcoords="offset points", color=colour, in_layout=False, **kw)
-
-
-def _cost_axis(axes: Axes, costs: Sequence[float], last: float) -> None:
-    """A logarithmic axis of MACs, with room for labels to the right of the last prefix."""
-    low, high = math.log10(min(costs)), math.log10(max(costs))
-    pad, room = 0.06 * (high - low) + max(0.0, 0.25 - (high - low) / 2), 0.3
-    low, high = low - pad, max(high + pad, (math.log10(last) - room * (low - pad)) / (1 - room))
-    axes.set(xscale="log", xlim=(10**low, 10**high))
-    axes.set_xlabel("multiply-adds of one prediction (MACs)", color=MUTED, fontsize=9.5)
-    _log_ticks(axes.xaxis, (1, 2, 5) if high - low < 3 else (1,), format_count)
 
 
 def _number_stages(axes: Axes, stages: Sequence[Row]) -> None:
@@ -86,7 +41,7 @@ def _number_stages(axes: Axes, stages: Sequence[Row]) -> None:
     for row in reversed(stages):
         for macs, top in sorted(_points([row], "macs", "val_accuracy") + _points([row], "macs", "test_accuracy"))[-1:]:
             if macs < limit:
-                _note(axes, row["stage"], (macs, top), (-3, 5), MUTED, fontsize=8.5, ha="right", weight="normal")
+                note(axes, row["stage"], (macs, top), (-3, 5), MUTED, fontsize=8.5, ha="right", weight="normal")
                 limit = macs / (high / low) ** 0.03
 
 
@@ -101,7 +56,7 @@ def curve_figure(curve: Curve, size: tuple[float, float], title: str = "") -> Fi
     from matplotlib.ticker import PercentFormatter
 
     teacher, stages = curve.teacher, curve.stages
-    figure, (axes,) = _figure(*size, {title: 1})
+    figure, (axes,) = panels_figure(*size, {title: 1})
     validation, test = (_points(stages, "macs", f"{part}_accuracy") for part in ("val", "test"))
     goal = number(teacher, "val_accuracy") or number(teacher, "test_accuracy")
     star = [(macs, goal)] if goal and (macs := number(teacher, "macs")) else []
@@ -111,22 +66,22 @@ def curve_figure(curve: Curve, size: tuple[float, float], title: str = "") -> Fi
     axes.set_ylim(min(heights) - 0.12 * span, max(heights) + 0.14 * span)
     if not curve.regression:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _cost_axis(axes, [x for x, _ in points + star], max(points)[0])
+    cost_axis(axes, [x for x, _ in points + star], max(points)[0])
     curves = [c for c in ((validation, "o-", BLUE, "validation"), (test, "s--", ORANGE, "test")) if c[0]]
     beaten = bool(goal and curves) and max(points[-1][1] for points, *_ in curves) > (goal or 0.0)
     below = goal if goal and not beaten else math.inf
     for points, style, colour, name in sorted(curves, key=lambda drawn: -drawn[0][-1][1]):
         macs, accuracy = points[-1]
         below = min(accuracy, below - 0.075 * span)  # labels are below one another and below the teacher's line
-        _draw(axes, points, style, colour)
-        _note(axes, f"{name} {curve.score(accuracy, 1)}", (macs, below), (9, 0), colour, va="center")
+        draw(axes, points, style, colour)
+        note(axes, f"{name} {curve.score(accuracy, 1)}", (macs, below), (9, 0), colour, va="center")
     _number_stages(axes, stages)
     if goal:
         axes.axhline(goal, color=INK, linewidth=1, linestyle=":")
-        _draw(axes, star, "*", INK, 13)
+        draw(axes, star, "*", INK, 13)
         text = f"teacher {curve.score(goal, 1)}" + (f", {curve.cell(teacher, 'macs')} MACs" if star else "")
         place = {"ha": "left" if beaten else "right", "xycoords": axes.get_yaxis_transform()}
-        _note(axes, text, (0.01 if beaten else 0.99, goal), (0, 7), INK, **place)
+        note(axes, text, (0.01 if beaten else 0.99, goal), (0, 7), INK, **place)
     return figure
 
 
@@ -139,16 +94,16 @@ def error_figure(curve: Curve, size: tuple[float, float]) -> Figure:
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure, (errors, shares) = _figure(*size, {"error to the teacher": 2, "outputs that meet their margin": 1})
+    figure, (errors, shares) = panels_figure(*size, {"error to the teacher": 2, "outputs that meet their margin": 1})
     stages = curve.stages
     for column, name, style, colour in (("sup_error", "largest", "s--", ORANGE), ("rms_error", "rms", "o-", BLUE)):
         points = [(x, y) for x, y in _points(stages, "stage", column) if y > 0]
-        _draw(errors, points, style, colour)
+        draw(errors, points, style, colour)
         for first in points[:1]:
-            _note(errors, f"{name} {first[1]:.3g} → {points[-1][1]:.3g}", first, (2, 8), colour)
+            note(errors, f"{name} {first[1]:.3g} → {points[-1][1]:.3g}", first, (2, 8), colour)
     errors.set_yscale("log")
     errors.margins(y=0.2)
-    _log_ticks(errors.yaxis, (1, 2, 5), plain)
+    log_ticks(errors.yaxis, (1, 2, 5), plain)
     for stage, share in _points(stages, "stage", "margin_share"):
         shares.bar(stage, share, width=0.4, color=BLUE)
     shares.set_ylim(0, 1)

@@ -16,7 +16,8 @@ from bdistil.ensemble.budget import NEVER
 from bdistil.ensemble.calibration import Calibration, load_calibration
 from bdistil.errors import UserError
 from bdistil.metrics.quality import score_name
-from bdistil.reporting.curve_plot import COLOURS, curve_figure, error_figure, plot_curve
+from bdistil.reporting.axes import COLOURS
+from bdistil.reporting.curve_plot import curve_figure, error_figure, plot_curve
 from bdistil.reporting.tables import COLUMNS, Curve
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
@@ -46,8 +47,8 @@ def write_report(run: RunDirectory) -> Path:
     curve, title, score = Curve(run.read_curve(), run.task), run.root.resolve().name, score_name(run.task)
     plot_curve(curve.rows, run.picture, title=title, task=run.task)
     pictures = [
-        _svg(curve_figure(curve, (5.4, 3.8), score), "curve", f"{score} of each prefix by its MACs"),
-        _svg(error_figure(curve, (5.4, 3.8)), "error", "error to the teacher and margins met, by stage"),
+        inline_svg(curve_figure(curve, (5.4, 3.8), score), "curve", f"{score} of each prefix by its MACs"),
+        inline_svg(error_figure(curve, (5.4, 3.8)), "error", "error to the teacher and margins met, by stage"),
     ]
     calibration = load_calibration(run)
     loader = PackageLoader("bdistil.reporting", ".")
@@ -60,13 +61,13 @@ def write_report(run: RunDirectory) -> Path:
         times_table=_times_table(calibration) if calibration else None,
         decisions=_decisions(run, curve), stopped=run.stopped,
         config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "no config.yaml",
-        csv=run.curve.read_text(encoding="utf-8"), versions=_versions(),
+        csv=run.curve.read_text(encoding="utf-8"), versions=versions(),
     )  # fmt: skip
     write_atomically(run.report, text)
     return run.report
 
 
-def _svg(figure: Figure, name: str, description: str) -> Markup:
+def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     """A figure as inline SVG: without URLs, with ids of its own and colours that follow the colour scheme."""
     file = io.StringIO()
     figure.savefig(file, format="svg", facecolor="none")
@@ -120,7 +121,8 @@ def _times_table(calibration: Calibration) -> TextTable:
     return ["batch", *(f"{name}, ms" for name in names), "used", "exit rule, µs", "compacting, µs"], rows
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Versions of the packages that figures depend on."""
     found = ((name, [d.version for d in distributions(name=name)]) for name in ("bdistil", "torch", "lightning"))
-    versions = [f"{name} {(installed or ['not installed'])[0]}" for name, installed in found]
-    return ", ".join([*versions, f"python {platform.python_version()}"])
+    named = [f"{name} {(installed or ['not installed'])[0]}" for name, installed in found]
+    return ", ".join([*named, f"python {platform.python_version()}"])

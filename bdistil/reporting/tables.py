@@ -70,7 +70,8 @@ def format_count(value: float) -> str:
     return f"{value:.4g}P"
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Seconds for people: ``3.21 s``, ``0:12:30``."""
     return f"{seconds:.3g} s" if seconds < 59.5 else str(timedelta(seconds=round(seconds)))
 
 
@@ -83,7 +84,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "test_accuracy": ("test accuracy", percent), "rms_error": ("rms error", plain),
     "sup_error": ("sup error", plain), "margin_share": ("margins met", "{:.0%}".format),
     "margin_min": ("least margin", plain), "area": ("area", plain), "violations": ("falls", plain),
-    "train_macs": ("training MACs", format_count), "seconds": ("time", _format_duration),
+    "train_macs": ("training MACs", format_count), "seconds": ("time", format_duration),
     "accepted_class": ("class", plain),
 }  # fmt: skip
 

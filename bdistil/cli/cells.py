@@ -1,0 +1,125 @@
+"""The process of one cell of `bdistil compare`: a fit of a recipe, or of its teacher, and the figures of its ensemble.
+
+``python -m bdistil.cli.cells KIND [options of bdistil fit]``
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from bdistil.callbacks import EpochKeeper, RoundController
+from bdistil.cli.fit import BoostCLI, Distiller, run_fit
+from bdistil.cli.guard import guarded
+from bdistil.comparison.figures import Row, part_figures, prefix_rows
+from bdistil.comparison.joint import Opening, joint_ensemble, plan_joint
+from bdistil.comparison.methods import Kind
+from bdistil.data.loaders import indexed_loaders
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.evaluation.run_data import loader_of
+from bdistil.metrics.cost import measure_cost, training_macs
+from bdistil.storage.run_directory import RunDirectory
+from bdistil.utils.seeding import seed_of
+
+
+class CellCLI(BoostCLI):
+    """Trains the rounds of a recipe; ``figures.json`` in the run directory then has a row for each prefix."""
+
+    def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
+        """Trains what the cell needs, as far as it is missing."""
+        run = RunDirectory(self._get(self.config, "run_dir"))
+        self.fit_run(model, datamodule, run)
+        costs = [_costs(row) for row in run.rows()[1:]]
+        for key in ("train_macs", "seconds"):  # those of a row are of its round alone
+            for row, total in zip(costs, accumulate(row[key] for row in costs), strict=True):
+                row[key] = total
+        write_figures(run, ProgressiveEnsemble.load(run.root), costs)
+
+
+def _costs(row: Mapping[str, Any]) -> Row:
+    return {key: row[key] for key in ("macs", "params", "train_macs", "seconds")}
+
+
+def write_figures(run: RunDirectory, ensemble: ProgressiveEnsemble, costs: list[Row]) -> None:
+    """Evaluates the prefixes on the validation and the test part, and writes ``figures.json``."""
+    val, test = (part_figures(ensemble, loader_of(run, part)) for part in ("val", "test"))
+    run.write("figures", prefix_rows(costs, val, test))
+
+
+class TeacherCLI(BoostCLI):
+    """Trains the teacher of a recipe, if it has no weights yet, and evaluates it."""
+
+    def _fit_rounds(
+        self,
+        model: Distiller,
+        datamodule: LightningDataModule,
+        controller: RoundController,
+        config: Mapping[str, Any],
+        seed: int,
+    ) -> LightningDataModule:
+        run, started = controller.run, time.perf_counter()
+        plan = controller.boosting.check(datamodule)
+        self._teach(model, datamodule, controller, seed)
+        teacher = controller.boosting.teacher
+        cost = measure_cost(teacher.cpu(), (plan.example,), uncounted="record")
+        seconds = time.perf_counter() - started
+        row = {"macs": cost.macs, "params": cost.params, "train_macs": 0, "seconds": seconds}
+        write_figures(run, ProgressiveEnsemble([teacher], macs=[cost.macs], task=model.boosting.task), [row])
+        return datamodule
+
+    def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
+        """Trains and evaluates the teacher."""
+        self.fit_run(model, datamodule, RunDirectory(self._get(self.config, "run_dir")))
+
+
+class JointCLI(TeacherCLI):
+    """Trains all students of a recipe at once."""
+
+    def _fit_rounds(
+        self,
+        model: Distiller,
+        datamodule: LightningDataModule,
+        controller: RoundController,
+        config: Mapping[str, Any],
+        seed: int,
+    ) -> LightningDataModule:
+        run, settings, started = controller.run, model.boosting, time.perf_counter()
+        checked = controller.boosting.check(datamodule)
+        self._teach(model, datamodule, controller, seed)
+        plan = plan_joint(controller.boosting, checked)
+        keeper = EpochKeeper(run.checkpoint(0), seed, "joint")
+        opening = Opening(controller.boosting, plan)
+        with indexed_loaders(
+            datamodule, seed_of(seed, "joint"), *checked.parts.plans, labels=settings.labels,
+            ignore_index=settings.ignore_index, prepare=checked.parts.renew,
+        ):  # fmt: skip
+            trainer = self.new_trainer(
+                *copy.deepcopy(self._callbacks()), opening, controller.signals, keeper,
+                logger=self._loggers(run, config), default_root_dir=str(run.work(0)),
+            )  # fmt: skip
+            trainer.fit(plan.module, datamodule, ckpt_path=keeper.ckpt_path)
+        ensemble = joint_ensemble(plan)
+        seen = keeper.epochs * checked.parts.train.samples
+        whole = training_macs(student=plan.cost.macs, links=0, samples_seen=seen, teacher=0, teacher_samples=0)
+        costs: list[Row] = [
+            {"macs": macs, "params": None, "train_macs": whole, "seconds": time.perf_counter() - started}
+            for macs in accumulate(ensemble.macs)
+        ]
+        write_figures(run, ensemble, costs)
+        shutil.rmtree(run.work(0), ignore_errors=True)
+        return datamodule
+
+
+CELLS: dict[Kind, type[BoostCLI]] = {"teacher": TeacherCLI, "rounds": CellCLI, "joint": JointCLI}
+
+if __name__ == "__main__":
+    kind: Any = sys.argv[1]
+    sys.exit(guarded(partial(run_fit, sys.argv[2:], CELLS[kind])))

@@ -1,0 +1,177 @@
+"""`bdistil compare`: trains the students of a recipe by several methods and reports the differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from bdistil.boosting.trainer_checks import check_trainer
+from bdistil.cli.commands import find_recipe
+from bdistil.cli.fit import BoostCLI, Distiller, run_fit
+from bdistil.cli.parser import Parser
+from bdistil.comparison.forms import latencies, plan_forms
+from bdistil.comparison.methods import METHODS, Cell, Method, cells_of, check_methods
+from bdistil.comparison.report import difference_table, summary_table, write_comparison
+from bdistil.comparison.running import CellRunner
+from bdistil.comparison.tables import gather
+from bdistil.data.loaders import first_samples, single_loader, with_trainer
+from bdistil.errors import UserError
+from bdistil.reporting.tables import format_table
+from bdistil.reporting.tracking import make_logger
+from bdistil.storage.files import write_atomically
+from bdistil.storage.provenance import describe_start
+from bdistil.teachers.wrappers import comes_trained
+from bdistil.utils.paths import user_path
+from bdistil.utils.signals import StopSignals
+
+EXAMPLE = "bdistil compare --config digits --methods bdistil no_resched joint --seeds 3 --output compare-digits"
+OWN = ("config", "output", "methods", "seeds", "workers", "help")
+
+
+def compare(config: str, output: str, methods: list[Method] = list(METHODS), seeds: int = 5, workers: int = 1) -> None:  # noqa: B006
+    """Compare bdistil with other ways to train the same students, on the same data and teacher.
+
+    All other options are those of `bdistil fit`, and hold for every training. A comparison that was interrupted goes on
+    with the same command; more methods and seeds may be added.
+
+    Args:
+        config: recipe, a YAML file or a name that `bdistil recipes` lists.
+        output: folder of the runs, compare.csv, the pictures and report.html.
+        methods: bdistil, and what it is compared with.
+        seeds: number of seeds, from 0.
+        workers: processes at a time; torch's threads are divided among them.
+    """
+
+
+class PlanCLI(BoostCLI):
+    """Reads a recipe and plans its comparison; trains nothing."""
+
+    def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
+        """Takes what the plan is made of.
+
+        Raises:
+            UserError: the recipe cannot be compared.
+        """
+        check_trainer(self.trainer, model.boosting)
+        if model.mekd is not None:
+            raise UserError(
+                "Expected a recipe with a teacher at hand, got one with `model.mekd`, a teacher behind an API."
+            )
+        with with_trainer(datamodule):
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+            loader = single_loader(datamodule.train_dataloader())
+        self.model_planned, self.x = model, first_samples(loader, 1, model.boosting.labels)
+        self.tracking = self._get(self.config_init, "tracking")
+        self.trains_teacher = not (comes_trained(model.teacher.network) or model.teacher.checkpoint)
+
+
+def run_compare(args: Sequence[str]) -> None:
+    """The command, on its arguments; what it does not know is for `bdistil fit`."""
+    own, options = split_options(args)
+    summary = (compare.__doc__ or "").splitlines()[0]
+    parser = Parser(prog="bdistil compare", description=summary, epilog=f"Example: {EXAMPLE}")
+    parser.add_function_arguments(compare, as_positional=False, as_group=False)
+    given = parser.instantiate(parser.parse_args(own))
+    if given.seeds < 1 or given.workers < 1:
+        raise UserError(f"Expected `seeds` and `workers` >= 1, got {given.seeds} and {given.workers}.")
+    _compare(find_recipe(given.config), user_path(given.output, "output"), check_methods(given.methods), given, options)
+
+
+def split_options(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of `compare`, with the values of `methods` as one, and those of `fit`."""
+    groups: list[list[str]] = []
+    for arg in args:
+        if arg.startswith("--") or arg == "-h" or not groups:
+            groups.append(list(arg.split("=", 1)) if arg.startswith("--") and "=" in arg else [arg])
+        else:
+            groups[-1].append(arg)
+    own: list[str] = []
+    others: list[str] = []
+    for name, *values in groups:
+        key = "help" if name == "-h" else name.removeprefix("--")
+        if key == "methods":
+            own += [name, json.dumps([m for value in values for m in value.strip("[]").replace(",", " ").split()])]
+        elif key in OWN:
+            own += [name, *values]
+        else:
+            others += [name, *values]
+    return own, others
+
+
+def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, options: Sequence[str]) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    copy = _freeze(output, text, options)
+    fixed = ["--config", str(copy), *options]
+    planned: Any = run_fit([*fixed, "--trainer.logger=false"], PlanCLI)
+    model, x = planned.model_planned, planned.x
+    settings = model.boosting
+    forms = plan_forms(model.make_student, settings, x, widths="no_resched" in methods)
+    teacher = Cell("teacher", 0, "teacher", forms.prefixes[0], kind="teacher")
+    weights = teacher.folder(output) / "teacher.safetensors"
+    chains = [
+        [cell for method in methods for cell in cells_of(method, seed, settings, forms)] for seed in range(given.seeds)
+    ]
+    cells = [teacher, *(cell for chain in chains for cell in chain)]
+    print(f"{len(cells)} trainings: {', '.join(methods)}; {given.seeds} seeds, in {output}.", flush=True)
+    message = f"The comparison in {output} was interrupted. Give the same command again: it goes on from there."
+    with StopSignals(lambda: message) as signals:
+        try:
+            CellRunner(output, fixed, 1, cells).run([[teacher]])
+            if planned.trains_teacher:
+                fixed += ["--model.teacher.checkpoint", str(weights)]
+            CellRunner(output, fixed, given.workers, cells).run(chains)
+        except BaseException as end:
+            if signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
+                raise signals.interruption() from end
+            raise
+    rows = gather(output, cells, latencies(model.make_student, settings, forms, x))
+    start = describe_start()
+    facts = {"recipe": recipe.stem, "seeds": given.seeds, "commit": start["revision"], "system": start["system"]}
+    page = write_comparison(output, rows, settings.task, text, facts)
+    _track(planned.tracking, output, rows)
+    print(format_table(*summary_table(rows)))
+    if len(methods) > 1:
+        print(f"\n{methods[0]} against the others, in points:\n" + format_table(*difference_table(rows, methods[0])))
+    print(f"\n{page}")
+
+
+def _freeze(output: Path, text: str, options: Sequence[str]) -> Path:
+    """Keeps the recipe and the options of a comparison; returns the copy that its trainings read.
+
+    Raises:
+        UserError: the folder holds a comparison of others.
+    """
+    copy, kept = output / "recipe.yaml", output / "options.json"
+    if copy.exists() and (copy.read_text(encoding="utf-8"), json.loads(kept.read_text())) != (text, list(options)):
+        raise UserError(
+            f"`output` {output} holds a comparison of another recipe or with other options "
+            f"({' '.join(json.loads(kept.read_text())) or 'none'}). Choose another folder, or give those."
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(list(options)))
+        write_atomically(copy, text)
+    except OSError as error:
+        raise UserError(f"`output` {output} cannot be written to: {error.strerror or error}.") from error
+    return copy
+
+
+def _track(tracking: Any, output: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One W&B run with the table and the pictures of the comparison, in the group of its trainings."""
+    import wandb
+
+    name = output.resolve().name
+    settings = replace(tracking, group=name, name="summary", job_type="compare-summary")
+    logger = make_logger(settings, output, {"comparison": name})
+    if logger is None:
+        return
+    header, cells = summary_table(rows)
+    images = {path.stem: wandb.Image(str(path)) for path in sorted(output.glob("compare-*.png"))}
+    logger.experiment.log({**images, "methods": wandb.Table(columns=[*header], data=cells)})
+    logger.finish(0)

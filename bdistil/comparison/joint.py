@@ -1,0 +1,106 @@
+"""Joint training: all students of an ensemble at once, on the sum of the losses of its prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from bdistil.boosting.costs import student_cost
+from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.run import Boosting, RoundPlan, RunPlan
+from bdistil.comparison.forms import planned_students
+from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.models.stages import FEATURES
+from bdistil.models.student import Rung, Student, sources
+from bdistil.utils.seeding import reseed
+
+
+class Chain(nn.Module):
+    """The students of an ensemble as one network; unlike in boosting, gradients pass through the links.
+
+    Args:
+        students: in order, linked.
+    """
+
+    def __init__(self, students: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.students = nn.ModuleList(students)
+
+    def forward(self, x: Any) -> Tensor:
+        """Logits of all prefixes (T, B, L) in training; in eval mode those of the last one, (B, L)."""
+        made: list[dict[int, Tensor]] = []
+        answers = []
+        for number, student in enumerate(self.students):
+            read = [made[n][key] for n, key in sources(student, list(self.students)[:number])]
+            if isinstance(student, Student):
+                made.append(student.activations(x, read))
+                answers.append(student.answer(made[-1][FEATURES], read))
+            else:
+                made.append({})
+                answers.append(student(x))
+        own = torch.stack(answers)
+        prefixes = own.cumsum(0) / torch.arange(1, len(own) + 1, device=own.device)[:, None, None]
+        return prefixes if self.training else prefixes[-1]
+
+
+class JointRound(BoostingRound):
+    """Trains a `Chain`: the loss is the sum over the prefixes of the loss that a first student would have."""
+
+    def loss(self, deviation: Tensor, error: Tensor, target: Tensor) -> Tensor:
+        """The loss () of a batch, given the deviations (T, B, L) of the prefixes from g (B, L), and S = 0."""
+        return torch.stack([super(JointRound, self).loss(prefix, error, target) for prefix in deviation]).sum()
+
+
+class Opening(pl.Callback):
+    """Opens the ledger of a joint run, for which the teacher is evaluated on all samples, when the fit starts."""
+
+    def __init__(self, boosting: Boosting, plan: RoundPlan) -> None:
+        self.boosting, self.plan = boosting, plan
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens the ledger on the device of the module."""
+        self.boosting.open(self.plan)
+
+
+def plan_joint(boosting: Boosting, plan: RunPlan) -> RoundPlan:
+    """The joint training of a run's students as if they were the student of a first round.
+
+    Args:
+        boosting: the run.
+        plan: result of its checks.
+    """
+    settings = boosting.settings
+    reseed(boosting.seed, "joint")
+    students = planned_students(boosting.make, settings, plan.example)
+    costs = [student_cost(student, students[:n], plan.example, "record") for n, student in enumerate(students)]
+    module = JointRound(
+        Chain(students).train(),
+        number=0,
+        settings=settings,
+        earlier=[],
+        train=plan.parts.train,
+        val=plan.parts.val,
+        views=plan.parts.views,
+        teacher=boosting.teacher if settings.state == "recompute" else None,
+        optimization=boosting.optimization,
+        run_dir=boosting.run.root,
+    )
+    macs, params = sum(cost.macs for cost in costs), sum(cost.params for cost in costs)
+    cost = replace(costs[0], macs=macs, params=params)
+    return RoundPlan(plan, module, [Rung(0)], 0, cost, boosting.teacher.fingerprint)
+
+
+def joint_ensemble(plan: RoundPlan) -> ProgressiveEnsemble:
+    """The ensemble of the students of a `Chain`, after its training."""
+    chain, head = plan.module.student, plan.run.parts.train.ledger.head
+    assert isinstance(chain, Chain)
+    students = list(chain.cpu().train(False).students)
+    costs = [student_cost(student, students[:n], plan.run.example, "record").macs for n, student in enumerate(students)]
+    return ProgressiveEnsemble(
+        students, scale=head.scale, offset=head.offset, macs=costs, task=plan.module.settings.task
+    )

@@ -1,0 +1,117 @@
+"""The methods of a comparison, as options of `bdistil fit`, and the cells of its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from bdistil.boosting.settings import BoostingSettings
+from bdistil.comparison.forms import Forms
+from bdistil.errors import UserError
+
+Method = Literal["bdistil", "no_resched", "resched", "links_only", "residual", "joint"]
+METHODS: tuple[Method, ...] = get_args(Method)
+# What each method trains, in the words of the report.
+MEANING: dict[str, str] = {
+    "bdistil": "the recipe",
+    "no_resched": "for each prefix one student of as many MACs, trained for as many epochs as one of its students "
+    "(the oracle); of the recipe's loss and the game the one that is better on the validation part",
+    "resched": "students of the first one's form, distilled independently of each other, and averaged",
+    "links_only": "the recipe's students and links without correction: the game with kappa = 0",
+    "residual": "the recipe's students and links, each trained on the squared error to g - S",
+    "joint": "all students of the recipe at once, on the sum of the losses of their prefixes (a multi-exit network)",
+    "teacher": "the teacher",
+}
+# Baselines are never rejected, so that each has all its prefixes.
+ACCEPTED = {"accept": "margin", "margin_share": 0.0}
+
+Kind = Literal["teacher", "rounds", "joint"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a comparison: a run of its own in a process of its own.
+
+    Attributes:
+        method: that it belongs to.
+        seed: of the run.
+        prefix: number of the prefix whose MACs its only student has; 0 for an ensemble.
+        name: of its folder.
+        kind: of the process.
+        boosting: settings that differ from the recipe's.
+        macs: MACs of all students that it trains: about how long it takes, relative to other cells.
+    """
+
+    method: str
+    seed: int
+    name: str
+    macs: int
+    prefix: int = 0
+    kind: Kind = "rounds"
+    boosting: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder(self, output: Path) -> Path:
+        """The run directory."""
+        return output / "runs" / f"{self.name}-seed{self.seed}"
+
+    def options(self, output: Path) -> list[str]:
+        """Options of `bdistil fit` after those of the recipe."""
+        run = {"run_dir": str(self.folder(output)), "seed_everything": self.seed, "tracking.job_type": "compare"}
+        run |= {"tracking.group": output.resolve().name, "tracking.name": self.folder(output).name}
+        settings = {f"model.boosting.{key}": value for key, value in self.boosting.items()}
+        return [f"--{key}={json.dumps(v) if not isinstance(v, str) else v}" for key, v in {**run, **settings}.items()]
+
+
+def check_methods(methods: Sequence[str]) -> list[Method]:
+    """The methods, each once.
+
+    Raises:
+        UserError: one of them is unknown.
+    """
+    given = [method for method in dict.fromkeys(methods) if method != "teacher"]  # it is in every table
+    known = [method for method in METHODS if method in given]
+    if len(known) != len(given) or not given:
+        raise UserError(f"Expected `methods` to be some of {', '.join(METHODS)}, got {', '.join(methods) or 'none'}.")
+    return sorted(known, key=given.index)
+
+
+def cells_of(method: Method, seed: int, settings: BoostingSettings, forms: Forms) -> list[Cell]:
+    """The cells of a method and a seed.
+
+    Args:
+        method: of the comparison.
+        seed: of the runs.
+        settings: of the recipe.
+        forms: of the students.
+    """
+    whole = forms.prefixes[-1]
+    if method == "no_resched":
+        return _oracle(seed, settings, forms)
+    if method == "resched":
+        alone = {"independent": True, "ladder": [asdict(forms.first)], "start": 0}
+        return [Cell(method, seed, method, settings.rounds * forms.prefixes[0], boosting=alone | ACCEPTED)]
+    changed: dict[str, dict[str, Any]] = {
+        "bdistil": {},
+        "links_only": {"loss": "game", "kappa": 0.0, "gamma": None, **ACCEPTED},
+        "residual": {"loss": "residual", **ACCEPTED},
+        "joint": {},
+    }
+    return [
+        Cell(method, seed, method, whole, kind="joint" if method == "joint" else "rounds", boosting=changed[method])
+    ]
+
+
+def _oracle(seed: int, settings: BoostingSettings, forms: Forms) -> list[Cell]:
+    """One student for each prefix; two where the recipe's loss is not the game."""
+    losses = dict.fromkeys((settings.loss, "game"))
+    return [
+        Cell(
+            "no_resched", seed, f"no_resched-{prefix}" + ("" if loss == settings.loss else f"-{loss}"), macs, prefix,
+            boosting={"rounds": 1, "loss": loss, "ladder": [{"links": 0, "width": width}], **ACCEPTED},
+        )
+        for loss in losses
+        for prefix, (width, macs) in enumerate(zip(forms.widths, forms.oracle, strict=True), 1)
+    ]  # fmt: skip

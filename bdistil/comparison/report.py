@@ -1,0 +1,169 @@
+"""The report of a comparison: compare.csv, pictures, and one self-contained page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from bdistil.comparison.methods import MEANING
+from bdistil.comparison.tables import Row, bands, differences, methods_of, summaries
+from bdistil.evaluation.tables import write_csv
+from bdistil.metrics.quality import Task, score_name
+from bdistil.reporting.axes import COLOURS, INK, MUTED, PAPER, draw, log_ticks, note, panels_figure
+from bdistil.reporting.report import inline_svg, versions
+from bdistil.reporting.tables import format_count, format_duration, plain
+from bdistil.storage.files import atomic, disk_errors, write_atomically
+from bdistil.utils.drawing import default_style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito, which differ for every colour vision; dark enough on white, light enough on black.
+METHOD_COLOURS = {
+    "bdistil": "#0072b2", "no_resched": "#d55e00", "resched": "#8a8f98", "links_only": "#cc79a7", "residual": "#b8860b",
+    "joint": "#009e73",
+}  # fmt: skip
+AXES = {
+    "macs": ("multiply-adds of one prediction (MACs)", format_count),
+    "latency_ms": ("latency of one sample on one CPU (ms)", plain),
+}
+TextTable = tuple[list[str], list[list[str]]]  # header and rows
+
+
+def _figure(rows: Sequence[Row], x: str, y: str, title: str, size: tuple[float, float]) -> Figure:
+    """Mean and band of ± 1 sd over the seeds, for each method, with the teacher as reference."""
+    from matplotlib.ticker import PercentFormatter
+
+    figure, (axes,) = panels_figure(*size, {title: 1})
+    for method in methods_of(rows):
+        points = bands(rows, method, x, y)
+        if not points:
+            continue
+        xs, means, spread = zip(*points, strict=True)
+        colour = METHOD_COLOURS[method]
+        low, high = np.array(means) - np.nan_to_num(spread), np.array(means) + np.nan_to_num(spread)
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        draw(axes, list(zip(xs, means, strict=True)), "o-", colour)
+        axes.lines[-1].set_label(method)
+    teacher = [row[y] for row in rows if row["method"] == "teacher" and row.get(y) is not None]
+    if teacher and y.endswith("accuracy"):
+        axes.axhline(teacher[0], color=INK, linewidth=1, linestyle=":")
+        note(axes, f"teacher {teacher[0]:.1%}", (0.01, teacher[0]), (0, -12), INK, xycoords=axes.get_yaxis_transform())
+    label, form = AXES[x]
+    axes.set_xscale("log")
+    axes.set_xlabel(label, color=MUTED, fontsize=9.5)
+    log_ticks(axes.xaxis, (1, 2, 5), form)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def pictures(rows: Sequence[Row], task: Task, size: tuple[float, float] = (7.2, 4.2)) -> dict[str, Figure]:
+    """The pictures of a comparison by file name."""
+    score = score_name(task)
+    found = {"compare-macs": _figure(rows, "macs", "test_accuracy", f"test {score} over MACs", size)}
+    if any(row.get("latency_ms") for row in rows):
+        found["compare-latency"] = _figure(rows, "latency_ms", "test_accuracy", f"test {score} over latency", size)
+    if any(row.get("test_calibration_error") is not None for row in rows):
+        title = "calibration error on the test part"
+        found["compare-calibration"] = _figure(rows, "macs", "test_calibration_error", title, size)
+    return found
+
+
+def summary_table(rows: Sequence[Row]) -> TextTable:
+    """What each method reached and cost, mean ± sd over the seeds."""
+    header = ["method", "seeds", "MACs", "test", "area", "calibration error", "falls", "training MACs", "time"]
+    cells = [
+        [
+            s.method, str(s.seeds), format_count(s.macs), _percent(s.accuracy), _percent(s.area),
+            _pm(s.calibration_error, "{:.3f}"), _pm(s.falls, "{:.1f}"), format_count(s.train_macs[0]),
+            format_duration(s.seconds[0]),
+        ]
+        for s in summaries(rows)
+    ]  # fmt: skip
+    return header, cells
+
+
+def prefix_table(rows: Sequence[Row]) -> TextTable:
+    """Test score and MACs of every prefix of every method, mean ± sd over the seeds."""
+    curves = {method: bands(rows, method, "macs", "test_accuracy") for method in methods_of(rows)}
+    count = max(map(len, curves.values()), default=0)
+    cells = [
+        [
+            method,
+            *(f"{_percent(point[1:])} @ {format_count(point[0])}" for point in points),
+            *["–"] * (count - len(points)),
+        ]
+        for method, points in curves.items()
+    ]
+    return ["method", *map(str, range(1, count + 1))], cells
+
+
+def difference_table(rows: Sequence[Row], method: str) -> TextTable:
+    """How much a method is above the others at the MACs of its prefixes, in points, with a 95 % interval."""
+    others = [other for other in methods_of(rows) if other != method]
+    found = {other: {d.prefix: d for d in differences(rows, method, other)} for other in others}
+    prefixes = sorted({prefix for ds in found.values() for prefix in ds})
+    cells = []
+    for prefix in prefixes:
+        gaps = [found[other].get(prefix) for other in others]
+        macs = next(d.macs for d in gaps if d is not None)
+        cells.append(
+            [f"{prefix} @ {format_count(macs)}"]
+            + ["–" if d is None else f"{100 * d.mean:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]" for d in gaps]
+        )
+    return ["prefix", *others], cells
+
+
+def _percent(figure: Sequence[float]) -> str:
+    return _pm([100 * value for value in figure], "{:.2f}")
+
+
+def _pm(figure: Sequence[float], form: str) -> str:
+    mean, sd = figure
+    if math.isnan(mean):
+        return "–"
+    return form.format(mean) + ("" if math.isnan(sd) else f" ± {form.format(sd)}")
+
+
+@default_style()
+def write_comparison(output: Path, rows: Sequence[Row], task: Task, recipe: str, settings: Mapping[str, Any]) -> Path:
+    """Writes compare.csv, the PNG pictures and report.html to a folder.
+
+    Args:
+        output: folder of the comparison.
+        rows: of `bdistil.comparison.tables.gather`.
+        task: of the recipe.
+        recipe: its text.
+        settings: other facts of the comparison, by name.
+
+    Returns:
+        The page.
+    """
+    with disk_errors("the report of the comparison", output):
+        write_csv(rows, output / "compare.csv")
+        for name, figure in pictures(rows, task).items():
+            with atomic(output / f"{name}.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=150)
+        drawn = [inline_svg(f, name, name) for name, f in pictures(rows, task, (5.4, 3.8)).items()]
+        methods = methods_of(rows)
+        teacher = next((row for row in rows if row["method"] == "teacher"), None)
+        against = methods[0] if len(methods) > 1 else None
+        loader = PackageLoader("bdistil.comparison", ".")
+        page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
+        text = page.render(
+            title=f"Comparison {output.resolve().name}", pictures=drawn, colours=list(COLOURS.items()),
+            meaning=[(method, MEANING[method]) for method in methods], score=score_name(task),
+            summary=summary_table(rows), prefixes=prefix_table(rows), against=against,
+            differences=difference_table(rows, against) if against else None,
+            teacher=f"{teacher['test_accuracy']:.2%}" if teacher else None,
+            settings=list(settings.items()), recipe=recipe, versions=versions(), paper=PAPER,
+            csv=(output / "compare.csv").read_text(encoding="utf-8"),
+        )  # fmt: skip
+        write_atomically(output / "report.html", text)
+    return output / "report.html"

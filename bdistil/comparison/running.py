@@ -1,0 +1,124 @@
+"""Runs the cells of a comparison, each in a process of its own, and goes on where an earlier start ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from bdistil.comparison.methods import Cell
+from bdistil.errors import RunError
+from bdistil.reporting.tables import format_duration
+from bdistil.storage.run_directory import RunDirectory
+
+LAST_LINES = 3  # of a log, in the message about a cell that failed
+PATIENCE = 60.0  # seconds for a process to save what it has after a signal
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a cell has its figures."""
+    return (folder / "figures.json").exists()
+
+
+class CellRunner:
+    """Runs chains of cells, the cells of a chain one after the other, several chains at a time.
+
+    Args:
+        output: folder of the comparison.
+        options: of `bdistil fit`, for every cell.
+        workers: number of chains at a time; the threads of torch are divided among them.
+        cells: all that there are, for the progress.
+    """
+
+    def __init__(self, output: Path, options: Sequence[str], workers: int, cells: Sequence[Cell]) -> None:
+        self.output, self.options, self.workers = output, list(options), workers
+        self._lock, self._processes, self._stopped = Lock(), set[subprocess.Popen[bytes]](), False
+        self._open = [cell for cell in cells if not is_done(cell.folder(output))]
+        self._count, self._started, self._spent = len(cells), time.perf_counter(), 0
+
+    def run(self, chains: Sequence[Sequence[Cell]]) -> None:
+        """Runs all cells that are not done yet.
+
+        Raises:
+            RunError: a cell failed; the others of its chain were left out, other chains are complete.
+        """
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            runs = [pool.submit(self._run_chain, chain) for chain in chains]
+            errors = [error for run in runs if (error := run.exception()) is not None]
+        finally:
+            self._stop()
+            pool.shutdown(cancel_futures=True)
+        if errors:
+            raise errors[0]
+
+    def _stop(self) -> None:
+        """Has the processes that still run save what they have, as after a signal to this one."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.terminate()
+        for process in list(self._processes):
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def _run_chain(self, chain: Sequence[Cell]) -> None:
+        for number, cell in enumerate(chain):
+            if cell in self._open:
+                self._share_teacher(cell, chain[:number])
+                self._run_cell(cell)
+
+    def _share_teacher(self, cell: Cell, before: Sequence[Cell]) -> None:
+        """Cells of one seed have the teacher's answers in common."""
+        for other in before:
+            if other.seed == cell.seed and other.kind != "teacher" and is_done(other.folder(self.output)):
+                RunDirectory(cell.folder(self.output)).take_teacher(RunDirectory(other.folder(self.output)))
+                return
+
+    def _run_cell(self, cell: Cell) -> None:
+        folder = cell.folder(self.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "bdistil.cli.cells", cell.kind, *self.options, *cell.options(self.output)]
+        threads = str(max(1, torch.get_num_threads() // self.workers))
+        with open(folder / "log.txt", "ab") as log:
+            with self._lock:
+                if self._stopped:
+                    return
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
+                )
+                self._processes.add(process)
+            status = process.wait()
+        with self._lock:
+            self._processes.discard(process)
+            if status and not self._stopped:
+                raise RunError(_failure(cell, folder))
+            if not status:
+                self._report(cell)
+
+    def _report(self, cell: Cell) -> None:
+        self._open.remove(cell)
+        self._spent += cell.macs
+        elapsed = time.perf_counter() - self._started
+        left = sum(other.macs for other in self._open) / self._spent * elapsed if self._spent else 0.0
+        done = self._count - len(self._open)
+        rest = f"about {format_duration(left)} left" if left else "all done" if not self._open else "time left unknown"
+        print(f"{done} of {self._count}: {cell.name}, seed {cell.seed}; {rest}.", flush=True)
+
+
+def _failure(cell: Cell, folder: Path) -> str:
+    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = "\n  ".join(lines[-LAST_LINES:])
+    return (
+        f"{cell.name}, seed {cell.seed}, failed; its log is {folder / 'log.txt'}. Give the same command again to go on "
+        f"when the cause is mended.\n  {last}"
+    )

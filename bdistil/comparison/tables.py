@@ -1,0 +1,194 @@
+"""The table of a comparison: a row for each method, seed and prefix, and what can be said over the seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import t
+
+from bdistil.comparison.methods import Cell
+from bdistil.metrics.curve import area_under_curve, violations_of_monotony
+from bdistil.storage.run_directory import RunDirectory
+
+Row = Mapping[str, Any]
+Point = tuple[float, float]
+SLACK = 0.05  # relative distance in MACs to which a curve is continued beyond its ends
+CONFIDENCE = 0.95
+
+# Which latencies are those of a method, see `bdistil.comparison.forms.latencies`.
+TIMED = {"no_resched": "no_resched", "resched": "resched"}
+
+
+def gather(output: Path, cells: Sequence[Cell], latencies: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """The rows of all finished cells. Of students that differ in the loss, the better one on validation counts."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for cell in cells:
+        for row in RunDirectory(cell.folder(output)).read("figures") or []:
+            number = cell.prefix or row["prefix"]
+            key = (cell.method, cell.seed, number)
+            times = latencies.get("chain" if cell.method not in TIMED else cell.method, ())
+            latency = times[number - 1] if number <= len(times) and cell.kind != "teacher" else None
+            new = {
+                "method": cell.method, "seed": cell.seed, "cell": cell.name, **row, "prefix": number,
+                "latency_ms": latency,
+            }  # fmt: skip
+            if key not in found or new["val_accuracy"] > found[key]["val_accuracy"]:
+                found[key] = new
+    return list(found.values())
+
+
+def methods_of(rows: Sequence[Row]) -> list[str]:
+    """The methods in the order of the rows, without the teacher."""
+    return [method for method in dict.fromkeys(row["method"] for row in rows) if method != "teacher"]
+
+
+def curves(rows: Sequence[Row], method: str, x: str = "macs", y: str = "test_accuracy") -> dict[int, list[Point]]:
+    """The points of a method by seed, in rising order of x, as far as both are known."""
+    found: dict[int, list[Point]] = {}
+    for row in rows:
+        if row["method"] == method and row.get(x) and row.get(y) is not None:
+            found.setdefault(row["seed"], []).append((row[x], row[y]))
+    return {seed: sorted(points) for seed, points in found.items()}
+
+
+def bands(rows: Sequence[Row], method: str, x: str, y: str) -> list[tuple[float, float, float]]:
+    """(mean x, mean y, sd of y over the seeds) of every prefix of a method."""
+    groups: dict[int, list[Point]] = {}
+    for row in rows:
+        if row["method"] == method and row.get(x) and row.get(y) is not None:
+            groups.setdefault(row["prefix"], []).append((row[x], row[y]))
+    return sorted(
+        (statistics.fmean(a for a, _ in points), *mean_sd([b for _, b in points])) for points in groups.values()
+    )
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; the latter is NaN for one value.
+
+    Example:
+        >>> mean_sd([1.0, 3.0])
+        (2.0, 1.4142135623730951)
+    """
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def height_at(points: Sequence[Point], macs: float) -> float | None:
+    """Height of a curve at a number of MACs, interpolated over log MACs; None where it does not reach.
+
+    Example:
+        >>> height_at([(10, 0.5), (1000, 0.7)], 100), height_at([(10, 0.5), (1000, 0.7)], 2000)
+        (0.6, None)
+    """
+    first, last = points[0][0], points[-1][0]
+    if not first * (1 - SLACK) <= macs <= last * (1 + SLACK):
+        return None
+    return round(float(np.interp(np.log(macs), np.log([x for x, _ in points]), [y for _, y in points])), 12)
+
+
+class Difference(NamedTuple):
+    """Paired difference in accuracy at the MACs of a prefix: its mean over seeds, and a 95 % interval of the mean."""
+
+    prefix: int
+    macs: float
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+def differences(rows: Sequence[Row], method: str, other: str, y: str = "test_accuracy") -> list[Difference]:
+    """How much a method is above another one, at the MACs of its own prefixes, seed by seed.
+
+    The interval is that of Student's t-distribution for the mean of the differences of the seeds.
+    """
+    ours, theirs, found = curves(rows, method, y=y), curves(rows, other, y=y), []
+    for number in range(max((len(points) for points in ours.values()), default=0)):
+        reached = [(points[number], theirs[s]) for s, points in ours.items() if s in theirs and number < len(points)]
+        heights = [(macs, accuracy, height_at(line, macs)) for (macs, accuracy), line in reached]
+        pairs = [(macs, accuracy - height) for macs, accuracy, height in heights if height is not None]
+        if pairs:
+            gaps = [gap for _, gap in pairs]
+            mean, half = statistics.fmean(gaps), _half_interval(gaps)
+            macs = statistics.fmean(cost for cost, _ in pairs)
+            found.append(Difference(number + 1, macs, mean, mean - half, mean + half, len(pairs)))
+    return found
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def common_range(rows: Sequence[Row]) -> tuple[float, float] | None:
+    """The range of MACs that the curves of all methods and seeds have in common; None if it is empty."""
+    ends = [(points[0][0], points[-1][0]) for m in methods_of(rows) for points in curves(rows, m).values()]
+    low, high = max((a for a, _ in ends), default=0.0), min((b for _, b in ends), default=0.0)
+    return (low, high) if low < high else None
+
+
+def area(points: Sequence[Point], low: float, high: float) -> float:
+    """Mean height of a curve between two numbers of MACs, over log MACs.
+
+    Example:
+        >>> round(area([(1, 0.5), (100, 0.7)], 10, 100), 3)
+        0.65
+    """
+    inside = [low, *(x for x, _ in points if low < x < high), high]
+    heights = np.interp(np.log(inside), np.log([x for x, _ in points]), [y for _, y in points])
+    return area_under_curve(inside, heights.tolist())
+
+
+class Summary(NamedTuple):
+    """One method over the seeds; each figure is (mean, sd). Area is NaN where the methods have no range in common."""
+
+    method: str
+    seeds: int
+    macs: float
+    accuracy: tuple[float, float]
+    area: tuple[float, float]
+    calibration_error: tuple[float, float]
+    falls: tuple[float, float]
+    train_macs: tuple[float, float]
+    seconds: tuple[float, float]
+
+
+def summaries(rows: Sequence[Row]) -> list[Summary]:
+    """Figures of each method: those of its largest prefix, its area, the falls of its curve, and what training cost.
+
+    A fall is a prefix that is less accurate than the one before. Training costs are those of all its prefixes: for
+    `no_resched` the sum over its students.
+    """
+    shared = common_range(rows)
+    return [_summary(rows, method, shared) for method in methods_of(rows)]
+
+
+def _summary(rows: Sequence[Row], method: str, shared: tuple[float, float] | None) -> Summary:
+    by_seed: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["method"] == method:
+            by_seed.setdefault(row["seed"], []).append(row)
+    lines = [sorted(own, key=lambda row: row["prefix"]) for own in by_seed.values()]
+    last = [line[-1] for line in lines]
+    areas = [area(points, *shared) if shared else math.nan for points in curves(rows, method).values()]
+    errors = [row["test_calibration_error"] for row in last if row["test_calibration_error"] is not None]
+
+    def total(key: str) -> list[float]:
+        return [sum(row[key] for row in line) if method == "no_resched" else line[-1][key] for line in lines]
+
+    return Summary(
+        method,
+        len(lines),
+        statistics.fmean(row["macs"] for row in last),
+        mean_sd([row["test_accuracy"] for row in last]),
+        mean_sd(areas),
+        mean_sd(errors) if errors else (math.nan, math.nan),
+        mean_sd([float(violations_of_monotony([row["test_accuracy"] for row in line])) for line in lines]),
+        mean_sd(total("train_macs")),
+        mean_sd(total("seconds")),
+    )
