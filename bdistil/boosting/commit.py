@@ -91,10 +91,12 @@ def close_round(
 
 
 def _evaluate(settings: BoostingSettings, plan: RoundPlan, device: torch.device) -> Verdict:
-    """One pass over the validation part and one over the training part."""
+    """One pass over the validation part, and one over the training part and each of its views."""
     module, parts = plan.module, plan.run.parts
     validation, accuracy, loss = parts.val.score(module.student, module.earlier, device)
     training, _, _ = parts.train.score(module.student, module.earlier, device)
+    for view in parts.views:
+        view.score(module.student, module.earlier, device)
     accepted, reason = decide(settings, module.number, training, validation)
     return Verdict(accepted, reason, training, validation, accuracy, loss)
 
@@ -109,6 +111,7 @@ def _curve_row(
         student.cpu()
     teacher, *prefixes = boosting.run.rows()
     before = prefixes[-1] if prefixes else {"macs": 0, "params": 0}
+    recomputed = boosting.settings.state == "recompute"
     row = {
         "stage": module.number + 1,
         "macs": before["macs"] + cost.macs,
@@ -116,7 +119,8 @@ def _curve_row(
         "params": before["params"] + cost.params,
         "train_macs": round_training_macs(
             module.student, cost, module.earlier, example, state.samples_seen,
-            teacher_macs=teacher["macs"] if boosting.settings.state == "recompute" else 0,
+            teacher_macs=teacher["macs"] if recomputed else 0,
+            earlier_macs=before["macs"] if recomputed else 0,
             cached_links=module.reads_cache(parts.train),
         ),
         "val_accuracy": verdict.accuracy,
@@ -138,7 +142,7 @@ def _curve_row(
 def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str, Any], **counts: int) -> None:
     """Commits student, S and metrics: all of them, or nothing."""
     run, parts, number = boosting.run, plan.run.parts, plan.module.number
-    for part in (parts.train, parts.val):
+    for part in parts:
         part.publish(plan.module.student, number)
     if distributed.rank() == 0:
         why, tensors, blueprint = None, plan.module.student.state_dict(), None

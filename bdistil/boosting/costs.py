@@ -85,6 +85,7 @@ def round_training_macs(
     samples_seen: int,
     *,
     teacher_macs: int,
+    earlier_macs: int,
     cached_links: bool,
 ) -> int:
     """MACs of training one round: the student, and the teacher and the linked students as far as they are not cached.
@@ -96,10 +97,11 @@ def round_training_macs(
         example: x of one sample, as a batch.
         samples_seen: in all epochs and processes.
         teacher_macs: of the teacher, which runs for every batch; 0 with cached state.
+        earlier_macs: of all earlier students, which run for every batch; 0 with cached state.
         cached_links: whether what the student reads of earlier ones is cached; else their bodies run for every batch.
     """
-    links = 0
-    if not cached_links and links_of(student):
+    links = earlier_macs
+    if not cached_links and not earlier_macs and links_of(student):
         links = measure_cost(_Links(student, earlier), (example,), uncounted="record").macs
     return training_macs(
         student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen

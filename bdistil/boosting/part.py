@@ -51,7 +51,7 @@ class Part:
         folder: folder of all ledgers of a run.
         settings: of the run.
         seed: of the run.
-        view: number of the view of a dataset that augments at random; S is defined on view 0.
+        view: number of the view of a dataset that augments at random; each has g and S of its own.
 
     Raises:
         UserError: the dataset is iterable or empty, or its items are not (x, y).
@@ -176,10 +176,7 @@ class Part:
         with distributed.within(self.sharers):  # each disk that holds a copy is filled; sums count one copy
             self.ledger.open(self.samples, fingerprint)
             self._catch_up_samples()
-            if self.view:
-                self.ledger.use_teacher()
-            else:
-                self._catch_up_errors(students, device)
+            self._catch_up_errors(students, device)
             self._catch_up_features(students, device)
 
     def _catch_up_errors(self, students: Sequence[nn.Module], device: torch.device) -> None:

@@ -31,7 +31,7 @@ from bdistil.metrics.quality import (
     output_sums,
     precision_figures,
 )
-from bdistil.models.student import run_student, sources
+from bdistil.models.student import run_all, run_student, sources
 from bdistil.utils import distributed
 from bdistil.utils.modules import first_difference, structure_of
 from bdistil.utils.optimizers import schedule_length
@@ -247,28 +247,36 @@ class BoostingRound(_FastHookName):
         """Whether what the student reads of earlier ones is cached, for the samples of a part."""
         return bool(self._linked) and part.features.holds(self._linked)
 
-    def state(self, x: Any, index: Index, part: Part) -> tuple[Tensor, Tensor]:
-        """g on the view of a batch, and S, which is defined on the canonical view, both (B, L)."""
+    def state(self, x: Any, index: Index) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's output f, g and S on a batch of the training part, or of one of its views, all (B, L)."""
         if self.teacher is not None:
-            error = self.ledger.errors(index).to(self.device, non_blocking=True)
-            return self.ledger.units.inward(self.teacher(x).float()), error
-        target, error = self.ledger.rows(index)
-        if part is not self.train_part:
-            target = part.ledger.targets(index)
-        return target.to(self.device, non_blocking=True), error.to(self.device, non_blocking=True)
+            return self._recomputed(x, self.teacher)
+        part, index = self._view_of(index)
+        target, error = part.ledger.rows(index)
+        moved = target.to(self.device, non_blocking=True), error.to(self.device, non_blocking=True)
+        return self.answer(x, index, part), *moved
+
+    def _recomputed(self, x: Any, teacher: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for x that was augmented just now: the teacher and all earlier students run on it."""
+        with torch.no_grad():
+            target = self.ledger.units.inward(teacher(x).float())
+            answers, made = run_all(self.earlier, x)
+            error = sum((answer.float() - target for answer in answers), torch.zeros_like(target))
+        linked = [made[number][key] for number, key in sources(self.student, self.earlier)]
+        answer: Tensor = self.student(x, linked) if linked else self.student(x)
+        return answer.float(), target, error
 
     # ---- training
 
     def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
         """The loss of a batch (x, y, index)."""
         x, y, index = batch
-        part, index = self._view_of(index)
-        target, error = self.state(x, index, part)
+        answer, target, error = self.state(x, index)
         if self.settings.independent:
             error = torch.zeros_like(error)
         if self.mix is not None:
-            target, error = self.mix(target, error, y, index)
-        loss = self.loss(self.answer(x, index, part) - target, error, target)
+            target, error = self.mix(target, error, y, self._view_of(index)[1])
+        loss = self.loss(answer - target, error, target)
         self._losses.append(loss.detach())
         self._sizes.append(len(index))
         if len(self._losses) == CHECK_EVERY:

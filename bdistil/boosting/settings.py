@@ -41,8 +41,8 @@ class BoostingSettings:
         margin_tolerance: a margin is met from -margin_tolerance * b on.
         ladder: the classes F_0 … F_R; a rejected round is trained again one rung higher.
         start: rung of the rounds from the second on; the first round, which has nothing to link to, starts at 0.
-        state: `cached` reads g and S from the ledger; `recompute` evaluates teacher and linked students on each batch,
-            which random augmentation needs.
+        state: `cached` reads g and S from the ledger; `recompute` evaluates the teacher and all earlier students on
+            each batch, which random augmentation needs.
         views: K: with random augmentation, K fixed views of each sample are cached, and epoch e trains on view
             e mod K. Costs K passes of the teacher, and the space of K - 1 more tables of g and linked features.
         storage: type of g and S on disk. `float16` halves the size of the ledger and rounds each number to 11 bits; the

@@ -108,7 +108,8 @@ class JointCLI(TeacherCLI):
             trainer.fit(plan.module, datamodule, ckpt_path=keeper.ckpt_path)
         ensemble = joint_ensemble(plan)
         seen = keeper.epochs * checked.parts.train.samples
-        whole = training_macs(student=plan.cost.macs, links=0, samples_seen=seen, teacher=0, teacher_samples=0)
+        asked = run.rows()[0]["macs"] if settings.state == "recompute" else 0
+        whole = training_macs(student=plan.cost.macs, samples_seen=seen, teacher=asked, teacher_samples=seen)
         costs: list[Row] = [
             {"macs": macs, "params": None, "train_macs": whole, "seconds": time.perf_counter() - started}
             for macs in accumulate(ensemble.macs)

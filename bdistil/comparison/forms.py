@@ -12,10 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from bdistil.boosting.costs import student_cost
+from bdistil.boosting.costs import student_cost, student_latency
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.timing import measure_times
 from bdistil.errors import UserError
 from bdistil.models.student import Rung, Student, build_student
 
@@ -140,9 +138,8 @@ def latencies(make: Make, settings: BoostingSettings, forms: Forms, x: Any) -> d
         single = [build_student(make, 0, [], Rung(0, width=width)).train(False) for width in forms.widths]
 
     def prefixes(students: Sequence[nn.Module]) -> list[float]:
-        ensemble = ProgressiveEnsemble(list(students), macs=[1] * len(students), task=settings.task)
-        (times,) = measure_times(ensemble, x, batches=(1,))
-        return [1e3 * seconds for seconds in accumulate(times.stages)]
+        own = [student_latency(student, students[:n], x, torch.device("cpu")) for n, student in enumerate(students)]
+        return list(accumulate(own))
 
     return {
         "chain": prefixes(chain),

@@ -15,8 +15,7 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.boosting.run import Boosting, RoundPlan, RunPlan
 from bdistil.comparison.forms import planned_students
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.models.stages import FEATURES
-from bdistil.models.student import Rung, Student, sources
+from bdistil.models.student import Rung, run_all
 from bdistil.utils.seeding import reseed
 
 
@@ -33,17 +32,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """Logits of all prefixes (T, B, L) in training; in eval mode those of the last one, (B, L)."""
-        made: list[dict[int, Tensor]] = []
-        answers = []
-        for number, student in enumerate(self.students):
-            read = [made[n][key] for n, key in sources(student, list(self.students)[:number])]
-            if isinstance(student, Student):
-                made.append(student.activations(x, read))
-                answers.append(student.answer(made[-1][FEATURES], read))
-            else:
-                made.append({})
-                answers.append(student(x))
-        own = torch.stack(answers)
+        own = torch.stack(run_all(list(self.students), x)[0])
         prefixes = own.cumsum(0) / torch.arange(1, len(own) + 1, device=own.device)[:, None, None]
         return prefixes if self.training else prefixes[-1]
 

@@ -340,6 +340,24 @@ def activations_of(
     return made[number]
 
 
+def run_all(students: Sequence[nn.Module], x: Any) -> tuple[list[Tensor], list[dict[int, Tensor]]]:
+    """Logits (B, L) and activations by key of each student; every body runs once.
+
+    Gradients pass through the links. A module that is no `Student` has no activations.
+    """
+    answers: list[Tensor] = []
+    made: list[dict[int, Tensor]] = []
+    for number, student in enumerate(students):
+        if isinstance(student, Student):
+            linked = [made[n][key] for n, key in sources(student, students[:number])]
+            made.append(student.activations(x, linked))
+            answers.append(student.answer(made[-1][FEATURES], linked))
+        else:
+            made.append({})
+            answers.append(student(x))
+    return answers, made
+
+
 def run_student(student: nn.Module, earlier: Sequence[nn.Module], x: Any) -> Tensor:
     """Logits (B, L) of a student, which may read earlier ones; gradients reach this student only."""
     logits: Tensor = student(x, linked_activations(student, earlier, x)) if links_of(student) else student(x)

@@ -190,17 +190,13 @@ class ErrorLedger:
             raise RunError(f"{self._error_file(version)} is missing or torn.")
         self._log_z = self._next_log_z if version == self.version + 1 else {}
         self.version, self._next_log_z = version, {}
-        self.use_teacher()
+        self._g = RowFile(self._teacher_file, self._shape, self.storage)
         self._s = RowFile(self._error_file(version), self._shape, self.storage)
         distributed.barrier()
         if distributed.rank() == 0:
             for path in self.folder.glob("error.*"):
                 if path != self._error_file(version):
                     path.unlink(missing_ok=True)
-
-    def use_teacher(self) -> None:
-        """Opens g alone, for a view on which S is not defined."""
-        self._g = RowFile(self._teacher_file, self._shape, self.storage)
 
     def advance(self, logits: Iterable[tuple[int, Tensor]], *, eta: float, tolerance: float) -> RoundEvidence:
         """Writes S with a new student, in one pass over all samples. `publish` makes it the next version.
@@ -237,14 +233,6 @@ class ErrorLedger:
         """
         wanted = index.cpu().numpy() if isinstance(index, Tensor) else index
         return self._gather(self._g, wanted), self._gather(self._s, wanted)
-
-    def targets(self, index: np.ndarray[Any, Any]) -> Tensor:
-        """g of a batch, (B, L); `use_teacher` is enough for it."""
-        return self._gather(self._g, index)
-
-    def errors(self, index: np.ndarray[Any, Any]) -> Tensor:
-        """S of a batch, (B, L)."""
-        return self._gather(self._s, index)
 
     def _gather(self, table: RowFile, index: Array) -> Tensor:
         try:

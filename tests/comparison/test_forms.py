@@ -1,0 +1,57 @@
+"""Forms of the students of a comparison: MACs of the prefixes as a run has them, and widths of single students."""
+
+import pytest
+import torch
+from helpers.toys import FEATURES, boost, make_plain, make_student, settings_for
+
+from bdistil import Rung
+from bdistil.comparison.forms import TOLERANCE, latencies, plan_forms, width_for
+from bdistil.errors import UserError
+from bdistil.models import ConvStudent
+
+X = torch.zeros(1, FEATURES)
+DEEP = settings_for(3, ladder=[Rung(0), Rung(1, "deep", at=1)])
+IMAGE = torch.zeros(1, 1, 28, 28)
+
+
+def make_conv(round, width=1.0):
+    return ConvStudent((16, 32), refine=True, width=width)
+
+
+def test_macs_of_the_prefixes_are_those_of_a_run(tmp_path):
+    settings = settings_for(3, start=1)
+    run = boost(tmp_path, settings=settings)
+    forms = plan_forms(make_student, settings, X, widths=False)
+    assert forms.prefixes == tuple(row["macs"] for row in run.run.rows()[1:])
+    assert forms.widths == ()
+
+
+def test_single_students_have_the_macs_of_the_prefixes():
+    forms = plan_forms(make_conv, DEEP, IMAGE, widths=True)
+    assert len(forms.oracle) == 3
+    assert all(abs(own / goal - 1) <= TOLERANCE for own, goal in zip(forms.oracle, forms.prefixes, strict=True))
+    assert sorted(forms.widths) == list(forms.widths)
+
+
+def test_widths_are_found_above_and_below_the_start():
+    assert width_for(10_000, lambda width: int(1000 * width)) == pytest.approx(10, abs=0.01)
+    assert width_for(300, lambda width: int(1000 * width)) == pytest.approx(0.3, abs=0.01)
+
+
+def test_students_without_a_width_are_refused_for_the_oracle_only():
+    settings = settings_for(2, ladder=[Rung(0)])
+    assert len(plan_forms(make_plain, settings, X, widths=False).prefixes) == 2
+    with pytest.raises(UserError, match="Expected a student that takes `width`, for the method no_resched"):
+        plan_forms(make_plain, settings, X, widths=True)
+
+
+def test_planning_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    plan_forms(make_conv, DEEP, IMAGE, widths=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_latencies_are_cumulative_for_each_form():
+    times = latencies(make_conv, DEEP, plan_forms(make_conv, DEEP, IMAGE, widths=True), IMAGE)
+    assert {name: len(values) for name, values in times.items()} == {"chain": 3, "resched": 3, "no_resched": 3}
+    assert 0 < times["chain"][0] < times["chain"][1] < times["chain"][2]

@@ -1,0 +1,159 @@
+"""`bdistil compare`, with real processes: its files, a start that goes on, what is refused before training."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+from helpers.paper_files import write_cifar10
+from helpers.processes import BUSY, started
+from helpers.wandb_offline import finished_runs
+
+from bdistil.cli.app import main
+from bdistil.cli.compare import split_options
+from bdistil.storage.run_directory import RunDirectory
+
+SMALL = [
+    "--config", "cifar10-resnet56", "--data.partial", "true", "--data.num_workers", "0", "--data.validation", "10",
+    "--data.batch_size", "16", "--model.teacher.network.depth", "8", "--model.teacher.network.channels", "[4,4,8,8]",
+    "--model.student.channels", "[2,2,4,4]", "--model.teacher.epochs", "2", "--model.teacher.warmup", "1",
+    "--model.boosting.rounds", "2", "--model.boosting.accept", "margin", "--model.boosting.margin_share", "0",
+    "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cifar")
+    write_cifar10(root, each=3)
+    return root
+
+
+def command(root, output, *more):
+    return ["compare", *SMALL, "--data.root", str(root), "--output", str(output), *more]
+
+
+def table(output):
+    with open(output / "compare.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results(output):
+    """What two comparisons have in common: all but times."""
+    return [{key: value for key, value in row.items() if key not in ("seconds", "latency_ms")} for row in table(output)]
+
+
+@pytest.fixture(scope="module")
+def done(root, tmp_path_factory):
+    """A comparison of two methods, one seed."""
+    output = tmp_path_factory.mktemp("compare") / "small"
+    assert main(command(root, output, "--methods", "bdistil", "joint", "--seeds", "1")) == 0
+    return output
+
+
+def test_every_prefix_of_every_method_has_a_row(done):
+    rows = table(done)
+    found = [(row["method"], row["prefix"]) for row in rows]
+    assert found == [("teacher", "1"), ("bdistil", "1"), ("bdistil", "2"), ("joint", "1"), ("joint", "2")]
+    teacher, first, last, _, joint = ({key: float(row[key]) for key in ("macs", "train_macs")} for row in rows)
+    assert [row["macs"] for row in rows[1:3]] == [row["macs"] for row in rows[3:]]
+    seen = first["train_macs"] / (3 * first["macs"] + teacher["macs"])  # the recipe asks the teacher for every batch
+    assert joint["train_macs"] == seen * (3 * last["macs"] + teacher["macs"])
+    assert all(float(row["latency_ms"]) > 0 for row in rows[1:])
+
+
+def test_figures_are_those_of_the_run(done):
+    test = RunDirectory(done / "runs" / "bdistil-seed0").read("test")
+    rows = table(done)
+    assert [float(row["test_accuracy"]) for row in rows[:3]] == pytest.approx(test)
+
+
+def test_the_teacher_is_trained_once_and_asked_once_a_seed(done):
+    first, joint = (done / "runs" / f"{name}-seed0" for name in ("bdistil", "joint"))
+    teachers = sorted(path.parent.name for path in done.rglob("teacher.safetensors"))
+    assert teachers == ["teacher-seed0"]
+    assert "Evaluating the teacher" in (first / "log.txt").read_text()
+    assert "Evaluating the teacher" not in (joint / "log.txt").read_text()
+
+
+def test_page_and_pictures_stand_alone(done):
+    page = (done / "report.html").read_text()
+    assert "http" not in page.split("<details>")[0].replace("http-equiv", "")
+    assert "bdistil against the others" in page
+    for name in ("compare-macs", "compare-latency", "compare-calibration"):
+        assert (done / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wandb_has_a_run_for_each_training_and_a_summary_in_one_group(done):
+    runs = [found.run for found in finished_runs(done)]
+    names = sorted(run["name"] for run in runs)
+    assert {run["run_group"] for run in runs} == {"small"}
+    assert names == ["bdistil-seed0", "joint-seed0", "summary"]
+
+
+def test_the_same_command_trains_nothing_again(done, root, capsys):
+    before = {path: path.stat().st_mtime for path in done.rglob("*.safetensors")}
+    rows = results(done)
+    assert main(command(root, done, "--methods", "bdistil", "joint", "--seeds", "1")) == 0
+    assert {path: path.stat().st_mtime for path in done.rglob("*.safetensors")} == before
+    assert results(done) == rows
+    assert " of 3:" not in capsys.readouterr().out
+
+
+def test_other_options_are_refused_in_the_same_folder(done, root, capsys):
+    assert main(command(root, done, "--methods", "bdistil", "--model.boosting.eta", "0.7")) == 2
+    assert "holds a comparison of another recipe or with other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "bdistil", "boosting"], "Got value: boosting"),
+        (["--seeds", "0"], "Expected `seeds` and `workers` >= 1, got 0 and 1"),
+        (["--model.boosting.round", "2"], "Did you mean 'model.boosting.rounds'"),
+        (["--model.mekd.queries", "1000"], "got one with `model.mekd`"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_trained(root, tmp_path, capsys, options, message):
+    with suppress(SystemExit):  # of the parser
+        assert main(command(root, tmp_path / "out", *options)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_options_are_split_between_compare_and_fit():
+    own, others = split_options(["--methods", "a,b", "c", "--seeds=2", "--trainer.max_epochs", "3", "--output", "o"])
+    assert own == ["--methods", '["a", "b", "c"]', "--seeds", "2", "--output", "o"]
+    assert others == ["--trainer.max_epochs", "3"]
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_named_and_the_command_goes_on_afterwards(root, tmp_path, capsys):
+    output = tmp_path / "out"
+    blocked = output / "runs" / "joint-seed0"
+    blocked.parent.mkdir(parents=True)
+    (blocked / "work").parent.mkdir()
+    (blocked / "config.yaml").mkdir()  # nothing can be written there
+    assert main(command(root, output, "--methods", "bdistil", "joint", "--seeds", "1")) == 1
+    assert f"joint, seed 0, failed; its log is {blocked / 'log.txt'}" in capsys.readouterr().err
+    (blocked / "config.yaml").rmdir()
+    assert main(command(root, output, "--methods", "bdistil", "joint", "--seeds", "1")) == 0
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_and_ends_as_if_nothing_had_happened(root, tmp_path):
+    methods = ["--methods", "bdistil", "no_resched", "resched", "links_only", "residual", "joint", "--seeds", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(root, whole, *methods)) == 0
+    start = [sys.executable, "-m", "bdistil.cli", *command(root, killed, *methods, "--workers", "2")]
+    for seconds, number in ((25, signal.SIGTERM), (25, signal.SIGINT)):
+        with started(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(seconds)
+            process.send_signal(number)
+            assert process.wait(BUSY) == 1
+    assert subprocess.run(start, check=False, timeout=BUSY).returncode == 0
+    assert results(killed) == results(whole)
+    assert len({row["method"] for row in results(whole)}) == 7
