@@ -20,7 +20,7 @@ FLOORS = (
     "boosting reporting",
     "distillation",
     "callbacks evaluation",
-    "export",
+    "export comparison",
     "cli",
     "__init__",
 )
