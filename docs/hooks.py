@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#:]+)((?:#[^)]*)?)\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+REQUEST = re.compile(r'<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)="((?:https?:)?//[^"]*)"')
 # Public packages in the order of the navigation; the names are those of their `__all__`, each documented once.
 API = {
     "Core": "bdistil",
@@ -53,9 +55,25 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(text: str, **_: Any) -> str:
+    """Links of a guide to a page at the top of the repository lead to that page of the site."""
+    return re.sub(rf"\(\.\./({'|'.join(map(re.escape, PAGES))})", lambda match: f"({PAGES[match[1]]}", text)
+
+
 def on_page_content(content: str, **_: Any) -> str:
     """Formulas as MathML, which browsers draw without a script; `content` is the HTML of one page."""
     return FORMULA.sub(mathml, content)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Refuses a page that loads something from another server: the site is read offline, too.
+
+    Raises:
+        PluginError: with the address.
+    """
+    if found := REQUEST.search(output):
+        raise PluginError(f"A page of the site loads {found[1]} from another server. Put the file below docs/ instead.")
+    return output
 
 
 def mathml(match: re.Match[str]) -> str:
@@ -67,7 +85,8 @@ def mathml(match: re.Match[str]) -> str:
 def as_page(text: str) -> tuple[str, list[str]]:
     """A page at the top of the repository as one of the site, and the pictures that it shows.
 
-    Links to pages and pictures lead to those of the site; other files of the repository are named without a link.
+    Links to pages and pictures lead to those of the site, and a path as their text becomes the title of the page. Other
+    files of the repository are named without a link.
     """
     pictures = []
 
@@ -77,19 +96,27 @@ def as_page(text: str) -> tuple[str, list[str]]:
             pictures.append(target)
             return match[0]
         page = PAGES.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
-        return f"[{label}]({page}{anchor})" if page else f"`{target}`"
+        if page is None:
+            return f"`{target}`"
+        return f"[{title_of(target) if label == target else label}]({page}{anchor})"
 
     return LINK.sub(moved, text), pictures
 
 
+def title_of(source: str) -> str:
+    """The first heading of a page of the repository."""
+    return (ROOT / source).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+
+
 def api_pages(packages: Any) -> dict[str, str]:
     """An API page for each package, in Markdown with the directives of mkdocstrings."""
-    pages, known = {}, set()
+    pages: dict[str, str] = {}
+    known: set[str] = set()
     for package in packages:
         description, names = public_names(package)
-        new = [name for name in names if name.rpartition(".")[2] not in known]
-        known.update(name.rpartition(".")[2] for name in new)
-        directives = "\n\n".join(f"::: {package}.{name}" for name in new)
+        new = {name.rpartition(".")[2]: name for name in reversed(names)}  # of two paths to a class, the shorter
+        directives = "\n\n".join(f"::: {package}.{new[name]}" for name in sorted(new.keys() - known))
+        known |= new.keys()
         pages[f"api/{package}.md"] = f"# {package}\n\n{description}\n\n{directives}\n"
     return pages
 

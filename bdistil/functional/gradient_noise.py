@@ -32,8 +32,12 @@ class GradientMoments:
 
     Attributes:
         samples: n.
-        gg, kk, gk: mean over the samples of <u_i, v_i>.
-        mean_gg, mean_kk, mean_gk: <mean u, mean v>.
+        gg: mean over the samples of `<g_i, g_i>`.
+        kk: that of `<k_i, k_i>`.
+        gk: that of `<g_i, k_i>`.
+        mean_gg: `<mean g, mean g>`.
+        mean_kk: `<mean k, mean k>`.
+        mean_gk: `<mean g, mean k>`.
         unseen: share of the training part that was not measured; at 0 the mean gradient is exact.
 
     Example:
@@ -60,7 +64,7 @@ class GradientMoments:
 
     @property
     def mean_square(self) -> tuple[float, float, float]:
-        """Unbiased <mean u, mean v> of gg, kk, gk: without the part due to noise, so a value may be below 0."""
+        """Unbiased `<mean u, mean v>` of gg, kk, gk: without the part due to noise, so a value may be below 0."""
         gg, kk, gk = (self.unseen * v / self.samples for v in self.variance)
         return self.mean_gg - gg, self.mean_kk - kk, self.mean_gk - gk
 
@@ -70,7 +74,7 @@ def last_layer_moments(
 ) -> GradientMoments:
     """Moments of the last layer's gradients, from its inputs and the residuals at its output.
 
-    The gradient of a sample is R_i a_i^T, so <u_i, v_i> = <R_u,i, R_v,i> |a_i|^2 and the mean is R^T A / n.
+    The gradient of a sample is R_i a_i^T, so `<u_i, v_i> = <R_u,i, R_v,i> |a_i|^2` and the mean is R^T A / n.
 
     Args:
         activations: inputs of the layer (n, D), with a column of ones where it has a bias.
@@ -185,7 +189,7 @@ def _control(moments: GradientMoments) -> tuple[float, float, float]:
 
 
 def best_weight(moments: GradientMoments, step: float) -> float:
-    """lambda* = E<g,h> / (E|h|^2 + |mean h|^2 / step), in 0 … 1: the best weight near convergence, by the theory.
+    """`lambda* = E<g,h> / (E|h|^2 + |mean h|^2 / step)`, in 0 … 1: the best weight near convergence, by the theory.
 
     Args:
         moments: measured at the point where training settles.

@@ -120,7 +120,7 @@ def meta_gradient(
     """Gradient of the outer loss with respect to the learned numbers, after one look-ahead step of the last layer.
 
     With W' = W - (step/B) sum_k (w_:k R_k)^T A and G the gradient of the outer loss at W', the weight of loss k of
-    sample i has the gradient -(step/B) <R_k,i, G a_i>. The K sums over validation samples are one product with G.
+    sample i has the gradient `-(step/B) <R_k,i, G a_i>`. The K sums over validation samples are one product with G.
 
     Args:
         mix: (B, C).

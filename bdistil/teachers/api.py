@@ -35,12 +35,6 @@ class ApiTeacher(nn.Module):
     Limits: requests go out one after the other; `rate` holds for one process; a request that timed out, or was not
     answered when the process was killed, counts as a query, as the API may have answered it.
 
-    >>> from tempfile import mkdtemp
-    >>> cache = f"{mkdtemp()}/answers.sqlite"
-    >>> api = ApiTeacher(lambda batch: batch @ np.eye(3), outputs=3, cache=cache, name="identity", budget=10)
-    >>> api(torch.eye(3)).argmax(-1), api(torch.eye(3)).shape, api.queries
-    (tensor([0, 1, 2]), torch.Size([3, 3]), 3)
-
     Args:
         ask: maps a batch, float32 (B, ...) in NumPy, to B answers, for example an `HttpEndpoint`. Where it raises an
             error of a connection (of sockets, `requests`, `urllib`), one with a temporary HTTP status, or an
@@ -59,6 +53,13 @@ class ApiTeacher(nn.Module):
 
     Raises:
         UserError: an argument is out of its range; `ask` has no name of its own; the cache is of another API.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> cache = f"{mkdtemp()}/answers.sqlite"
+        >>> api = ApiTeacher(lambda batch: batch @ np.eye(3), outputs=3, cache=cache, name="identity", budget=10)
+        >>> api(torch.eye(3)).argmax(-1), api(torch.eye(3)).shape, api.queries
+        (tensor([0, 1, 2]), torch.Size([3, 3]), 3)
     """
 
     trained = True  # a recipe has nothing to train here

@@ -25,12 +25,13 @@ class FrozenTeacher(nn.Module):
     The wrapped module is frozen in place: its parameters no longer require gradients. Its weights may have any
     precision: x is converted to theirs, and the logits to float32.
 
-    >>> teacher = FrozenTeacher(nn.Sequential(nn.Linear(4, 3), nn.Dropout()))
-    >>> teacher.train()(torch.zeros(2, 4)).requires_grad, teacher.module.training
-    (False, False)
-
     Args:
         module: maps a batch x (B, ...) to logits (B, L), see `run_teacher`.
+
+    Example:
+        >>> teacher = FrozenTeacher(nn.Sequential(nn.Linear(4, 3), nn.Dropout()))
+        >>> teacher.train()(torch.zeros(2, 4)).requires_grad, teacher.module.training
+        (False, False)
     """
 
     def __init__(self, module: nn.Module) -> None:
