@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "bdistil"
 # From low to high. Folders of one line do not import each other.
 FLOORS = (
     "errors",
+    "runner",
     "utils",
     "functional metrics",
     "data",

@@ -6,7 +6,6 @@ the threshold of that stage; the last stage decides all that are left.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor
 
 from bdistil.errors import UserError
+from bdistil.runner import confidence
+from bdistil.runner.confidence import Array
 
 Rule = Literal["max_prob", "margin", "entropy", "agreement"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 NEVER = 2.0  # a threshold that no sample reaches
-Array = np.ndarray[Any, Any]
 
 
 def confidence_of(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def confidence_of(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: T
         >>> confidence_of(logits, "margin").round(decimals=3)
         tensor([0.6800, 0.0000])
     """
-    found = confidence(host(logits), rule, 1 / temperature, None if votes is None else host(votes))
+    found = confidence.confidence_of(host(logits), rule, 1 / temperature, None if votes is None else host(votes))
     return torch.from_numpy(np.asarray(found))
 
 
@@ -55,54 +55,6 @@ def host(tensor: Tensor) -> Array:
         tensor = tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32))
     array: Array = tensor.numpy()
     return array
-
-
-def confidence(logits: Array, rule: Rule, scale: float | Array = 1.0, votes: Array | None = None) -> Array:
-    """`confidence_of` in NumPy: on a few hundred numbers a call of it costs a fraction of one of torch.
-
-    Args:
-        logits: (B, L).
-        rule: one of `RULES`.
-        scale: multiplies the logits; one, or one per sample (B,).
-        votes: (B, L), only for agreement.
-
-    Returns:
-        (B,) in 0 … 1.
-    """
-    if rule == "agreement":
-        assert votes is not None
-        chosen, count = votes[np.arange(len(votes)), logits.argmax(1)], votes.sum(1)
-        return np.where(count > 1, chosen / np.maximum(count, 1), 0)
-    exponents = logits.T.copy()  # the classes come first: NumPy is slow along a short last dimension
-    exponents -= np.maximum.reduce(exponents, 0)
-    exponents *= scale
-    powers = np.exp(exponents)
-    total: Array = np.add.reduce(powers, 0)
-    if rule == "max_prob":
-        return 1 / total
-    if rule == "margin":
-        return np.asarray((1 - np.partition(powers, -2, 0)[-2]) / total)
-    entropy = np.log(total) - np.add.reduce(powers * exponents, 0) / total
-    return np.asarray(1 - entropy / math.log(logits.shape[1]))
-
-
-def confidence_of_one(logits: Sequence[float], rule: Rule, scale: float) -> float:
-    """`confidence` of one sample in Python's floats: ten classes take less time than one call of NumPy.
-
-    Args:
-        logits: (L).
-        rule: one of `RULES` but agreement.
-        scale: multiplies the logits.
-    """
-    largest = max(logits)
-    powers = [math.exp((logit - largest) * scale) for logit in logits]
-    total = sum(powers)
-    if rule == "max_prob":
-        return 1 / total
-    if rule == "margin":
-        return (1 - sorted(powers)[-2]) / total
-    mean = sum(power * (logit - largest) for power, logit in zip(powers, logits, strict=True)) * scale / total
-    return 1 - (math.log(total) - mean) / math.log(len(logits))
 
 
 def add_votes(votes: Tensor | None, logits: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from bdistil.ensemble.budget import Budget, Rule
-from bdistil.ensemble.stage_clock import BatchTimes, StageClock
 from bdistil.errors import RunError, UserError
+from bdistil.runner.exits import Exits, shares_at
+from bdistil.runner.stage_clock import BatchTimes, StageClock
 from bdistil.storage.run_directory import RunDirectory
 
 
@@ -150,6 +151,11 @@ class Calibration:
             return "one"
         return min(self.times, key=lambda t: abs(math.log(t.batch / max(batch, 1)))).schedule
 
+    @cached_property
+    def native(self) -> int:
+        """Samples up to which torch's own convolutions were measured to be faster than those of oneDNN."""
+        return max((times.batch for times in self.times if times.native), default=0)
+
     def clock(self, device: str) -> StageClock | None:
         """The measured times, if they are of this type of device."""
         return self._clock if self.times and device == self.device else None
@@ -160,14 +166,7 @@ class Calibration:
 
     def shares_at(self, rule: Rule, threshold: float) -> tuple[float, ...] | None:
         """Expected share of samples decided at each stage, interpolated between thresholds; None where unknown."""
-        rows = self.shares.get(rule, ())
-        later = [row for row in rows if row[0] >= threshold][:1] or list(rows[-1:])
-        if not later:
-            return None
-        earlier = [row for row in rows if row[0] < threshold][-1:] or later
-        (low, *first), (high, *second) = earlier[0], later[0]
-        part = min((threshold - low) / (high - low), 1.0) if high > low else 1.0
-        return tuple((1 - part) * a + part * b for a, b in zip(first, second, strict=True))
+        return shares_at(self.shares.get(rule, ()), threshold)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -227,23 +226,6 @@ def load_calibration(run: RunDirectory) -> Calibration | None:
             f"`bdistil calibrate --run_dir {run.root}` makes it again."
         ) from error
     return calibration
-
-
-@dataclass(frozen=True)
-class Exits:
-    """Exit rule of a prediction.
-
-    Attributes:
-        rule: computes the confidence.
-        thresholds: one per stage.
-        temperatures: one per stage; divide the logits.
-        shares: expected share of samples decided at each stage, where known from the validation part.
-    """
-
-    rule: Rule
-    thresholds: tuple[float, ...]
-    temperatures: tuple[float, ...]
-    shares: tuple[float, ...] | None = None
 
 
 def exits_of(budget: Budget, calibration: Calibration) -> Exits | None:

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from bdistil.ensemble.budget import Budget, Prediction
 from bdistil.ensemble.calibration import Calibration, exits_of, load_calibration
-from bdistil.ensemble.prediction import ExitPlan, predict_within, time_of
-from bdistil.ensemble.stage_clock import Deadline, Guard
-from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner, Wiring
+from bdistil.ensemble.stages import StackedBodies, Stage, StageRunner, Wiring, prefix_factor, time_of
 from bdistil.errors import UserError
 from bdistil.metrics.quality import PrefixMetric, Task, given_labels, prefix_metric
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, build_student
+from bdistil.runner.exits import ExitPlan, Exits, predict_within, runs
+from bdistil.runner.stage_clock import Deadline, Guard
 from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory, task_of
 from bdistil.utils.modules import first_difference, structure_of
@@ -134,12 +134,12 @@ class ProgressiveEnsemble(nn.Module):
         """Keeps eval mode: students are finished."""
         return super().train(False)
 
-    def stage_runner(self, x: Any, *, count_votes: bool = False) -> StageRunner:
+    def stage_runner(self, x: Any) -> StageRunner:
         """A `StageRunner` of the students on a batch, before its first stage; checks x, see `InputSpec.check`."""
         self.inputs.check(x)
         x = self.inputs.select(x)
-        students, weights = list(self.students), self.calibration.weights
-        return StageRunner(students, self.wiring, x, self.scale, self.macs, weights, self.offset, count_votes)
+        students, weights, native = list(self.students), self.calibration.weights, self.calibration.native
+        return StageRunner(students, self.wiring, x, self.scale, self.macs, weights, self.offset, native)
 
     def stages(self, x: Any) -> Iterator[Stage]:
         """Yields the answers of the prefixes; a student runs only when its stage is requested.
@@ -215,11 +215,18 @@ class ProgressiveEnsemble(nn.Module):
         budget = budget or Budget()
         allowed, device, deadline = budget.stages_within(self.macs), device_of(x), None
         plan = self._plan(budget, allowed, device.type)
-        runner = self.stage_runner(x, count_votes=plan is not None and plan.rule == "agreement")
+        runner = self.stage_runner(x)
         if budget.seconds is not None:
             clock = self.calibration.clock(device.type)
             deadline = Deadline(budget.seconds, clock, lambda: time_of(device), started)
-        return predict_within(runner, allowed, plan, deadline)
+        if plan is None:
+            while runs(runner, allowed, deadline):
+                pass
+            return Prediction(runner.stage().logits, runner.number, self.macs)
+        answer = predict_within(runner, allowed, plan, deadline)
+        ran = answer.ran if isinstance(answer.ran, int) else torch.from_numpy(answer.ran)
+        logits = torch.from_numpy(answer.logits).to(runner.totals[-1])
+        return Prediction(logits, torch.from_numpy(answer.stages), self.macs, ran)
 
     def _plan(self, budget: Budget, allowed: int, device: str) -> ExitPlan | None:
         """The exits of a budget, kept with what they learn of the samples served; None without a confidence."""
@@ -240,8 +247,12 @@ class ProgressiveEnsemble(nn.Module):
         exits = exits_of(budget, self.calibration)
         if exits is None:
             return None
-        guard = Guard(self.calibration.clock(device), allowed, exits.shares)
-        return ExitPlan(exits, float(self.scale), self.calibration.weights, guard)
+        return self.exit_plan(exits, Guard(self.calibration.clock(device), allowed, exits.shares))
+
+    def exit_plan(self, exits: Exits, guard: Guard) -> ExitPlan:
+        """Exits with the factors of these prefixes."""
+        numbers, weights = range(1, len(self) + 1), self.calibration.weights
+        return ExitPlan(exits, [float(prefix_factor(self.scale, weights, number)) for number in numbers], guard)
 
 
 def restore_student(

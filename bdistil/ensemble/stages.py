@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdistil.ensemble.budget import add_votes
+from bdistil.ensemble.budget import host
 from bdistil.errors import UserError
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import Student, sources
+from bdistil.runner.confidence import Array
 from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.utils.trees import row_count, take_rows
 
@@ -77,15 +80,34 @@ class Wiring:
         self.drops = [[place for place in last if last[place] == number] for number in range(len(students))]
 
 
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Lets torch's own kernels convolve: oneDNN takes as long for two samples of a tiny student as for sixteen.
+
+    The switch is one for all threads. Where it is off, the user or another thread has it, who sees to its end.
+    """
+    if not torch.backends.mkldnn.enabled:
+        yield
+        return
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+
+
 @dataclass(eq=False)
 class StageRunner:
     """Runs the students on a batch, one per call, and keeps their sum and the activations that later students read.
 
+    It is a `bdistil.runner.exits.Stages`.
+
     Attributes, besides those of `ProgressiveEnsemble` and `Calibration`:
         x: a batch (B, ...), or several tensors of that form in a tuple or mapping.
-        count_votes: count the students' own answers, for the exit rule ``agreement``.
+        native: samples up to which torch's own convolutions run, see `without_onednn`.
         bodies: features (B, D) of all students, if they were computed before.
-        number: students that ran.
+        totals: weighted sums (n, L) of the logits of the students that ran, by stage.
+        owns: logits (n, L) of these students.
     """
 
     students: Sequence[nn.Module]
@@ -95,23 +117,22 @@ class StageRunner:
     macs: Sequence[int]
     weights: Sequence[float] = ()
     offset: Tensor | None = None
-    count_votes: bool = False
+    native: int = 0
     bodies: Sequence[Tensor] = ()
-    number: int = 0
     activations: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    total: Tensor | None = None
-    votes: Tensor | None = None
+    totals: list[Tensor] = field(default_factory=list)
+    owns: list[Tensor] = field(default_factory=list)
 
     @property
-    def factor(self) -> float | Tensor:
-        """Factor of the current prefix, see `prefix_factor`."""
-        return prefix_factor(self.scale, self.weights, self.number)
+    def number(self) -> int:
+        """Students that ran."""
+        return len(self.totals)
 
     @property
-    def samples(self) -> int:
+    def size(self) -> int:
         """Number of samples in the batch; 1 before the first stage where x does not tell."""
-        if self.total is not None:
-            return self.total.shape[0]
+        if self.totals:
+            return self.totals[-1].shape[0]
         return row_count(self.x) if self.divisible else 1
 
     @cached_property
@@ -123,9 +144,13 @@ class StageRunner:
             return False
         return True
 
-    @torch.no_grad()
     def advance(self) -> None:
         """Runs the next student."""
+        with without_onednn() if self.size <= self.native else nullcontext():
+            self._advance()
+
+    @torch.no_grad()
+    def _advance(self) -> None:
         number, student = self.number, self.students[self.number]
         if isinstance(student, Student):
             linked = [self.activations[place] for place in self.wiring.reads[number]]
@@ -136,12 +161,15 @@ class StageRunner:
                 del self.activations[place]
         else:
             logits = student(self.x)
-        if self.count_votes:
-            self.votes = add_votes(self.votes, logits)
+        self.owns.append(logits)
         if self.weights:
             logits = logits * self.weights[number]
-        self.total = logits if self.total is None else self.total + logits
-        self.number += 1
+        self.totals.append(self.totals[-1] + logits if self.totals else logits)
+
+    def advance_to(self, count: int) -> None:
+        """Runs the students up to the first `count`."""
+        while self.number < count:
+            self.advance()
 
     def step(self) -> Stage:
         """Runs the next student and returns the answer of the prefix."""
@@ -150,18 +178,28 @@ class StageRunner:
 
     def stage(self) -> Stage:
         """Answer of the current prefix to the batch."""
-        assert self.total is not None
-        return Stage(self.total, self.factor, self.number, self.macs[self.number - 1], self.offset)
+        factor = prefix_factor(self.scale, self.weights, self.number)
+        return Stage(self.totals[-1], factor, self.number, self.macs[self.number - 1], self.offset)
+
+    def total(self, number: int) -> Array:
+        """Sum (n, L) of the logits of the students up to one that ran, from 0, on the host."""
+        return host(self.totals[number])
+
+    def own(self, number: int) -> Array:
+        """Logits (n, L) of a student that ran, from 0, on the host."""
+        return host(self.owns[number])
 
     @torch.no_grad()
-    def keep(self, rows: Tensor) -> None:
-        """Reduces the batch to the given rows (n,), on any device."""
-        rows = rows if self.total is None else rows.to(self.total.device)
-        self.x = take_rows(self.x, rows)
-        self.total = None if self.total is None else self.total.index_select(0, rows)
-        self.votes = None if self.votes is None else self.votes.index_select(0, rows)
-        self.activations = {place: values.index_select(0, rows) for place, values in self.activations.items()}
-        self.bodies = [features.index_select(0, rows) for features in self.bodies]
+    def keep(self, rows: Array) -> None:
+        """Reduces the batch to the given rows (m,), and the sum of the last stage with it."""
+        kept = torch.from_numpy(rows).to(self.totals[-1].device)
+        self.x = take_rows(self.x, kept)
+        self.totals[-1] = self.totals[-1].index_select(0, kept)
+        self.activations = {place: values.index_select(0, kept) for place, values in self.activations.items()}
+        self.bodies = [features.index_select(0, kept) for features in self.bodies]
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class _Features(nn.Module):
@@ -224,3 +262,10 @@ def _shape(student: Student) -> tuple[Any, ...]:
     plan, tensors = describe(student.body)
     plain = {key: value for key, value in vars(student).items() if key[0] != "_" and key not in ("links", "join")}
     return type(student), plain, plan, [(key, value.shape, value.dtype) for key, value in tensors.items()]
+
+
+def time_of(device: torch.device) -> float:
+    """Seconds, after the device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,18 +12,18 @@ import numpy as np
 import torch
 
 from bdistil.ensemble.budget import Rule
-from bdistil.ensemble.calibration import Exits
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.prediction import ExitPlan, time_of
-from bdistil.ensemble.stage_clock import BatchTimes, Guard
+from bdistil.ensemble.stages import time_of, without_onednn
 from bdistil.errors import UserError
+from bdistil.runner.exits import Exits, measure_stages
+from bdistil.runner.stage_clock import BatchTimes, Guard
 from bdistil.utils.trees import device_of, row_count, take_rows
 
-BATCHES = (1, 2, 8, 64, 256)  # torch convolves one sample by itself twice as fast as two
+BATCHES = (1, 2, 8, 16, 64, 256)  # torch convolves one sample by itself twice as fast as two
 SECONDS = 0.3  # for the repeats of one batch size, beyond the first `LEAST`
 LEAST, MOST = 7, 100
 TYPICAL, LATE = 0.25, 0.99  # quantiles; other programs disturb the lower quartile less than a median
-WORTH = 0.97  # bodies run together where that takes less than this share of one after the other
+WORTH = 0.97  # of the time, below which bodies run together, or without oneDNN
 TOLERANCE = 1e-5
 
 
@@ -46,17 +47,36 @@ def measure_times(
 
 @torch.no_grad()
 def _times_of(ensemble: ProgressiveEnsemble, x: Any, rule: Rule) -> BatchTimes:
+    native, schedules = _times_of_all(ensemble, x)
+    fastest = min(schedules, key=lambda name: schedules[name] / (1 if name == "one" else WORTH))
     exits = Exits(rule, (0.5,) * len(ensemble), (1.5,) * len(ensemble))
-    plan = ExitPlan(exits, float(ensemble.scale), ensemble.calibration.weights, Guard(None, len(ensemble)))
-    _time_once(ensemble, x, plan)  # warm-up
-    rows = _repeated(lambda: _time_once(ensemble, x, plan))
+    plan, now = ensemble.exit_plan(exits, Guard(None, len(ensemble))), partial(time_of, device_of(x))
+    measure = partial(measure_stages, partial(ensemble.stage_runner, x), plan, now)
+    with without_onednn() if native else nullcontext():
+        measure()  # warm-up
+        rows = _repeated(measure)
     *stages, check, compact = _quantile(rows, TYPICAL)
-    names = ["one", "all"] if len(ensemble) > 1 and _supports_all(ensemble, x) else ["one"]
-    turns = _repeated(lambda: [_timed(partial(ensemble, x, schedule=name), device_of(x)) for name in names])
-    schedules = dict(zip(names, _quantile(turns, TYPICAL), strict=True))
-    fastest = min(names, key=lambda name: schedules[name] / (1 if name == "one" else WORTH))
     late = _quantile(rows[:, : len(ensemble)], LATE)
-    return BatchTimes(row_count(x), tuple(stages), tuple(late), check, compact, schedules, fastest)
+    return BatchTimes(row_count(x), tuple(stages), tuple(late), check, compact, schedules, fastest, native)
+
+
+def _times_of_all(ensemble: ProgressiveEnsemble, x: Any) -> tuple[bool, dict[str, float]]:
+    """Whether the stages are faster without oneDNN, and the seconds of all stages by schedule."""
+
+    def native() -> None:
+        with without_onednn():
+            ensemble(x, schedule="one")
+
+    runs: dict[str, Callable[[], object]] = {"one": partial(ensemble, x, schedule="one")}
+    if device_of(x).type == "cpu":
+        runs["native"] = native
+    if len(ensemble) > 1 and _supports_all(ensemble, x):
+        runs["all"] = partial(ensemble, x, schedule="all")
+    turns = _repeated(lambda: [_timed(run, device_of(x)) for run in runs.values()])
+    seconds = dict(zip(runs, _quantile(turns, TYPICAL), strict=True))
+    without = seconds.pop("native", seconds["one"])
+    faster = without < WORTH * seconds["one"]
+    return faster, {**seconds, "one": without} if faster else seconds
 
 
 def _repeated(measure: Callable[[], list[float]]) -> np.ndarray[Any, Any]:
@@ -77,25 +97,6 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     function()
     return time_of(device) - started
-
-
-def _time_once(ensemble: ProgressiveEnsemble, x: Any, plan: ExitPlan) -> list[float]:
-    """Seconds of each stage, of one check of the exit rule, and of removing half of the batch."""
-    count_votes, device = plan.rule == "agreement", device_of(x)
-    runner = ensemble.stage_runner(x, count_votes=count_votes)  # checks x, which belongs to no stage
-    seconds = [_timed(lambda: runner.step().logits, device) for _ in range(len(ensemble))]
-    # The check follows a student, as in a prediction: its own code and numbers are then no longer in the cache.
-    runner = ensemble.stage_runner(x, count_votes=count_votes)
-    runner.advance()
-    answers = plan.answers(runner)
-    answers.add()
-    seconds.append(_timed(answers.check, device))
-    if runner.samples > 1:
-        answers.open = np.arange(runner.samples) % 2 == 0
-        seconds.append(_timed(answers.remove, device))
-    else:  # there is nothing to remove from a batch of one
-        seconds.append(0.0)
-    return seconds
 
 
 def _supports_all(ensemble: ProgressiveEnsemble, x: Any) -> bool:

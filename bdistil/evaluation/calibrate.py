@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bdistil.boosting.labels import check_labels
 from bdistil.data.loaders import first_samples, pairs_of
-from bdistil.ensemble.budget import NEVER, RULES, Array, Rule, add_votes, confidence_of
+from bdistil.ensemble.budget import NEVER, RULES, Rule, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.timing import measure_times
@@ -24,6 +24,7 @@ from bdistil.evaluation.tables import table
 from bdistil.evaluation.temperature import calibration_error, fit_temperature, weighted_prefixes, winning_weights
 from bdistil.evaluation.thresholds import ExitTarget, exit_outcome, exit_stages, fit_thresholds
 from bdistil.metrics.quality import class_numbers
+from bdistil.runner.confidence import Array
 
 TIMED_SAMPLES = 256
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)  # thresholds at which decided samples are counted

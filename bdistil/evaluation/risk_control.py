@@ -15,9 +15,10 @@ import math
 
 import numpy as np
 
-from bdistil.ensemble.budget import NEVER, Array
+from bdistil.ensemble.budget import NEVER
 from bdistil.ensemble.calibration import Promise
 from bdistil.evaluation.thresholds import exit_stages
+from bdistil.runner.confidence import Array
 
 LEARNED = 5  # one sample in five is for learning
 CANDIDATES = 200

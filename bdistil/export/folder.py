@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bdistil import runner
 from bdistil.errors import RunError, UserError
 from bdistil.export.graphs import Segment
 from bdistil.storage.files import atomic, digest
@@ -63,7 +64,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def copy_runner(folder: Path) -> list[dict[str, Any]]:
     """Copies the runner into the folder; returns the entry `runner` of the manifest."""
-    source, target = Path(__file__).with_name("runner"), folder / "runner"
+    source, target = Path(runner.__file__).parent, folder / "runner"
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     return [{**seal(path), "file": f"runner/{path.name}"} for path in sorted(target.iterdir())]
 

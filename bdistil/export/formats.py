@@ -34,7 +34,7 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
     """Writes the graphs of the first exporter that matches PyTorch, and the runner with its times on this machine."""
     import onnx
 
-    from bdistil.export.runner import ExportedEnsemble
+    from bdistil.runner import ExportedEnsemble
 
     problems = []
     for name, exporter in EXPORTERS.items():
@@ -64,7 +64,7 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
 
 def _onnx_stages(folder: Path, entries: Sequence[Mapping[str, Any]]) -> RunStage:
     """Runs stages with the code of the runner."""
-    from bdistil.export.runner import Graph
+    from bdistil.runner import Graph
 
     graphs = [Graph(folder, entry, threads=1) for entry in entries]
 

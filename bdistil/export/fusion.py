@@ -16,7 +16,7 @@ from bdistil.export.exit_graph import write_exits
 from bdistil.export.graphs import EXPORTERS
 from bdistil.export.job import Export
 from bdistil.export.parity import BATCHES, TOLERANCE, difference
-from bdistil.export.runner import ALWAYS, Exits, ExportedEnsemble
+from bdistil.runner import ALWAYS, Exits, ExportedEnsemble
 from bdistil.utils.trees import take_rows
 
 MEASURED = (1, 64)  # batch sizes

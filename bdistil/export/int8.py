@@ -18,8 +18,8 @@ from bdistil.errors import UserError
 from bdistil.evaluation.run_data import pairs_loader
 from bdistil.export.folder import seal
 from bdistil.export.job import Export
-from bdistil.export.runner import Array, ExportedEnsemble
 from bdistil.metrics.quality import class_numbers
+from bdistil.runner import Array, ExportedEnsemble
 
 CALIBRATION = 256  # samples
 BATCH = 32  # samples of them at once

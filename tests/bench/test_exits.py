@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from bdistil.cli.app import main
 from bdistil.data.digits import Digits
 from bdistil.evaluation.calibrate import fit_anytime
 from bdistil.export.run import export_run
-from bdistil.export.runner import Budget as RunnerBudget
-from bdistil.export.runner import ExportedEnsemble, confidence_of
+from bdistil.runner import Budget as RunnerBudget
+from bdistil.runner import ExportedEnsemble, confidence_of
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.memory import keep_freed_memory
 
@@ -30,8 +31,7 @@ keep_freed_memory()  # as the command line does
 
 SINGLES, BATCHES, SURE = 300, (16, 64, 256), (0.9, 0.99, 0.999)
 NEVER = 1.0  # float32 saturates for a few samples only
-BOUNDS = {16: 1.25, 64: 1.1, 256: 0.85}  # of batches at 0.9
-WORST = 1.7  # where exits do not pay, or nearly no sample is sure
+WORST = 1.5  # where exits do not pay, or nearly no sample is sure
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,8 @@ def digits(tmp_path_factory):
 class Torch:
     """The ensemble in torch, with times measured here."""
 
+    bounds: ClassVar = {16: 1.0, 64: 1.05, 256: 0.85}  # of batches at 0.9
+
     def __init__(self, root, data, folder):
         self.ensemble = ProgressiveEnsemble.load(root)
         fit_anytime(self.ensemble, data.val_dataloader())
@@ -69,6 +71,8 @@ class Torch:
 
 class Runner:
     """The exported ensemble, with times measured here."""
+
+    bounds: ClassVar = {16: 1.25, 64: 0.85, 256: 0.6}
 
     def __init__(self, root, data, folder):
         export_run(RunDirectory(root), folder / "exported")
@@ -145,7 +149,7 @@ def test_batches_cost_no_more_than_all_stages(served, size):
     shown = ", ".join(f"{r:.2f} at {p} ({k:.2f} stages)" for r, p, k in zip(ratios, levels, stages, strict=True))
     print(f"\n{type(ensemble).__name__}, batch {size}, all stages {1e6 * whole / len(batches):.0f} µs: {shown}")
     print("goals: 0.7 where the mean of stages is under 2, 1 at 0.9, 1.03 anywhere")
-    assert ratios[0] <= BOUNDS[size]
+    assert ratios[0] <= ensemble.bounds[size]
     assert max(ratios) <= WORST
 
 

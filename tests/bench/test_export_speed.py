@@ -15,9 +15,9 @@ from bdistil import ProgressiveEnsemble
 from bdistil.export.exit_graph import write_exits
 from bdistil.export.fusion import exit_after, fused_runner
 from bdistil.export.run import export_run
-from bdistil.export.runner import Budget, Exits, ExportedEnsemble
 from bdistil.models.convnets import ConvStudent
 from bdistil.models.recurrent import RecurrentStudent
+from bdistil.runner import Budget, Exits, ExportedEnsemble
 
 pytestmark = pytest.mark.slow
 

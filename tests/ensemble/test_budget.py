@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,11 +14,11 @@ from torch import nn
 from bdistil.ensemble.budget import RULES, Budget, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.stage_clock import BatchTimes, Deadline, StageClock
 from bdistil.errors import UserError
 from bdistil.evaluation.evaluate import CONFIDENCES, sweep_budgets
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, Student
+from bdistil.runner.stage_clock import BatchTimes, Deadline, StageClock
 
 IN, L, T, B = 5, 4, 4, 40
 MACS = [10, 25, 45, 70]
@@ -166,7 +167,7 @@ def test_a_stage_is_taken_to_need_what_it_kept_to_and_more_on_a_slower_machine(s
 def test_seconds_count_from_the_call_and_not_from_the_first_stage(ensemble, x, monkeypatch):
     """The look at x takes 1 s, a student 1 s: of 3.5 s one student has used 2, and the next would end at 3."""
     now = [0.0]
-    for module in ("ensemble", "prediction"):
+    for module in ("ensemble", "stages"):
         monkeypatch.setattr(f"bdistil.ensemble.{module}.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(InputSpec, "check", lambda *_: now.__setitem__(0, now[0] + 1))
     for student in ensemble.students:
@@ -185,7 +186,7 @@ def test_those_who_stay_take_along_what_is_still_read(x, links):
         student = nn.Linear(IN, L) if plain else Student(Body(), nn.Linear(6, L)).link(students, Rung(number))
         students.append(student)
     ensemble = ProgressiveEnsemble(students, macs=MACS)
-    runner, rows = ensemble.stage_runner(x), torch.arange(0, B, 3)
+    runner, rows = ensemble.stage_runner(x), np.arange(0, B, 3)
     expected = [stage.logits[rows] for stage in ensemble.stages(x)]
     for number in range(T):
         stage = runner.step()
@@ -193,7 +194,7 @@ def test_those_who_stay_take_along_what_is_still_read(x, links):
         if number == 0:
             runner.keep(rows)
         elif number < T - 1:
-            runner.keep(torch.arange(len(rows)))
+            runner.keep(np.arange(len(rows)))
             reads = [n or 0 for n in links[number + 1 :]]
             assert len(runner.activations) <= max(reads)
 

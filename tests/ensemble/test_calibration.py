@@ -9,8 +9,8 @@ import torch
 
 from bdistil.ensemble.budget import RULES, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures, load_calibration, save_calibration
-from bdistil.ensemble.stage_clock import BatchTimes
 from bdistil.errors import RunError
+from bdistil.runner.stage_clock import BatchTimes
 from bdistil.storage.run_directory import RunDirectory
 
 FIGURES = Calibration(

@@ -175,7 +175,7 @@ def test_limits_that_are_the_same_for_all_samples(ensemble, x, budget, stages):
 def test_no_student_starts_that_would_end_too_late(ensemble, x, monkeypatch, seconds, stages):
     # A clock by which the students take 1, 1, 2 and 1 seconds: the longest so far is what the next is taken to need.
     now = [100.0]
-    for module in ("ensemble", "prediction"):
+    for module in ("ensemble", "stages"):
         monkeypatch.setattr(f"bdistil.ensemble.{module}.time", SimpleNamespace(perf_counter=lambda: now[0]))
     for student, taken in zip(ensemble.students, (1.0, 1.0, 2.0, 1.0), strict=True):
         student.head.register_forward_hook(lambda *_, taken=taken: now.__setitem__(0, now[0] + taken))

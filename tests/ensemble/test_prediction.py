@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from bdistil.ensemble import prediction as prediction_file
-from bdistil.ensemble.budget import RULES, Budget, add_votes, confidence_of, confidence_of_one
+from bdistil.ensemble.budget import RULES, Budget, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.ensemble.stage_clock import ENOUGH, REMEMBERED, BatchTimes, Guard, StageClock
 from bdistil.models.student import Rung, Student
+from bdistil.runner import exits
+from bdistil.runner.confidence import confidence_of_one
+from bdistil.runner.stage_clock import ENOUGH, REMEMBERED, BatchTimes, Guard, StageClock
 
 IN, L, T, B = 5, 4, 4, 40
 MACS = [10, 25, 45, 70]
@@ -250,7 +251,7 @@ def test_shares_are_interpolated_between_thresholds():
 
 
 def test_a_single_sample_of_many_classes_goes_the_way_of_a_batch(monkeypatch):
-    monkeypatch.setattr(prediction_file, "FEW", 2)
+    monkeypatch.setattr(exits, "FEW", 2)
     torch.manual_seed(1)
     ensemble, x = ProgressiveEnsemble([nn.Linear(IN, L) for _ in range(3)], scale=9.0), torch.randn(30, IN)
     whole = ensemble.predict(x, Budget(confidence=0.8)).stages
@@ -263,3 +264,37 @@ def test_the_number_of_budgets_that_are_kept_is_bounded(ensemble, x):
     for number in itertools.islice(range(1, 1000), 200):
         ensemble.predict(x[:2], Budget(confidence=number / 1000))
     assert len(ensemble._plans) <= 64
+
+
+# ---- convolutions without oneDNN
+
+
+class Switch(nn.Linear):
+    """Whether oneDNN was on in each call, by the number of rows."""
+
+    def __init__(self):
+        super().__init__(IN, L)
+        self.seen = {}
+
+    def forward(self, x):
+        self.seen[len(x)] = torch.backends.mkldnn.enabled
+        return super().forward(x)
+
+
+def test_small_batches_run_without_onednn_where_that_was_measured_to_be_faster(x, monkeypatch):
+    ensemble = ProgressiveEnsemble([Switch() for _ in range(2)])
+    small, large = times(batches=(2, 8))
+    ensemble.calibration = Calibration(T, times=(replace(small, native=True), large))
+    assert torch.backends.mkldnn.enabled
+    for size in (1, 2, 3, 8):
+        ensemble.predict(x[:size])
+    assert ensemble.students[1].seen == {1: False, 2: False, 3: True, 8: True}
+    assert torch.backends.mkldnn.enabled
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    ensemble.predict(x[:2])
+    assert not torch.backends.mkldnn.enabled  # the user's own switch stays
+    monkeypatch.undo()
+    ensemble.students[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ensemble.predict(x[:2])
+    assert torch.backends.mkldnn.enabled

@@ -18,9 +18,9 @@ from bdistil.errors import RunError
 from bdistil.export.exit_graph import write_exits
 from bdistil.export.fusion import exit_after
 from bdistil.export.run import ExportOptions, export_run
-from bdistil.export.runner import Budget as RunnerBudget
-from bdistil.export.runner import ExportedEnsemble
 from bdistil.models.convnets import ConvStudent
+from bdistil.runner import Budget as RunnerBudget
+from bdistil.runner import ExportedEnsemble
 
 CASES = [("conv", "margin"), ("gru", "entropy"), ("mlp", "max_prob"), ("segments", "margin"), ("plain", "agreement")]
 

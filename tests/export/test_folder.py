@@ -10,7 +10,7 @@ from helpers.export_runs import L, change_manifest, exported_mlps
 
 from bdistil.export.folder import seal
 from bdistil.export.run import ExportOptions, export_run
-from bdistil.export.runner import ExportedEnsemble, ExportError
+from bdistil.runner import ExportedEnsemble, ExportError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from bdistil import ProgressiveEnsemble, UserError
 from bdistil.cli.app import main
 from bdistil.errors import RunError
 from bdistil.export.run import ExportOptions, export_run
-from bdistil.export.runner import ExportedEnsemble, ExportError
+from bdistil.runner import ExportedEnsemble, ExportError
 
 needed = pytest.mark.skipif(
     find_spec("executorch") is None, reason="needs ExecuTorch: pip install 'bdistil[executorch]'"

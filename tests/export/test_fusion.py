@@ -15,8 +15,8 @@ from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Student, UserError
 from bdistil.export.run import ExportOptions, export_run
-from bdistil.export.runner import BatchTimes, ExportedEnsemble, StageClock
-from bdistil.export.runner import Budget as RunnerBudget
+from bdistil.runner import BatchTimes, ExportedEnsemble, StageClock
+from bdistil.runner import Budget as RunnerBudget
 
 QUICK = (("mlp", mlp_student, (6,)), ("gru", *KINDS["gru"]), ("segments", *KINDS["segments"]))
 

@@ -10,8 +10,8 @@ from bdistil import ProgressiveEnsemble, UserError
 from bdistil.errors import RunError
 from bdistil.export.graphs import EXPORTERS
 from bdistil.export.run import ExportOptions, export_run
-from bdistil.export.runner import ExportedEnsemble, ExportError
 from bdistil.models.student import Student
+from bdistil.runner import ExportedEnsemble, ExportError
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import yaml
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.cli.app import main
 from bdistil.cli.commands import recipes
-from bdistil.export.runner import Budget as RunnerBudget
-from bdistil.export.runner import ExportedEnsemble, ExportError
+from bdistil.runner import Budget as RunnerBudget
+from bdistil.runner import ExportedEnsemble, ExportError
 
 SHORT = [
     "--model.boosting.rounds", "2", "--trainer.max_epochs", "1", "--model.teacher.epochs", "1",

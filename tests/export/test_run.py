@@ -9,9 +9,9 @@ from bdistil import Budget, ProgressiveEnsemble
 from bdistil.ensemble.budget import RULES, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.export.run import export_run
-from bdistil.export.runner import Budget as RunnerBudget
-from bdistil.export.runner import ExportedEnsemble
 from bdistil.models.student import Student
+from bdistil.runner import Budget as RunnerBudget
+from bdistil.runner import ExportedEnsemble
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -12,10 +12,10 @@ from torch import nn
 from bdistil import Budget, ProgressiveEnsemble, Student, UserError
 from bdistil.export import ExportOptions, export_run
 from bdistil.export.job import Export
-from bdistil.export.runner import Budget as RunnerBudget
-from bdistil.export.runner import ExportedEnsemble, ExportError
-from bdistil.export.runner.command import main
-from bdistil.export.runner.inputs import Inputs, inputs_of
+from bdistil.runner import Budget as RunnerBudget
+from bdistil.runner import ExportedEnsemble, ExportError
+from bdistil.runner.command import main
+from bdistil.runner.inputs import Inputs, inputs_of
 
 
 @pytest.fixture(scope="module")

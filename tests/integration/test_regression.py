@@ -16,8 +16,8 @@ from bdistil.boosting.ledger.records import Units
 from bdistil.cli.app import main
 from bdistil.data.diabetes import Diabetes
 from bdistil.export.run import export_run
-from bdistil.export.runner import ExportedEnsemble
 from bdistil.models.mlp import MLPStudent
+from bdistil.runner import ExportedEnsemble
 from bdistil.storage.run_directory import RunDirectory
 
 OUTPUTS = 2

@@ -27,8 +27,8 @@ from torch import nn
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student, UserError
 from bdistil.boosting import part
 from bdistil.export.run import ExportOptions, export_run
-from bdistil.export.runner import ExportedEnsemble
 from bdistil.functional import kd_terms
+from bdistil.runner import ExportedEnsemble
 from bdistil.storage.run_directory import RunDirectory
 
 LADDERS = {"deep": Rung(1, "deep"), "start": Rung(1, "start", at=1), "both": Rung(1, "deep", at=1)}

@@ -16,9 +16,9 @@ from helpers.export_runs import change_manifest, exported_mlps
 
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.ensemble.calibration import Calibration
-from bdistil.export.runner import RULES, BatchTimes, ExportedEnsemble, ExportError, StageClock
-from bdistil.export.runner import Budget as RunnerBudget
-from bdistil.export.runner.command import main
+from bdistil.runner import RULES, BatchTimes, ExportedEnsemble, ExportError, StageClock
+from bdistil.runner import Budget as RunnerBudget
+from bdistil.runner.command import main
 
 
 @pytest.fixture(scope="module")

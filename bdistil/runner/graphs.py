@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
-from .budget import Array, ExportError
+from .budget import ExportError
+from .confidence import Array
 
 FORMAT, VERSION = "bdistil-export", 1
 Sizes = tuple[tuple[str, int], ...]  # sizes that vary, by name
@@ -89,6 +89,8 @@ class Graph:
     """
 
     def __init__(self, root: Path, entry: Mapping[str, Any], threads: int) -> None:
+        import onnxruntime as ort  # only here: the exits of torch's ensembles are in this package, too
+
         self.inputs, self.outputs, self.file = entry["inputs"], entry["outputs"], entry["file"]
         options, data = ort.SessionOptions(), read_file(root, entry)
         options.intra_op_num_threads = options.inter_op_num_threads = threads

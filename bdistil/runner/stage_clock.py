@@ -1,42 +1,48 @@
-"""Decisions from measured stage times: when to check exits, when to remove decided samples, and deadlines."""
+"""Decisions from measured stage times: when to evaluate exit rules, when to remove decided samples, and deadlines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 
-PRIOR = 100  # samples that shares from the manifest count for, beside those seen while serving
+PRIOR = 100  # samples that shares from the calibration count for, beside those seen while serving
 ENOUGH = 50  # samples from which on shares are known
 REMEMBERED = 4096  # samples; the counts of older ones are halved
 PAYS = 2.0  # factor on measured costs: in a prediction a check is slower, and slows the stage after it
-CACHED = 4096  # decisions kept
+CACHED = 4096  # decisions kept: one takes as long as a tiny student
 
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """Seconds measured with a batch of one size: an entry of `times` in the manifest.
+    """Seconds measured with a batch of one size, after a warm-up.
 
     Attributes:
         batch: samples.
-        stages: median of each stage.
-        late: 95th percentile of each stage, used for deadlines.
+        stages: of each stage, run one after the other; like all but `late` a typical one of the repeats.
+        late: a high quantile of each stage, used for deadlines.
         check: of one evaluation of an exit rule.
         compact: of one removal of decided samples from the batch.
+        schedules: of all stages in torch, by schedule; without those that the students do not support.
+        schedule: the one to use where all stages run.
+        native: whether torch's own convolutions were faster than those of oneDNN, and were measured.
     """
 
     batch: int
-    stages: list[float]
-    late: list[float]
+    stages: Sequence[float]
+    late: Sequence[float]
     check: float
     compact: float
+    schedules: Mapping[str, float] = field(default_factory=dict)
+    schedule: str = "one"
+    native: bool = False
 
 
 class StageClock:
-    """Measured times of an ensemble on this machine, at any batch size.
+    """Measured times of an ensemble on its device, at any batch size.
 
     Between the measured sizes they are interpolated linearly; beyond the largest, and for a batch below 1, which is an
     expected number of samples, they are in proportion.
@@ -151,22 +157,30 @@ class Guard:
 class Deadline:
     """Decides whether one more stage would end in time.
 
-    With measured times, a stage is expected to take its 95th percentile, times the factor by which the stages so far
+    With measured times, a stage is expected to take a high quantile, times the factor by which the stages so far
     were slower than measured. Without them, it is expected to take as long as the longest stage so far.
 
     Args:
-        seconds: from now.
+        seconds: from `started`.
         clock: measured times, or None.
+        now: returns the time in seconds.
+        started: start of `seconds`, by `now`; None: now.
     """
 
-    def __init__(self, seconds: float, clock: StageClock | None) -> None:
-        self.seconds, self.clock = seconds, clock
-        self.started = self.begun = time.perf_counter()
+    def __init__(
+        self,
+        seconds: float,
+        clock: StageClock | None,
+        now: Callable[[], float] = time.perf_counter,
+        started: float | None = None,
+    ) -> None:
+        self.seconds, self.clock, self.now = seconds, clock, now
+        self.started = self.begun = now() if started is None else started
         self.longest = self.spent = self.expected = 0.0
 
     def allows(self, number: int, batch: int) -> bool:
         """Whether a stage, from 0, may start now; the first always may."""
-        self.begun = time.perf_counter()
+        self.begun = self.now()
         if number == 0:
             return True
         need = self.longest
@@ -176,7 +190,7 @@ class Deadline:
 
     def done(self, number: int, batch: int) -> None:
         """Records the end of a stage that `allows` let start."""
-        taken = time.perf_counter() - self.begun
+        taken = self.now() - self.begun
         self.longest, self.spent = max(self.longest, taken), self.spent + taken
         if self.clock is not None:
             self.expected += self.clock.late(number, max(batch, 1))

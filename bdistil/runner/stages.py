@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from .budget import Array
+from .confidence import Array
 from .graphs import Graph, Pipeline, PipelinePool
 
 BOUND = 8  # samples up to which the arrays of a smaller batch are kept, as those of whole batches are
@@ -23,15 +21,16 @@ class StageRunner:
     Attributes:
         number: stages that ran.
         size: samples that are left in the batch.
-        votes: by stage, (n, L), number of students that answer each class, where `count_votes` was called.
+        divisible: samples can be removed from the batch.
     """
+
+    divisible = True
 
     def __init__(self, graphs: Sequence[Graph], pool: PipelinePool, arrays: Mapping[str, Array]) -> None:
         self.graphs, self.pool = graphs, pool
         self._pipeline: Pipeline | None = pool.acquire(arrays)
         self._values, self._sizes = self._pipeline.values, self._pipeline.sizes
         self.number, self.size = 0, len(next(iter(arrays.values())))
-        self.votes: list[Array] = []
 
     def advance(self) -> None:
         """Runs the next stage."""
@@ -55,13 +54,9 @@ class StageRunner:
         """Sum (n, L) of a stage that ran, from 0; it is overwritten once the runner is closed."""
         return self._values[f"total_{number + 1}"]
 
-    def count_votes(self, number: int) -> None:
-        """Adds the answers of the student of a stage that ran, from 0: the classes of what it added to the sum."""
-        total = self.total(number)
-        own = total - self.total(number - 1) if number else total
-        votes = self.votes[-1].copy() if self.votes else np.zeros(own.shape, np.float32)
-        votes[np.arange(len(own)), own.argmax(1)] += 1
-        self.votes.append(votes)
+    def own(self, number: int) -> Array:
+        """Weighted logits (n, L) of the student of a stage that ran, from 0: what it added to the sum."""
+        return self.total(number) - self.total(number - 1) if number else self.total(number)
 
     def keep(self, rows: Array) -> None:
         """Reduces the batch to the given rows (m,)."""
@@ -74,7 +69,6 @@ class StageRunner:
             self._replace(pipeline, pipeline.values)
         else:
             self._replace(None, {name: old[name].take(rows, 0) for name in names})
-        self.votes = [votes[rows] for votes in self.votes]
 
     def _replace(self, pipeline: Pipeline | None, values: Mapping[str, Array]) -> None:
         self.close()

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .budget import Array, ExportError
+from .budget import ExportError
+from .confidence import Array
 
 Arrays = dict[str, Array]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .budget import RULES, Budget, ExportError
+from .budget import Budget, ExportError
+from .confidence import RULES
 from .ensemble import ExportedEnsemble
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .budget import Array, Budget, ExportError, Prediction, Stage
+from .budget import Budget, ExportError, Prediction, Stage
+from .confidence import Array
+from .exits import ALWAYS, ExitPlan, Exits, measure_stages, predict_within, runs, shares_at
 from .graphs import Graph, PipelinePool, read_manifest
 from .inputs import Arrays, inputs_of
-from .prediction import ALWAYS, ExitPlan, Exits, measure_stages, predict_within, runs, shares_at
 from .stage_clock import BatchTimes, Deadline, Guard, StageClock
 from .stages import StageRunner
 
@@ -40,6 +41,7 @@ class ExportedEnsemble:
         stages = manifest["stages"]
         self.graphs = [Graph(self.root, entry, threads) for entry in stages]
         self.macs: list[int] = [entry["macs"] for entry in stages]
+        self._costs = np.array(self.macs)
         factors = [entry["factor"] for entry in stages]
         self.factors = [np.asarray(factor, np.float32) if isinstance(factor, list) else factor for factor in factors]
         self.offset = None if manifest["offset"] is None else np.float32(manifest["offset"])
@@ -173,7 +175,7 @@ class ExportedEnsemble:
     def plan_of(self, exits: Exits, allowed: int) -> ExitPlan:
         """Exits with what a prediction of up to `allowed` stages needs."""
         factors = [float(factor) for factor in self.factors]
-        return ExitPlan(exits, factors, self.macs, Guard(self.clock, allowed, exits.shares))
+        return ExitPlan(exits, factors, Guard(self.clock, allowed, exits.shares))
 
     def _exits_of(self, budget: Budget) -> Exits:
         """The exits of a budget with a confidence."""
@@ -206,7 +208,9 @@ class ExportedEnsemble:
         deadline = None if seconds is None else Deadline(seconds, self.clock)
         runner = self._runner(arrays)
         if plan is not None:
-            return predict_within(runner, allowed, plan, deadline)
+            answer = predict_within(runner, allowed, plan, deadline)
+            ran = np.broadcast_to(answer.ran, answer.stages.shape)
+            return Prediction(answer.logits, answer.stages, self._costs[ran - 1])
         while runs(runner, allowed, deadline):
             pass
         logits = self._stage(runner.number - 1, runner.total(runner.number - 1)).logits
@@ -241,7 +245,7 @@ class ExportedEnsemble:
             The entry `times` of a manifest.
         """
         exits = Exits("max_prob", [0.5] * len(self), [1.0] * len(self))
-        plan = ExitPlan(exits, [1.0] * len(self), self.macs, Guard(None, len(self)))
+        plan = ExitPlan(exits, [1.0] * len(self), Guard(None, len(self)))
         entries = []
         for batch in batches:
             arrays = self.inputs.random(batch)
