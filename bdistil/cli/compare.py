@@ -41,7 +41,7 @@ def compare(config: str, output: str, methods: list[Method] = list(METHODS), see
 
     Args:
         config: recipe, a YAML file or a name that `bdistil recipes` lists.
-        output: folder of the runs, compare.csv, the pictures and report.html.
+        output: folder of the runs, compare.csv, compare.md, the pictures and report.html.
         methods: bdistil, and what it is compared with.
         seeds: number of seeds, from 0.
         workers: processes at a time; torch's threads are divided among them.

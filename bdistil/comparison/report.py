@@ -131,9 +131,29 @@ def _pm(figure: Sequence[float], form: str) -> str:
     return form.format(mean) + ("" if math.isnan(sd) else f" ± {form.format(sd)}")
 
 
+def markdown(table: TextTable) -> str:
+    """A table in Markdown, numbers to the right."""
+    header, rows = table
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def text_report(rows: Sequence[Row], task: Task, settings: Mapping[str, Any]) -> str:
+    """The tables of a comparison as a section in Markdown, for a page of results."""
+    methods = methods_of(rows)
+    teacher = [f"teacher {row['test_accuracy']:.2%}" for row in rows if row["method"] == "teacher"]
+    facts = [*(f"{name} {value}" for name, value in settings.items()), *teacher]
+    parts = [f"{score_name(task).capitalize()} on the test part in %, mean ± sd over the seeds. {'; '.join(facts)}."]
+    parts += [markdown(prefix_table(rows)), markdown(summary_table(rows))]
+    if len(methods) > 1:
+        parts.append(f"{methods[0]} against the others at its own MACs, in points, with 95 % intervals:")
+        parts.append(markdown(difference_table(rows, methods[0])))
+    return "\n\n".join(parts) + "\n"
+
+
 @default_style()
 def write_comparison(output: Path, rows: Sequence[Row], task: Task, recipe: str, settings: Mapping[str, Any]) -> Path:
-    """Writes compare.csv, the PNG pictures and report.html to a folder.
+    """Writes compare.csv, compare.md, the PNG pictures and report.html to a folder.
 
     Args:
         output: folder of the comparison.
@@ -147,6 +167,7 @@ def write_comparison(output: Path, rows: Sequence[Row], task: Task, recipe: str,
     """
     with disk_errors("the report of the comparison", output):
         write_csv(rows, output / "compare.csv")
+        write_atomically(output / "compare.md", text_report(rows, task, settings))
         for name, figure in pictures(rows, task).items():
             with atomic(output / f"{name}.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=150)

@@ -79,6 +79,12 @@ def test_the_teacher_is_trained_once_and_asked_once_a_seed(done):
     assert "Evaluating the teacher" not in (joint / "log.txt").read_text()
 
 
+def test_tables_in_markdown_have_a_row_for_each_method(done):
+    lines = (done / "compare.md").read_text().splitlines()
+    assert sum(line.startswith("| bdistil |") for line in lines) == 2
+    assert any(line.startswith("| prefix | joint |") for line in lines)
+
+
 def test_page_and_pictures_stand_alone(done):
     page = (done / "report.html").read_text()
     assert "http" not in page.split("<details>")[0].replace("http-equiv", "")

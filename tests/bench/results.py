@@ -1,0 +1,85 @@
+"""Measures what docs/results.md says and writes it: results.py [--output runs/results] [--data ROOT] [--only NAME ...].
+
+Each part is a `bdistil compare`, which goes on where it was interrupted. Parts whose data are missing are left out, and
+named on the page.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parents[1] / "docs"
+ALL = "bdistil no_resched resched links_only residual joint"
+# Name, heading, recipe, seeds, methods, options; {data} is the folder of --data.
+PARTS = (
+    ("vowels", "JapaneseVowels: CNN to GRU students", "vowels", 5, ALL, ""),
+    ("diabetes", "Diabetes: a regression", "diabetes", 5, ALL, ""),
+    ("watch", "Smartwatch gestures", "watch", 3, ALL, ""),
+    ("digits", "5,000 digits of MNIST", "digits", 3, ALL, ""),
+    ("fsdd", "Spoken digits (FSDD)", str(HERE / "fsdd.yaml"), 3, ALL, "--data.file {data}/fsdd.npz"),
+    (
+        "cifar10-tiny", "CIFAR-10", "cifar10-tiny", 3, ALL,
+        "--data.root {data} --model.teacher.checkpoint {data}/cifar10-teacher.safetensors",
+    ),
+)  # fmt: skip
+HEAD = """# Results
+
+Every number on this page is written by one command, `python tests/bench/results.py --data ROOT`: the students of a
+recipe by several methods (`bdistil compare`, see [Comparisons](compare.md)), on the same data, teacher, optimizer and
+epochs. Validation selects; the test part is read once a training. Also where bdistil loses.
+
+"""
+
+
+def measure(part, output, data):
+    """Runs one comparison; its section of the page."""
+    name, heading, recipe, seeds, methods, options = part
+    folder = output / name
+    command = [sys.executable, "-m", "bdistil.cli", "compare", "--config", recipe, "--output", str(folder)]
+    command += ["--seeds", str(seeds), "--methods", *methods.split(), *options.format(data=data).split()]
+    subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "disabled"})
+    return section(heading, recipe, folder)
+
+
+def section(heading, recipe, folder):
+    name = Path(recipe).stem
+    picture = f"results-{folder.name}.png"
+    (DOCS / picture).write_bytes((folder / "compare-macs.png").read_bytes())
+    text = (folder / "compare.md").read_text()
+    return f"## {heading}\n\nRecipe `{name}`.\n\n![Test figures of every method over MACs]({picture})\n\n{text}\n"
+
+
+def environment():
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    facts = {"commit": revision.stdout.strip() or "none", "python": platform.python_version(),
+             "torch": torch.__version__, "system": platform.system(), "processors": os.cpu_count()}  # fmt: skip
+    return "Measured with " + ", ".join(f"{key} {value}" for key, value in facts.items()) + ".\n\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/results"))
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--only", nargs="*", help="names of parts; the others are taken as they are in the output")
+    given = parser.parse_args()
+    page, missing = HEAD + environment(), []
+    for part in PARTS:
+        name, heading, recipe, *_ = part
+        if given.only is None or name in given.only:
+            page += measure(part, given.output, given.data)
+        elif (given.output / name / "compare.md").exists():
+            page += section(heading, recipe, given.output / name)
+        else:
+            missing.append(name)
+    page += f"Not measured: {', '.join(missing)}.\n" if missing else ""
+    (DOCS / "results.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()
