@@ -169,7 +169,9 @@ class ApiTeacher(nn.Module):
         number = self.cache.sending(len(batch))
         failure = None
         try:
-            answers = self.ask(batch)
+            # Answers are recorded: they must not depend on the precision in which the caller happens to train.
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                answers = self.ask(batch)
         except Exception as error:
             failure = as_api_error(error)
             if failure is None:
@@ -228,7 +230,7 @@ def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple
     shape = (count,) if kind == "labels" else (count, outputs)
     rows: np.ndarray
     try:
-        rows = np.array(answers.cpu().numpy() if isinstance(answers, Tensor) else answers, dtype=np.float32)
+        rows = np.array(answers.cpu().float().numpy() if isinstance(answers, Tensor) else answers, dtype=np.float32)
     except (TypeError, ValueError, OverflowError):
         rows = np.empty(())
     if rows.shape not in (shape, (count, columns)):

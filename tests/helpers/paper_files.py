@@ -1,5 +1,6 @@
 """Small files in the true format of the data sets of the paper, written byte by byte where a library would differ."""
 
+import gzip
 import struct
 import zlib
 
@@ -202,4 +203,19 @@ def write_har(root):
             (folder / part / "Inertial Signals" / f"{signal}_{part}.txt").write_text(text)
         (folder / part / f"y_{part}.txt").write_text("".join(f"{i % 6 + 1}\n" for i in range(count)))
         (folder / part / f"subject_{part}.txt").write_text("".join(f"{subjects[i % 21]}\n" for i in range(count)))
+    return folder
+
+
+def write_mnist(root, train=40, test=20):
+    """The four idx files of MNIST; pixel (y, x) of image i is (8 y + x + i) mod 256, its label i mod 10."""
+    folder = root / "mnist"
+    folder.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:28, :28]
+    for name, count in (("train", train), ("t10k", test)):
+        numbers = np.arange(count)
+        images = ((8 * y + x + numbers[:, None, None]) % 256).astype(np.uint8)
+        header = struct.pack(">iiii", 0x00000803, count, 28, 28)
+        labels = struct.pack(">ii", 0x00000801, count) + (numbers % 10).astype(np.uint8).tobytes()
+        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
+        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
     return folder

@@ -47,6 +47,17 @@ def test_labels_become_one_hots_of_the_length_of_a_normal_vector(make):
     assert sorted(logits[0].tolist()) == [0, 0, 0, math.sqrt(OUTPUTS)]
 
 
+def test_answers_do_not_depend_on_the_precision_of_the_caller(make, tmp_path):
+    net, x = torch.nn.Linear(6, OUTPUTS).requires_grad_(False), inputs(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, logits = net(x), make(lambda batch: net(torch.from_numpy(batch)))(x)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(logits, net(x), atol=1e-6)
+    assert not torch.allclose(rounded.float(), net(x), atol=1e-6)
+    of_bfloat16 = make(lambda batch: rounded, name="rounded", cache=tmp_path / "rounded", batch_size=8)
+    assert torch.equal(of_bfloat16(x), rounded.float())
+
+
 # ---- counting, the cache, the budget
 
 
