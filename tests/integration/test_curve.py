@@ -94,8 +94,8 @@ def test_the_test_part_is_read_at_the_end(finished):
 def test_recomputed_state_costs_what_it_runs(tmp_path):
     boost(tmp_path, settings=settings_for(2, state="recompute"))
     teacher, _, second = curve(tmp_path)
-    # A step runs the student three times, the first student's body for the link, and the teacher.
-    a_sample = 3 * (BODY + HEAD + JOIN) + BODY + int(teacher["macs"])
+    # A step runs the student three times, the whole first student, for its link and its error, and the teacher.
+    a_sample = 3 * (BODY + HEAD + JOIN) + BODY + HEAD + int(teacher["macs"])
     assert int(second["train_macs"]) == a_sample * TRAIN * EPOCHS
 
 
