@@ -6,6 +6,8 @@ Letters in shapes, the same everywhere: N samples, L outputs (classes), T rounds
 g teacher logits, f_t student t, S running error.
 """
 
+from importlib.metadata import version
+
 from bdistil.utils.drawing import drop_missing_backend
 
 drop_missing_backend()  # before torchmetrics imports matplotlib
@@ -25,6 +27,8 @@ from bdistil.teachers.exported import OnnxTeacher, TorchScriptTeacher
 from bdistil.teachers.http_endpoint import HttpEndpoint
 from bdistil.teachers.offline import OfflineTeacher
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher, FrozenTeacher
+
+__version__ = version("bdistil")
 
 __all__ = [
     "AdaptedTeacher",

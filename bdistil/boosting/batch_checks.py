@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bdistil.boosting.part import Part
+from bdistil.boosting.settings import RECOMPUTE
 from bdistil.data.loaders.checks import same_x
 from bdistil.data.loaders.fingerprints import leaves, spread
 from bdistil.errors import UserError
@@ -21,16 +23,31 @@ from bdistil.metrics.cost import as_written
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.trees import take_rows
 
+TRIES = 8  # of a hook that changes some batches at random
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 READ, COMPARED = 16, 4  # samples whose sizes are looked at, and smallest and largest ones that are compared
 # Largest change of a logit, relative to the largest logit, that counts as rounding.
 ROUNDING = 1e-3
 
 
-def check_hooks(datamodule: pl.LightningDataModule) -> None:
-    """Raises UserError where a data module changes batches after they are read."""
-    for hook in HOOKS:
-        if is_overridden(hook, datamodule, pl.LightningDataModule):
+def check_hooks(datamodule: pl.LightningDataModule, loader: Any) -> None:
+    """Tries hooks of a data module on a batch (x, y, index) of a loader of (x, y), as in training.
+
+    Raises:
+        UserError: one changes the batch after it was read.
+    """
+    hooks = [hook for hook in HOOKS if is_overridden(hook, datamodule, pl.LightningDataModule)]
+    if not hooks or not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Sized) or not loader.dataset:
+        return
+    last = len(loader.dataset) - 1
+    x, y = loader.collate_fn([loader.dataset[0], loader.dataset[last]])
+    batch = [x, y, torch.tensor([0, last])]
+    if datamodule.trainer is not None:
+        datamodule.trainer.training = True
+    for hook in hooks * TRIES:
+        device = [torch.device("cpu")] if hook == "transfer_batch_to_device" else []
+        found = getattr(datamodule, hook)(tuple(copy.deepcopy(batch)), *device, 0)
+        if not isinstance(found, list | tuple) or not same_x(batch, found):
             raise UserError(
                 f"`{type(datamodule).__name__}.{hook}` changes batches after they are read, which the ledger would not "
                 "see. Do it in the dataset or the collate function."
@@ -73,7 +90,7 @@ def check_independence(parts: Iterable[Part], nets: Mapping[str, nn.Module]) -> 
             raise UserError(
                 f"The collate function of `{part.method}()` gives two different x for the same samples at two readings "
                 "(MixUp, CutMix or another augmentation), so cached teacher logits would not belong to the x of a "
-                "batch. Give BoostingSettings(state='recompute') to evaluate the teacher on every batch."
+                f"batch. Give {RECOMPUTE} to evaluate the teacher on every batch."
             )
         for name, net in nets.items():
             if _sees_the_batch(net, rows):
@@ -81,7 +98,7 @@ def check_independence(parts: Iterable[Part], nets: Mapping[str, nn.Module]) -> 
                     f"x of a sample of `{part.method}()` depends on the batch that it is in (padding to the longest, "
                     f"or statistics of the batch), and the {name} answers differently, so cached logits would not "
                     "belong to it. Pad to a common length, let the network use a mask or lengths, or give "
-                    "BoostingSettings(state='recompute')."
+                    f"{RECOMPUTE}."
                 )
 
 

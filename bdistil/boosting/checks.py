@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bdistil.boosting.batch_checks import check_hooks
-from bdistil.boosting.settings import BoostingSettings
+from bdistil.boosting.settings import RECOMPUTE, BoostingSettings
 from bdistil.data.loaders import LOADERS, Views, is_random, paired, single_loader, with_trainer
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
@@ -42,12 +42,12 @@ def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | 
                 f"Expected `{type(datamodule).__name__}` to define `{method}()`. Students are accepted by their error "
                 "on the validation part; split one off the training part."
             )
-    check_hooks(datamodule)
     with with_trainer(datamodule), _data_errors(datamodule):
         rank_zero_only(datamodule.prepare_data)()
         datamodule.setup("fit")
         loaders = [single_loader(getattr(datamodule, name)()) for name in LOADERS]
-    train, val = (as_pairs(loader, name, settings) for loader, name in zip(loaders, LOADERS, strict=True))
+        train, val = (as_pairs(loader, name, settings) for loader, name in zip(loaders, LOADERS, strict=True))
+        check_hooks(datamodule, train)
     return check_batches(train), val
 
 
@@ -116,14 +116,15 @@ def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bo
     if settings.views is None and (random or is_random(_Collated(loader, loader.dataset))):
         raise UserError(
             "Reading a training sample twice gives two different x (random augmentation), so cached teacher logits "
-            "would not belong to the x of a batch. Give BoostingSettings(state='recompute') to evaluate the teacher on "
-            "every batch, or BoostingSettings(views=K) to cache its logits on K fixed views of each sample."
+            f"would not belong to the x of a batch. Give {RECOMPUTE} to evaluate the teacher on "
+            "every batch, or BoostingSettings(views=K) (model.boosting.views) to cache its logits on K fixed views of "
+            "each sample."
         )
     if is_random(_Collated(loader, Views(loader.dataset, seed))):
         raise UserError(
             f"`views={settings.views}` fixes what a dataset draws from the generators of Python, NumPy and torch, but "
             "reading a view twice gives two different x: the collate function augments, or the dataset has a generator "
-            "of its own. Augment in the dataset's __getitem__, or give BoostingSettings(state='recompute')."
+            f"of its own. Augment in the dataset's __getitem__, or give {RECOMPUTE}."
         )
     return random
 

@@ -269,19 +269,31 @@ class Boosting:
                 labels=self.settings.labels, ignore_index=self.settings.ignore_index, prepare=plan.parts.renew,
             ):  # fmt: skip
                 yield this
-            if self.rehearsed is not None:
-                self._end_rehearsal(new)
+            if self._ends_here(this.module, before, new):
                 return
-            self._check_verdict(number, before)
             gc.collect()  # a Trainer lingers in reference cycles
 
-    def _check_verdict(self, number: int, before: tuple[int, int]) -> None:
-        """Raises RunError for a round that has no more verdicts than before."""
-        if self.run.verdicts(number) == before:
+    def _ends_here(self, module: BoostingRound, before: tuple[int, int], new: bool) -> bool:
+        """Whether the loop over the rounds ends: after a fast_dev_run, and where no Trainer was given the module.
+
+        Raises:
+            RunError: the module was fitted, and there are no more verdicts than `before`.
+        """
+        if self.rehearsed is not None:
+            self._end_rehearsal(new)
+            return True
+        if self.run.verdicts(module.number) != before:
+            return False
+        if is_attached(module):
             raise RunError(
-                f"Round {number + 1} came back without a verdict. Was its module fitted to the end by a Trainer with "
-                "callbacks=[controller]?"
+                f"Round {module.number + 1} came back without a verdict. Was its module fitted to the end by a Trainer "
+                "with callbacks=[controller]?"
             )
+        rank_zero_warn(
+            f"Round {module.number + 1} was not fitted, so the loop over `rounds()` ends; nothing of it was committed. "
+            "Fit the module of each round: trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)."
+        )
+        return True
 
     def _plan_round(self, plan: RunPlan, fingerprint: str) -> RoundPlan | None:
         """The next round, with its student built; None when the run is finished."""
@@ -419,6 +431,14 @@ class Boosting:
                 "figures; the ensemble is complete."
             )
             return None
+
+
+def is_attached(module: pl.LightningModule) -> bool:
+    """Whether a Trainer was given the module."""
+    try:
+        return module.trainer is not None
+    except RuntimeError:
+        return False
 
 
 def table_figure(table: OfflineTeacher, loader: Any, task: Task) -> float | None:

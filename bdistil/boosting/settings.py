@@ -12,6 +12,9 @@ from bdistil.functional.boosting import gamma_of
 from bdistil.metrics.quality import UNLABELLED, Task
 from bdistil.models.student import Rung, Student
 
+# The way out of what cached logits do not allow, in messages: in a script, and in a recipe.
+RECOMPUTE = "BoostingSettings(state='recompute') (model.boosting.state: recompute)"
+
 
 def _default_ladder() -> list[Rung]:
     """No link, one link, then two links through a hidden joint layer."""

@@ -293,7 +293,7 @@ class BoostCLI(LightningCLI):
                     "The data have no labels (model.boosting.labels: null), so the recipe cannot train its teacher. "
                     "Give a trained one by model.teacher.checkpoint."
                 )
-            rank_zero_info(f"Training the teacher for {spec.epochs} epochs …")
+            rank_zero_info(f"Training the teacher (max_epochs={spec.epochs}) …")
             spec.network.requires_grad_(True).train()
             keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")
             trainer = self.new_trainer(

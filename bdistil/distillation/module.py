@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bdistil.data.loaders import Index
+from bdistil.data.loaders.batches import PairCollate
 from bdistil.distillation.last_layer import last_layers
 from bdistil.errors import UserError
 from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
@@ -47,6 +48,7 @@ class Distillation(pl.LightningModule):
             the noise without a bias towards its own errors. Costs a pass over the training part per epoch.
         lr: learning rate of AdamW, on a cosine over the fit. Override `configure_optimizers` for another optimizer.
         weight_decay: of AdamW.
+        labels: key of y in batches that are mappings.
 
     Raises:
         UserError: a weight, factor or temperature out of its range.
@@ -76,6 +78,7 @@ class Distillation(pl.LightningModule):
         unbiased: bool = False,
         lr: float = 1e-2,
         weight_decay: float = 1e-4,
+        labels: str = "labels",
     ) -> None:
         super().__init__()
         weight = CAUTIOUS if distillation_weight == "auto" else distillation_weight
@@ -89,7 +92,7 @@ class Distillation(pl.LightningModule):
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
         self.distillation_weight, self.weight_factor, self.temperature = distillation_weight, weight_factor, temperature
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
-        self.weight = float(weight)
+        self.weight, self._pairs = float(weight), PairCollate(list, labels)
         self._control: list[Tensor] = []
 
     def forward(self, x: Any) -> Tensor:
@@ -101,25 +104,31 @@ class Distillation(pl.LightningModule):
         answers = [at_least_float32(teacher(x)) for teacher in self.teachers]
         return answers[0] if len(answers) == 1 else torch.stack(answers)
 
-    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
-        """The loss of a batch (x, y), or (x, y, index) beside LossMixing."""
-        terms = self._terms(batch)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch (x, y), of a mapping with a key for y, or of (x, y, index) beside LossMixing."""
+        x, y, *index = self._split(batch)
+        terms = self._terms(x, y, *index)
         if self.sample_weights is not None:
-            return mixed_loss(terms, self.sample_weights(batch[2]))
+            return mixed_loss(terms, self.sample_weights(index[0]))
         loss = ((1.0 - self.weight) * terms.ce + self.weight * _mean_kl(terms)).mean()
         pull = zip(self._control, self.student.parameters(), strict=False)
         return loss + self.weight * sum(((c * p).sum() for c, p in pull), torch.zeros((), device=self.device))
 
-    def _terms(self, batch: Sequence[Any]) -> KDTerms:
-        index = batch[2] if len(batch) > 2 else None
-        return kd_terms(self(batch[0]), self.teacher_logits(batch[0], index), batch[1], temperature=self.temperature)
+    def _split(self, batch: Any) -> tuple[Any, ...]:
+        """(x, y), or (x, y, index), of a batch."""
+        pair, index = (batch, ()) if isinstance(batch, Mapping) else (batch[:2], batch[2:])
+        return *self._pairs.split(pair), *index
 
-    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
+    def _terms(self, x: Any, y: Tensor, index: Index | None = None) -> KDTerms:
+        return kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs accuracy and cross entropy."""
-        logits = self(batch[0])
-        right = (logits.argmax(-1) == batch[1]).float().mean()
-        scores = {"val_accuracy": right, "val_loss": F.cross_entropy(logits, batch[1])}
-        self.log_dict(scores, batch_size=len(batch[1]), prog_bar=True, sync_dist=True)
+        x, y, *_ = self._split(batch)
+        logits = self(x)
+        right = (logits.argmax(-1) == y).float().mean()
+        scores = {"val_accuracy": right, "val_loss": F.cross_entropy(logits, y)}
+        self.log_dict(scores, batch_size=len(y), prog_bar=True, sync_dist=True)
 
     # ---- hooks
 
@@ -150,9 +159,9 @@ class Distillation(pl.LightningModule):
         parameters, samples = list(self.student.parameters()), 0
         total = [torch.zeros_like(p) for p in parameters]
         with eval_mode(self.student):
-            for x, y, *index in loader:
-                x, y = self.trainer.strategy.batch_to_device((x, y), self.device)
-                terms = self._terms((x, y, *index))
+            for batch in loader:
+                x, y, *index = self._split(self.trainer.strategy.batch_to_device(batch, self.device))
+                terms = self._terms(x, y, *index)
                 gradients = torch.autograd.grad((terms.ce - _mean_kl(terms)).sum(), parameters)
                 total, samples = [t + g for t, g in zip(total, gradients, strict=True)], samples + len(y)
         return [part / samples for part in total]

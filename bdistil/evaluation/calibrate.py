@@ -205,8 +205,9 @@ def format_calibration(calibration: Calibration, macs: Sequence[int]) -> str:
     lines = [table(rows)]
     if exits:
         lines.append(
-            f"\n{exits.rule}, to {exits.target}: accuracy {exits.accuracy:.4f} of {exits.full_accuracy:.4f} on "
-            f"validation, {exits.average_macs:,.0f} MACs on average of {macs[-1]:,}.\n{exits.outlook}"
+            f"\n{exits.rule}, to {exits.target}: accuracy {exits.accuracy:.4f} on validation, where all "
+            f"stages have {exits.full_accuracy:.4f}; {exits.average_macs:,.0f} of {macs[-1]:,} MACs on average.\n"
+            f"{exits.outlook}"
         )
     if calibration.weights:
         lines.append("Weights of the students: " + "  ".join(f"{weight:.3f}" for weight in calibration.weights))

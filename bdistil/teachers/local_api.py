@@ -113,7 +113,7 @@ class LocalApi:
 
     def _load(self) -> None:
         if not self.checkpoint.is_file():
-            rank_zero_info(f"Training the network behind the API for {self.epochs} epochs …")
+            rank_zero_info(f"Training the network behind the API (max_epochs={self.epochs}) …")
             reseed(self.seed, "network behind the API")
             trainer = pl.Trainer(
                 max_epochs=self.epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,

@@ -176,14 +176,63 @@ def test_a_collate_function_that_mixes_samples_is_refused(tmp_path, collate, mes
 # ---- hooks and loaders that change batches
 
 
-@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
-def test_hooks_of_a_data_module_are_refused(tmp_path, hook):
+HOOKS = ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"]
+
+
+def brighter(self, batch):
+    return batch[0] + 1, *batch[1:]
+
+
+def brighter_in_place(self, batch):
+    batch[0].add_(1)
+    return batch
+
+
+def brighter_in_training(self, batch):
+    return brighter(self, batch) if self.trainer.training else batch
+
+
+def brighter_at_random(self, batch):
+    return brighter(self, batch) if torch.rand(()) < 0.7 else batch
+
+
+def other_labels(self, batch):
+    return batch[0], 1 - batch[1], batch[2]
+
+
+CHANGES = [brighter, brighter_in_place, brighter_in_training, brighter_at_random, other_labels]
+
+
+@pytest.mark.parametrize(("hook", "change"), [*[(hook, brighter) for hook in HOOKS], *[(HOOKS[2], c) for c in CHANGES]])
+def test_hooks_of_a_data_module_that_change_batches_are_refused(tmp_path, hook, change):
     class Hooked(Toys):
         pass
 
-    setattr(Hooked, hook, lambda self, batch, *args: batch)
+    setattr(Hooked, hook, lambda self, batch, *args: change(self, batch))
     with pytest.raises(UserError, match=rf"`Hooked\.{hook}` changes batches.*dataset or the collate function"):
         boost(tmp_path, Hooked())
+
+
+def test_hooks_of_a_data_module_that_change_nothing_are_called(tmp_path):
+    called = []
+
+    class Hooked(Toys):
+        pass
+
+    def counted(hook):
+        def call(self, *args):
+            called.append(hook)
+            return getattr(Toys, hook)(self, *args)
+
+        return call
+
+    for hook in HOOKS:
+        setattr(Hooked, hook, counted(hook))
+    ensemble = boost(tmp_path / "hooked", Hooked(), **SHORT).ensemble
+    assert min(called.count(hook) for hook in HOOKS) > 20
+    expected = boost(tmp_path / "plain", **SHORT).ensemble
+    for found, wanted in zip(ensemble.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted)
 
 
 class Brighter(DataLoader):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.toys import make_trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bdistil.distillation.module import Distillation
 from bdistil.errors import UserError
@@ -42,6 +44,34 @@ def test_softmax_and_losses_are_float32_in_mixed_precision(batch):
     torch.testing.assert_close(loss, by_hand(logits.float(), [goal.float()], batch[1], 0.9), rtol=1e-6, atol=0)
     double = Distillation(nn.Linear(6, 4).double(), nn.Linear(6, 4).double())
     assert double(batch[0].double()).dtype is torch.float64
+
+
+class Summed(nn.Linear):
+    """Reads mappings."""
+
+    def forward(self, x):
+        return super().forward(x["a"] + x["b"])
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_batches_may_be_mappings_with_a_key_for_the_labels(unbiased):
+    torch.manual_seed(0)
+    a, b, y = torch.randn(24, 6), torch.randn(24, 6), torch.randint(0, 4, (24,), dtype=torch.int32)
+    student, teacher = Summed(6, 4), Summed(6, 4)
+    module = Distillation(student, teacher, distillation_weight=0.3, temperature=TAU, unbiased=unbiased, labels="y")
+    plain = Distillation(nn.Linear(6, 4), nn.Linear(6, 4), distillation_weight=0.3, temperature=TAU, unbiased=unbiased)
+    plain.load_state_dict(module.state_dict())
+    plain.teachers[0].module.load_state_dict(teacher.state_dict())
+    pairs = [(row, number) for row, number in zip(a + b, y.long(), strict=True)]
+    mappings = [{"a": a[n], "b": b[n], "y": y[n]} for n in range(24)]
+    found = []
+    for one, data in ((module, mappings), (plain, pairs)):
+        trainer = make_trainer(enable_checkpointing=False)
+        trainer.fit(one, DataLoader(data, 8), DataLoader(data, 8))
+        found.append(trainer.callback_metrics)
+    torch.testing.assert_close(module.student.weight, plain.student.weight)
+    assert found[0] == found[1]
+    assert set(found[0]) == {"val_accuracy", "val_loss"}
 
 
 def test_teachers_are_frozen_and_in_no_checkpoint():

@@ -18,6 +18,7 @@ from bdistil.utils.drawing import drop_missing_backend
         ("module://bdistil.no_such_backend", None),
         ("module://matplotlib.backends.backend_svg", "module://matplotlib.backends.backend_svg"),
         ("Agg", "Agg"),
+        ("no_such_backend", None),
     ],
 )
 def test_only_a_backend_that_is_not_installed_is_dropped(monkeypatch, given, left):
@@ -27,8 +28,9 @@ def test_only_a_backend_that_is_not_installed_is_dropped(monkeypatch, given, lef
     monkeypatch.setenv("MPLBACKEND", given)  # for the guard against leaks
 
 
-def test_the_program_starts_in_a_notebook_of_another_environment():
-    environ = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"])
+def test_the_program_starts_with_a_backend_of_another_environment(backend):
+    environ = {**os.environ, "MPLBACKEND": backend}
     done = subprocess.run(
         [sys.executable, "-m", "bdistil.cli", "recipes"], env=environ, capture_output=True, text=True, check=False
     )

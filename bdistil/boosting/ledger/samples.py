@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bdistil.boosting.ledger.fingerprints import SampleSketches
+from bdistil.boosting.settings import RECOMPUTE
 from bdistil.data.loaders import Index
 from bdistil.data.loaders.fingerprints import (
     Digests,
@@ -46,13 +47,13 @@ SEED = (
     "another `run_dir`. A curriculum keeps the dataset, and chooses samples by a sampler."
 )
 RANDOM = (
-    "Give BoostingSettings(state='recompute') to evaluate the teacher on every batch, or BoostingSettings(views=K) to "
+    f"Give {RECOMPUTE} to evaluate the teacher on every batch, or BoostingSettings(views=K) (model.boosting.views) to "
     "cache its logits on K fixed views of each sample."
 )
 WAY = (
     "A hook such as `transfer_batch_to_device`, a callback, or a collate function that mixes or pads the samples of a "
     "batch changes them after they are read, so that cached logits of the teacher do not belong to them. Change "
-    "samples in the dataset, one by one, or give BoostingSettings(state='recompute')."
+    f"samples in the dataset, one by one, or give {RECOMPUTE}."
 )
 
 
@@ -238,7 +239,7 @@ class SampleGuard:
             rank_zero_warn(
                 f"Sample {number} of `{self.name}()` has tensors of {alone} alone, and of {list(shapes)} in a batch. "
                 "Cached logits belong to it only if teacher and students do not see the padding; if they do, give "
-                "BoostingSettings(state='recompute')."
+                f"{RECOMPUTE}."
             )
             return
         raise UserError(f"The {_and(names)} of sample {number} in a batch of `{self.name}()` has changed. {WAY}")

@@ -107,7 +107,7 @@ def run_stage(
     done, last = folder / "done.json", folder / "last.ckpt"
     if not done.exists():
         resumed = ", resumed" if last.exists() else ""
-        rank_zero_info(f"MEKD, {folder.name}{resumed}: training for {epochs} epochs …")
+        rank_zero_info(f"MEKD, {folder.name}{resumed}: training (max_epochs={epochs}) …")
         keeper = StageKeeper(folder)
         trainer = make_trainer(callbacks=[keeper], max_epochs=epochs, default_root_dir=str(folder))
         with indexed_loaders(data, seed_of(seed, folder.name)):
