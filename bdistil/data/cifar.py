@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from bdistil.data.base import ImageModule, Images
 from bdistil.data.readers import Source, load_arrays, pad_crop_flip
 from bdistil.errors import UserError
 
-SIDE, PADDING = 32, 4
+SIDE = 32
 TRAIN, TEST = 50_000, 10_000
 URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
 COMMANDS = "mkdir -p {{root}} && curl -L https://www.cs.toronto.edu/~kriz/{file} | tar xz -C {{root}}"
@@ -49,7 +49,10 @@ def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tens
 class Cifar10(ImageModule):
     """CIFAR-10, 32x32 colour images of 10 classes, from `cifar-10-batches-py`.
 
-    With `augment`, training images are padded by 4, cropped and flipped. Arguments as for `ImageModule`.
+    Args:
+        padding: pixels by which `augment` moves training images at most, padding and cropping them; it also flips them.
+            Tiny students, which have little capacity to spare, learn more from 2 than from the usual 4.
+        options: as for `ImageModule`.
     """
 
     SOURCE = Source("CIFAR-10", URL, COMMANDS.format(file="cifar-10-python.tar.gz"), "cifar-10-batches-py")
@@ -62,9 +65,15 @@ class Cifar10(ImageModule):
     MEAN = (0.4914, 0.4822, 0.4465)
     STD = (0.2470, 0.2435, 0.2616)
 
+    def __init__(self, root: str = "data", *, padding: int = 4, **options: Any) -> None:
+        super().__init__(root, **options)
+        if not 0 <= padding < SIDE:
+            raise UserError(f"Expected `padding` in 0 … {SIDE - 1}, got {padding}.")
+        self.padding = padding
+
     def transforms(self, augment: bool) -> list[v2.Transform]:
         """The augmentation of CIFAR, or nothing."""
-        return pad_crop_flip(SIDE, PADDING) if augment else []
+        return pad_crop_flip(SIDE, self.padding) if augment else []
 
     def read(self) -> tuple[Images, Images]:
         """Images uint8 (N, 3, 32, 32) and labels (N,) of the two official parts."""

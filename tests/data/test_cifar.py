@@ -66,9 +66,11 @@ def test_only_the_training_part_is_augmented(root):
     assert not is_random(augmented.parts["test"])
 
 
-def test_augmentation_pads_crops_and_flips(root):
+@pytest.mark.parametrize("most", [4, 2])
+def test_augmentation_pads_crops_and_flips(root, most):
     """Green is 8 y: a shift of up to 4 rows, with black above or below. Red is 8 x, mirrored in half of the cases."""
-    part = opened(Cifar10, root, augment=True).parts["train"]
+    given = {} if most == 4 else {"padding": most}
+    part = opened(Cifar10, root, augment=True, **given).parts["train"]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (Cifar10.MEAN, Cifar10.STD))
     shifts, mirrored = set(), 0
     for _ in range(200):
@@ -77,8 +79,13 @@ def test_augmentation_pads_crops_and_flips(root):
         shifts.add(int(middle_row[16] - 128) // 8)
         mirrored += bool(middle_column[20] < middle_column[12])
         assert set(middle_row.diff().tolist()) <= {8.0, 0.0, -248.0, *(8.0 * k for k in range(5))}
-    assert shifts == set(range(-4, 5))
+    assert shifts == set(range(-most, most + 1))
     assert 60 < mirrored < 140
+
+
+def test_padding_beyond_the_image_is_refused(root):
+    with pytest.raises(UserError, match=r"Expected `padding` in 0 … 31, got 32"):
+        opened(Cifar10, root, augment=True, padding=32)
 
 
 def test_nothing_but_arrays_is_unpickled(tmp_path):
