@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.up-to-date
 
-.PHONY: help setup demo test test-slow test-slurm bench docs lint format clean
+.PHONY: help setup demo test test-slow test-slurm bench bench-check docs lint format clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv and install bdistil into it (editable); skipped when up to date
 
@@ -27,8 +27,11 @@ test-slow: setup  ## slow tests
 test-slurm: setup  ## the shipped jobs on a SLURM that is started on this machine (root; Debian)
 	$(BIN)/pytest -m slurm tests/cluster
 
-bench: setup  ## timings
-	$(BIN)/python -m pytest -q -s tests/bench -m slow -p no:xdist
+bench: setup  ## measurements, hours; ratios go to bench.json (BENCH=tests/bench/test_speed.py runs one file)
+	$(BIN)/python -m pytest -q -s $(or $(BENCH),tests/bench) -m slow -p no:xdist
+
+bench-check:  ## report which ratios of bench.json are 20 % worse than tests/bench/baseline.json
+	$(BIN)/python tests/bench/compare.py bench.json tests/bench/baseline.json
 
 docs: setup  ## the documentation, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -109,7 +109,7 @@ def by_hand(students, x):
 
 
 @pytest.mark.parametrize(("make", "batch"), [(conv, 16), (conv, 64), (lstm, 8), (lstm, 64)])
-def test_predict_and_the_generator_cost_what_the_students_do(make, batch):
+def test_predict_and_the_generator_cost_what_the_students_do(record, make, batch):
     ensemble, x = ensemble_of(make), torch.randn(batch, *SHAPES[make])
     students = list(ensemble.students)
     for k in (1, T):
@@ -122,6 +122,7 @@ def test_predict_and_the_generator_cost_what_the_students_do(make, batch):
         stage = hand / k
         print(f"\n{make.__name__}, batch {batch}, {k} of {T}, stage {1e3 * stage:.2f} ms: predict / students by hand "
               f"{predict / hand:.3f}, generator / by hand {stages / hand:.3f} (bound 1.10)")  # fmt: skip
+        record(f"predict / students by hand, {make.__name__}, batch {batch}, {k} of {T}", predict / hand)
         assert stage >= 0.3e-3
         assert predict <= 1.10 * hand
         assert stages <= 1.10 * hand

@@ -113,7 +113,7 @@ def mean_stages(predictions):
     return float(np.concatenate([np.asarray(prediction.stages) for prediction in predictions]).mean())
 
 
-def test_single_samples_stop_where_a_loop_by_hand_does(served):
+def test_single_samples_stop_where_a_loop_by_hand_does(served, record):
     ensemble, x = served
     singles = [x[i : i + 1] for i in range(SINGLES)]
     hand = [ensemble.by_hand(sample, 0.9) for sample in singles]
@@ -130,13 +130,16 @@ def test_single_samples_stop_where_a_loop_by_hand_does(served):
         f"of the loop by hand (bound 1.2), {exits / whole:.2f} of all stages (bound 0.6; all: "
         f"{1e6 * whole / SINGLES:.0f} µs); {never / whole:.3f} of all stages where nearly none is sure (goal 1.03)"
     )
+    kind = type(ensemble).__name__
+    record(f"exits at 0.9 / loop by hand, one sample, {kind}", exits / by_hand)
+    record(f"exits at 0.9 / all stages, one sample, {kind}", exits / whole)
     assert exits <= 1.2 * by_hand
     assert exits <= 0.6 * whole
     assert never <= WORST * whole
 
 
 @pytest.mark.parametrize("size", BATCHES)
-def test_batches_cost_no_more_than_all_stages(served, size):
+def test_batches_cost_no_more_than_all_stages(served, record, size):
     ensemble, x = served
     batches = [x[i : i + size] for i in range(0, len(x) - size + 1, size)][: max(1024 // size, 4)]
     levels = (*SURE, NEVER)
@@ -149,6 +152,7 @@ def test_batches_cost_no_more_than_all_stages(served, size):
     shown = ", ".join(f"{r:.2f} at {p} ({k:.2f} stages)" for r, p, k in zip(ratios, levels, stages, strict=True))
     print(f"\n{type(ensemble).__name__}, batch {size}, all stages {1e6 * whole / len(batches):.0f} µs: {shown}")
     print("goals: 0.7 where the mean of stages is under 2, 1 at 0.9, 1.03 anywhere")
+    record(f"exits at {levels[0]} / all stages, batch {size}, {type(ensemble).__name__}", ratios[0])
     assert ratios[0] <= ensemble.bounds[size]
     assert max(ratios) <= WORST
 

@@ -66,7 +66,7 @@ def smallest_ms(functions, turns):
     return taken.min(0)
 
 
-def test_the_runner_beside_its_sessions_and_eager(case):
+def test_the_runner_beside_its_sessions_and_eager(case, record):
     name, ensemble, _, runner, x = case
     array = x.numpy()
     functions = [sessions_by_hand(runner, array), lambda: runner.predict(array), lambda: list(runner.stages(array)),
@@ -78,26 +78,30 @@ def test_the_runner_beside_its_sessions_and_eager(case):
         f"\n{name:<34} sessions {hand:.3f} ms  predict {predict / hand:.3f}  stages {stages / hand:.3f}  "
         f"of eager PyTorch's {eager:.3f} ms {predict / eager:.3f}"
     )
+    record(f"runner's predict / sessions by hand, {name}", predict / hand)
+    record(f"runner's predict / eager PyTorch, {name}", predict / eager)
     assert predict <= 1.15 * hand
     assert stages <= 1.15 * hand
     assert predict <= 0.4 * eager
 
 
-def test_the_graph_with_exits_beside_its_stages(case):
+def test_the_graph_with_exits_beside_its_stages(case, record):
     """One sample that exits at each stage: in one graph, by checks between the stages, and without checks."""
     name, _, folder, runner, x = case
     array, count, runner.clock = x.numpy(), len(runner), None  # its times may skip the checks
     graph = fused_runner(folder, runner.manifest, write_exits(folder, runner.manifest))
+    arrays = runner.check(array)
     for number in range(count):
         thresholds = exit_after(number, count)
         exits = Exits("max_prob", thresholds, [1.0] * count)
-        functions = [partial(graph.run_exits, array, thresholds, count),
-                     partial(runner.run_stages, array, exits, count),
+        functions = [partial(graph.run_exits, arrays, thresholds, count),
+                     partial(runner.run_stages, arrays, runner.plan_of(exits, count), count),
                      partial(runner.predict, array, Budget(stages=number + 1))]  # fmt: skip
         smallest_ms(functions, 20)
         one, checked, plain = smallest_ms(functions, TURNS)
         print(
             f"\n{name:<34} exit {number + 1}: graph {one:.3f} ms  with checks {checked:.3f} ms  stages {plain:.3f} ms"
         )
+        record(f"graph with exits / stages with checks, exit {number + 1}, {name}", one / checked)
         assert one <= checked
         assert one <= 1.3 * plain

@@ -95,7 +95,7 @@ def in_process_of_its_own(folder: Path, storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16"])
-def test_a_ledger_of_the_size_of_imagenet(tmp_path_factory, storage):
+def test_a_ledger_of_the_size_of_imagenet(tmp_path_factory, record, storage):
     root = tmp_path_factory.getbasetemp() / "large"
     folder = root / storage
     folder.mkdir(parents=True)
@@ -110,6 +110,8 @@ def test_a_ledger_of_the_size_of_imagenet(tmp_path_factory, storage):
     )
     for file in folder.glob("*.f??"):  # room for the other
         file.unlink()
+    record(f"commit of a large ledger / cat and cp, {storage}", commit / copied)
+    record(f"rows of a large ledger in random batches / one read a row, {storage}", scattered / preads)
     assert resident / 2**20 < 2
     if storage == "float16":
         full, half = (np.load(root / name / "weights.npy") for name in ("float32", "float16"))

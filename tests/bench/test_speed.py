@@ -121,7 +121,7 @@ def round_epochs(folder: Path, make: Callable[[], Student], rounds: list[int], e
 
 # Ratios of neighbouring fits, and their median: what other programs do to one turn does not decide.
 @pytest.mark.parametrize(("make", "bound", "turns"), [(conv, 1.10, 10), (mlp, None, 12)], ids=["conv", "mlp"])
-def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, make, bound, turns):
+def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, record, make, bound, turns):
     """Its saving included. Bounded where a step takes 5 ms or more; measured and printed for shorter steps."""
     ratios, steps = [], []
     for turn in range(turns):
@@ -131,17 +131,19 @@ def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, make, 
     ratio, step = statistics.median(ratios), statistics.median(steps)
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     print(f"\nepoch of a round / plain quiet Trainer, step {step:.2f} ms: {ratio:.3f}, {spread} (bound {bound})")
+    record(f"epoch of a round / plain epoch, {make.__name__}", ratio)
     assert bound is None or ratio <= bound
 
 
-def test_round_16_costs_what_round_2_does(tmp_path):
+def test_round_16_costs_what_round_2_does(tmp_path, record):
     turns = [round_epochs(tmp_path / str(turn), mlp, [1, 15], 12) for turn in range(5)]
     ratio = min(min(times[15]) for times in turns) / min(min(times[1]) for times in turns)
     print(f"\nepoch of round 16 / of round 2: {ratio:.3f} (bound 1.15)")
+    record("epoch of round 16 / of round 2", ratio)
     assert ratio <= 1.15
 
 
-def test_a_commit_costs_about_one_pass(tmp_path):
+def test_a_commit_costs_about_one_pass(tmp_path, record):
     """Verdict and commit of a round: the pass over the training part, the ledger, the files; against the bare pass."""
     settings = BoostingSettings(rounds=5, accept="margin", margin_share=0.0)
     controller = RoundController(tmp_path, teacher=teacher(), student=lambda round: conv(), settings=settings)
@@ -160,6 +162,7 @@ def test_a_commit_costs_about_one_pass(tmp_path):
         trainer.fit(module, data, ckpt_path=controller.ckpt_path)
     ratio = min(commits) / min(passes)
     print(f"\nverdict and commit of a round / one evaluation pass: {ratio:.3f} (bound 1.5)")
+    record("commit of a round / evaluation pass", ratio)
     assert ratio <= 1.5
 
 
