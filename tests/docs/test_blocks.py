@@ -119,7 +119,17 @@ def test_a_fit_is_one_that_could_start(folder, command, capsys):
     assert "boosting:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if " fit " not in command])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in commands() if " compare " in command])
+def test_a_comparison_runs(folder, command):
+    """With one seed, and small rounds."""
+    assert main([*shlex.split(command)[1:], "--seeds", "1", *SMALL[3:]]) == 0
+
+
+TRAINING = (" fit ", " compare ")
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not any(word in c for word in TRAINING)])
 def test_a_command_runs(folder, command, capsys):
     if "executorch" in command:
         pytest.importorskip("executorch")
