@@ -61,7 +61,7 @@ def test_start_replaces_the_first_stages(x):
 
 
 def test_start_with_a_refinement_hands_on_what_it_made_of_the_map(x):
-    refined = lambda round, width=1.0: ConvStudent((3, 4, 6), 2, L, 1, refine=True)  # noqa: E731
+    refined = lambda round, width=1.0: ConvStudent((3, 4, 6), 2, L, 1, refine="residual")  # noqa: E731
     first, second, third = chain(Rung(1, "start", at=2), make=refined, x=x)
     start = second.body.refinement(first.activations(x)[1])
     assert not torch.equal(start, first.activations(x)[1])
