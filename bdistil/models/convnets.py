@@ -125,7 +125,7 @@ class _RefiningStudent(Student):
 
     refine: Refinement | None
     dims: ClassVar[int]
-    pooled: int
+    channels: int  # of its last convolution
 
     def refinement(self, activation: Tensor) -> nn.Module | None:
         """A block of the kind `refine`, if the student refines what it starts from."""
@@ -139,11 +139,6 @@ class _RefiningStudent(Student):
             assert isinstance(last, nn.Sequential)
             last.insert(0, InvertedResidual(self.channels, self.dims))
         return self
-
-    @property
-    def channels(self) -> int:
-        """Channels of its last convolution."""
-        return self.width // self.pooled**self.dims
 
 
 def conv_stages(in_channels: int, channels: Sequence[int], pooled: int) -> list[nn.Sequential]:
@@ -219,7 +214,7 @@ class ConvStudent(_RefiningStudent):
         stages = conv_stages(in_channels, wide, pooled)
         super().__init__(stages=stages, head=nn.Linear(wide[-1] * pooled**2, outputs))
         _check_refinement(refine)
-        self.refine, self.pooled = refine, pooled
+        self.refine, self.channels = refine, wide[-1]
 
 
 def sequence_conv_stages(
@@ -310,4 +305,4 @@ class SequenceConvStudent(_RefiningStudent):
         stages = [nn.Sequential(ChannelsFirst(), *first), *rest]
         super().__init__(stages=stages, head=nn.Linear(wide[-1] * pooled, outputs))
         _check_refinement(refine)
-        self.refine, self.pooled = refine, pooled
+        self.refine, self.channels = refine, wide[-1]
