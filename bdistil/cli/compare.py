@@ -75,7 +75,11 @@ def run_compare(args: Sequence[str]) -> None:
     """The command, on its arguments; what it does not know is for `bdistil fit`."""
     own, options = split_options(args)
     summary = (compare.__doc__ or "").splitlines()[0]
-    parser = Parser(prog="bdistil compare", description=summary, epilog=f"Example: {EXAMPLE}")
+    parser = Parser(
+        prog="bdistil compare",
+        description=summary,
+        epilog=f"All other options are those of `bdistil fit`, and hold for every training. Example: {EXAMPLE}",
+    )
     parser.add_function_arguments(compare, as_positional=False, as_group=False)
     given = parser.instantiate(parser.parse_args(own))
     if given.seeds < 1 or given.workers < 1:

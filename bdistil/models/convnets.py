@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
-from bdistil.models.student import Student, scaled
+from bdistil.models.student import Rung, Student, scaled
 
 
 class Classifier(nn.Module):
@@ -87,6 +88,59 @@ class ResidualConv(nn.Module):
         return out
 
 
+class InvertedResidual(nn.Module):
+    """x + a 1x1, a depthwise 3x3 and a 1x1 convolution, with more channels in between, and ReLU after the sum.
+
+    The block of MobileNetV2 (Sandler et al., arXiv 1801.04381), for maps that a ReLU made. With 32 channels and an
+    expansion of 2 it has half the multiply-adds of a `ResidualConv`.
+    """
+
+    def __init__(self, channels: int, dims: int = 2, expansion: int = 2) -> None:
+        super().__init__()
+        conv, norm, _ = _LAYERS[dims]
+        wide = expansion * channels
+        self.block = nn.Sequential(
+            conv(channels, wide, 1, bias=False), norm(wide), nn.ReLU(inplace=True),
+            conv(wide, wide, 3, padding=1, groups=wide, bias=False), norm(wide), nn.ReLU(inplace=True),
+            conv(wide, channels, 1, bias=False), norm(channels),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, ...) to (B, C, ...)."""
+        out: Tensor = torch.relu(x + self.block(x))
+        return out
+
+
+Refinement = Literal["residual", "inverted"]
+_BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {"residual": ResidualConv, "inverted": InvertedResidual}
+
+
+def _check_refinement(refine: str | None) -> None:
+    if refine is not None and refine not in _BLOCKS:
+        raise UserError(f"Expected `refine` to be one of {', '.join(_BLOCKS)}, or None, got {refine!r}.")
+
+
+class _RefiningStudent(Student):
+    """A student of convolutions that has blocks of its own where it starts from an earlier student's activation."""
+
+    refine: Refinement | None
+    dims: ClassVar[int]
+    channels: int  # of its last convolution
+
+    def refinement(self, activation: Tensor) -> nn.Module | None:
+        """A block of the kind `refine`, if the student refines what it starts from."""
+        return None if self.refine is None else _BLOCKS[self.refine](activation.shape[1], self.dims)
+
+    def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> Student:
+        """As `Student`; with ``refine="inverted"``, one that starts from an activation gets a block at its end."""
+        super().link(earlier, rung, x)
+        if self.refine == "inverted" and self.staged is not None and self.staged.start:
+            last = self.staged.stages[-1]
+            assert isinstance(last, nn.Sequential)
+            last.insert(0, InvertedResidual(self.channels, self.dims))
+        return self
+
+
 def conv_stages(in_channels: int, channels: Sequence[int], pooled: int) -> list[nn.Sequential]:
     """Map images to (B, channels[-1] * pooled²): 3x3 convolutions of stride 2, and average pooling to pooled x pooled.
 
@@ -127,7 +181,7 @@ class StridedConvNet(Classifier):
         super().__init__(body, channels[-1] * pooled**2, outputs, dropout)
 
 
-class ConvStudent(Student):
+class ConvStudent(_RefiningStudent):
     """A tiny strided convolutional student for images (B, C, H, W), with a linear head; each convolution is a stage.
 
     Args:
@@ -136,13 +190,16 @@ class ConvStudent(Student):
         outputs: L.
         pooled: side of the features before the linear head.
         width: factor on all channels, for wider rungs of the ladder.
-        refine: a student that starts from an activation runs a `ResidualConv` on it first.
+        refine: what a student that starts from an activation runs on it first: `residual`, a convolution, or
+            `inverted`, an inverted residual, and another one before its pooling.
 
     Example:
         >>> student = ConvStudent(width=1.5)
         >>> student.features(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 48])
     """
+
+    dims = 2
 
     def __init__(
         self,
@@ -151,16 +208,13 @@ class ConvStudent(Student):
         outputs: int = 10,
         pooled: int = 2,
         width: float = 1.0,
-        refine: bool = False,
+        refine: Refinement | None = None,
     ) -> None:
         wide = scaled(channels, width)
         stages = conv_stages(in_channels, wide, pooled)
         super().__init__(stages=stages, head=nn.Linear(wide[-1] * pooled**2, outputs))
-        self.refine = refine
-
-    def refinement(self, activation: Tensor) -> nn.Module | None:
-        """A residual convolution, if the student refines what it starts from."""
-        return ResidualConv(activation.shape[1]) if self.refine else None
+        _check_refinement(refine)
+        self.refine, self.channels = refine, wide[-1]
 
 
 def sequence_conv_stages(
@@ -214,7 +268,7 @@ class SequenceConvNet(Classifier):
         super().__init__(body, channels[-1] * pooled, outputs, dropout, noise)
 
 
-class SequenceConvStudent(Student):
+class SequenceConvStudent(_RefiningStudent):
     """A tiny convolutional student for sequences (B, M, C), with a linear head; each convolution is a stage.
 
     Args:
@@ -225,12 +279,15 @@ class SequenceConvStudent(Student):
         kernel: size of each convolution in steps, odd.
         pooled: steps after pooling, read by the head.
         width: factor on all channels, for wider rungs of the ladder.
-        refine: a student that starts from an activation runs a `ResidualConv` on it first.
+        refine: what a student that starts from an activation runs on it first: `residual`, a convolution, or
+            `inverted`, an inverted residual, and another one before its pooling.
 
     Example:
         >>> SequenceConvStudent(in_channels=3, outputs=5).features(torch.zeros(2, 20, 3)).shape
         torch.Size([2, 4])
     """
+
+    dims = 1
 
     def __init__(
         self,
@@ -241,14 +298,11 @@ class SequenceConvStudent(Student):
         kernel: int = 5,
         pooled: int = 1,
         width: float = 1.0,
-        refine: bool = False,
+        refine: Refinement | None = None,
     ) -> None:
         wide = scaled(channels, width)
         first, *rest = sequence_conv_stages(in_channels, wide, kernel=kernel, strides=strides, pooled=pooled)
         stages = [nn.Sequential(ChannelsFirst(), *first), *rest]
         super().__init__(stages=stages, head=nn.Linear(wide[-1] * pooled, outputs))
-        self.refine = refine
-
-    def refinement(self, activation: Tensor) -> nn.Module | None:
-        """A residual convolution, if the student refines what it starts from."""
-        return ResidualConv(activation.shape[1], dims=1) if self.refine else None
+        _check_refinement(refine)
+        self.refine, self.channels = refine, wide[-1]

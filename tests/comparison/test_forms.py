@@ -15,7 +15,7 @@ IMAGE = torch.zeros(1, 1, 28, 28)
 
 
 def make_conv(round, width=1.0):
-    return ConvStudent((16, 32), refine=True, width=width)
+    return ConvStudent((16, 32), refine="residual", width=width)
 
 
 def test_macs_of_the_prefixes_are_those_of_a_run(tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 from bdistil import ProgressiveEnsemble, Rung, Student, UserError
 from bdistil.metrics.cost import measure_cost
 from bdistil.models import CifarResNet, ConvStudent, MLPStudent, RecurrentStudent, SequenceConvStudent, WideResNet
+from bdistil.models.convnets import InvertedResidual
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import build_student, link_macs, linked_activations, run_student, sources
 from bdistil.storage.blueprint import describe, rebuild
@@ -61,11 +62,37 @@ def test_start_replaces_the_first_stages(x):
 
 
 def test_start_with_a_refinement_hands_on_what_it_made_of_the_map(x):
-    refined = lambda round, width=1.0: ConvStudent((3, 4, 6), 2, L, 1, refine=True)  # noqa: E731
+    refined = lambda round, width=1.0: ConvStudent((3, 4, 6), 2, L, 1, refine="residual")  # noqa: E731
     first, second, third = chain(Rung(1, "start", at=2), make=refined, x=x)
     start = second.body.refinement(first.activations(x)[1])
     assert not torch.equal(start, first.activations(x)[1])
     assert torch.equal(linked_activations(third, [first, second], x)[0], start)
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_an_inverted_student_has_a_block_where_it_starts_and_one_before_its_pooling(x, kind):
+    def make(round, width=1.0):
+        if kind == "images":
+            return ConvStudent((3, 4, 6), 2, L, 1, refine="inverted")
+        return SequenceConvStudent(2, L, (3, 4, 6), (2, 2, 2), 3, refine="inverted")
+
+    x = x if kind == "images" else x.flatten(2).transpose(1, 2)
+    first, second, third = chain(Rung(1, "start", at=2), make=make, x=x)
+    assert not any(isinstance(module, InvertedResidual) for module in first.modules())
+    theirs = first.activations(x)
+    start = second.body.refinement
+    end, *pool = second.body.stages[1]
+    assert (type(start), type(end)) == (InvertedResidual, InvertedResidual)
+    assert torch.equal(start(theirs[1]), torch.relu(theirs[1] + start.block(theirs[1])))
+    value = end(second.body.stages[0](start(theirs[1])))
+    expected = second.head(nn.Sequential(*pool)(value)) + theirs[FEATURES] @ second.join.project.weight.T
+    torch.testing.assert_close(run_student(second, [first], x), expected)
+    assert torch.equal(linked_activations(third, [first, second], x)[0], start(theirs[1]))
+
+
+def test_an_unknown_refinement_is_refused():
+    with pytest.raises(UserError, match="Expected `refine` to be one of residual, inverted, or None, got True"):
+        ConvStudent((3, 4), refine=True)
 
 
 def test_both_together(x):
@@ -109,6 +136,7 @@ def test_a_student_pays_for_its_own_stages_and_its_links(x):
 
 
 MAKERS = {
+    "conv, inverted": (lambda round, width=1.0: ConvStudent((3, 4), 2, L, 1, width, "inverted"), (2, SIDE, SIDE)),
     "images": (lambda round: ConvStudent((3, 4), 2, L), (2, SIDE, SIDE)),
     "resnet": (lambda round: CifarResNet(8, (3, 3, 4, 5), L), (3, SIDE, SIDE)),
     "wide": (lambda round: WideResNet(10, 0.25, L), (3, SIDE, SIDE)),
