@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bdistil.comparison.methods import MEANING
 from bdistil.comparison.tables import Row, bands, differences, methods_of, summaries
 from bdistil.evaluation.tables import write_csv
 from bdistil.metrics.quality import Task, score_name
-from bdistil.reporting.axes import COLOURS, INK, MUTED, PAPER, draw, log_ticks, note, panels_figure
-from bdistil.reporting.report import inline_svg, versions
+from bdistil.reporting.axes import COLOURS, INK, MUTED, draw, log_ticks, note, panels_figure
+from bdistil.reporting.report import inline_svg, template, versions
 from bdistil.reporting.tables import format_count, format_duration, plain
 from bdistil.storage.files import atomic, disk_errors, write_atomically
 from bdistil.utils.drawing import default_style
@@ -175,15 +174,13 @@ def write_comparison(output: Path, rows: Sequence[Row], task: Task, recipe: str,
         methods = methods_of(rows)
         teacher = next((row for row in rows if row["method"] == "teacher"), None)
         against = methods[0] if len(methods) > 1 else None
-        loader = PackageLoader("bdistil.comparison", ".")
-        page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
-        text = page.render(
+        text = template("comparison.html").render(
             title=f"Comparison {output.resolve().name}", pictures=drawn, colours=list(COLOURS.items()),
             meaning=[(method, MEANING[method]) for method in methods], score=score_name(task),
             summary=summary_table(rows), prefixes=prefix_table(rows), against=against,
             differences=difference_table(rows, against) if against else None,
             teacher=f"{teacher['test_accuracy']:.2%}" if teacher else None,
-            settings=list(settings.items()), recipe=recipe, versions=versions(), paper=PAPER,
+            settings=list(settings.items()), recipe=recipe, versions=versions(),
             csv=(output / "compare.csv").read_text(encoding="utf-8"),
         )  # fmt: skip
         write_atomically(output / "report.html", text)

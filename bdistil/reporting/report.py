@@ -9,7 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from bdistil.ensemble.budget import NEVER
@@ -51,9 +51,7 @@ def write_report(run: RunDirectory) -> Path:
         inline_svg(error_figure(curve, (5.4, 3.8)), "error", "error to the teacher and margins met, by stage"),
     ]
     calibration = load_calibration(run)
-    loader = PackageLoader("bdistil.reporting", ".")
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
-    text = page.render(
+    text = template("report.html").render(
         title=title, score=score, curve=curve, columns=list(COLUMNS), pictures=pictures, colours=list(COLOURS.items()),
         first=curve.stages[0] if curve.stages else {}, last=curve.stages[-1] if curve.stages else {},
         calibration=calibration,
@@ -65,6 +63,12 @@ def write_report(run: RunDirectory) -> Path:
     )  # fmt: skip
     write_atomically(run.report, text)
     return run.report
+
+
+def template(name: str) -> Template:
+    """A page of this folder; a variable that is not given is an error."""
+    loader = PackageLoader("bdistil.reporting", ".")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(name)
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
