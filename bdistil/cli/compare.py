@@ -136,7 +136,12 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
             raise
     rows = gather(output, cells, latencies(model.make_student, settings, forms, x))
     start = describe_start()
-    facts = {"recipe": recipe.stem, "seeds": given.seeds, "commit": start["revision"], "system": start["system"]}
+    facts = {
+        "recipe": recipe.stem,
+        "seeds": given.seeds,
+        "commit": start["revision"] or "none",
+        "system": start["system"],
+    }
     page = write_comparison(output, rows, settings.task, text, facts)
     _track(planned.tracking, output, rows)
     print(format_table(*summary_table(rows)))
