@@ -9,9 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from bdistil.boosting.batch_checks import check_fit
+from bdistil.boosting.batch_checks import check_fit, indexed
 from bdistil.boosting.commit import close_round
 from bdistil.boosting.costs import Uncounted
 from bdistil.boosting.optimization import LRSchedulerCallable, Optimization, OptimizerCallable
@@ -24,6 +25,7 @@ from bdistil.boosting.trainer_checks import (
     check_trainer,
     check_uncompiled,
     check_unused,
+    equal_parameters,
 )
 from bdistil.data.loaders import begin_epoch, check_drawn, distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
@@ -113,6 +115,7 @@ class RoundController(Checkpoint):
         self._plan: RoundPlan | None = None
         self._datamodule: pl.LightningDataModule | None = None
         self._closed, self._first_epoch, self._read = False, True, 0
+        self._final: list[torch.Tensor] = []  # weights of the student that was judged
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
         """The modules of the remaining rounds; fit each with this callback before the next is taken.
@@ -228,13 +231,13 @@ class RoundController(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Compares some samples with those that the teacher was asked about."""
-        self.plan.run.parts.train.see(batch)
+        self.plan.run.parts.train.see(indexed(batch))
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Compares some samples with those that the teacher was asked about."""
-        self.plan.run.parts.val.see(batch)
+        self.plan.run.parts.val.see(indexed(batch))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends the comparison of validation samples."""
@@ -267,15 +270,28 @@ class RoundController(Checkpoint):
         self._close(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes a round that was resumed after its last epoch, for which `on_train_end` is not called."""
+        """Closes a round that was resumed after its last epoch, for which `on_train_end` is not called.
+
+        Otherwise warns of weights that another callback has changed since.
+        """
         if not self._closed:
             pl_module.to(self.device)
             self._close(trainer)
             pl_module.cpu()
+        elif not equal_parameters(self.plan.module.student, self._final):
+            rank_zero_warn(
+                f"A callback changed the weights of the student of round {self.number + 1} in `on_fit_end`, after it "
+                "was judged and committed, so the run does not have them. Change weights in `on_train_end` at the "
+                "latest."
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go of the run directory; prints how to resume after Ctrl-C, which Lightning handles."""
         self.run.lock.release()  # the loop may be kept alive by the traceback, as in a notebook
+        if isinstance(exception, ValueError) and "too many values to unpack" in str(exception):
+            rank_zero_warn(
+                "Batches of a round are (x, y, index), also for hooks of other callbacks: take `x, y = batch[:2]`."
+            )
         if isinstance(exception, KeyboardInterrupt):
             self.signals.print()
 
@@ -285,6 +301,7 @@ class RoundController(Checkpoint):
         if (best := module.best) is not None:
             best.restore(module.student)
         check_trained(trainer.global_step, self.number, module.student, module.initial)
+        self._final = [parameter.detach().cpu().clone() for parameter in module.student.parameters()]
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.boosting.rehearse(self.plan)
             return

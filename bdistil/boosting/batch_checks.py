@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import RECOMPUTE
+from bdistil.data.loaders import Index
 from bdistil.data.loaders.checks import same_x
 from bdistil.data.loaders.fingerprints import leaves, spread
 from bdistil.errors import UserError
@@ -34,7 +35,7 @@ def check_hooks(datamodule: pl.LightningDataModule, loader: Any) -> None:
     """Tries hooks of a data module on a batch (x, y, index) of a loader of (x, y), as in training.
 
     Raises:
-        UserError: one changes the batch after it was read.
+        UserError: one changes the batch after it was read, or fails.
     """
     hooks = [hook for hook in HOOKS if is_overridden(hook, datamodule, pl.LightningDataModule)]
     if not hooks or not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Sized) or not loader.dataset:
@@ -46,12 +47,29 @@ def check_hooks(datamodule: pl.LightningDataModule, loader: Any) -> None:
         datamodule.trainer.training = True
     for hook in hooks * TRIES:
         device = [torch.device("cpu")] if hook == "transfer_batch_to_device" else []
-        found = getattr(datamodule, hook)(tuple(copy.deepcopy(batch)), *device, 0)
+        try:
+            found = getattr(datamodule, hook)(tuple(copy.deepcopy(batch)), *device, 0)
+        except Exception as error:
+            raise UserError(
+                f"`{type(datamodule).__name__}.{hook}` fails on a batch (x, y, index), as those of a round are: "
+                f"{type(error).__name__}: {error}. Leave the hook out, or let it return such a batch as it is."
+            ) from error
         if not isinstance(found, list | tuple) or not same_x(batch, found):
             raise UserError(
                 f"`{type(datamodule).__name__}.{hook}` changes batches after they are read, which the ledger would not "
                 "see. Do it in the dataset or the collate function."
             )
+
+
+def indexed(batch: Any) -> tuple[Any, Any, Index]:
+    """A batch (x, y, index) as it is. Raises UserError for one of loaders without the index."""
+    if not isinstance(batch, tuple | list) or len(batch) != 3:
+        raise UserError(
+            "Expected a batch (x, y, index) of the data module that `controller.rounds(datamodule)` was given, got one "
+            "of other loaders. Inside the loop, give fit and validate of the Trainer that data module."
+        )
+    x, y, index = batch
+    return x, y, index
 
 
 def check_fit(trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:

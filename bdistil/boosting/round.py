@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bdistil.boosting.batch_checks import indexed
 from bdistil.boosting.best_epoch import BestEpoch
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.optimization import Optimization
@@ -270,7 +271,7 @@ class BoostingRound(_FastHookName):
 
     def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
         """The loss of a batch (x, y, index)."""
-        x, y, index = batch
+        x, y, index = indexed(batch)
         answer, target, error = self.state(x, index)
         if self.settings.independent:
             error = torch.zeros_like(error)
@@ -388,7 +389,7 @@ class BoostingRound(_FastHookName):
 
     def validation_step(self, batch: tuple[Any, Tensor | None, Index], batch_idx: int) -> None:
         """Adds the scores of the prefix that ends with this student."""
-        x, y, index = batch
+        x, y, index = indexed(batch)
         target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
         miss = prefix_error(self.answer(x, index, self.val_part), target, error, self.number)
         self._sums[0] += self._label_sums(target + miss, given_labels(self.settings.task, y, self._outward(target)))

@@ -165,10 +165,15 @@ def check_trained(steps: int, number: int, student: nn.Module, initial: Sequence
             "was committed. Look at the Trainer (`max_epochs`, `max_time`, `limit_train_batches`, a callback that sets "
             "`should_stop`) and at the training loader (`drop_last` with fewer samples than a batch for each process)."
         )
-    now = [parameter.detach() for parameter in student.parameters()]
-    if all(torch.equal(value.cpu(), before) for value, before in zip(now, initial, strict=True)):
+    if equal_parameters(student, initial):
         raise UserError(
             f"The student of round {number + 1} was not trained: {steps} steps of the optimizer changed no weight. "
             "Nothing of this round was committed. Look at the learning rate, and at callbacks that freeze, average or "
             "replace weights."
         )
+
+
+def equal_parameters(module: nn.Module, values: Sequence[Tensor]) -> bool:
+    """Whether the parameters of a module have these values, which are on the CPU."""
+    now = [parameter.detach().cpu() for parameter in module.parameters()]
+    return all(torch.equal(one, other) for one, other in zip(now, values, strict=True))

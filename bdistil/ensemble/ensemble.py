@@ -270,7 +270,7 @@ def restore_student(
     if make is None:
         if record["blueprint"] is None:
             raise UserError(
-                f"The student of round {number} cannot be built from its files ({record['indescribable']}). "
+                f"The student of round {number + 1} cannot be built from its files ({record['indescribable']}). "
                 "Give ProgressiveEnsemble.load(run_dir, student=make_student)."
             )
         student = rebuild(record["blueprint"], tensors)

@@ -213,6 +213,41 @@ def test_hooks_of_a_data_module_that_change_batches_are_refused(tmp_path, hook, 
         boost(tmp_path, Hooked())
 
 
+def test_a_hook_that_takes_batches_for_pairs_is_refused_before_training(tmp_path):
+    class Hooked(Toys):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            x, y = batch
+            return x, y
+
+    with pytest.raises(UserError, match=r"on_after_batch_transfer` fails on a batch \(x, y, index\).*too many values"):
+        boost(tmp_path, Hooked())
+
+
+@pytest.mark.parametrize("with_controller", [True, False])
+def test_validation_on_other_loaders_is_refused(tmp_path, with_controller):
+    controller, data = control(tmp_path), Toys()
+    rounds = controller.rounds(data)
+    module = next(rounds)
+    trainer = make_trainer(controller)
+    trainer.fit(module, data)
+    trainer.validate(module, data, verbose=False)
+    trainer = trainer if with_controller else make_trainer(enable_checkpointing=False)
+    with pytest.raises(UserError, match=r"batch \(x, y, index\) of the data module that `controller.rounds"):
+        trainer.validate(module, Toys(), verbose=False)
+
+
+def test_a_callback_that_takes_batches_for_pairs_is_told(tmp_path):
+    class Unpack(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            _x, _y = batch
+
+    with (
+        pytest.warns(UserWarning, match=r"Batches of a round are \(x, y, index\).*`x, y = batch\[:2\]`"),
+        pytest.raises(ValueError, match="too many values to unpack"),
+    ):
+        boost(tmp_path, callbacks=lambda: [Unpack()])
+
+
 def test_hooks_of_a_data_module_that_change_nothing_are_called(tmp_path):
     called = []
 

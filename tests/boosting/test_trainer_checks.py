@@ -1,5 +1,7 @@
 """Trainers that would not train a round: refused before a step, kept out of the run, or made right."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers.toys import (
@@ -248,6 +250,18 @@ def test_averaged_weights_are_committed(tmp_path):
 
     boost(tmp_path, callbacks=lambda: [Mean(decay=0.5)], settings=settings_for(1))
     assert torch.equal(ProgressiveEnsemble.load(tmp_path).students[0].head.weight, averages[0])
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+def test_weights_that_change_after_the_verdict_are_a_warning(tmp_path, hook):
+    def double(trainer, module):
+        module.student.head.weight.data.mul_(2)
+
+    late = pytest.warns(
+        UserWarning, match="changed the weights of the student of round 1 in `on_fit_end`, after it was"
+    )
+    with late if hook == "on_fit_end" else nullcontext():
+        boost(tmp_path, callbacks=lambda: [Hook(**{hook: double})], settings=settings_for(1))
 
 
 @pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
