@@ -57,3 +57,10 @@ def test_a_session_writes_what_its_benches_record(tmp_path):
     assert found["ratios"] == {"a / b": 1.2346}
     assert {"processor", "threads", "versions", "load"} <= set(found["environment"])
     assert "commit" in found
+
+
+def test_the_baseline_is_one():
+    baseline = json.loads((HERE / "baseline.json").read_text(encoding="utf-8"))
+    assert len(baseline["ratios"]) > 5
+    assert all(ratio > 0 for ratio in baseline["ratios"].values())
+    assert compare(HERE / "baseline.json", HERE / "baseline.json")[0] == 0
