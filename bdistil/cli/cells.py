@@ -58,16 +58,11 @@ class TeacherCLI(BoostCLI):
     """Trains the teacher of a recipe, if it has no weights yet, and evaluates it."""
 
     def _fit_rounds(
-        self,
-        model: Distiller,
-        datamodule: LightningDataModule,
-        controller: RoundController,
-        config: Mapping[str, Any],
-        seed: int,
+        self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
         run, started = controller.run, time.perf_counter()
         plan = controller.boosting.check(datamodule)
-        self._teach(model, datamodule, controller, seed)
+        self._teach(model, datamodule, controller)
         teacher = controller.boosting.teacher
         cost = measure_cost(teacher.cpu(), (plan.example,), uncounted="record")
         seconds = time.perf_counter() - started
@@ -84,16 +79,12 @@ class JointCLI(TeacherCLI):
     """Trains all students of a recipe at once."""
 
     def _fit_rounds(
-        self,
-        model: Distiller,
-        datamodule: LightningDataModule,
-        controller: RoundController,
-        config: Mapping[str, Any],
-        seed: int,
+        self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
         run, settings, started = controller.run, model.boosting, time.perf_counter()
+        seed, config = controller.boosting.seed, controller.boosting.config({})
         checked = controller.boosting.check(datamodule)
-        self._teach(model, datamodule, controller, seed)
+        self._teach(model, datamodule, controller)
         plan = plan_joint(controller.boosting, checked)
         keeper = EpochKeeper(run.checkpoint(0), seed, "joint")
         opening = Opening(controller.boosting, plan)

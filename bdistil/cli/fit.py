@@ -208,7 +208,7 @@ class BoostCLI(LightningCLI):
         controller.boosting.complete = self._complete
         try:
             with controller.signals, controller.run.in_use():
-                return self._fit_rounds(model, datamodule, controller, config, seed)
+                return self._fit_rounds(model, datamodule, controller)
         except BaseException as end:  # Ctrl-C is SystemExit in Lightning; a rank that lost another fails somehow
             if controller.signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
                 raise controller.signals.interruption() from end
@@ -228,15 +228,10 @@ class BoostCLI(LightningCLI):
             parser.exit_on_error = exits
 
     def _fit_rounds(
-        self,
-        model: Distiller,
-        datamodule: LightningDataModule,
-        controller: RoundController,
-        config: Mapping[str, Any],
-        seed: int,
+        self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
         """Trains the teacher and all rounds; returns the data of the rounds."""
-        run = controller.run
+        run, config = controller.run, controller.boosting.config({})
         over = run.committed() >= model.boosting.rounds or run.stopped
         rehearsed = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         loggers: list[Logger] | None = [] if over or rehearsed else None
@@ -244,10 +239,10 @@ class BoostCLI(LightningCLI):
             run.prepare()
             run.freeze(config, FREE_KEYS, GROWING_KEYS, self._complete)
             loggers = self._loggers(run, config) if loggers is None else loggers
-            datamodule = self._emulate(model.mekd, model, datamodule, controller, seed, loggers)
+            datamodule = self._emulate(model.mekd, model, datamodule, controller, loggers)
         controller.boosting.check(datamodule)
         model.speed_up(model.teacher.network)
-        self._teach(model, datamodule, controller, seed)
+        self._teach(model, datamodule, controller)
         loggers = self._loggers(run, config) if loggers is None else loggers
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
@@ -264,7 +259,6 @@ class BoostCLI(LightningCLI):
         model: Distiller,
         local: LightningDataModule,
         controller: RoundController,
-        seed: int,
         loggers: list[Logger],
     ) -> LightningDataModule:
         """Runs both stages of MEKD; returns the generated data."""
@@ -272,7 +266,7 @@ class BoostCLI(LightningCLI):
         def trainer(callbacks: list[Callback], **options: Any) -> Trainer:
             return self.new_trainer(*callbacks, controller.signals, logger=loggers, max_steps=-1, **options)
 
-        teacher, folder = model.teacher.network, controller.run.emulation
+        teacher, folder, seed = model.teacher.network, controller.run.emulation, controller.boosting.seed
         return Emulation(settings, teacher, local, folder, seed=seed, make_trainer=trainer).run(model.make_student)
 
     def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
@@ -281,9 +275,9 @@ class BoostCLI(LightningCLI):
         tracked = make_logger(self._get(self.config_init, "tracking"), run.root, config)
         return [*(given if isinstance(given, list) else [given] if given else []), *([tracked] if tracked else [])]
 
-    def _teach(self, model: Distiller, datamodule: LightningDataModule, controller: RoundController, seed: int) -> None:
+    def _teach(self, model: Distiller, datamodule: LightningDataModule, controller: RoundController) -> None:
         """Loads the teacher's weights; trains the teacher first if the run has none."""
-        spec = model.teacher
+        spec, seed = model.teacher, controller.boosting.seed
         if comes_trained(spec.network) and not spec.checkpoint:
             return
         path = Path(spec.checkpoint) if spec.checkpoint else controller.run.teacher
