@@ -26,7 +26,8 @@ from bdistil.models.convnets import ConvStudent, StridedConvNet
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights
 
-pytestmark = pytest.mark.slow
+# Warnings of other packages are theirs.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 RESULTS = Path(os.environ.get("BDISTIL_BENCH_DIR", "runs/bench")) / "peers"
 SEEDS, ROUNDS, EPOCHS, LR = (0, 1, 2), 6, 20, 0.03
