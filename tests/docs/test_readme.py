@@ -25,7 +25,7 @@ def test_every_file_that_is_named_is_there(target):
 
 def test_every_command_that_is_named_is_there():
     named = set(re.findall(r"^bdistil (\w+)", README, re.M))
-    assert named == {"fit", *COMMANDS}
+    assert named == {"fit", "compare", *COMMANDS}
 
 
 def test_its_python_runs(tmp_path, monkeypatch, capsys):
