@@ -116,7 +116,7 @@ def width_for(target: int, macs_of: Callable[[float], int], start: float = 1.0) 
 
     Example:
         >>> width_for(1000, lambda width: round(10 * width) ** 2)
-        3.1875
+        3.15234375
     """
     low, high = 0.0, start
     while macs_of(high) < target and high < WIDEST:

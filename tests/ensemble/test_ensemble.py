@@ -301,7 +301,7 @@ def test_a_student_that_only_its_function_can_make(run, x):
     students = make_students()
     expected = ProgressiveEnsemble(students, scale=SCALE)(x)
     commit(run, students, blueprint=False)
-    message = r"student of round 0 .*\(test_ensemble.<locals>.Local cannot.*student=make_student"
+    message = r"student of round 1 .*\(test_ensemble.<locals>.Local cannot.*student=make_student"
     with pytest.raises(UserError, match=message):
         ProgressiveEnsemble.load(run.root)
     assert torch.equal(ProgressiveEnsemble.load(run.root, student=make_student)(x), expected)

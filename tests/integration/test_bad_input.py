@@ -212,7 +212,7 @@ def test_no_validation_data(refused):
 
 @pytest.mark.parametrize("hook", ["on_after_batch_transfer", "on_before_batch_transfer"])
 def test_a_data_module_that_changes_batches(refused, hook):
-    kind = type("Changing", (Toys,), {hook: lambda self, batch, dataloader_idx: batch})
+    kind = type("Changing", (Toys,), {hook: lambda self, batch, dataloader_idx: [batch[0] + 1, *batch[1:]]})
     refused(UserError, rf"`Changing\.{hook}` changes batches after they are read", kind())
 
 

@@ -286,7 +286,7 @@ def test_no_earlier_body_runs_while_a_round_is_trained(tmp_path):
 
 
 def test_recomputed_state_says_the_same_of_the_first_rounds(run, tmp_path):
-    """States and answers of the teacher are made for every batch there; only S is read from the ledger's files."""
+    """States, errors and answers of the teacher are made for every batch there."""
     settings = settings_for(2, lr=0.02, state="recompute")
     controller = boost(
         tmp_path / "run", Hums(), teacher=make_teacher(), student=make, settings=settings, trainer={"epochs": 3}
@@ -300,8 +300,8 @@ def test_recomputed_state_says_the_same_of_the_first_rounds(run, tmp_path):
     seen = 3 * 192
     first, second = (int(row["train_macs"]) for row in rows[1:])
     assert first == seen * (3 * (student + head) + teacher)
-    # The second also runs the first student's body for the state.
-    assert second == first + seen * student
+    # The second also runs the first student, for its state and its error.
+    assert second == first + seen * (student + head)
 
 
 # ---- what cannot be
