@@ -97,6 +97,8 @@ class JointCLI(TeacherCLI):
                 logger=self._loggers(run, config), default_root_dir=str(run.work(0)),
             )  # fmt: skip
             trainer.fit(plan.module, datamodule, ckpt_path=keeper.ckpt_path)
+        if plan.module.best is not None:  # the recipe keeps the best epoch
+            plan.module.best.restore(plan.module.student)
         ensemble = joint_ensemble(plan)
         seen = keeper.epochs * checked.parts.train.samples
         asked = run.rows()[0]["macs"] if settings.state == "recompute" else 0

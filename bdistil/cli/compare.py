@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,8 @@ from bdistil.utils.signals import StopSignals
 
 EXAMPLE = "bdistil compare --config digits --methods bdistil no_resched joint --seeds 3 --output compare-digits"
 OWN = ("config", "output", "methods", "seeds", "workers", "help")
+# What each training gets from the comparison, and the option that decides it.
+SET = {"run_dir": "output", "seed_everything": "seeds"}
 
 
 def compare(config: str, output: str, methods: list[Method] = list(METHODS), seeds: int = 5, workers: int = 1) -> None:  # noqa: B006
@@ -58,6 +61,13 @@ class PlanCLI(BoostCLI):
             UserError: the recipe cannot be compared.
         """
         check_trainer(self.trainer, model.boosting)
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise UserError("Expected whole trainings, got `trainer.fast_dev_run`, of which nothing is kept.")
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"Expected one process for each training, got {self.trainer.world_size}. Give --trainer.devices 1; "
+                "--workers trains several seeds at a time."
+            )
         if model.mekd is not None:
             raise UserError(
                 "Expected a recipe with a teacher at hand, got one with `model.mekd`, a teacher behind an API."
@@ -74,6 +84,7 @@ class PlanCLI(BoostCLI):
 def run_compare(args: Sequence[str]) -> None:
     """The command, on its arguments; what it does not know is for `bdistil fit`."""
     own, options = split_options(args)
+    _check_options(own, options)
     summary = (compare.__doc__ or "").splitlines()[0]
     parser = Parser(
         prog="bdistil compare",
@@ -108,14 +119,25 @@ def split_options(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, others
 
 
+def _check_options(own: Sequence[str], options: Sequence[str]) -> None:
+    """Raises UserError for options that would be overridden, and for misspelt ones of `compare`."""
+    if own.count("--config") > 1:
+        raise UserError("Expected one `--config`, got several. Put them into one file; other options may follow.")
+    for name in (option.removeprefix("--") for option in options if option.startswith("--")):
+        if name in SET:
+            raise UserError(f"`--{name}` is set by the comparison for each training: give `--{SET[name]}` instead.")
+        if "." not in name and (near := difflib.get_close_matches(name, OWN, 1, 0.75)):
+            raise UserError(f"Expected an option of compare or fit, got `--{name}`. Did you mean `--{near[0]}`?")
+
+
 def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, options: Sequence[str]) -> None:
     text = recipe.read_text(encoding="utf-8")
-    copy = _freeze(output, text, options)
-    fixed = ["--config", str(copy), *options]
-    planned: Any = run_fit([*fixed, "--trainer.logger=false"], PlanCLI)
+    _check_same(output, text, options)
+    planned: Any = run_fit(["--config", str(recipe), *options, "--trainer.logger=false"], PlanCLI)
     model, x = planned.model_planned, planned.x
     settings = model.boosting
     forms = plan_forms(model.make_student, settings, x, widths="no_resched" in methods)
+    fixed = ["--config", str(_freeze(output, text, options)), *options]
     teacher = Cell("teacher", 0, "teacher", forms.prefixes[0], kind="teacher")
     weights = teacher.folder(output) / "teacher.safetensors"
     chains = [
@@ -150,18 +172,23 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
     print(f"\n{page}")
 
 
-def _freeze(output: Path, text: str, options: Sequence[str]) -> Path:
-    """Keeps the recipe and the options of a comparison; returns the copy that its trainings read.
-
-    Raises:
-        UserError: the folder holds a comparison of others.
-    """
+def _check_same(output: Path, text: str, options: Sequence[str]) -> None:
+    """Raises UserError where the folder holds a comparison of another recipe, or with other options."""
     copy, kept = output / "recipe.yaml", output / "options.json"
     if copy.exists() and (copy.read_text(encoding="utf-8"), json.loads(kept.read_text())) != (text, list(options)):
         raise UserError(
             f"`output` {output} holds a comparison of another recipe or with other options "
             f"({' '.join(json.loads(kept.read_text())) or 'none'}). Choose another folder, or give those."
         )
+
+
+def _freeze(output: Path, text: str, options: Sequence[str]) -> Path:
+    """Keeps the recipe and the options of a comparison; returns the copy that its trainings read.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    copy, kept = output / "recipe.yaml", output / "options.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, json.dumps(list(options)))

@@ -12,8 +12,8 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.comparison.forms import Forms
 from bdistil.errors import UserError
 
-Method = Literal["bdistil", "no_resched", "resched", "links_only", "residual", "joint"]
-METHODS: tuple[Method, ...] = get_args(Method)
+Method = Literal["bdistil", "no_resched", "resched", "links_only", "residual", "joint", "teacher"]
+METHODS: tuple[Method, ...] = get_args(Method)[:-1]  # the teacher is in every table
 # What each method trains, in the words of the report.
 MEANING: dict[str, str] = {
     "bdistil": "the recipe",
@@ -66,12 +66,12 @@ class Cell:
 
 
 def check_methods(methods: Sequence[str]) -> list[Method]:
-    """The methods, each once.
+    """The methods to train beside the teacher, each once.
 
     Raises:
-        UserError: one of them is unknown.
+        UserError: one of them is unknown, or there is none.
     """
-    given = [method for method in dict.fromkeys(methods) if method != "teacher"]  # it is in every table
+    given = [method for method in dict.fromkeys(methods) if method != "teacher"]
     known = [method for method in METHODS if method in given]
     if len(known) != len(given) or not given:
         raise UserError(f"Expected `methods` to be some of {', '.join(METHODS)}, got {', '.join(methods) or 'none'}.")
