@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from bdistil.boosting.batch_checks import check_fit, indexed
@@ -114,7 +114,7 @@ class RoundController(Checkpoint):
         self.state, self.device, self._shared = RoundState(), torch.device("cpu"), SharedCallbacks()
         self._plan: RoundPlan | None = None
         self._datamodule: pl.LightningDataModule | None = None
-        self._closed, self._first_epoch, self._read = False, True, 0
+        self._begun, self._closed, self._first_epoch, self._read = False, False, True, 0
         self._final: list[torch.Tensor] = []  # weights of the student that was judged
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
@@ -132,14 +132,30 @@ class RoundController(Checkpoint):
         with self.signals, self.run.in_use():
             for plan in self.boosting.rounds(datamodule):
                 self._plan, self.state = plan, RoundState(plan.module.number, plan.attempt)
-                self._closed, self._first_epoch, self._read = False, True, 0
-                yield plan.module
+                self._begun, self._closed, self._first_epoch, self._read = False, False, True, 0
+                try:
+                    yield plan.module
+                except GeneratorExit:  # the loop was left, by `break` or by an error in its body
+                    self._tell_of_no_fit()
+                    raise
             if self.boosting.rehearsed is not None:
                 return
             self.boosting.finish(datamodule, self.device)
             if distributed.early_rank() == 0 and self.run.committed():
                 write_report(self.run)
                 self.tracker.finish()
+
+    def _tell_of_no_fit(self) -> None:
+        """Lightning refuses a Trainer without checkpoints before it calls any hook, and names another callback.
+
+        Logged, as a warning that is turned into an error would be lost in a generator that is closed.
+        """
+        if not self._begun:
+            rank_zero_info(
+                f"Round {self.number + 1} was not trained: the loop over `controller.rounds(datamodule)` was left before "
+                "`trainer.fit`. If Lightning refused the Trainer: RoundController saves the round under way, so it needs "
+                "`enable_checkpointing=True` and `barebones=False`, their defaults."
+            )
 
     def resume_message(self) -> str:
         """What an interrupted run prints."""
@@ -184,6 +200,7 @@ class RoundController(Checkpoint):
         """Checks Trainer and module of a fit; seeds, as configure_optimizers may make the loader."""
         if stage != "fit":
             return
+        self._begun = True
         check_unused(trainer)
         check_trainer(trainer, self.settings)
         self.signals.watch(trainer)
