@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import BoostingSettings, Student
 from bdistil.boosting.ledger.reductions import BLOCK
+from bdistil.boosting.part import Part
 from bdistil.callbacks import RoundController
 from bdistil.data.loaders import indexed_loaders
 from bdistil.models.convnets import ConvStudent
@@ -133,6 +134,27 @@ def test_an_epoch_of_a_round_costs_little_more_than_a_plain_one(tmp_path, record
     print(f"\nepoch of a round / plain quiet Trainer, step {step:.2f} ms: {ratio:.3f}, {spread} (bound {bound})")
     record(f"epoch of a round / plain epoch, {make.__name__}", ratio)
     assert bound is None or ratio <= bound
+
+
+def test_comparing_samples_costs_less_than_a_hundredth_of_an_epoch(tmp_path, record, monkeypatch):
+    """CPU time of comparing samples with those that the teacher was asked about, in the epochs of three rounds."""
+    spent = [0.0]
+
+    def timed(method):
+        def call(self, *args):
+            started = time.process_time()
+            method(self, *args)
+            spent[0] += time.process_time() - started
+
+        return call
+
+    for name in ("see", "settle"):
+        monkeypatch.setattr(Part, name, timed(getattr(Part, name)))
+    epochs = round_epochs(tmp_path, conv, [0, 1, 2], 7)
+    whole = sum(7 * statistics.mean(times) for times in epochs.values())  # the clock leaves out the last epoch
+    print(f"\ncomparing samples / epochs, step {whole / 21 / (SAMPLES / 128) * 1e3:.1f} ms: {spent[0] / whole:.4f}")
+    record("comparing samples / epochs", spent[0] / whole)
+    assert spent[0] <= 0.01 * whole
 
 
 def test_round_16_costs_what_round_2_does(tmp_path, record):
