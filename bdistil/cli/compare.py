@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.parser import Parser
 from bdistil.comparison.forms import latencies, plan_forms
 from bdistil.comparison.methods import METHODS, Cell, Method, cells_of, check_methods
-from bdistil.comparison.report import difference_table, summary_table, write_comparison
+from bdistil.comparison.report import TextTable, Unit, difference_table, summary_table, write_comparison
 from bdistil.comparison.running import CellRunner
 from bdistil.comparison.tables import gather
 from bdistil.data.loaders import first_samples, single_loader, with_trainer
@@ -160,15 +161,17 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
     start = describe_start()
     facts = {
         "recipe": recipe.stem,
+        "options": shlex.join(options) or "none",
         "seeds": given.seeds,
         "commit": start["revision"] or "none",
         "system": start["system"],
     }
     page = write_comparison(output, rows, settings.task, text, facts)
-    _track(planned.tracking, output, rows)
-    print(format_table(*summary_table(rows)))
+    _track(planned.tracking, output, summary_table(rows, settings.task))
+    print(format_table(*summary_table(rows, settings.task)))
     if len(methods) > 1:
-        print(f"\n{methods[0]} against the others, in points:\n" + format_table(*difference_table(rows, methods[0])))
+        differences = format_table(*difference_table(rows, methods[0], settings.task))
+        print(f"\n{methods[0]} against the others{Unit.of(settings.task).of_differences}:\n{differences}")
     print(f"\n{page}")
 
 
@@ -198,7 +201,7 @@ def _freeze(output: Path, text: str, options: Sequence[str]) -> Path:
     return copy
 
 
-def _track(tracking: Any, output: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _track(tracking: Any, output: Path, summary: TextTable) -> None:
     """One W&B run with the table and the pictures of the comparison, in the group of its trainings."""
     import wandb
 
@@ -207,7 +210,7 @@ def _track(tracking: Any, output: Path, rows: Sequence[dict[str, Any]]) -> None:
     logger = make_logger(settings, output, {"comparison": name})
     if logger is None:
         return
-    header, cells = summary_table(rows)
+    header, cells = summary
     images = {path.stem: wandb.Image(str(path)) for path in sorted(output.glob("compare-*.png"))}
     logger.experiment.log({**images, "methods": wandb.Table(columns=[*header], data=cells)})
     logger.finish(0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from bdistil.comparison.methods import MEANING
-from bdistil.comparison.tables import Row, bands, differences, methods_of, summaries
+from bdistil.comparison.tables import Difference, Row, bands, differences, methods_of, seeds_of, summaries
 from bdistil.evaluation.tables import write_csv
 from bdistil.metrics.quality import Task, score_name
 from bdistil.reporting.axes import COLOURS, INK, MUTED, draw, log_ticks, note, panels_figure
@@ -29,12 +29,45 @@ METHOD_COLOURS = {
 }  # fmt: skip
 AXES = {
     "macs": ("multiply-adds of one prediction (MACs)", format_count),
-    "latency_ms": ("latency of one sample on one CPU (ms)", plain),
+    "latency_ms": ("latency of one sample on the CPU (ms)", plain),
 }
 TextTable = tuple[list[str], list[list[str]]]  # header and rows
 
 
-def _figure(rows: Sequence[Row], x: str, y: str, title: str, size: tuple[float, float]) -> Figure:
+class Unit(NamedTuple):
+    """How scores are written: accuracies in percent, R² as it is."""
+
+    factor: float
+    form: str
+    name: str
+    of_differences: str
+
+    @classmethod
+    def of(cls, task: Task) -> Unit:
+        """The unit of the scores of a task."""
+        return cls(1.0, ".3f", "", "") if task == "regression" else cls(100.0, ".2f", " in %", ", in percentage points")
+
+    def text(self, value: float, sign: str = "") -> str:
+        """A score, or a difference of scores."""
+        return format(self.factor * value, sign + self.form)
+
+    def pm(self, figure: Sequence[float]) -> str:
+        """Mean ± sd of scores."""
+        return _pm([self.factor * value for value in figure], f"{{:{self.form}}}")
+
+    def difference(self, found: Difference, seeds: int) -> str:
+        """A difference with its interval, which one seed does not have, and the number of seeds if some lack it."""
+        low, high = self.text(found.low, "+"), self.text(found.high, "+")
+        interval = "" if math.isnan(found.low) else f" [{low}, {high}]"
+        return self.text(found.mean, "+") + interval + _seeds(found.seeds, seeds)
+
+
+def _seeds(count: int, of: int) -> str:
+    """Says that a figure is of fewer seeds than others."""
+    return "" if count == of else f" ({count} of {of} seeds)"
+
+
+def _figure(rows: Sequence[Row], x: str, y: str, title: str, size: tuple[float, float], task: Task) -> Figure:
     """Mean and band of ± 1 sd over the seeds, for each method, with the teacher as reference."""
     from matplotlib.ticker import PercentFormatter
 
@@ -43,7 +76,7 @@ def _figure(rows: Sequence[Row], x: str, y: str, title: str, size: tuple[float, 
         points = bands(rows, method, x, y)
         if not points:
             continue
-        xs, means, spread = zip(*points, strict=True)
+        xs, means, spread, _ = zip(*points, strict=True)
         colour = METHOD_COLOURS[method]
         low, high = np.array(means) - np.nan_to_num(spread), np.array(means) + np.nan_to_num(spread)
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -52,34 +85,41 @@ def _figure(rows: Sequence[Row], x: str, y: str, title: str, size: tuple[float, 
     teacher = [row[y] for row in rows if row["method"] == "teacher" and row.get(y) is not None]
     if teacher and y.endswith("accuracy"):
         axes.axhline(teacher[0], color=INK, linewidth=1, linestyle=":")
-        note(axes, f"teacher {teacher[0]:.1%}", (0.01, teacher[0]), (0, -12), INK, xycoords=axes.get_yaxis_transform())
+        text, place = f"teacher {_score(teacher[0], task)}", (0.01, teacher[0])
+        note(axes, text, place, (0, -12), INK, xycoords=axes.get_yaxis_transform())
     label, form = AXES[x]
     axes.set_xscale("log")
     axes.set_xlabel(label, color=MUTED, fontsize=9.5)
     log_ticks(axes.xaxis, (1, 2, 5), form)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if task != "regression":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def pictures(rows: Sequence[Row], task: Task, size: tuple[float, float] = (7.2, 4.2)) -> dict[str, Figure]:
     """The pictures of a comparison by file name."""
-    score = score_name(task)
-    found = {"compare-macs": _figure(rows, "macs", "test_accuracy", f"test {score} over MACs", size)}
+    title = f"test {score_name(task)} over"
+    found = {"compare-macs": _figure(rows, "macs", "test_accuracy", f"{title} MACs", size, task)}
     if any(row.get("latency_ms") for row in rows):
-        found["compare-latency"] = _figure(rows, "latency_ms", "test_accuracy", f"test {score} over latency", size)
+        found["compare-latency"] = _figure(rows, "latency_ms", "test_accuracy", f"{title} latency", size, task)
     if any(row.get("test_calibration_error") is not None for row in rows):
         title = "calibration error on the test part"
-        found["compare-calibration"] = _figure(rows, "macs", "test_calibration_error", title, size)
+        found["compare-calibration"] = _figure(rows, "macs", "test_calibration_error", title, size, task)
     return found
 
 
-def summary_table(rows: Sequence[Row]) -> TextTable:
+def _score(value: float, task: Task) -> str:
+    return Unit.of(task).text(value) + ("" if task == "regression" else " %")
+
+
+def summary_table(rows: Sequence[Row], task: Task = "classification") -> TextTable:
     """What each method reached and cost, mean ± sd over the seeds."""
     header = ["method", "seeds", "MACs", "test", "area", "calibration error", "falls", "training MACs", "time"]
+    unit = Unit.of(task)
     cells = [
         [
-            s.method, str(s.seeds), format_count(s.macs), _percent(s.accuracy), _percent(s.area),
+            s.method, str(s.seeds), format_count(s.macs), unit.pm(s.accuracy), unit.pm(s.area),
             _pm(s.calibration_error, "{:.3f}"), _pm(s.falls, "{:.1f}"), format_count(s.train_macs[0]),
             format_duration(s.seconds[0]),
         ]
@@ -88,14 +128,14 @@ def summary_table(rows: Sequence[Row]) -> TextTable:
     return header, cells
 
 
-def prefix_table(rows: Sequence[Row]) -> TextTable:
-    """Test score and MACs of every prefix of every method, mean ± sd over the seeds."""
+def prefix_table(rows: Sequence[Row], task: Task = "classification") -> TextTable:
+    """Test score and MACs of every prefix of every method, mean ± sd over the seeds that have it."""
     curves = {method: bands(rows, method, "macs", "test_accuracy") for method in methods_of(rows)}
-    count = max(map(len, curves.values()), default=0)
+    count, unit, seeds = max(map(len, curves.values()), default=0), Unit.of(task), seeds_of(rows)
     cells = [
         [
             method,
-            *(f"{_percent(point[1:])} @ {format_count(point[0])}" for point in points),
+            *(f"{unit.pm((p.mean, p.sd))} @ {format_count(p.x)}{_seeds(p.seeds, seeds)}" for p in points),
             *["–"] * (count - len(points)),
         ]
         for method, points in curves.items()
@@ -103,24 +143,17 @@ def prefix_table(rows: Sequence[Row]) -> TextTable:
     return ["method", *map(str, range(1, count + 1))], cells
 
 
-def difference_table(rows: Sequence[Row], method: str) -> TextTable:
-    """How much a method is above the others at the MACs of its prefixes, in points, with a 95 % interval."""
+def difference_table(rows: Sequence[Row], method: str, task: Task = "classification") -> TextTable:
+    """How much a method is above the others at the MACs of its prefixes, with a 95 % interval."""
     others = [other for other in methods_of(rows) if other != method]
     found = {other: {d.prefix: d for d in differences(rows, method, other)} for other in others}
-    prefixes = sorted({prefix for ds in found.values() for prefix in ds})
-    cells = []
-    for prefix in prefixes:
+    unit, seeds, cells = Unit.of(task), seeds_of(rows), []
+    for prefix in sorted({prefix for ds in found.values() for prefix in ds}):
         gaps = [found[other].get(prefix) for other in others]
         macs = next(d.macs for d in gaps if d is not None)
-        cells.append(
-            [f"{prefix} @ {format_count(macs)}"]
-            + ["–" if d is None else f"{100 * d.mean:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]" for d in gaps]
-        )
+        texts = ("–" if d is None else unit.difference(d, seeds) for d in gaps)
+        cells.append([f"{prefix} @ {format_count(macs)}", *texts])
     return ["prefix", *others], cells
-
-
-def _percent(figure: Sequence[float]) -> str:
-    return _pm([100 * value for value in figure], "{:.2f}")
 
 
 def _pm(figure: Sequence[float], form: str) -> str:
@@ -139,14 +172,15 @@ def markdown(table: TextTable) -> str:
 
 def text_report(rows: Sequence[Row], task: Task, settings: Mapping[str, Any]) -> str:
     """The tables of a comparison as a section in Markdown, for a page of results."""
-    methods = methods_of(rows)
-    teacher = [f"teacher {row['test_accuracy']:.2%}" for row in rows if row["method"] == "teacher"]
+    methods, unit = methods_of(rows), Unit.of(task)
+    teacher = [f"teacher {_score(row['test_accuracy'], task)}" for row in rows if row["method"] == "teacher"]
     facts = [*(f"{name} {value}" for name, value in settings.items()), *teacher]
-    parts = [f"{score_name(task).capitalize()} on the test part in %, mean ± sd over the seeds. {'; '.join(facts)}."]
-    parts += [markdown(prefix_table(rows)), markdown(summary_table(rows))]
+    score = score_name(task)
+    head = f"{score[0].upper()}{score[1:]} on the test part{unit.name}, mean ± sd over the seeds. {'; '.join(facts)}."
+    parts = [head, markdown(prefix_table(rows, task)), markdown(summary_table(rows, task))]
     if len(methods) > 1:
-        parts.append(f"{methods[0]} against the others at its own MACs, in points, with 95 % intervals:")
-        parts.append(markdown(difference_table(rows, methods[0])))
+        parts.append(f"{methods[0]} against the others at its own MACs{unit.of_differences}, with 95 % intervals:")
+        parts.append(markdown(difference_table(rows, methods[0], task)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,9 +211,9 @@ def write_comparison(output: Path, rows: Sequence[Row], task: Task, recipe: str,
         text = template("comparison.html").render(
             title=f"Comparison {output.resolve().name}", pictures=drawn, colours=list(COLOURS.items()),
             meaning=[(method, MEANING[method]) for method in methods], score=score_name(task),
-            summary=summary_table(rows), prefixes=prefix_table(rows), against=against,
-            differences=difference_table(rows, against) if against else None,
-            teacher=f"{teacher['test_accuracy']:.2%}" if teacher else None,
+            summary=summary_table(rows, task), prefixes=prefix_table(rows, task), against=against,
+            differences=difference_table(rows, against, task) if against else None, unit=Unit.of(task),
+            teacher=_score(teacher["test_accuracy"], task) if teacher else None,
             settings=list(settings.items()), recipe=recipe, versions=versions(),
             csv=(output / "compare.csv").read_text(encoding="utf-8"),
         )  # fmt: skip

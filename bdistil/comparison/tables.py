@@ -47,6 +47,11 @@ def methods_of(rows: Sequence[Row]) -> list[str]:
     return [method for method in dict.fromkeys(row["method"] for row in rows) if method != "teacher"]
 
 
+def seeds_of(rows: Sequence[Row]) -> int:
+    """Number of seeds of a comparison; the teacher has one."""
+    return len({row["seed"] for row in rows if row["method"] != "teacher"})
+
+
 def curves(rows: Sequence[Row], method: str, x: str = "macs", y: str = "test_accuracy") -> dict[int, list[Point]]:
     """The points of a method by seed, in rising order of x, as far as both are known."""
     found: dict[int, list[Point]] = {}
@@ -56,14 +61,24 @@ def curves(rows: Sequence[Row], method: str, x: str = "macs", y: str = "test_acc
     return {seed: sorted(points) for seed, points in found.items()}
 
 
-def bands(rows: Sequence[Row], method: str, x: str, y: str) -> list[tuple[float, float, float]]:
-    """(mean x, mean y, sd of y over the seeds) of every prefix of a method."""
+class Band(NamedTuple):
+    """A prefix over the seeds that have it: mean x, mean y, and sd of y."""
+
+    x: float
+    mean: float
+    sd: float
+    seeds: int
+
+
+def bands(rows: Sequence[Row], method: str, x: str, y: str) -> list[Band]:
+    """The band of every prefix of a method, in rising order of x."""
     groups: dict[int, list[Point]] = {}
     for row in rows:
         if row["method"] == method and row.get(x) and row.get(y) is not None:
             groups.setdefault(row["prefix"], []).append((row[x], row[y]))
     return sorted(
-        (statistics.fmean(a for a, _ in points), *mean_sd([b for _, b in points])) for points in groups.values()
+        Band(statistics.fmean(a for a, _ in points), *mean_sd([b for _, b in points]), len(points))
+        for points in groups.values()
     )
 
 
@@ -126,14 +141,19 @@ def _half_interval(values: Sequence[float]) -> float:
 
 
 def common_range(rows: Sequence[Row]) -> tuple[float, float] | None:
-    """The range of MACs that the curves of all methods and seeds have in common; None if it is empty."""
-    ends = [(points[0][0], points[-1][0]) for m in methods_of(rows) for points in curves(rows, m).values()]
-    low, high = max((a for a, _ in ends), default=0.0), min((b for _, b in ends), default=0.0)
+    """The range of MACs that the curves of all methods have in common; None if it is empty.
+
+    A method reaches as far as its largest prefix of any seed: boosting may stop earlier with others, and their last
+    prefix is then the answer from there on.
+    """
+    found = [list(lines.values()) for method in methods_of(rows) if (lines := curves(rows, method))]
+    low = max((points[0][0] for lines in found for points in lines), default=0.0)
+    high = min((max(points[-1][0] for points in lines) for lines in found), default=0.0)
     return (low, high) if low < high else None
 
 
 def area(points: Sequence[Point], low: float, high: float) -> float:
-    """Mean height of a curve between two numbers of MACs, over log MACs.
+    """Mean height of a curve between two numbers of MACs, over log MACs; beyond its last point it goes on flat.
 
     Example:
         >>> round(area([(1, 0.5), (100, 0.7)], 10, 100), 3)

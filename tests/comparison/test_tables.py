@@ -74,8 +74,16 @@ def test_falls_are_counted(rows):
 
 
 def test_bands_are_means_and_deviations_of_each_prefix(rows):
-    (x, mean, sd), *_ = bands(rows, "bdistil", "macs", "test_accuracy")
-    assert (x, mean, sd) == (100, pytest.approx(0.62), pytest.approx(0.02645751))
+    first, *_ = bands(rows, "bdistil", "macs", "test_accuracy")
+    assert first == (100, pytest.approx(0.62), pytest.approx(0.02645751), 3)
+
+
+def test_a_seed_that_stopped_early_goes_on_flat_in_the_area(rows):
+    early = [r for r in rows if (r["method"], r["seed"], r["prefix"]) != ("bdistil", 0, 2)]
+    assert common_range(early) == (100, 1000)
+    first, *others = areas = [s.area[0] * 3 for s in (summaries(early)[0], summaries(rows)[0])]
+    assert areas[0] == pytest.approx(0.60 + 0.71 + 0.75)
+    assert first < others[0]
 
 
 def test_of_two_losses_the_one_that_is_better_on_validation_counts(tmp_path):
