@@ -138,6 +138,7 @@ class Boosting:
         self.make, self.settings, self.seed, self.uncounted = student, settings, seed, uncounted
         self.optimization, self._config = optimization or Optimization(), dict(config) if config else None
         self.complete: Complete = complete  # a configuration of an earlier version
+        self.free_keys: Sequence[str] = FREE_KEYS
         self.students: list[nn.Module] = []  # of the committed rounds, restored from the disk
         self._checked: tuple[pl.LightningDataModule, InputSpec] | None = None
         self.rehearsed: RoundPlan | None = None  # the round of a fast_dev_run
@@ -155,7 +156,8 @@ class Boosting:
         if distributed.early_rank() == 0:
             run.prepare()
             if run.config.exists() or run.committed():
-                run.compare(self.config({}), [*FREE_KEYS, *GROWING_KEYS, "optimizer", "lr_scheduler"], self.complete)
+                free = (*self.free_keys, *GROWING_KEYS, "optimizer", "lr_scheduler")
+                run.compare(self.config({}), free, self.complete)
         self._check_rounds()
         train, val = loaders_of(datamodule, settings)
         parts = Parts.of(train, val, run.ledger, settings, self.seed)
@@ -181,7 +183,7 @@ class Boosting:
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         optimization = self.optimization.describe(student, settings)
         if distributed.early_rank() == 0:
-            run.freeze(self.config(optimization), FREE_KEYS, GROWING_KEYS, self.complete)
+            run.freeze(self.config(optimization), self.free_keys, GROWING_KEYS, self.complete)
         return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 
     def _test_loader(self, datamodule: pl.LightningDataModule) -> Any:

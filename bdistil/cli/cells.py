@@ -16,22 +16,31 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from bdistil.boosting.run import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, RoundController
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.guard import guarded
-from bdistil.comparison.figures import Row, part_figures, prefix_rows
+from bdistil.comparison.figures import Row, part_figures, prefix_rows, table_figures
 from bdistil.comparison.joint import Opening, joint_ensemble, plan_joint
 from bdistil.comparison.methods import Kind
 from bdistil.data.loaders import indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.evaluation.run_data import loader_of
+from bdistil.evaluation.run_data import Split, loader_of
 from bdistil.metrics.cost import measure_cost, training_macs
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.teachers.offline import table_of
 from bdistil.utils.seeding import seed_of
+from bdistil.utils.signals import end_with_parent
+
+PARTS: tuple[Split, ...] = ("val", "test")
+# The teacher of a comparison is in its folder, which may be moved, or named by another path.
+CELL_KEYS = (*FREE_KEYS, "model.teacher.checkpoint")
 
 
 class CellCLI(BoostCLI):
     """Trains the rounds of a recipe; ``figures.json`` in the run directory then has a row for each prefix."""
+
+    free_keys = CELL_KEYS
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains what the cell needs, as far as it is missing."""
@@ -50,12 +59,14 @@ def _costs(row: Mapping[str, Any]) -> Row:
 
 def write_figures(run: RunDirectory, ensemble: ProgressiveEnsemble, costs: list[Row]) -> None:
     """Evaluates the prefixes on the validation and the test part, and writes ``figures.json``."""
-    val, test = (part_figures(ensemble, loader_of(run, part)) for part in ("val", "test"))
+    val, test = (part_figures(ensemble, loader_of(run, part)) for part in PARTS)
     run.write("figures", prefix_rows(costs, val, test))
 
 
 class TeacherCLI(BoostCLI):
     """Trains the teacher of a recipe, if it has no weights yet, and evaluates it."""
+
+    free_keys = CELL_KEYS
 
     def _fit_rounds(
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
@@ -64,6 +75,11 @@ class TeacherCLI(BoostCLI):
         plan = controller.boosting.check(datamodule)
         self._teach(model, datamodule, controller)
         teacher = controller.boosting.teacher
+        if (table := table_of(teacher)) is not None:
+            val, test = (table_figures(table, part, loader_of(run, part), model.boosting.task) for part in PARTS)
+            row = {"macs": 0, "params": 0, "train_macs": 0, "seconds": 0.0}
+            run.write("figures", prefix_rows([row], val, test))
+            return datamodule
         cost = measure_cost(teacher.cpu(), (plan.example,), uncounted="record")
         seconds = time.perf_counter() - started
         row = {"macs": cost.macs, "params": cost.params, "train_macs": 0, "seconds": seconds}
@@ -103,9 +119,10 @@ class JointCLI(TeacherCLI):
         seen = keeper.epochs * checked.parts.train.samples
         asked = run.rows()[0]["macs"] if settings.state == "recompute" else 0
         whole = training_macs(student=plan.cost.macs, samples_seen=seen, teacher=asked, teacher_samples=seen)
+        params = accumulate(sum(p.numel() for p in student.parameters()) for student in ensemble.students)
         costs: list[Row] = [
-            {"macs": macs, "params": None, "train_macs": whole, "seconds": time.perf_counter() - started}
-            for macs in accumulate(ensemble.macs)
+            {"macs": macs, "params": count, "train_macs": whole, "seconds": time.perf_counter() - started}
+            for macs, count in zip(accumulate(ensemble.macs), params, strict=True)
         ]
         write_figures(run, ensemble, costs)
         shutil.rmtree(run.work(0), ignore_errors=True)
@@ -115,5 +132,6 @@ class JointCLI(TeacherCLI):
 CELLS: dict[Kind, type[BoostCLI]] = {"teacher": TeacherCLI, "rounds": CellCLI, "joint": JointCLI}
 
 if __name__ == "__main__":
+    end_with_parent()
     kind: Any = sys.argv[1]
     sys.exit(guarded(partial(run_fit, sys.argv[2:], CELLS[kind])))

@@ -12,16 +12,18 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from bdistil.boosting.checks import loaders_of, test_loader_of
+from bdistil.boosting.costs import is_api
 from bdistil.boosting.trainer_checks import check_trainer
 from bdistil.cli.commands import find_recipe
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.parser import Parser
 from bdistil.comparison.forms import latencies, plan_forms
-from bdistil.comparison.methods import METHODS, Cell, Method, cells_of, check_methods
+from bdistil.comparison.methods import METHODS, TEACHER, Method, cells_of, check_methods
 from bdistil.comparison.report import TextTable, Unit, difference_table, summary_table, write_comparison
 from bdistil.comparison.running import CellRunner
 from bdistil.comparison.tables import gather
-from bdistil.data.loaders import first_samples, single_loader, with_trainer
+from bdistil.data.loaders import check_dataset
 from bdistil.errors import UserError
 from bdistil.reporting.tables import format_table
 from bdistil.reporting.tracking import make_logger
@@ -73,11 +75,15 @@ class PlanCLI(BoostCLI):
             raise UserError(
                 "Expected a recipe with a teacher at hand, got one with `model.mekd`, a teacher behind an API."
             )
-        with with_trainer(datamodule):
-            datamodule.prepare_data()
-            datamodule.setup("fit")
-            loader = single_loader(datamodule.train_dataloader())
-        self.model_planned, self.x = model, first_samples(loader, 1, model.boosting.labels)
+        if is_api(model.teacher.network):
+            raise UserError("Expected a teacher at hand, got one behind an API, whose queries are for training.")
+        train, _ = loaders_of(datamodule, model.boosting)
+        check_dataset(train, "train_dataloader")
+        if model.boosting.labels is None or test_loader_of(datamodule, model.boosting) is None:
+            lacks = "labels (model.boosting.labels is null)" if model.boosting.labels is None else "a test_dataloader"
+            raise UserError(f"Expected data with labels and a test part, by which methods are compared; {lacks} lacks.")
+        # The MACs of a run are those of this sample.
+        self.model_planned, self.x = model, train.collate_fn([train.dataset[0]])[0]
         self.tracking = self._get(self.config_init, "tracking")
         self.trains_teacher = not (comes_trained(model.teacher.network) or model.teacher.checkpoint)
 
@@ -139,17 +145,16 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
     settings = model.boosting
     forms = plan_forms(model.make_student, settings, x, widths="no_resched" in methods)
     fixed = ["--config", str(_freeze(output, text, options)), *options]
-    teacher = Cell("teacher", 0, "teacher", forms.prefixes[0], kind="teacher")
-    weights = teacher.folder(output) / "teacher.safetensors"
+    weights = TEACHER.folder(output) / "teacher.safetensors"
     chains = [
         [cell for method in methods for cell in cells_of(method, seed, settings, forms)] for seed in range(given.seeds)
     ]
-    cells = [teacher, *(cell for chain in chains for cell in chain)]
+    cells = [TEACHER, *(cell for chain in chains for cell in chain)]
     print(f"{len(cells)} trainings: {', '.join(methods)}; {given.seeds} seeds, in {output}.", flush=True)
     message = f"The comparison in {output} was interrupted. Give the same command again: it goes on from there."
     with StopSignals(lambda: message) as signals:
         try:
-            CellRunner(output, fixed, 1, cells).run([[teacher]])
+            CellRunner(output, fixed, 1, cells).run([[TEACHER]])
             if planned.trains_teacher:
                 fixed += ["--model.teacher.checkpoint", str(weights)]
             CellRunner(output, fixed, given.workers, cells).run(chains)
@@ -176,8 +181,10 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
 
 
 def _check_same(output: Path, text: str, options: Sequence[str]) -> None:
-    """Raises UserError where the folder holds a comparison of another recipe, or with other options."""
+    """Raises UserError where the folder holds a run, or a comparison of another recipe or with other options."""
     copy, kept = output / "recipe.yaml", output / "options.json"
+    if (output / "rounds").exists():
+        raise UserError(f"`output` {output} is the folder of a run, whose report would be lost. Choose another folder.")
     if copy.exists() and (copy.read_text(encoding="utf-8"), json.loads(kept.read_text())) != (text, list(options)):
         raise UserError(
             f"`output` {output} holds a comparison of another recipe or with other options "

@@ -118,7 +118,13 @@ class RoundTrainer(Trainer):
 
 
 class BoostCLI(LightningCLI):
-    """`bdistil fit`: a new Trainer for each round, one controller and one set of loggers for all."""
+    """`bdistil fit`: a new Trainer for each round, one controller and one set of loggers for all.
+
+    Attributes:
+        free_keys: of the configuration, which may differ between two starts of one run.
+    """
+
+    free_keys: Sequence[str] = FREE_KEYS
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -205,7 +211,7 @@ class BoostCLI(LightningCLI):
             run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config,
             optimizer=model.optimizer, lr_scheduler=model.lr_scheduler, lr_interval=model.lr_interval,
         )  # fmt: skip
-        controller.boosting.complete = self._complete
+        controller.boosting.complete, controller.boosting.free_keys = self._complete, self.free_keys
         try:
             with controller.signals, controller.run.in_use():
                 return self._fit_rounds(model, datamodule, controller)
@@ -237,7 +243,7 @@ class BoostCLI(LightningCLI):
         loggers: list[Logger] | None = [] if over or rehearsed else None
         if model.mekd is not None:
             run.prepare()
-            run.freeze(config, FREE_KEYS, GROWING_KEYS, self._complete)
+            run.freeze(config, self.free_keys, GROWING_KEYS, self._complete)
             loggers = self._loggers(run, config) if loggers is None else loggers
             datamodule = self._emulate(model.mekd, model, datamodule, controller, loggers)
         controller.boosting.check(datamodule)

@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 
+from bdistil.boosting.labels import all_batches
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies
 from bdistil.evaluation.calibrate import own_logits
+from bdistil.evaluation.run_data import Split
 from bdistil.evaluation.temperature import calibration_error
+from bdistil.metrics.quality import Task, class_numbers, given_labels, prefix_metric
+from bdistil.teachers.offline import OfflineTeacher
 
 Row = dict[str, Any]
 
@@ -44,3 +48,26 @@ def part_figures(ensemble: ProgressiveEnsemble, loader: Any) -> list[Row]:
         }
         for logits in prefixes
     ]
+
+
+def table_figures(table: OfflineTeacher, part: Split, loader: Any, task: Task) -> list[Row]:
+    """The same of a teacher that is a table of logits; None where it has none of the part.
+
+    Args:
+        table: its rows, by part.
+        part: of the data.
+        loader: of that part; yields (x, y).
+        task: of the recipe.
+    """
+    if part not in table.tables:
+        return [{"accuracy": None, "calibration_error": None}]
+    scores, answers, labels = prefix_metric(task, table.outputs), [], []
+    for _, y, index in all_batches(loader):
+        answers.append(table.rows(part, index))
+        labels.append(given_labels(task, y, answers[-1]))
+        scores.update(answers[-1][None], labels[-1])
+    accuracy, error = float(scores.compute()[0]), None
+    if task == "classification":
+        classes = class_numbers(torch.cat(labels))
+        error = calibration_error(torch.cat(answers)[classes >= 0], classes[classes >= 0])
+    return [{"accuracy": accuracy, "calibration_error": error}]

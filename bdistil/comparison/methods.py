@@ -42,7 +42,7 @@ class Cell:
         name: of its folder.
         kind: of the process.
         boosting: settings that differ from the recipe's.
-        macs: MACs of all students that it trains: about how long it takes, relative to other cells.
+        macs: MACs of all students that it trains: about how long it takes, relative to other cells; 0 if that is unknown.
     """
 
     method: str
@@ -63,6 +63,9 @@ class Cell:
         run |= {"tracking.group": output.resolve().name, "tracking.name": self.folder(output).name}
         settings = {f"model.boosting.{key}": value for key, value in self.boosting.items()}
         return [f"--{key}={json.dumps(v) if not isinstance(v, str) else v}" for key, v in {**run, **settings}.items()]
+
+
+TEACHER = Cell("teacher", 0, "teacher", 0, kind="teacher")  # all methods and seeds share it
 
 
 def check_methods(methods: Sequence[str]) -> list[Method]:

@@ -82,8 +82,7 @@ def _figure(rows: Sequence[Row], x: str, y: str, title: str, size: tuple[float, 
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
         draw(axes, list(zip(xs, means, strict=True)), "o-", colour)
         axes.lines[-1].set_label(method)
-    teacher = [row[y] for row in rows if row["method"] == "teacher" and row.get(y) is not None]
-    if teacher and y.endswith("accuracy"):
+    if y.endswith("accuracy") and (teacher := [row[y] for row in _teacher(rows)]):
         axes.axhline(teacher[0], color=INK, linewidth=1, linestyle=":")
         text, place = f"teacher {_score(teacher[0], task)}", (0.01, teacher[0])
         note(axes, text, place, (0, -12), INK, xycoords=axes.get_yaxis_transform())
@@ -107,6 +106,11 @@ def pictures(rows: Sequence[Row], task: Task, size: tuple[float, float] = (7.2, 
         title = "calibration error on the test part"
         found["compare-calibration"] = _figure(rows, "macs", "test_calibration_error", title, size, task)
     return found
+
+
+def _teacher(rows: Sequence[Row]) -> list[Row]:
+    """The row of the teacher; none where a table of its logits lacks the test part."""
+    return [row for row in rows if row["method"] == "teacher" and row["test_accuracy"] is not None]
 
 
 def _score(value: float, task: Task) -> str:
@@ -173,7 +177,7 @@ def markdown(table: TextTable) -> str:
 def text_report(rows: Sequence[Row], task: Task, settings: Mapping[str, Any]) -> str:
     """The tables of a comparison as a section in Markdown, for a page of results."""
     methods, unit = methods_of(rows), Unit.of(task)
-    teacher = [f"teacher {_score(row['test_accuracy'], task)}" for row in rows if row["method"] == "teacher"]
+    teacher = [f"teacher {_score(row['test_accuracy'], task)}" for row in _teacher(rows)]
     facts = [*(f"{name} {value}" for name, value in settings.items()), *teacher]
     score = score_name(task)
     head = f"{score[0].upper()}{score[1:]} on the test part{unit.name}, mean ± sd over the seeds. {'; '.join(facts)}."
@@ -206,7 +210,7 @@ def write_comparison(output: Path, rows: Sequence[Row], task: Task, recipe: str,
                 figure.savefig(temporary, format="png", dpi=150)
         drawn = [inline_svg(f, name, name) for name, f in pictures(rows, task, (5.4, 3.8)).items()]
         methods = methods_of(rows)
-        teacher = next((row for row in rows if row["method"] == "teacher"), None)
+        teacher = next(iter(_teacher(rows)), None)
         against = methods[0] if len(methods) > 1 else None
         text = template("comparison.html").render(
             title=f"Comparison {output.resolve().name}", pictures=drawn, colours=list(COLOURS.items()),

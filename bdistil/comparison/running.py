@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from bdistil.comparison.methods import Cell
 from bdistil.errors import RunError
 from bdistil.reporting.tables import format_duration
+from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunDirectory
 
 LAST_LINES = 3  # of a log, in the message about a cell that failed
@@ -86,10 +88,12 @@ class CellRunner:
 
     def _run_cell(self, cell: Cell) -> None:
         folder = cell.folder(self.output)
-        folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "bdistil.cli.cells", cell.kind, *self.options, *cell.options(self.output)]
         threads = str(max(1, torch.get_num_threads() // self.workers))
-        with open(folder / "log.txt", "ab") as log:
+        with disk_errors(f"the start of {cell.name}", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            log = open(folder / "log.txt", "ab")  # noqa: SIM115 (closed below)
+        with log:
             with self._lock:
                 if self._stopped:
                     return
@@ -101,7 +105,7 @@ class CellRunner:
         with self._lock:
             self._processes.discard(process)
             if status and not self._stopped:
-                raise RunError(_failure(cell, folder))
+                raise RunError(_failure(cell, folder, status))
             if not status:
                 self._report(cell)
 
@@ -115,10 +119,11 @@ class CellRunner:
         print(f"{done} of {self._count}: {cell.name}, seed {cell.seed}; {rest}.", flush=True)
 
 
-def _failure(cell: Cell, folder: Path) -> str:
+def _failure(cell: Cell, folder: Path, status: int) -> str:
     lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = "\n  ".join(lines[-LAST_LINES:])
+    end = "failed" if status >= 0 else f"was ended by signal {-status} ({signal.strsignal(-status)}; is memory short?)"
     return (
-        f"{cell.name}, seed {cell.seed}, failed; its log is {folder / 'log.txt'}. Give the same command again to go on "
+        f"{cell.name}, seed {cell.seed}, {end}; its log is {folder / 'log.txt'}. Give the same command again to go on "
         f"when the cause is mended.\n  {last}"
     )

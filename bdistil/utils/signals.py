@@ -6,8 +6,10 @@ epoch, and the next start goes on from the last saved epoch anyway.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,23 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.utils import distributed
 
+LOOK = 1.0  # seconds between two looks at whether the parent is still there
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+def end_with_parent() -> None:
+    """Has this process get SIGTERM once the process that started it is gone, also if that was killed outright.
+
+    Otherwise it would go on alone, and hold on to what the next start needs.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Interrupted(SystemExit):

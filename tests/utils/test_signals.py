@@ -2,9 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
+from helpers.processes import BUSY, started
 from helpers.toys import Hook, boost, control, digests, fit, in_child, settings_for
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
@@ -99,3 +104,30 @@ def test_a_recipe_with_such_a_strategy_is_refused(tmp_path, capsys):
     assert status == 2
     assert "got fsdp" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+CHILD = "import time; from bdistil.utils.signals import end_with_parent; end_with_parent(); print(1); time.sleep(600)"
+PARENT = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-uc", {CHILD!r}])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_process_ends_with_the_one_that_started_it():
+    with started([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        child = int(parent.stdout.readline())
+        assert parent.stdout.readline() == b"1\n"  # the child has begun
+        parent.kill()
+        end = time.monotonic() + BUSY / 20
+        while is_running(child) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not is_running(child)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
