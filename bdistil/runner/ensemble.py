@@ -209,8 +209,7 @@ class ExportedEnsemble:
         runner = self._runner(arrays)
         if plan is not None:
             answer = predict_within(runner, allowed, plan, deadline)
-            ran = np.broadcast_to(answer.ran, answer.stages.shape)
-            return Prediction(answer.logits, answer.stages, self._costs[ran - 1])
+            return Prediction(answer.logits, answer.stages, np.full(len(answer.stages), self._costs[answer.ran - 1]))
         while runs(runner, allowed, deadline):
             pass
         logits = self._stage(runner.number - 1, runner.total(runner.number - 1)).logits

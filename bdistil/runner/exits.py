@@ -103,8 +103,8 @@ class ExitPlan:
 
     def __init__(self, exits: Exits, factors: Sequence[float], guard: Guard) -> None:
         self.exits, self.rule, self.guard = exits, exits.rule, guard
-        self.factors = np.array(factors, np.float64)
-        self.scales = (self.factors / exits.temperatures).tolist()
+        self.factors = np.array(factors, np.float32)  # as the logits
+        self.scales = (np.array(factors) / exits.temperatures).tolist()
         self.thresholds = list(exits.thresholds)
         self._repeated: dict[tuple[int, int, int], Array] = {}
 
@@ -168,8 +168,14 @@ class Answers:
 
     def check(self) -> None:
         """Evaluates the rule at the stages that ran since the last time."""
-        totals = self._pending()
-        reached = self._reached(totals, self.checked, self.runner.number)
+        self._check(self.runner.number)
+
+    def _check(self, last: int) -> None:
+        """Evaluates the rule at the first `last` stages, as far as it was not."""
+        if last <= self.checked:
+            return
+        totals = self._pending(last)
+        reached = self._reached(totals, self.checked, last)
         sure = reached[0] if len(reached) == 1 else np.logical_or.reduce(reached)
         if self.open is not None:
             sure &= self.open
@@ -177,12 +183,16 @@ class Answers:
         if len(here):
             self.open = ~sure if self.open is None else self.open & ~sure
             self.left -= len(here)
-            self._answer(here, reached[:, here].argmax(0), totals)
-        self.checked = self.runner.number
+            if len(reached) == 1:
+                self._answer(here, totals.take(here, 0), self.checked)
+            else:
+                at = reached[:, here].argmax(0)
+                self._answer(here, totals[at * self.runner.size + here], at + self.checked)
+        self.checked = last
 
-    def _pending(self) -> Array:
-        """Sums (P n, L) of the P stages that ran since the last time."""
-        totals = [self.runner.total(number) for number in range(self.checked, self.runner.number)]
+    def _pending(self, last: int) -> Array:
+        """Sums (P n, L) of the P of the first `last` stages that were not checked."""
+        totals = [self.runner.total(number) for number in range(self.checked, last)]
         return totals[0] if len(totals) == 1 else np.concatenate(totals)
 
     def _reached(self, totals: Array, first: int, last: int) -> Array:
@@ -204,20 +214,14 @@ class Answers:
             counted.append(self._votes)
         return np.concatenate(counted)
 
-    def _answer(self, here: Array, at: Array, totals: Array) -> None:
-        """Answers samples, by their places (m,) in the batch, from the sums (P n, L) of the stages `at` (m,) of P."""
-        stages = at + self.checked
-        logits = totals[at * self.runner.size + here]
-        logits *= self.plan.factors[stages, None]
-        stages += 1
-        if self._logits is None and len(here) == self.runner.size:  # the whole batch at once
-            self._logits, self._stages = logits, stages
-            return
+    def _answer(self, here: Array, totals: Array, stages: Array | int) -> None:
+        """Answers samples, by their places (m,) in the batch, from the sums (m, L) of stages, from 0: (m,), or one."""
+        totals *= self.plan.factors[stages, None]
         if self._logits is None:
-            self._logits = np.empty((self.runner.size, logits.shape[-1]), logits.dtype)
+            self._logits = np.empty((self.runner.size, totals.shape[-1]), totals.dtype)
             self._stages = np.empty(self.runner.size, np.int64)
         rows = here if self._rows is None else self._rows[here]
-        self._logits[rows], self._stages[rows] = logits, stages
+        self._logits[rows], self._stages[rows] = totals, stages + 1
 
     def remove(self) -> None:
         """Removes the decided samples from the batch."""
@@ -234,14 +238,10 @@ class Answers:
     def finish(self) -> Answer:
         """The answers of all samples; the last stage that ran answers those that no earlier one decides."""
         runner, last = self.runner, self.runner.number
+        self._check(last - 1)
         if self.left or self._logits is None:  # a batch of none is answered, too
-            self.checked = min(self.checked, last - 1)
-            totals, samples = self._pending(), runner.size
-            reached = np.ones((last - self.checked, samples), bool)
-            if len(reached) > 1:
-                reached[:-1] = self._reached(totals[: len(totals) - samples], self.checked, last - 1)
-            here = np.arange(samples) if self.open is None else self.open.nonzero()[0]
-            self._answer(here, reached[:, here].argmax(0), totals)
+            here = np.arange(runner.size) if self.open is None else self.open.nonzero()[0]
+            self._answer(here, runner.total(last - 1).take(here, 0), last - 1)
         assert self._logits is not None
         runner.close()
         for stage, count in enumerate(np.bincount(self._stages).tolist()):
@@ -342,17 +342,19 @@ def measure_stages(
         function()
         return now() - begun
 
+    def exit_seconds() -> list[float]:
+        runner = new_runner()
+        runner.advance()  # the check follows a student, as in a prediction: its own code is then no longer in the cache
+        answers = plan.answers(runner)
+        check, remove = timed(answers.check), 0.0
+        if isinstance(answers, Answers):  # there is nothing to remove from a batch of one
+            answers.open = np.arange(runner.size) % 2 == 0
+            remove = timed(answers.remove)
+        runner.close()
+        return [check, remove]
+
     runner = new_runner()
     seconds = [timed(runner.advance) for _ in plan.thresholds]
     runner.close()
-    runner = new_runner()
-    runner.advance()  # the check follows a student, as in a prediction: its own code is then no longer in the cache
-    answers = plan.answers(runner)
-    seconds.append(timed(answers.check))
-    if isinstance(answers, Answers):
-        answers.open = np.arange(runner.size) % 2 == 0
-        seconds.append(timed(answers.remove))
-    else:  # there is nothing to remove from a batch of one
-        seconds.append(0.0)
-    runner.close()
-    return seconds
+    exit_seconds()  # in service the prediction before had exits, too: after all stages a check takes up to four times
+    return [*seconds, *exit_seconds()]

@@ -12,7 +12,7 @@ import numpy as np
 PRIOR = 100  # samples that shares from the calibration count for, beside those seen while serving
 ENOUGH = 50  # samples from which on shares are known
 REMEMBERED = 4096  # samples; the counts of older ones are halved
-PAYS = 2.0  # factor on measured costs: in a prediction a check is slower, and slows the stage after it
+PAYS = 3.0  # factor on measured costs: in a prediction a check is slower, and slows the stage after it
 CACHED = 4096  # decisions kept: one takes as long as a tiny student
 
 

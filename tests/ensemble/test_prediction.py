@@ -198,13 +198,13 @@ def guard(shares=None, allowed=T, **costs):
 @pytest.mark.parametrize(
     ("batch", "shares", "check", "first"),
     [
-        (16, (0.9, 0.1, 0.0, 0.0), 20e-3, 1),  # 43 ms are saved, twice the cost
-        (16, (0.9, 0.1, 0.0, 0.0), 25e-3, 4),
+        (16, (0.9, 0.1, 0.0, 0.0), 13e-3, 1),  # 43 ms are saved, three times the cost
+        (16, (0.9, 0.1, 0.0, 0.0), 16e-3, 4),
         (16, (0.0, 0.0, 0.0, 1.0), 1e-3, 4),
         (16, (0.0, 0.5, 0.0, 0.5), 1e-3, 2),  # nobody is decided before
-        (1, (0.5, 0.0, 0.0, 0.5), 0.7e-3, 1),  # 1.5 ms of 3 are saved
-        (1, (0.5, 0.0, 0.0, 0.5), 0.8e-3, 4),
-        (1, (0.2, 0.2, 0.2, 0.4), 0.35e-3, 2),  # 0.6 ms at the first, 0.8 at the second
+        (1, (0.5, 0.0, 0.0, 0.5), 0.47e-3, 1),  # 1.5 ms of 3 are saved
+        (1, (0.5, 0.0, 0.0, 0.5), 0.53e-3, 4),
+        (1, (0.2, 0.2, 0.2, 0.4), 0.23e-3, 2),  # 0.6 ms at the first, 0.8 at the second
     ],
 )
 def test_the_rule_is_evaluated_where_that_is_expected_to_pay(batch, shares, check, first):
@@ -232,8 +232,9 @@ def test_shares_are_learned_from_the_samples_served():
 
 @pytest.mark.parametrize("left", range(1, 16))
 def test_removal_pays_from_the_crossover_on(left):
-    # Each sample less saves 1 ms in each of the two stages to come; taking others out costs 7.5 ms, which counts twice.
-    assert guard(compact=7.5e-3).removes(2, 16, left) == (2 * (16 - left) > 2 * 7.5)
+    # Each sample less saves 1 ms in each of the two stages to come; taking others out costs 5 ms, which counts
+    # three times.
+    assert guard(compact=5e-3).removes(2, 16, left) == (2 * (16 - left) > 3 * 5)
 
 
 def test_shares_are_interpolated_between_thresholds():
