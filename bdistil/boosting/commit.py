@@ -78,7 +78,7 @@ def close_round(
         verdict = _evaluate(settings, plan, device)
     name = f"Round {number + 1} of {settings.rounds}, class {plan.rung.name}"
     if not verdict.accepted:
-        then = "A wider class is tried." if _reject(boosting, plan, verdict.reason) else "Boosting stops."
+        then = "A wider class is tried." if _reject(boosting, plan, verdict.reason, state) else "Boosting stops."
         rank_zero_info(f"{name}: rejected, {verdict.reason}. {then}")
         return None
     row = _curve_row(boosting, plan, verdict, state, device)
@@ -105,24 +105,16 @@ def _curve_row(
     boosting: Boosting, plan: RoundPlan, verdict: Verdict, state: RoundState, device: torch.device
 ) -> dict[str, Any]:
     """The row of the prefix that ends with this round: MACs and parameters are cumulative, other costs its own."""
-    module, cost, example, parts = plan.module, plan.cost, plan.run.example, plan.run.parts
-    latency = student_latency(module.student, module.earlier, example, device)
-    for student in module.earlier:
-        student.cpu()
-    teacher, *prefixes = boosting.run.rows()
+    module, cost = plan.module, plan.cost
+    latency = student_latency(module.student, module.earlier, plan.run.example, device)
+    _, *prefixes = boosting.run.rows()
     before = prefixes[-1] if prefixes else {"macs": 0, "params": 0}
-    recomputed = boosting.settings.state == "recompute"
     row = {
         "stage": module.number + 1,
         "macs": before["macs"] + cost.macs,
         "link_macs": link_macs(cost.by_module),
         "params": before["params"] + cost.params,
-        "train_macs": round_training_macs(
-            module.student, cost, module.earlier, example, state.samples_seen,
-            teacher_macs=teacher["macs"] if recomputed else 0,
-            earlier_macs=before["macs"] if recomputed else 0,
-            cached_links=module.reads_cache(parts.train),
-        ),
+        "train_macs": _training_macs(boosting, plan, state),
         "val_accuracy": verdict.accuracy,
         "val_loss": verdict.loss,
         "latency_ms": latency,
@@ -137,6 +129,21 @@ def _curve_row(
     }  # fmt: skip
     curve = [*prefixes, row]
     return row | curve_figures([r["macs"] for r in curve], [r["val_accuracy"] for r in curve])
+
+
+def _training_macs(boosting: Boosting, plan: RoundPlan, state: RoundState) -> int:
+    """MACs of the training of one try of a round; moves the earlier students to the CPU."""
+    module = plan.module
+    for student in module.earlier:
+        student.cpu()
+    teacher, *prefixes = boosting.run.rows()
+    recomputed = boosting.settings.state == "recompute"
+    return round_training_macs(
+        module.student, plan.cost, module.earlier, plan.run.example, state.samples_seen,
+        teacher_macs=teacher["macs"] if recomputed else 0,
+        earlier_macs=prefixes[-1]["macs"] if recomputed and prefixes else 0,
+        cached_links=module.reads_cache(plan.run.parts.train),
+    )  # fmt: skip
 
 
 def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str, Any], **counts: int) -> None:
@@ -155,6 +162,7 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
             "round": number,
             "reason": verdict.reason,
             "tries": run.tries(number),
+            "spent_on_tries": run.spent(number),
             "rung": asdict(plan.rung),
             "scale": head.scale,
             "offset": head.offset,
@@ -175,11 +183,12 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
     distributed.barrier()
 
 
-def _reject(boosting: Boosting, plan: RoundPlan, reason: str) -> bool:
-    """Records a rejected try, and stops the run when the ladder has no rung left; returns whether it continues."""
+def _reject(boosting: Boosting, plan: RoundPlan, reason: str, state: RoundState) -> bool:
+    """Records a rejected try and its cost; stops the run after the last rung. Returns whether it continues."""
     number, last = plan.module.number, plan.attempt + 1 >= len(plan.rungs)
     if distributed.rank() == 0:
-        boosting.run.reject(number, f"{plan.rung.name}: {reason}")
+        macs = _training_macs(boosting, plan, state)
+        boosting.run.reject(number, f"{plan.rung.name}: {reason}", train_macs=macs, seconds=state.elapsed())
         if last:
             boosting.stop(number, reason)
     distributed.barrier()

@@ -9,7 +9,6 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -46,15 +45,20 @@ class CellCLI(BoostCLI):
         """Trains what the cell needs, as far as it is missing."""
         run = RunDirectory(self._get(self.config, "run_dir"))
         self.fit_run(model, datamodule, run)
-        costs = [_costs(row) for row in run.rows()[1:]]
-        for key in ("train_macs", "seconds"):  # those of a row are of its round alone
-            for row, total in zip(costs, accumulate(row[key] for row in costs), strict=True):
-                row[key] = total
-        write_figures(run, ProgressiveEnsemble.load(run.root), costs)
+        write_figures(run, ProgressiveEnsemble.load(run.root, student=model.make_student), prefix_costs(run))
 
 
-def _costs(row: Mapping[str, Any]) -> Row:
-    return {key: row[key] for key in ("macs", "params", "train_macs", "seconds")}
+def prefix_costs(run: RunDirectory) -> list[Row]:
+    """Costs of every prefix of a finished run. Training includes the rejected tries, at the end those of the last."""
+    costs = [{key: row[key] for key in ("macs", "params", "train_macs", "seconds")} for row in run.rows()[1:]]
+    tries = [run.record(number).get("spent_on_tries", {}) for number in range(len(costs))]
+    last = (run.read("stopped") or {}).get("spent", {}) if run.stopped else {}
+    for key in ("train_macs", "seconds"):  # those of a row are of its round alone
+        own = [row[key] + spent.get(key, 0) for row, spent in zip(costs, tries, strict=True)]
+        own[-1] += last.get(key, 0)
+        for row, total in zip(costs, accumulate(own), strict=True):
+            row[key] = total
+    return costs
 
 
 def write_figures(run: RunDirectory, ensemble: ProgressiveEnsemble, costs: list[Row]) -> None:

@@ -7,8 +7,9 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
@@ -18,17 +19,18 @@ from bdistil.boosting.trainer_checks import check_trainer
 from bdistil.cli.commands import find_recipe
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.parser import Parser
-from bdistil.comparison.forms import latencies, plan_forms
-from bdistil.comparison.methods import METHODS, TEACHER, Method, cells_of, check_methods
+from bdistil.comparison.forms import Forms, latencies, plan_forms, with_widths
+from bdistil.comparison.methods import METHODS, TEACHER, Cell, Method, cells_of, check_methods
 from bdistil.comparison.report import TextTable, Unit, difference_table, summary_table, write_comparison
 from bdistil.comparison.running import CellRunner
-from bdistil.comparison.tables import gather
+from bdistil.comparison.tables import classes_of, gather
 from bdistil.data.loaders import check_dataset
 from bdistil.errors import UserError
 from bdistil.reporting.tables import format_table
 from bdistil.reporting.tracking import make_logger
 from bdistil.storage.files import write_atomically
 from bdistil.storage.provenance import describe_start
+from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.wrappers import comes_trained
 from bdistil.utils.paths import user_path
 from bdistil.utils.signals import StopSignals
@@ -145,24 +147,16 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
     settings = model.boosting
     forms = plan_forms(model.make_student, settings, x, widths="no_resched" in methods)
     fixed = ["--config", str(_freeze(output, text, options)), *options]
-    weights = TEACHER.folder(output) / "teacher.safetensors"
-    chains = [
-        [cell for method in methods for cell in cells_of(method, seed, settings, forms)] for seed in range(given.seeds)
-    ]
-    cells = [TEACHER, *(cell for chain in chains for cell in chain)]
-    print(f"{len(cells)} trainings: {', '.join(methods)}; {given.seeds} seeds, in {output}.", flush=True)
     message = f"The comparison in {output} was interrupted. Give the same command again: it goes on from there."
     with StopSignals(lambda: message) as signals:
         try:
-            CellRunner(output, fixed, 1, cells).run([[TEACHER]])
-            if planned.trains_teacher:
-                fixed += ["--model.teacher.checkpoint", str(weights)]
-            CellRunner(output, fixed, given.workers, cells).run(chains)
+            cells = _train(Training(output, fixed, methods, given.seeds, given.workers, planned, forms))
         except BaseException as end:
             if signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
                 raise signals.interruption() from end
             raise
-    rows = gather(output, cells, latencies(model.make_student, settings, forms, x))
+    times = latencies(model.make_student, {classes_of(output, cell, forms.rungs): None for cell in cells}, x)
+    rows = gather(output, cells, forms.rungs, times)
     start = describe_start()
     facts = {
         "recipe": recipe.stem,
@@ -178,6 +172,50 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         differences = format_table(*difference_table(rows, methods[0], settings.task))
         print(f"\n{methods[0]} against the others{Unit.of(settings.task).of_differences}:\n{differences}")
     print(f"\n{page}")
+
+
+class Training(NamedTuple):
+    """What is trained for a comparison, and how."""
+
+    output: Path
+    options: list[str]
+    methods: Sequence[Method]
+    seeds: int
+    workers: int
+    planned: Any
+    forms: Forms
+
+    def chains(self, methods: Sequence[Method], forms: Sequence[Forms]) -> list[list[Cell]]:
+        """The cells of these methods, those of each seed as one chain; the forms are those of each seed."""
+        settings = self.planned.model_planned.boosting
+        return [
+            [c for method in methods for c in cells_of(method, seed, settings, own)] for seed, own in enumerate(forms)
+        ]
+
+
+def _train(training: Training) -> list[Cell]:
+    """Runs the cells of a comparison, as far as they are not done; returns all."""
+    output, methods, workers, options = training.output, training.methods, training.workers, list(training.options)
+    forms = [training.forms] * training.seeds
+    cells = [TEACHER, *chain.from_iterable(training.chains(methods, forms))]
+    print(f"{len(cells)} trainings: {', '.join(methods)}; {training.seeds} seeds, in {output}.", flush=True)
+    CellRunner(output, options, 1, cells).run([[TEACHER]])
+    if training.planned.trains_teacher:
+        options += ["--model.teacher.checkpoint", str(TEACHER.folder(output) / "teacher.safetensors")]
+    if {"bdistil", "no_resched"} <= set(methods):
+        first = training.chains(["bdistil"], forms)
+        CellRunner(output, options, workers, cells).run(first)
+        forms = [_reached(training, cell) for (cell,) in first]
+    chains = training.chains(methods, forms)
+    cells = [TEACHER, *chain.from_iterable(chains)]
+    CellRunner(output, options, workers, cells).run(chains)
+    return cells
+
+
+def _reached(training: Training, cell: Cell) -> Forms:
+    """The forms beside a finished run of bdistil: rounds that were rejected have taken wider classes than planned."""
+    reached = [row["macs"] for row in RunDirectory(cell.folder(training.output)).rows()[1:]]
+    return with_widths(training.forms, training.planned.model_planned.make_student, training.planned.x, reached)
 
 
 def _check_same(output: Path, text: str, options: Sequence[str]) -> None:

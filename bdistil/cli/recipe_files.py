@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from jsonargparse import get_loader, set_loader
 from yaml.nodes import MappingNode, Node, SequenceNode
 
 from bdistil.errors import UserError
+from bdistil.models.student import Rung
+
+RUNG = asdict(Rung())
 
 
 def check_recipe(path: Path) -> None:
@@ -49,7 +53,10 @@ def _check_locale(path: Path, found: Any) -> None:
 
 
 def refuse_duplicate_keys() -> None:
-    """Has the parsers of the command line refuse a key that is given twice, of which YAML drops the first."""
+    """Has the parsers of the command line refuse a key that is given twice, of which YAML drops the first.
+
+    They also get rungs with all their fields, see `_whole_rungs`.
+    """
     set_loader("yaml", _load, (yaml.YAMLError,))
 
 
@@ -60,7 +67,21 @@ def _load(text: str) -> Any:
     value = _lenient(text)
     if isinstance(value, dict | list):
         _check_keys(yaml.compose(text, yaml.SafeLoader), "")
-    return value
+    return _whole_rungs(value)
+
+
+def _whole_rungs(value: Any) -> Any:
+    """Values of YAML in which the rungs of a ladder have all their fields.
+
+    The parser would take missing ones from the rung at the same place of the default ladder, or of an earlier --config,
+    if that ladder is as long: {links: 1, width: 2} in the third place would be of kind `hidden`.
+    """
+    if isinstance(value, dict):
+        return {key: _whole_rungs(part) for key, part in value.items()}
+    if not isinstance(value, list):
+        return value
+    ladder = bool(value) and all(isinstance(part, dict) and part and part.keys() <= RUNG.keys() for part in value)
+    return [RUNG | part for part in value] if ladder else [_whole_rungs(part) for part in value]
 
 
 def _check_keys(node: Node | None, place: str) -> None:

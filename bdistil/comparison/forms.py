@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from bdistil.boosting.costs import student_cost, student_latency
@@ -17,10 +16,10 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.errors import UserError
 from bdistil.models.student import Rung, Student, build_student
 
-TOLERANCE = 0.05  # relative distance between the MACs of a prefix and of the one student beside it
 WIDEST = 64.0
 
 Make = Callable[..., nn.Module]
+Classes = tuple[Rung, ...]  # of the students of an ensemble, in order
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,14 @@ class Forms:
     """What the methods of a comparison train.
 
     Attributes:
+        rungs: classes of the recipe's students, as planned: a round that is rejected takes a later one.
         prefixes: MACs of the prefixes of the recipe's ensemble, links included.
         widths: for each prefix, the width of one student of as many MACs; empty if no method needs them.
         oracle: MACs of these students.
         first: the form of the first student.
     """
 
+    rungs: Classes
     prefixes: tuple[int, ...]
     widths: tuple[float, ...]
     oracle: tuple[int, ...]
@@ -53,32 +54,50 @@ def plan_forms(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) 
         UserError: `make` takes no width.
     """
     first = next((rung for rung in settings.ladder if rung.links == 0), Rung(0))
-    students = planned_students(make, settings, x)
+    with torch.random.fork_rng():
+        rungs = planned_classes(make, settings)
+    students = build_students(make, rungs, x)
     costs = [student_cost(s, students[:n], x, "record").macs for n, s in enumerate(students)]
-    prefixes = tuple(accumulate(costs))
-    if not widths:
-        return Forms(prefixes, (), (), first)
+    forms = Forms(rungs, tuple(accumulate(costs)), (), (), first)
+    return with_widths(forms, make, x) if widths else forms
+
+
+def with_widths(forms: Forms, make: Make, x: Any, reached: Sequence[int] = ()) -> Forms:
+    """Finds the widths of single students of as many MACs as the prefixes.
+
+    Args:
+        forms: as planned.
+        make: of the recipe.
+        x: a batch (B, ...) as an example.
+        reached: MACs of the prefixes of a finished run, as far as it went.
+
+    Raises:
+        UserError: `make` takes no width.
+    """
+    more = reached[-1] - forms.prefixes[len(reached) - 1] if reached else 0
+    prefixes = (*reached, *(macs + more for macs in forms.prefixes[len(reached) :]))
 
     @cache
     def macs_of(width: float) -> int:
-        with torch.random.fork_rng():
-            student = build_student(make, 0, [], Rung(0, width=width))
+        (student,) = build_students(make, (Rung(0, width=width),), x)
         return int(student_cost(student, [], x, "record").macs)
 
-    found = tuple(width_for(target, _named_width(macs_of), first.width) for target in prefixes)
-    forms = Forms(prefixes, found, tuple(map(macs_of, found)), first)
-    _tell_of_coarse(forms)
-    return forms
+    found = tuple(width_for(target, _named_width(macs_of), forms.first.width) for target in prefixes)
+    return replace(forms, prefixes=prefixes, widths=found, oracle=tuple(map(macs_of, found)))
 
 
-def planned_students(make: Make, settings: BoostingSettings, x: Any) -> list[nn.Module]:
-    """The students of all rounds, untrained, each of the class that its round tries first."""
+def planned_classes(make: Make, settings: BoostingSettings) -> Classes:
+    """The class that each round tries first. Builds a student to see whether it takes links."""
+    links = isinstance(build_student(make, 0, [], Rung(0)), Student)
+    return tuple(settings.rungs(number, links=links)[0] for number in range(settings.rounds))
+
+
+def build_students(make: Make, rungs: Classes, x: Any) -> list[nn.Module]:
+    """Untrained students of these classes, in eval mode."""
     students: list[nn.Module] = []
     with torch.random.fork_rng():
-        links = isinstance(build_student(make, 0, [], Rung(0)), Student)
-        for number in range(settings.rounds):
-            student = build_student(make, number, students, settings.rungs(number, links=links)[0], x)
-            students.append(student.train(False))
+        for number, rung in enumerate(rungs):
+            students.append(build_student(make, number, students, rung, x).train(False))
     return students
 
 
@@ -93,17 +112,6 @@ def _named_width(macs_of: Callable[[float], int]) -> Callable[[float], int]:
             ) from error
 
     return checked
-
-
-def _tell_of_coarse(forms: Forms) -> None:
-    """Says where students cannot be made as large as a prefix; a comparison interpolates over MACs then."""
-    off = [f"{own:,} for {goal:,}" for own, goal in zip(forms.oracle, forms.prefixes, strict=True) if _far(own, goal)]
-    if off:
-        rank_zero_info(f"no_resched: no width of the student comes within {TOLERANCE:.0%} of {', '.join(off)} MACs.")
-
-
-def _far(macs: int, goal: int) -> bool:
-    return abs(macs / goal - 1) > TOLERANCE
 
 
 def width_for(target: int, macs_of: Callable[[float], int], start: float = 1.0) -> float:
@@ -127,22 +135,19 @@ def width_for(target: int, macs_of: Callable[[float], int], start: float = 1.0) 
     return min((width for width in (low, high) if width > 0), key=lambda width: abs(macs_of(width) - target))
 
 
-def latencies(make: Make, settings: BoostingSettings, forms: Forms, x: Any) -> dict[str, list[float]]:
-    """Milliseconds of the prefixes of untrained students for one sample, on the CPU, by the form of the ensemble.
+def latencies(make: Make, ensembles: Iterable[Classes], x: Any) -> dict[Classes, float]:
+    """Milliseconds of untrained ensembles and of their prefixes for one sample, on the CPU.
 
-    `chain` are the recipe's students, `resched` as many of the first one's form, `no_resched` single ones.
+    Args:
+        make: of the recipe.
+        ensembles: the classes of the students of each.
+        x: a batch (B, ...) as an example.
     """
-    with torch.random.fork_rng():
-        chain = planned_students(make, settings, x)
-        alike = [build_student(make, 0, [], forms.first).train(False) for _ in chain]
-        single = [build_student(make, 0, [], Rung(0, width=width)).train(False) for width in forms.widths]
-
-    def prefixes(students: Sequence[nn.Module]) -> list[float]:
-        own = [student_latency(student, students[:n], x, torch.device("cpu")) for n, student in enumerate(students)]
-        return list(accumulate(own))
-
-    return {
-        "chain": prefixes(chain),
-        "resched": prefixes(alike),
-        "no_resched": [prefixes([student])[0] for student in single],
-    }
+    found: dict[Classes, float] = {(): 0.0}
+    for rungs in ensembles:
+        students = build_students(make, rungs, x)
+        for number, student in enumerate(students):
+            if rungs[: number + 1] not in found:
+                own = student_latency(student, students[:number], x, torch.device("cpu"))
+                found[rungs[: number + 1]] = found[rungs[:number]] + own
+    return found

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.comparison.forms import Forms
 from bdistil.errors import UserError
+from bdistil.models.student import Rung
 
 Method = Literal["bdistil", "no_resched", "resched", "links_only", "residual", "joint", "teacher"]
 METHODS: tuple[Method, ...] = get_args(Method)[:-1]  # the teacher is in every table
@@ -42,7 +43,7 @@ class Cell:
         name: of its folder.
         kind: of the process.
         boosting: settings that differ from the recipe's.
-        macs: MACs of all students that it trains: about how long it takes, relative to other cells; 0 if that is unknown.
+        macs: MACs of all students that it trains: about how long it takes, relative to other cells; 0: unknown.
     """
 
     method: str
@@ -113,7 +114,7 @@ def _oracle(seed: int, settings: BoostingSettings, forms: Forms) -> list[Cell]:
     return [
         Cell(
             "no_resched", seed, f"no_resched-{prefix}" + ("" if loss == settings.loss else f"-{loss}"), macs, prefix,
-            boosting={"rounds": 1, "loss": loss, "ladder": [{"links": 0, "width": width}], **ACCEPTED},
+            boosting={"rounds": 1, "loss": loss, "ladder": [asdict(Rung(0, width=width))], **ACCEPTED},
         )
         for loss in losses
         for prefix, (width, macs) in enumerate(zip(forms.widths, forms.oracle, strict=True), 1)

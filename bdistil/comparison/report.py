@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bdistil.comparison.methods import MEANING
-from bdistil.comparison.tables import Difference, Row, bands, differences, methods_of, seeds_of, summaries
+from bdistil.comparison.tables import (
+    TOLERANCE,
+    Difference,
+    Row,
+    bands,
+    differences,
+    methods_of,
+    seeds_of,
+    summaries,
+    unequal,
+)
 from bdistil.evaluation.tables import write_csv
 from bdistil.metrics.quality import Task, score_name
 from bdistil.reporting.axes import COLOURS, INK, MUTED, draw, log_ticks, note, panels_figure
@@ -108,6 +118,11 @@ def pictures(rows: Sequence[Row], task: Task, size: tuple[float, float] = (7.2, 
     return found
 
 
+def _apart(rows: Sequence[Row]) -> str:
+    found = unequal(rows)
+    return f"no_resched is more than {TOLERANCE:.0%} off in MACs: {'; '.join(found)}." if found else ""
+
+
 def _teacher(rows: Sequence[Row]) -> list[Row]:
     """The row of the teacher; none where a table of its logits lacks the test part."""
     return [row for row in rows if row["method"] == "teacher" and row["test_accuracy"] is not None]
@@ -182,6 +197,7 @@ def text_report(rows: Sequence[Row], task: Task, settings: Mapping[str, Any]) ->
     score = score_name(task)
     head = f"{score[0].upper()}{score[1:]} on the test part{unit.name}, mean ± sd over the seeds. {'; '.join(facts)}."
     parts = [head, markdown(prefix_table(rows, task)), markdown(summary_table(rows, task))]
+    parts += [_apart(rows)] if unequal(rows) else []
     if len(methods) > 1:
         parts.append(f"{methods[0]} against the others at its own MACs{unit.of_differences}, with 95 % intervals:")
         parts.append(markdown(difference_table(rows, methods[0], task)))
@@ -217,6 +233,7 @@ def write_comparison(output: Path, rows: Sequence[Row], task: Task, recipe: str,
             meaning=[(method, MEANING[method]) for method in methods], score=score_name(task),
             summary=summary_table(rows, task), prefixes=prefix_table(rows, task), against=against,
             differences=difference_table(rows, against, task) if against else None, unit=Unit.of(task),
+            apart=_apart(rows),
             teacher=_score(teacher["test_accuracy"], task) if teacher else None,
             settings=list(settings.items()), recipe=recipe, versions=versions(),
             csv=(output / "compare.csv").read_text(encoding="utf-8"),

@@ -74,14 +74,14 @@ class CellRunner:
                 process.kill()
 
     def _run_chain(self, chain: Sequence[Cell]) -> None:
-        for number, cell in enumerate(chain):
+        for cell in chain:
             if cell in self._open:
-                self._share_teacher(cell, chain[:number])
+                self._share_teacher(cell, chain)
                 self._run_cell(cell)
 
-    def _share_teacher(self, cell: Cell, before: Sequence[Cell]) -> None:
+    def _share_teacher(self, cell: Cell, chain: Sequence[Cell]) -> None:
         """Cells of one seed have the teacher's answers in common."""
-        for other in before:
+        for other in chain:
             if other.seed == cell.seed and other.kind != "teacher" and is_done(other.folder(self.output)):
                 RunDirectory(cell.folder(self.output)).take_teacher(RunDirectory(other.folder(self.output)))
                 return

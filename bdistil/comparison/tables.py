@@ -11,28 +11,45 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t
 
+from bdistil.comparison.forms import Classes
 from bdistil.comparison.methods import Cell
 from bdistil.metrics.curve import area_under_curve, violations_of_monotony
+from bdistil.models.student import Rung
 from bdistil.storage.run_directory import RunDirectory
 
 Row = Mapping[str, Any]
 Point = tuple[float, float]
 SLACK = 0.05  # relative distance in MACs to which a curve is continued beyond its ends
 CONFIDENCE = 0.95
-
-# Which latencies are those of a method, see `bdistil.comparison.forms.latencies`.
-TIMED = {"no_resched": "no_resched", "resched": "resched"}
+TOLERANCE = 0.05  # relative distance between the MACs of a prefix and of the one student beside it
 
 
-def gather(output: Path, cells: Sequence[Cell], latencies: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """The rows of all finished cells. Of students that differ in the loss, the better one on validation counts."""
+def classes_of(output: Path, cell: Cell, planned: Classes) -> Classes:
+    """The classes of the students of a finished cell; those of joint training are as planned."""
+    run = RunDirectory(cell.folder(output))
+    if cell.kind != "rounds":
+        return planned if cell.kind == "joint" else ()
+    return tuple(Rung(**run.record(number)["rung"]) for number in range(run.committed()))
+
+
+def gather(
+    output: Path, cells: Sequence[Cell], planned: Classes, latencies: Mapping[Classes, float]
+) -> list[dict[str, Any]]:
+    """The rows of all finished cells. Of students that differ in the loss, the better one on validation counts.
+
+    Args:
+        output: folder of the comparison.
+        cells: of it.
+        planned: the classes of the recipe's students.
+        latencies: of `bdistil.comparison.forms.latencies`.
+    """
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
     for cell in cells:
+        rungs = classes_of(output, cell, planned)
         for row in RunDirectory(cell.folder(output)).read("figures") or []:
             number = cell.prefix or row["prefix"]
             key = (cell.method, cell.seed, number)
-            times = latencies.get("chain" if cell.method not in TIMED else cell.method, ())
-            latency = times[number - 1] if number <= len(times) and cell.kind != "teacher" else None
+            latency = latencies[rungs[: row["prefix"]]] if rungs else None
             new = {
                 "method": cell.method, "seed": cell.seed, "cell": cell.name, **row, "prefix": number,
                 "latency_ms": latency,
@@ -40,6 +57,17 @@ def gather(output: Path, cells: Sequence[Cell], latencies: Mapping[str, Sequence
             if key not in found or new["val_accuracy"] > found[key]["val_accuracy"]:
                 found[key] = new
     return list(found.values())
+
+
+def unequal(rows: Sequence[Row]) -> list[str]:
+    """Where a student of `no_resched` has not the MACs of the prefix of bdistil that it stands beside."""
+    goals = {(row["seed"], row["prefix"]): row["macs"] for row in rows if row["method"] == "bdistil"}
+    pairs = ((row, goals.get((row["seed"], row["prefix"]))) for row in rows if row["method"] == "no_resched")
+    return [
+        f"{row['macs']:,} for {goal:,} (prefix {row['prefix']}, seed {row['seed']})"
+        for row, goal in pairs
+        if goal and abs(row["macs"] / goal - 1) > TOLERANCE
+    ]
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:
@@ -83,12 +111,14 @@ def bands(rows: Sequence[Row], method: str, x: str, y: str) -> list[Band]:
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; the latter is NaN for one value.
+    """Mean and standard deviation; the latter is NaN for one value, both are where a value is.
 
     Example:
         >>> mean_sd([1.0, 3.0])
         (2.0, 1.4142135623730951)
     """
+    if any(map(math.isnan, values)):  # `statistics` fails
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 

@@ -100,7 +100,8 @@ class RunDirectory:
         """Writes plain values to NAME.json in the run directory.
 
         Files: `environment` (the starts), `teacher` (its row of the curve), `test` (test accuracy of the teacher, None
-        where it was not measured, and of every prefix), `anytime` (the calibration), `stopped`, `work/…/rejected`.
+        where it was not measured, and of every prefix), `anytime` (the calibration), `stopped`, `work/…/rejected`,
+        `work/…/spent`.
 
         Raises:
             RunError: the disk refused.
@@ -306,10 +307,16 @@ class RunDirectory:
         """The reasons for which tries of a round were rejected so far, one per rung of the ladder."""
         return list(self.read(f"work/{number:03d}/rejected") or [])
 
-    def reject(self, number: int, reason: str) -> None:
-        """Records that a try was rejected, and removes its checkpoint."""
-        reasons = [*self.tries(number), reason]
+    def spent(self, number: int) -> dict[str, float]:
+        """MACs and seconds of the training of the tries of a round that were rejected so far."""
+        return dict(self.read(f"work/{number:03d}/spent") or {"train_macs": 0, "seconds": 0.0})
+
+    def reject(self, number: int, reason: str, *, train_macs: int = 0, seconds: float = 0.0) -> None:
+        """Records that a try was rejected, and what it cost, and removes its checkpoint."""
+        reasons, before = [*self.tries(number), reason], self.spent(number)
         self.checkpoint(number).unlink(missing_ok=True)  # first: the next try cannot go on from it
+        spent = {"train_macs": before["train_macs"] + train_macs, "seconds": before["seconds"] + seconds}
+        self.write(f"work/{number:03d}/spent", spent)
         self.write(f"work/{number:03d}/rejected", reasons)
 
     def verdicts(self, number: int) -> tuple[int, int]:
@@ -324,7 +331,9 @@ class RunDirectory:
 
     def stop(self, number: int, reason: str) -> None:
         """Records that boosting stopped at a round, with the reason."""
-        self.write("stopped", {"round": number, "reason": reason, "tries": self.tries(number)})
+        self.write(
+            "stopped", {"round": number, "reason": reason, "tries": self.tries(number), "spent": self.spent(number)}
+        )
 
     # ---- figures and the curve
 

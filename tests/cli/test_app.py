@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 
 import pytest
@@ -355,3 +356,15 @@ def test_tables_are_printed_to_a_narrow_terminal_that_has_only_ascii(run):
     done = subprocess.run(command, capture_output=True, env=environ, timeout=600)
     assert done.returncode == 0, done.stderr
     assert len({len(line) for line in done.stdout.decode("ascii").splitlines()}) == 1
+
+
+def test_a_rung_takes_nothing_from_the_default_ladder(tmp_path, capsys):
+    """Which has three rungs, too; the third is of kind `hidden`."""
+    ladder = "[{links: 0}, {links: 1}, {links: 1, width: 2}]"
+    recipe = tmp_path / "wide.yaml"
+    recipe.write_text(f"model: {{boosting: {{ladder: {ladder}}}}}")
+    for given in (["--model.boosting.ladder", ladder], ["--config", str(recipe)]):
+        with suppress(SystemExit):
+            main(["fit", "--config", "digits", *given, "--print_config"])
+        rungs = yaml.safe_load(capsys.readouterr().out)["model"]["boosting"]["ladder"]
+        assert [(rung["kind"], rung["width"]) for rung in rungs] == [("concat", 1.0), ("concat", 1.0), ("concat", 2.0)]

@@ -5,7 +5,8 @@ import torch
 from helpers.toys import FEATURES, boost, make_plain, make_student, settings_for
 
 from bdistil import Rung
-from bdistil.comparison.forms import TOLERANCE, latencies, plan_forms, width_for
+from bdistil.comparison.forms import latencies, plan_forms, width_for, with_widths
+from bdistil.comparison.tables import TOLERANCE
 from bdistil.errors import UserError
 from bdistil.models import ConvStudent
 
@@ -51,7 +52,19 @@ def test_planning_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_latencies_are_cumulative_for_each_form():
-    times = latencies(make_conv, DEEP, plan_forms(make_conv, DEEP, IMAGE, widths=True), IMAGE)
-    assert {name: len(values) for name, values in times.items()} == {"chain": 3, "resched": 3, "no_resched": 3}
-    assert 0 < times["chain"][0] < times["chain"][1] < times["chain"][2]
+def test_widths_follow_the_prefixes_that_a_run_reached():
+    forms = plan_forms(make_conv, DEEP, IMAGE, widths=True)
+    reached = [forms.prefixes[0], 2 * forms.prefixes[1]]
+    then = with_widths(forms, make_conv, IMAGE, reached)
+    assert then.prefixes == (*reached, 2 * forms.prefixes[1] + forms.prefixes[2] - forms.prefixes[1])
+    assert all(abs(own / goal - 1) <= TOLERANCE for own, goal in zip(then.oracle, then.prefixes, strict=True))
+
+
+def test_latencies_are_cumulative_and_measured_once_for_each_class():
+    forms = plan_forms(make_conv, DEEP, IMAGE, widths=True)
+    other, single = (Rung(0), Rung(0), Rung(1)), (Rung(0, width=forms.widths[-1]),)
+    times = latencies(make_conv, [forms.rungs, other, single], IMAGE)
+    assert forms.rungs == (Rung(0), *2 * [Rung(1, "deep", at=1)])
+    assert set(times) == {chain[:n] for chain in (forms.rungs, other, single) for n in range(len(chain) + 1)}
+    for chain in (forms.rungs, other):
+        assert 0 < times[chain[:1]] < times[chain[:2]] < times[chain]

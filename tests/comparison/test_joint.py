@@ -5,7 +5,7 @@ import torch
 from helpers.toys import FEATURES, Toys, control, make_student, make_trainer, settings_for
 
 from bdistil import ProgressiveEnsemble, Rung
-from bdistil.comparison.forms import planned_students
+from bdistil.comparison.forms import build_students, planned_classes
 from bdistil.comparison.joint import Chain, Opening, joint_ensemble, plan_joint
 from bdistil.data.loaders import indexed_loaders
 
@@ -14,7 +14,8 @@ SETTINGS = settings_for(3, ladder=[Rung(0), Rung(2)])
 
 @pytest.fixture
 def chain():
-    return Chain(planned_students(make_student, SETTINGS, torch.zeros(1, FEATURES)))
+    classes = planned_classes(make_student, SETTINGS)
+    return Chain(build_students(make_student, classes, torch.zeros(1, FEATURES)))
 
 
 def test_a_chain_answers_as_the_ensemble_of_its_students(chain):

@@ -53,3 +53,11 @@ def test_accuracies_are_in_percent(rows, tmp_path):
     assert "teacher: 90.00 % on the test part" in page
     assert "options: --a &lt;b&gt;" in page
     assert "in percentage points" in page
+
+
+def test_students_of_other_macs_are_told(rows, tmp_path):
+    oracle = [{**r, "method": "no_resched", "macs": 2 * r["macs"]} for r in rows if r["method"] == "bdistil"]
+    said = "no_resched is more than 5% off in MACs: 200 for 100 (prefix 1, seed 0); "
+    assert said in text_report([*rows, *oracle], "classification", {})
+    assert said in write_comparison(tmp_path, [*rows, *oracle], "classification", "the recipe", {}).read_text()
+    assert "off in MACs" not in text_report(rows, "classification", {})

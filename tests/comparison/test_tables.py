@@ -2,11 +2,14 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 
-from bdistil.comparison.methods import Cell
-from bdistil.comparison.tables import area, bands, common_range, differences, gather, height_at, summaries
+from bdistil import Rung
+from bdistil.comparison.methods import TEACHER, Cell
+from bdistil.comparison.tables import area, bands, common_range, differences, gather, height_at, summaries, unequal
+from bdistil.storage.run_directory import FORMAT, RunDirectory
 
 
 def row(method, seed, prefix, macs, accuracy, **more):
@@ -78,6 +81,12 @@ def test_bands_are_means_and_deviations_of_each_prefix(rows):
     assert first == (100, pytest.approx(0.62), pytest.approx(0.02645751), 3)
 
 
+def test_methods_without_a_common_range_have_no_area(rows):
+    apart = [{**r, "macs": 1000 * r["macs"]} if r["method"] == "joint" else r for r in rows]
+    assert common_range(apart) is None
+    assert all(math.isnan(figure) for summary in summaries(apart) for figure in summary.area)
+
+
 def test_a_seed_that_stopped_early_goes_on_flat_in_the_area(rows):
     early = [r for r in rows if (r["method"], r["seed"], r["prefix"]) != ("bdistil", 0, 2)]
     assert common_range(early) == (100, 1000)
@@ -86,12 +95,38 @@ def test_a_seed_that_stopped_early_goes_on_flat_in_the_area(rows):
     assert first < others[0]
 
 
+def finish(cell, output, rungs, figures):
+    """A finished cell, as far as `gather` reads it."""
+    run = RunDirectory(cell.folder(output))
+    for number, rung in enumerate(rungs):
+        run.folder(number).mkdir(parents=True)
+        (run.folder(number) / "round.json").write_text(json.dumps({"format": FORMAT, "rung": asdict(rung)}))
+    run.write("figures", figures)
+
+
 def test_of_two_losses_the_one_that_is_better_on_validation_counts(tmp_path):
     cells = [Cell("no_resched", 0, name, 1, prefix=2) for name in ("no_resched-2", "no_resched-2-game")]
+    wide = (Rung(0, width=2.0),)
     for cell, val, test in zip(cells, (0.5, 0.6), (0.9, 0.1), strict=True):
-        folder = cell.folder(tmp_path)
-        folder.mkdir(parents=True)
-        figures = [{"prefix": 1, "macs": 5, "val_accuracy": val, "test_accuracy": test}]
-        (folder / "figures.json").write_text(json.dumps(figures))
-    (kept,) = gather(tmp_path, cells, {"no_resched": [1.0, 2.0]})
+        finish(cell, tmp_path, wide, [{"prefix": 1, "macs": 5, "val_accuracy": val, "test_accuracy": test}])
+    (kept,) = gather(tmp_path, cells, (), {wide: 2.0})
     assert (kept["cell"], kept["prefix"], kept["latency_ms"]) == ("no_resched-2-game", 2, 2.0)
+
+
+def test_latencies_are_those_of_the_classes_that_a_run_took(tmp_path):
+    """Of a round that was rejected in its first class, and of joint training, which trains the planned ones."""
+    planned, taken = (Rung(0), Rung(1)), (Rung(0), Rung(2, "hidden"))
+    cells = [Cell("bdistil", 0, "bdistil", 1), Cell("joint", 0, "joint", 1, kind="joint"), TEACHER]
+    figures = [{"prefix": n, "macs": n, "val_accuracy": 0.5, "test_accuracy": 0.5} for n in (1, 2)]
+    for cell, rungs, count in zip(cells, (taken, (), ()), (2, 2, 1), strict=True):
+        finish(cell, tmp_path, rungs, figures[:count])
+    rows = gather(tmp_path, cells, planned, {planned[:1]: 1.0, planned: 2.0, taken: 3.0})
+    assert [row["latency_ms"] for row in rows] == [1.0, 3.0, 1.0, 2.0, None]
+
+
+def test_students_whose_macs_are_off_are_named(rows):
+    oracle = [{**r, "method": "no_resched", "macs": r["macs"] * 1.04} for r in rows if r["method"] == "bdistil"]
+    assert unequal([*rows, *oracle]) == []
+    oracle[1]["macs"] = 1060
+    assert unequal([*rows, *oracle]) == ["1,060 for 1,000 (prefix 2, seed 0)"]
+    assert unequal(oracle) == []

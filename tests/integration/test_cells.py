@@ -111,6 +111,29 @@ def test_parameters_of_joint_prefixes_are_those_of_a_run(recipe, tmp_path):
     assert found[0] == found[1]
 
 
+def test_training_costs_include_rejected_tries(recipe, tmp_path):
+    """No round after the first makes enough progress: all classes of the second are tried, then boosting stops."""
+    strict = ["--model.boosting.accept", "progress", "--model.boosting.min_progress", "0.99"]
+    run = cell(CellCLI, recipe, tmp_path / "run", *strict)
+    (row,) = run.read("figures")
+    first = FEATURES * 6 + 6 * CLASSES
+    tries = [first + 6 * CLASSES, first + 12 * 32 + 32 * CLASSES]  # F1, and F2-hidden, which has one student to read
+    assert row["macs"] == first
+    assert row["train_macs"] == 3 * 2 * 192 * sum([first, *tries])
+    assert row["seconds"] > run.rows()[1]["seconds"]
+
+
+def test_costs_of_a_rejected_try_are_kept_with_its_round(recipe, tmp_path):
+    """The second round is rejected with one hidden unit, and accepted with 24."""
+    ladder = ["--model.boosting.ladder", "[{links: 0}, {links: 0, width: 0.2}, {links: 1, width: 4}]"]
+    steps = ["--model.boosting.accept", "progress", "--model.boosting.min_progress", "0.2"]
+    run = cell(CellCLI, recipe, tmp_path / "run", *ladder, *steps)
+    assert [len(run.record(number)["tries"]) for number in range(run.committed())] == [0, 1]
+    first, rejected, last = FEATURES * 6 + 6 * CLASSES, FEATURES + CLASSES, FEATURES * 24 + (24 + 6) * CLASSES
+    costs = [row["train_macs"] for row in run.read("figures")]
+    assert costs == [3 * 2 * 192 * first, 3 * 2 * 192 * (first + rejected + last)]
+
+
 def test_the_teacher_may_lie_elsewhere_when_a_cell_goes_on(recipe, tmp_path):
     teacher = cell(TeacherCLI, recipe, tmp_path / "teacher").teacher
     given = ["--model.teacher.checkpoint", str(teacher)]
