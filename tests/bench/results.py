@@ -20,9 +20,14 @@ ALL = "bdistil no_resched resched links_only residual joint"
 PARTS = (
     ("vowels", "JapaneseVowels: CNN to GRU students", "vowels", 5, ALL, ""),
     ("diabetes", "Diabetes: a regression", "diabetes", 5, ALL, ""),
-    ("watch", "Smartwatch gestures", "watch", 3, ALL, ""),
-    ("digits", "5,000 digits of MNIST", "digits", 3, ALL, ""),
-    ("fsdd", "Spoken digits (FSDD)", str(HERE / "fsdd.yaml"), 3, ALL, "--data.file {data}/fsdd.npz"),
+    ("watch", "Smartwatch gestures", "watch", 5, ALL, ""),
+    ("digits", "5,000 digits of MNIST", "digits", 5, ALL, ""),
+    ("fsdd", "Spoken digits (FSDD)", str(HERE / "fsdd.yaml"), 5, ALL, "--data.file {data}/fsdd.npz"),
+    (
+        "fsdd-start", "Spoken digits, students that start from activations", str(HERE / "fsdd-start.yaml"), 3,
+        "bdistil no_resched joint", "--data.file {data}/fsdd.npz",
+    ),
+    ("mnist", "All of MNIST", str(HERE / "mnist.yaml"), 5, ALL, "--data.root {data}"),
     (
         "cifar10-tiny", "CIFAR-10", "cifar10-tiny", 3, ALL,
         "--data.root {data} --model.teacher.checkpoint {data}/cifar10-teacher.safetensors",
