@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -38,10 +39,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _print_predictions(given: argparse.Namespace) -> None:
     try:
-        x = np.load(given.input, allow_pickle=False)
-        x = x if isinstance(x, np.ndarray) else dict(x)
+        with open(given.input, "rb") as file:
+            x = np.load(file, allow_pickle=False)
+            x = x if isinstance(x, np.ndarray) else dict(x)
         confidence = float(given.confidence) if given.confidence not in (None, "fitted") else given.confidence
-    except ValueError as error:
+    except (ValueError, EOFError, BadZipFile) as error:  # the last two of files that are empty or torn
         raise ExportError(
             f"Expected `--input` to be a .npy file of numbers and `--confidence` a number or 'fitted': {error}"
         ) from error

@@ -77,6 +77,13 @@ def test_the_command_line_writes_logits_and_answers_mistakes(mlp, tmp_path, caps
     assert "manifest.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01", b"PK\x03\x04 torn"])
+def test_a_file_that_is_no_array_is_one_message(tmp_path, capsys, content):
+    (tmp_path / "x.npy").write_bytes(content)
+    assert main([str(tmp_path), "--input", str(tmp_path / "x.npy")]) == 2
+    assert "Expected `--input` to be a .npy file of numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [
