@@ -5,6 +5,7 @@ named on the page.
 """
 
 import argparse
+import csv
 import os
 import platform
 import subprocess
@@ -39,6 +40,11 @@ Every number on this page is written by one command, `python tests/bench/results
 recipe by several methods (`bdistil compare`, see [Comparisons](compare.md)), on the same data, teacher, optimizer and
 epochs. Validation selects; the test part is read once a training. Also where bdistil loses.
 
+Measured elsewhere, by drivers of their own: [CIFAR-10](activations.md#cifar-10) beside the oracle and links to
+features, spoken digits by [other links and losses](activations.md#spoken-digits),
+[black-box teachers](mekd.md#figures), [wrong labels](noisy-labels.md#figures), [gradient noise](gradient-noise.md),
+and [other packages](peers.md).
+
 """
 
 
@@ -52,12 +58,22 @@ def measure(part, output, data):
     return section(heading, recipe, folder)
 
 
+def hours(folder):
+    """Hours of training of all cells."""
+    with (folder / "compare.csv").open() as file:
+        whole = {
+            (row["method"], row["seed"]): float(row["seconds"]) for row in csv.DictReader(file)
+        }  # of the last prefix
+    return sum(whole.values()) / 3600
+
+
 def section(heading, recipe, folder):
     name = Path(recipe).stem
     picture = f"results-{folder.name}.png"
     (DOCS / picture).write_bytes((folder / "compare-macs.png").read_bytes())
     text = (folder / "compare.md").read_text()
-    return f"## {heading}\n\nRecipe `{name}`.\n\n![Test figures of every method over MACs]({picture})\n\n{text}\n"
+    intro = f"Recipe `{name}`, {hours(folder):.1f} hours of training beside other programs."
+    return f"## {heading}\n\n{intro}\n\n![Test figures of every method over MACs]({picture})\n\n{text}\n"
 
 
 def environment():
