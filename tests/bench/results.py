@@ -58,13 +58,13 @@ def measure(part, output, data):
     return section(heading, recipe, folder)
 
 
-def hours(folder):
-    """Hours of training of all cells."""
+def minutes(folder):
+    """Minutes of training of all cells."""
     with (folder / "compare.csv").open() as file:
         whole = {
             (row["method"], row["seed"]): float(row["seconds"]) for row in csv.DictReader(file)
         }  # of the last prefix
-    return sum(whole.values()) / 3600
+    return sum(whole.values()) / 60
 
 
 def section(heading, recipe, folder):
@@ -72,7 +72,7 @@ def section(heading, recipe, folder):
     picture = f"results-{folder.name}.png"
     (DOCS / picture).write_bytes((folder / "compare-macs.png").read_bytes())
     text = (folder / "compare.md").read_text()
-    intro = f"Recipe `{name}`, {hours(folder):.1f} hours of training beside other programs."
+    intro = f"Recipe `{name}`, {minutes(folder):.0f} minutes of training beside other programs."
     return f"## {heading}\n\n{intro}\n\n![Test figures of every method over MACs]({picture})\n\n{text}\n"
 
 
