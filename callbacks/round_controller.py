@@ -153,7 +153,7 @@ class RoundController(Checkpoint):
         if not self._begun:
             rank_zero_info(
                 f"Round {self.number + 1} was not trained: the loop over `controller.rounds(datamodule)` was left "
-                "before `trainer.fit`. If Lightning refused the Trainer: RoundController saves the round under way, so "
+                "before its fit began. If Lightning refused the Trainer: RoundController saves the round under way, so "
                 "it needs `enable_checkpointing=True` and `barebones=False`, their defaults."
             )
 

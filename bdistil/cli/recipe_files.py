@@ -70,18 +70,22 @@ def _load(text: str) -> Any:
     return _whole_rungs(value)
 
 
-def _whole_rungs(value: Any) -> Any:
-    """Values of YAML in which the rungs of a ladder have all their fields.
+def _whole_rungs(value: Any, key: str | None = None) -> Any:
+    """Values of YAML in which the rungs of a `ladder` have all their fields; other lists stay as they are.
 
     The parser would take missing ones from the rung at the same place of the default ladder, or of an earlier --config,
     if that ladder is as long: {links: 1, width: 2} in the third place would be of kind `hidden`.
+
+    Args:
+        value: of a recipe, or of one option of the command line.
+        key: of the value in its mapping; None for an option, whose name is not known here: `links` shows a ladder.
     """
     if isinstance(value, dict):
-        return {key: _whole_rungs(part) for key, part in value.items()}
-    if not isinstance(value, list):
+        return {name: _whole_rungs(part, str(name)) for name, part in value.items()}
+    if not isinstance(value, list) or not all(isinstance(part, dict) and part.keys() <= RUNG.keys() for part in value):
         return value
-    ladder = bool(value) and all(isinstance(part, dict) and part and part.keys() <= RUNG.keys() for part in value)
-    return [RUNG | part for part in value] if ladder else [_whole_rungs(part) for part in value]
+    ladder = any("links" in part for part in value) if key is None else key.split(".")[-1] == "ladder"
+    return [RUNG | part for part in value] if ladder else value
 
 
 def _check_keys(node: Node | None, place: str) -> None:

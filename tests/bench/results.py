@@ -38,7 +38,7 @@ HEAD = """# Results
 
 Every number on this page is written by one command, `python tests/bench/results.py --data ROOT`: the students of a
 recipe by several methods (`bdistil compare`, see [Comparisons](compare.md)), on the same data, teacher, optimizer and
-epochs. Validation selects; the test part is read once a training. Also where bdistil loses.
+epochs. Validation selects, and nothing is chosen by the test part. Also where bdistil loses.
 
 Measured elsewhere, by drivers of their own: [CIFAR-10](activations.md#cifar-10) beside the oracle and links to
 features, spoken digits by [other links and losses](activations.md#spoken-digits),

@@ -368,3 +368,16 @@ def test_a_rung_takes_nothing_from_the_default_ladder(tmp_path, capsys):
             main(["fit", "--config", "digits", *given, "--print_config"])
         rungs = yaml.safe_load(capsys.readouterr().out)["model"]["boosting"]["ladder"]
         assert [(rung["kind"], rung["width"]) for rung in rungs] == [("concat", 1.0), ("concat", 1.0), ("concat", 2.0)]
+
+
+def test_mappings_of_the_user_with_fields_of_a_rung_stay_as_they_are(tmp_path, capsys):
+    layers = [{"width": 3}, {"kind": "conv", "width": 2}]
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"data: {{class_path: helpers.options.Layered, init_args: {{layers: {json.dumps(layers)}}}}}")
+    for given in (
+        ["--config", str(recipe)],
+        ["--data", "helpers.options.Layered", "--data.layers", json.dumps(layers)],
+    ):
+        with suppress(SystemExit):
+            main(["fit", "--config", "digits", *given, "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["layers"] == layers
