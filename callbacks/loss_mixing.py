@@ -17,7 +17,7 @@ from bdistil.data.label_noise import flipped_labels
 from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders, only_given
 from bdistil.distillation.last_layer import distilling_loaders
 from bdistil.distillation.loss_mixing import (
-    check_round,
+    check_boosting,
     draw_weights,
     log_weights,
     mix_round,
@@ -107,7 +107,7 @@ class LossMixing(pl.Callback):
         if stage != "fit":
             return
         if isinstance(pl_module, BoostingRound):
-            check_round(pl_module, self.settings)
+            check_boosting(pl_module.settings, self.settings)
             return
         train, val = distilling_loaders(trainer, pl_module, "LossMixing")
         check_dataset(val, LOADERS[1])

@@ -139,6 +139,7 @@ class Boosting:
         self.optimization, self._config = optimization or Optimization(), dict(config) if config else None
         self.complete: Complete = complete  # a configuration of an earlier version
         self.free_keys: Sequence[str] = FREE_KEYS
+        self.reads_test = True  # whether `finish` evaluates the test part
         self.students: list[nn.Module] = []  # of the committed rounds, restored from the disk
         self._checked: tuple[pl.LightningDataModule, InputSpec] | None = None
         self.rehearsed: RoundPlan | None = None  # the round of a fast_dev_run
@@ -404,7 +405,8 @@ class Boosting:
         """Evaluates the test part, once per run, and writes its accuracies to the curve."""
         if distributed.early_rank() != 0 or not self.run.committed():
             return
-        loader = test_loader_of(datamodule, self.settings) if self.run.read("test") is None else None
+        asked = self.reads_test and self.run.read("test") is None
+        loader = test_loader_of(datamodule, self.settings) if asked else None
         if loader is not None:
             figures = self._test_figures(loader, device)
             if figures is not None:

@@ -15,7 +15,6 @@ from lightning.pytorch import LightningDataModule
 
 from bdistil.boosting.checks import loaders_of, test_loader_of
 from bdistil.boosting.costs import is_api
-from bdistil.boosting.trainer_checks import check_trainer
 from bdistil.cli.commands import find_recipe
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.parser import Parser
@@ -65,7 +64,7 @@ class PlanCLI(BoostCLI):
         Raises:
             UserError: the recipe cannot be compared.
         """
-        check_trainer(self.trainer, model.boosting)
+        self.check(model)
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise UserError("Expected whole trainings, got `trainer.fast_dev_run`, of which nothing is kept.")
         if self.trainer.world_size > 1:

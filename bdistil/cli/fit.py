@@ -24,11 +24,12 @@ from torch import nn
 from bdistil.boosting.run import FREE_KEYS, GROWING_KEYS, complete
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.boosting.trainer_checks import check_strategy, check_trainer
-from bdistil.callbacks import EpochKeeper, RoundController, RoundProgressBar
+from bdistil.callbacks import EpochKeeper, LossMixing, RoundController, RoundProgressBar
 from bdistil.cli.commands import find_recipe, print_curve
 from bdistil.cli.parser import Parser
 from bdistil.cli.recipe_files import check_recipe
 from bdistil.data.loaders import indexed_loaders
+from bdistil.distillation.loss_mixing import check_boosting
 from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
@@ -122,9 +123,11 @@ class BoostCLI(LightningCLI):
 
     Attributes:
         free_keys: of the configuration, which may differ between two starts of one run.
+        reads_test: whether a run ends with figures of the test part.
     """
 
     free_keys: Sequence[str] = FREE_KEYS
+    reads_test: bool = True
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -185,9 +188,20 @@ class BoostCLI(LightningCLI):
         made: Strategy = getattr(import_module(module), name)(**given.get("init_args", {}))
         return made
 
+    def check(self, model: Distiller) -> None:
+        """Checks the Trainer and its callbacks, before the teacher is trained.
+
+        Raises:
+            UserError: the rounds would refuse them.
+        """
+        check_trainer(self.trainer, model.boosting)
+        for callback in self._callbacks():
+            if isinstance(callback, LossMixing):
+                check_boosting(model.boosting, callback.settings)
+
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains the teacher if it is missing, then the rounds, then writes the report."""
-        check_trainer(self.trainer, model.boosting)
+        self.check(model)
         run = RunDirectory(self._get(self.config, "run_dir"))
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             datamodule = self.fit_run(model, datamodule, run)
@@ -212,6 +226,7 @@ class BoostCLI(LightningCLI):
             optimizer=model.optimizer, lr_scheduler=model.lr_scheduler, lr_interval=model.lr_interval,
         )  # fmt: skip
         controller.boosting.complete, controller.boosting.free_keys = self._complete, self.free_keys
+        controller.boosting.reads_test = self.reads_test
         try:
             with controller.signals, controller.run.in_use():
                 return self._fit_rounds(model, datamodule, controller)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index
 from bdistil.distillation.probes import Probe
 from bdistil.errors import UserError
@@ -73,8 +74,8 @@ def read_mix(path: Path) -> Tensor | None:
 # ---- the target of a boosting round
 
 
-def check_round(module: BoostingRound, settings: MixingSettings) -> None:
-    """Checks that the target of a round can be a mix of label and teacher.
+def check_boosting(boosting: BoostingSettings, settings: MixingSettings) -> None:
+    """Checks that the target of a boosting run can be a mix of label and teacher.
 
     Raises:
         UserError: the weights do not sum to 1, or the task is a regression.
@@ -84,9 +85,9 @@ def check_round(module: BoostingRound, settings: MixingSettings) -> None:
             "Expected `mode` of the mixing settings to be 'convex' in a boosting run, whose target is a mix of "
             f"label and teacher, got {settings.mode!r}."
         )
-    if (task := module.settings.task) != "classification":
-        raise UserError(f"Expected a classification beside LossMixing, got a boosting run with task={task!r}.")
-    if module.settings.labels is None:
+    if boosting.task != "classification":
+        raise UserError(f"Expected a classification beside LossMixing, got a boosting run with task={boosting.task!r}.")
+    if boosting.labels is None:
         raise UserError("Expected labels beside LossMixing, which mixes them in, got a run with labels=None.")
 
 

@@ -1,6 +1,7 @@
 """`bdistil compare`, with real processes: its files, a start that goes on, what is refused before training."""
 
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from helpers.wandb_offline import finished_runs
 
 from bdistil.cli.app import main
 from bdistil.cli.compare import split_options
+from bdistil.ensemble.budget import Budget
+from bdistil.evaluation.evaluate import evaluate_budgets
 from bdistil.storage.run_directory import RunDirectory
 
 SMALL = [
@@ -23,6 +26,7 @@ SMALL = [
     "--model.boosting.rounds", "2", "--model.boosting.accept", "margin", "--model.boosting.margin_share", "0",
     "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
 ]  # fmt: skip
+INDEPENDENT = [{"class_path": "bdistil.callbacks.LossMixing", "init_args": {"settings": {"mode": "independent"}}}]
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +69,12 @@ def test_every_prefix_of_every_method_has_a_row(done):
     assert all(float(row["latency_ms"]) > 0 for row in rows[1:])
 
 
-def test_figures_are_those_of_the_run(done):
-    test = RunDirectory(done / "runs" / "bdistil-seed0").read("test")
-    rows = table(done)
-    assert [float(row["test_accuracy"]) for row in rows[:3]] == pytest.approx(test)
+def test_figures_are_those_of_the_run_and_the_test_part_is_read_for_them_alone(done):
+    run = RunDirectory(done / "runs" / "bdistil-seed0")
+    assert run.read("test") is None
+    evaluated = evaluate_budgets(run, [Budget(stages=1), Budget(stages=2)], batch_size=1)
+    figures = [row["test_accuracy"] for row in table(done)[1:3]]
+    assert [float(figure) for figure in figures] == pytest.approx([row["accuracy"] for row in evaluated], abs=1e-6)
 
 
 def test_the_teacher_is_trained_once_and_asked_once_a_seed(done):
@@ -128,6 +134,7 @@ def test_other_options_are_refused_in_the_same_folder(done, root, capsys):
         (["--trainer.fast_dev_run", "true"], "got `trainer.fast_dev_run`, of which nothing is kept"),
         (["--trainer.devices", "2"], "Expected one process for each training, got 2. Give --trainer.devices 1"),
         (["--methods", "teacher"], "Expected `methods` to be some of bdistil, no_resched"),
+        (["--trainer.callbacks", json.dumps(INDEPENDENT)], "Expected `mode` of the mixing settings to be 'convex'"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_trained(root, tmp_path, capsys, options, message):
