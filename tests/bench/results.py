@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-DOCS = HERE.parents[1] / "docs"
+HERE = Path(os.path.relpath(Path(__file__).resolve().parent))  # paths of options stand on the page
+DOCS = HERE.parent.parent / "docs"
 ALL = "bdistil no_resched resched links_only residual joint"
 # Name, heading, recipe, seeds, methods, options; {data} is the folder of --data.
 PARTS = (
@@ -31,7 +31,7 @@ PARTS = (
     ("mnist", "All of MNIST", str(HERE / "mnist.yaml"), 5, ALL, "--data.root {data}"),
     (
         "cifar10-tiny", "CIFAR-10", "cifar10-tiny", 3, ALL,
-        "--data.root {data} --model.teacher.checkpoint {data}/cifar10-teacher.safetensors",
+        f"--data.root {{data}} --model.teacher.checkpoint {HERE}/cifar10-teacher.safetensors",
     ),
 )  # fmt: skip
 HEAD = """# Results
