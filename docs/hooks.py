@@ -35,9 +35,7 @@ API = {
 
 
 def on_config(config: Any) -> Any:
-    """Adds what is generated to the navigation, and the results once they have been measured."""
-    if (ROOT / "docs" / "results.md").is_file():
-        config.nav.append({"Results": "results.md"})
+    """Adds what is generated to the navigation."""
     config.nav.append({"API": [{title: f"api/{package}.md"} for title, package in API.items()]})
     config.nav.append({"Project": [{"Contributing": "contributing.md"}, {"Changelog": "changelog.md"}]})
     return config

@@ -3,8 +3,10 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,3 +55,18 @@ def test_a_page_that_asks_another_server_is_refused(hooks):
     assert hooks.on_post_page(page) == page
     with pytest.raises(hooks.PluginError, match=r"https://cdn\.example/x\.js"):
         hooks.on_post_page(page + '<script async src="https://cdn.example/x.js">')
+
+
+def test_every_page_is_in_the_navigation_once(hooks):
+    written = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)  # knows no tags
+    config = SimpleNamespace(nav=written["nav"])
+
+    def pages(entries):
+        for entry in entries:
+            for target in entry.values() if isinstance(entry, dict) else [entry]:
+                yield from pages(target) if isinstance(target, list) else [target]
+
+    found = list(pages(hooks.on_config(config).nav))
+    assert len(found) == len(set(found))
+    guides = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert guides <= set(found)
