@@ -161,7 +161,7 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         "recipe": recipe.stem,
         "options": shlex.join(options) or "none",
         "seeds": given.seeds,
-        "commit": start["revision"] or "none",
+        "commit": start["revision"] or "none",  # with a + where files differ from it
         "system": start["system"],
     }
     page = write_comparison(output, rows, settings.task, text, facts)

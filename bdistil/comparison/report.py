@@ -195,8 +195,8 @@ def text_report(rows: Sequence[Row], task: Task, settings: Mapping[str, Any]) ->
     teacher = [f"teacher {_score(row['test_accuracy'], task)}" for row in _teacher(rows)]
     facts = [*(f"{name} {value}" for name, value in settings.items()), *teacher]
     score = score_name(task)
-    head = f"{score[0].upper()}{score[1:]} on the test part{unit.name}, mean ± sd over the seeds. {'; '.join(facts)}."
-    parts = [head, markdown(prefix_table(rows, task)), markdown(summary_table(rows, task))]
+    head = f"{score[0].upper()}{score[1:]} on the test part{unit.name}, mean ± sd over the seeds."
+    parts = [head, f"*{'; '.join(facts)}*", markdown(prefix_table(rows, task)), markdown(summary_table(rows, task))]
     parts += [_apart(rows)] if unequal(rows) else []
     if len(methods) > 1:
         parts.append(f"{methods[0]} against the others at its own MACs{unit.of_differences}, with 95 % intervals:")

@@ -39,7 +39,7 @@ def describe_start(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 def _revision() -> str | None:
     """Commit of the working directory, with a + where files differ from it; None outside of git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -38,7 +38,7 @@ def test_one_seed_alone_has_neither_deviation_nor_interval(rows):
 def test_r2_is_no_percentage(rows, tmp_path):
     assert summary_table(rows, "regression")[1][0][3] == "0.660 ± 0.057"
     text = text_report(rows, "regression", {"seeds": 2})
-    assert text.startswith("R² on the test part, mean ± sd over the seeds. seeds 2; teacher 0.900.")
+    assert text.startswith("R² on the test part, mean ± sd over the seeds.\n\n*seeds 2; teacher 0.900*\n")
     assert "0.610 ± 0.014 @ 100" in text
     page = write_comparison(tmp_path, rows, "regression", "the recipe", {"seeds": 2}).read_text()
     assert "%" not in page[page.index("<h1>") : page.index("Reproduce")].replace("95 % intervals", "").replace(
@@ -48,7 +48,7 @@ def test_r2_is_no_percentage(rows, tmp_path):
 
 def test_accuracies_are_in_percent(rows, tmp_path):
     text = text_report(rows, "classification", {"seeds": 2})
-    assert text.startswith("Accuracy on the test part in %, mean ± sd over the seeds. seeds 2; teacher 90.00 %.")
+    assert text.startswith("Accuracy on the test part in %, mean ± sd over the seeds.\n\n*seeds 2; teacher 90.00 %*\n")
     page = write_comparison(tmp_path, rows, "classification", "the recipe", {"options": "--a <b>"}).read_text()
     assert "teacher: 90.00 % on the test part" in page
     assert "options: --a &lt;b&gt;" in page
