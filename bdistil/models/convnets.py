@@ -125,19 +125,19 @@ class _RefiningStudent(Student):
 
     refine: Refinement | None
     dims: ClassVar[int]
-    channels: int  # of its last convolution
+    channels: Sequence[int]
 
     def refinement(self, activation: Tensor) -> nn.Module | None:
         """A block of the kind `refine`, if the student refines what it starts from."""
         return None if self.refine is None else _BLOCKS[self.refine](activation.shape[1], self.dims)
 
     def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> Student:
-        """As `Student`; with ``refine="inverted"``, one that starts from an activation gets a block at its end."""
+        """As `Student`; ``refine="inverted"`` gives all stages of one that starts from an activation a block."""
         super().link(earlier, rung, x)
         if self.refine == "inverted" and self.staged is not None and self.staged.start:
-            last = self.staged.stages[-1]
-            assert isinstance(last, nn.Sequential)
-            last.insert(0, InvertedResidual(self.channels, self.dims))
+            for stage, channels in zip(self.staged.stages[1:], self.channels[self.staged.start :], strict=True):
+                assert isinstance(stage, nn.Sequential)
+                stage.insert(0, InvertedResidual(channels, self.dims))
         return self
 
 
@@ -191,7 +191,7 @@ class ConvStudent(_RefiningStudent):
         pooled: side of the features before the linear head.
         width: factor on all channels, for wider rungs of the ladder.
         refine: what a student that starts from an activation runs on it first: `residual`, a convolution, or
-            `inverted`, an inverted residual, and another one before its pooling.
+            `inverted`, an inverted residual, and others before its further convolutions and its pooling.
 
     Example:
         >>> student = ConvStudent(width=1.5)
@@ -214,7 +214,7 @@ class ConvStudent(_RefiningStudent):
         stages = conv_stages(in_channels, wide, pooled)
         super().__init__(stages=stages, head=nn.Linear(wide[-1] * pooled**2, outputs))
         _check_refinement(refine)
-        self.refine, self.channels = refine, wide[-1]
+        self.refine, self.channels = refine, wide
 
 
 def sequence_conv_stages(
@@ -280,7 +280,7 @@ class SequenceConvStudent(_RefiningStudent):
         pooled: steps after pooling, read by the head.
         width: factor on all channels, for wider rungs of the ladder.
         refine: what a student that starts from an activation runs on it first: `residual`, a convolution, or
-            `inverted`, an inverted residual, and another one before its pooling.
+            `inverted`, an inverted residual, and others before its further convolutions and its pooling.
 
     Example:
         >>> SequenceConvStudent(in_channels=3, outputs=5).features(torch.zeros(2, 20, 3)).shape
@@ -305,4 +305,4 @@ class SequenceConvStudent(_RefiningStudent):
         stages = [nn.Sequential(ChannelsFirst(), *first), *rest]
         super().__init__(stages=stages, head=nn.Linear(wide[-1] * pooled, outputs))
         _check_refinement(refine)
-        self.refine, self.channels = refine, wide[-1]
+        self.refine, self.channels = refine, wide

@@ -70,24 +70,23 @@ def test_start_with_a_refinement_hands_on_what_it_made_of_the_map(x):
 
 
 @pytest.mark.parametrize("kind", ["images", "sequences"])
-def test_an_inverted_student_has_a_block_where_it_starts_and_one_before_its_pooling(x, kind):
+def test_an_inverted_student_has_a_block_where_it_starts_and_before_all_further_stages(x, kind):
     def make(round, width=1.0):
         if kind == "images":
             return ConvStudent((3, 4, 6), 2, L, 1, refine="inverted")
         return SequenceConvStudent(2, L, (3, 4, 6), (2, 2, 2), 3, refine="inverted")
 
     x = x if kind == "images" else x.flatten(2).transpose(1, 2)
-    first, second, third = chain(Rung(1, "start", at=2), make=make, x=x)
+    first, second, third = chain(Rung(1, "start", at=1), make=make, x=x)
     assert not any(isinstance(module, InvertedResidual) for module in first.modules())
-    theirs = first.activations(x)
+    theirs, (conv2, (block3, *conv3), (block4, *pool)) = first.activations(x), second.body.stages
     start = second.body.refinement
-    end, *pool = second.body.stages[1]
-    assert (type(start), type(end)) == (InvertedResidual, InvertedResidual)
-    assert torch.equal(start(theirs[1]), torch.relu(theirs[1] + start.block(theirs[1])))
-    value = end(second.body.stages[0](start(theirs[1])))
-    expected = second.head(nn.Sequential(*pool)(value)) + theirs[FEATURES] @ second.join.project.weight.T
+    assert {type(block) for block in (start, block3, block4)} == {InvertedResidual}
+    assert torch.equal(start(theirs[0]), torch.relu(theirs[0] + start.block(theirs[0])))
+    value = nn.Sequential(block3, *conv3, block4, *pool)(conv2(start(theirs[0])))
+    expected = second.head(value) + theirs[FEATURES] @ second.join.project.weight.T
     torch.testing.assert_close(run_student(second, [first], x), expected)
-    assert torch.equal(linked_activations(third, [first, second], x)[0], start(theirs[1]))
+    assert torch.equal(linked_activations(third, [first, second], x)[0], start(theirs[0]))
 
 
 def test_an_unknown_refinement_is_refused():
