@@ -54,7 +54,7 @@ class StagedBody(nn.Module):
 
     def activations(self, x: Any, linked: Sequence[Tensor] = ()) -> dict[int, Tensor]:
         """The activations named in `keys`, and the features (B, D)."""
-        given, found, value = iter(linked), {}, x
+        given, found, value = iter(_laid_out(linked, self)), {}, x
         if self.start:
             value = next(given)
             value = found[self.start - 1] = value if self.refinement is None else self.refinement(value)
@@ -111,6 +111,16 @@ def check_stages(body: StagedBody, value: Any) -> None:
             if before is not None and not torch.equal(before, value):
                 raise UserError(f"Stage {number} of the student changes its input in place. Set inplace=False there.")
             value = after
+
+
+def _laid_out(maps: Sequence[Tensor], body: nn.Module) -> Sequence[Tensor]:
+    """Maps (B, C, H, W) with the channels last where the body's weights are: from the cache they come channels first.
+
+    Convolutions would convert them one by one, which took a quarter of a training step.
+    """
+    if not any(weight.ndim == 4 and not weight.is_contiguous() for weight in body.parameters()):
+        return maps
+    return [m.contiguous(memory_format=torch.channels_last) if m.ndim == 4 else m for m in maps]
 
 
 def _with_term(stage: nn.Module, value: Any, term: Tensor) -> Tensor:

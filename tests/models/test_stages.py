@@ -89,6 +89,19 @@ def test_an_inverted_student_has_a_block_where_it_starts_and_before_all_further_
     assert torch.equal(linked_activations(third, [first, second], x)[0], start(theirs[0]))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_from_the_cache_have_the_layout_of_the_weights(x, layout):
+    first, second, _ = chain(Rung(1, "deep", at=1), x=x)
+    second.to(memory_format=layout)
+    linked = [activation.contiguous() for activation in linked_activations(second, [first], x)]
+    seen = []
+    for layer in (second.body.stages[0][0], second.body.projections["1"]):
+        layer.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    answer = second(x, linked)
+    assert [given.is_contiguous(memory_format=layout) for given in seen] == [True, True]
+    torch.testing.assert_close(answer, run_student(second.to(memory_format=torch.contiguous_format), [first], x))
+
+
 def test_an_unknown_refinement_is_refused():
     with pytest.raises(UserError, match="Expected `refine` to be one of residual, inverted, or None, got True"):
         ConvStudent((3, 4), refine=True)
