@@ -41,6 +41,8 @@ class Parser(LightningArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[1] or unknown[2], self._options(), 1, 0.75)
             message += f"\n  Did you mean '{near[0]}'?" if near else ""
+        if spaceless := re.search(r"Option '(\w+):(\S+)' is not accepted", message):
+            message += f"\n  YAML has a space after the colon of a key: {{{spaceless[1]}: {spaceless[2]}}}."
         super().error(message, ex)
 
     def _options(self) -> list[str]:

@@ -263,6 +263,11 @@ MISTAKES = [
         "`kappa` or `gamma`",
         "Leave one out",
     ),
+    (
+        ["fit", "--config", "digits", "--model.boosting.ladder", "[{links:0}]"],
+        "model.boosting.ladder",
+        "colon of a key: {links: 0}",
+    ),
     (["fit", "--config", "digits", "--model.student.wdith", "3"], "wdith", "Did you mean 'width'"),
     (["fit", "--config", "digits", "--model.teacher.checkpoint", "none.pt"], "checkpoint", "'none.pt'"),
     (["fit", "--config", "digits", "--data.batch_size", "0"], "`batch_size`", "got 0"),
