@@ -59,7 +59,8 @@ class Unit(NamedTuple):
 
     def text(self, value: float, sign: str = "") -> str:
         """A score, or a difference of scores."""
-        return format(self.factor * value, sign + self.form)
+        shown = round(self.factor * value, int(self.form[1])) + 0.0  # no -0.00
+        return format(shown, sign + self.form)
 
     def pm(self, figure: Sequence[float]) -> str:
         """Mean ± sd of scores."""

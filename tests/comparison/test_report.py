@@ -35,6 +35,16 @@ def test_one_seed_alone_has_neither_deviation_nor_interval(rows):
     assert "nan" not in text
 
 
+def test_no_difference_has_no_minus():
+    same = [
+        row(method, seed, 1, 100, 0.6 - (1e-9 if method == "bdistil" else 0))
+        for method in ("bdistil", "joint")
+        for seed in (0, 1)
+    ]
+    _, lines = difference_table(same, "bdistil")
+    assert lines == [["1 @ 100", "+0.00 [+0.00, +0.00]"]]
+
+
 def test_r2_is_no_percentage(rows, tmp_path):
     assert summary_table(rows, "regression")[1][0][3] == "0.660 ± 0.057"
     text = text_report(rows, "regression", {"seeds": 2})
