@@ -1,7 +1,7 @@
 """Measures what docs/results.md says and writes it: results.py [--output runs/results] [--data ROOT] [--only NAME ...].
 
-Each part is a `bdistil compare`, which goes on where it was interrupted. Parts whose data are missing are left out, and
-named on the page.
+Each part is a `bdistil compare`, which goes on where it was interrupted. With --only, the sections of other parts stay
+as they are on the page; parts that it lacks are named there.
 """
 
 import argparse
@@ -34,6 +34,7 @@ PARTS = (
         f"--data.root {{data}} --model.teacher.checkpoint {HERE}/cifar10-teacher.safetensors",
     ),
 )  # fmt: skip
+MISSING = "Not measured:"
 HEAD = """# Results
 
 Every number on this page is written by one command, `python tests/bench/results.py --data ROOT`: the students of a
@@ -72,34 +73,39 @@ def section(heading, recipe, folder):
     picture = f"results-{folder.name}.png"
     (DOCS / picture).write_bytes((folder / "compare-macs.png").read_bytes())
     text = (folder / "compare.md").read_text()
-    intro = f"Recipe `{name}`, {minutes(folder):.0f} minutes of training beside other programs."
-    return f"## {heading}\n\n{intro}\n\n![Test figures of every method over MACs]({picture})\n\n{text}\n"
+    intro = f"Recipe `{name}`, {minutes(folder):.0f} minutes of training beside other programs; {environment()}."
+    return f"{heading}\n\n{intro}\n\n![Test figures of every method over MACs]({picture})\n\n{text}\n"
 
 
 def environment():
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    facts = {"commit": revision.stdout.strip() or "none", "python": platform.python_version(),
-             "torch": torch.__version__, "system": platform.system(), "processors": os.cpu_count()}  # fmt: skip
-    return "Measured with " + ", ".join(f"{key} {value}" for key, value in facts.items()) + ".\n\n"
+    return f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} processors"
+
+
+def sections():
+    """The sections of the page as it is, without the mark of their heading, by heading."""
+    page = (DOCS / "results.md").read_text().partition(f"\n{MISSING}")[0]
+    return {text.partition("\n")[0]: text for text in page.split("\n## ")[1:]}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
     parser.add_argument("--data", default="data")
-    parser.add_argument("--only", nargs="*", help="names of parts; the others are taken as they are in the output")
+    parser.add_argument("--only", nargs="*", help="names of parts; the sections of the others stay as they are")
     given = parser.parse_args()
-    page, missing = HEAD + environment(), []
+    found = sections()
     for part in PARTS:
-        name, heading, recipe, *_ = part
-        if given.only is None or name in given.only:
-            page += measure(part, given.output, given.data)
-        elif (given.output / name / "compare.md").exists():
-            page += section(heading, recipe, given.output / name)
-        else:
-            missing.append(name)
-    page += f"Not measured: {', '.join(missing)}.\n" if missing else ""
-    (DOCS / "results.md").write_text(page)
+        if given.only is None or part[0] in given.only:
+            found[part[1]] = measure(part, given.output, given.data)
+            write_page(found)
+
+
+def write_page(found):
+    """The page of all sections that there are, in the order of the parts."""
+    there = [f"## {found[heading].strip()}" for _, heading, *_ in PARTS if heading in found]
+    missing = [name for name, heading, *_ in PARTS if heading not in found]
+    there += [f"{MISSING} {', '.join(missing)}."] if missing else []
+    (DOCS / "results.md").write_text("\n\n".join([HEAD.strip(), *there]) + "\n")
 
 
 if __name__ == "__main__":
