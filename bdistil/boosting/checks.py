@@ -153,19 +153,32 @@ def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None
         )
 
 
-def check_stage_links(make: Callable[..., nn.Module], ladder: Sequence[Rung], rounds: int, x: Any) -> None:
-    """Raises UserError where students of the first rounds cannot read activations as the ladder says, see `Rung`.
+def check_stage_links(make: Callable[..., nn.Module], settings: BoostingSettings, x: Any) -> None:
+    """Raises UserError where a student could not read activations as the ladder says, see `Rung`.
+
+    Any class of the ladder may be accepted in a round, so each is tried after each other one.
 
     Args:
         make: ``make_student(round)``.
-        ladder: of the run.
-        rounds: of the run.
+        settings: of the run.
         x: a batch (B, ...) as an example.
     """
-    for rung in ladder:
-        students: list[nn.Module] = []
-        for number in range(min(rounds, 3) if rung.reads_stages else 0):
-            students.append(build_student(make, number, students, rung if number else Rung(0), x))
+    classes, start = settings.rungs(1, links=True), settings.rungs(0, links=True)[0]
+    if settings.rounds < 2 or not any(rung.reads_stages for rung in classes):
+        return
+    first = build_student(make, 0, [], start, x)
+    for before in classes:
+        second = _follower(make, [first], start, before, x)
+        for rung in classes if settings.rounds > 2 else ():
+            _follower(make, [first, second], before, rung, x)
+
+
+def _follower(make: Callable[..., nn.Module], earlier: list[nn.Module], before: Rung, rung: Rung, x: Any) -> nn.Module:
+    """A student of one class after one of another. Raises UserError where it cannot read that one's activations."""
+    try:
+        return build_student(make, len(earlier), earlier, rung, x)
+    except UserError as error:
+        raise UserError(f"A student of class {rung.name} cannot follow one of class {before.name}. {error}") from error
 
 
 def check_rounds(student: nn.Module, rounds: int) -> None:

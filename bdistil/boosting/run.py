@@ -168,7 +168,7 @@ class Boosting:
         with torch.random.fork_rng():
             student = build_student(self.make, 0, [], Rung(0))
             check_student(student, [], pair)
-            check_stage_links(self.make, settings.ladder, settings.rounds, pair)
+            check_stage_links(self.make, settings, pair)
         check_rounds(student, settings.rounds)
         test = self._test_loader(datamodule)
         self._check_table(parts, test)

@@ -74,17 +74,31 @@ def _joined(stages: Sequence[nn.Sequential]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(**layers, pool=pool, flat=flat))
 
 
-class ResidualConv(nn.Module):
-    """x + a 3x3 convolution (or one of 3 steps) of x, with batch norm before the sum and ReLU after it."""
+def _shortcut(inside: int, outside: int, dims: int) -> nn.Module:
+    """x itself, or where the channels differ a 1x1 convolution of x with batch norm."""
+    conv, norm, _ = _LAYERS[dims]
+    return nn.Identity() if inside == outside else nn.Sequential(conv(inside, outside, 1, bias=False), norm(outside))
 
-    def __init__(self, channels: int, dims: int = 2) -> None:
+
+class ResidualConv(nn.Module):
+    """x + a 3x3 convolution (or one of 3 steps) of x, with batch norm before the sum and ReLU after it.
+
+    Args:
+        channels: of x.
+        dims: 2 for maps, 1 for sequences.
+        outputs: channels of the sum; where they differ, a 1x1 convolution of x stands for x in it.
+    """
+
+    def __init__(self, channels: int, dims: int = 2, outputs: int | None = None) -> None:
         super().__init__()
         conv, norm, _ = _LAYERS[dims]
-        self.conv, self.norm = conv(channels, channels, 3, padding=1, bias=False), norm(channels)
+        outputs = outputs or channels
+        self.conv, self.norm = conv(channels, outputs, 3, padding=1, bias=False), norm(outputs)
+        self.shortcut = _shortcut(channels, outputs, dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, ...) to (B, C, ...)."""
-        out: Tensor = torch.relu(x + self.norm(self.conv(x)))
+        """Maps (B, C, ...) to (B, outputs, ...)."""
+        out: Tensor = torch.relu(self.shortcut(x) + self.norm(self.conv(x)))
         return out
 
 
@@ -92,27 +106,29 @@ class InvertedResidual(nn.Module):
     """x + a 1x1, a depthwise 3x3 and a 1x1 convolution, with more channels in between, and ReLU after the sum.
 
     The block of MobileNetV2 (Sandler et al., arXiv 1801.04381), for maps that a ReLU made. With 32 channels and an
-    expansion of 2 it has half the multiply-adds of a `ResidualConv`.
+    expansion of 2 it has half the multiply-adds of a `ResidualConv`, whose arguments it has.
     """
 
-    def __init__(self, channels: int, dims: int = 2, expansion: int = 2) -> None:
+    def __init__(self, channels: int, dims: int = 2, outputs: int | None = None, expansion: int = 2) -> None:
         super().__init__()
         conv, norm, _ = _LAYERS[dims]
-        wide = expansion * channels
+        outputs = outputs or channels
+        wide = expansion * outputs
         self.block = nn.Sequential(
             conv(channels, wide, 1, bias=False), norm(wide), nn.ReLU(inplace=True),
             conv(wide, wide, 3, padding=1, groups=wide, bias=False), norm(wide), nn.ReLU(inplace=True),
-            conv(wide, channels, 1, bias=False), norm(channels),
+            conv(wide, outputs, 1, bias=False), norm(outputs),
         )  # fmt: skip
+        self.shortcut = _shortcut(channels, outputs, dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, ...) to (B, C, ...)."""
-        out: Tensor = torch.relu(x + self.block(x))
+        """Maps (B, C, ...) to (B, outputs, ...)."""
+        out: Tensor = torch.relu(self.shortcut(x) + self.block(x))
         return out
 
 
 Refinement = Literal["residual", "inverted"]
-_BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {"residual": ResidualConv, "inverted": InvertedResidual}
+_BLOCKS: dict[str, Callable[[int, int, int], nn.Module]] = {"residual": ResidualConv, "inverted": InvertedResidual}
 
 
 def _check_refinement(refine: str | None) -> None:
@@ -128,8 +144,10 @@ class _RefiningStudent(Student):
     channels: Sequence[int]
 
     def refinement(self, activation: Tensor) -> nn.Module | None:
-        """A block of the kind `refine`, if the student refines what it starts from."""
-        return None if self.refine is None else _BLOCKS[self.refine](activation.shape[1], self.dims)
+        """A block of the kind `refine`, to the student's own number of channels, if it refines what it starts from."""
+        if self.refine is None or self.staged is None:
+            return None
+        return _BLOCKS[self.refine](activation.shape[1], self.dims, self.channels[self.staged.start - 1])
 
     def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> Student:
         """As `Student`; ``refine="inverted"`` gives all stages of one that starts from an activation a block."""

@@ -64,9 +64,9 @@ class StagedBody(nn.Module):
         found[FEATURES] = found.pop(self.start + len(self.stages) - 1)
         return found
 
-    def begin_at(self, count: int, refinement: nn.Module | None) -> None:
-        """Drops the first `count` stages: an activation of the earlier student, refined, stands for them."""
-        self.stages, self.start, self.refinement = self.stages[count:], count, refinement
+    def begin_at(self, count: int) -> None:
+        """Drops the first `count` stages: an activation of the earlier student stands for them."""
+        self.stages, self.start = self.stages[count:], count
 
     def project(self, given: Mapping[int, Tensor], x: Any, linked: Sequence[Tensor]) -> None:
         """Adds projections of the earlier student's activations to those of the same keys.
@@ -96,10 +96,13 @@ def check_stages(body: StagedBody, value: Any) -> None:
     """Checks that the stages take what the body starts from, and that none changes its input: later students read it.
 
     Raises:
-        UserError: a stage cannot take its input, or changes it in place; it is named.
+        UserError: a stage, or the refinement, cannot take its input, or changes it in place; it is named.
     """
+    named = [(f"Stage {number}", stage) for number, stage in enumerate(body.stages, body.start + 1)]
+    if body.refinement is not None:
+        named.insert(0, ("The refinement", body.refinement))
     with eval_mode(body), torch.no_grad():
-        for number, stage in enumerate(body.stages, body.start + 1):
+        for name, stage in named:
             if isinstance(value, Tensor) and value.is_floating_point():
                 value = torch.randn_like(value)  # a ReLU leaves the output of another ReLU as it is
             before = value.clone() if isinstance(value, Tensor) else None
@@ -107,9 +110,9 @@ def check_stages(body: StagedBody, value: Any) -> None:
                 after = call_on(stage, value)
             except RuntimeError as error:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise UserError(f"Stage {number} of the student cannot take its input of {shape}: {error}.") from error
+                raise UserError(f"{name} of the student cannot take its input of {shape}: {error}.") from error
             if before is not None and not torch.equal(before, value):
-                raise UserError(f"Stage {number} of the student changes its input in place. Set inplace=False there.")
+                raise UserError(f"{name} of the student changes its input in place. Set inplace=False there.")
             value = after
 
 

@@ -219,7 +219,8 @@ class Student(nn.Module):
                 f"{[key + 1 for key in given if key != FEATURES]}."
             )
         if start is not None and rung.at:
-            body.begin_at(rung.at, self.refinement(start))
+            body.begin_at(rung.at)
+            body.refinement = self.refinement(start)
         linked = (start,) if start is not None and rung.at else ()
         check_stages(body, start.clone() if start is not None and rung.at else x)
         if rung.kind == "deep":
@@ -230,7 +231,7 @@ class Student(nn.Module):
     def refinement(self, activation: Tensor) -> nn.Module | None:
         """A module between the earlier student's activation and the stages of a student that starts from it, or None.
 
-        To be overridden. Its output, of the shape of the activation (B, ...), is what a later student starts from.
+        To be overridden. Its output (B, ...) enters the student's own stages, and is what a later student starts from.
         """
         return None
 

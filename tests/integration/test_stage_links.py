@@ -238,3 +238,24 @@ def test_stages_that_do_not_fit_are_found_before_anything_is_trained(tmp_path):
         boost(tmp_path / "run", student=other, settings=start)
     assert not list((tmp_path / "run").rglob("*.f32"))
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+START = Rung(1, "start", at=1)
+
+
+@pytest.mark.parametrize(
+    ("ladder", "classes"),
+    [
+        ([Rung(0, width=2), START], "F1-start1 cannot follow one of class F0 x2"),
+        ([Rung(0), START, Rung(1, "deep", width=2)], "F1-start1 cannot follow one of class F1-deep x2"),
+        ([Rung(0), START, Rung(1, width=2)], "F1-start1 cannot follow one of class F1 x2"),
+    ],
+)
+def test_each_class_is_tried_after_each_other_before_anything_is_trained(tmp_path, ladder, classes):
+    def wider(round, width=1.0):
+        stages = [nn.Linear(FEATURES, int(7 * width)), nn.Linear(int(7 * width), 6)]
+        return Student(stages=stages, head=nn.Linear(6, CLASSES))
+
+    with pytest.raises(UserError, match=rf"A student of class {classes}\. Stage 2 .* its input of \(2, 14\)"):
+        boost(tmp_path / "run", student=wider, settings=settings_for(3, ladder=ladder))
+    assert not (tmp_path / "run" / "config.yaml").exists()

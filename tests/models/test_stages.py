@@ -89,6 +89,33 @@ def test_an_inverted_student_has_a_block_where_it_starts_and_before_all_further_
     assert torch.equal(linked_activations(third, [first, second], x)[0], start(theirs[0]))
 
 
+@pytest.mark.parametrize("refine", ["residual", "inverted"])
+def test_a_wider_student_widens_the_map_that_it_starts_from_and_a_narrower_one_narrows_it(x, refine):
+    def make(width):
+        return ConvStudent((3, 4, 6), 2, L, 1, width, refine=refine)
+
+    students = [make(1)]
+    for width in (2, 1):
+        students.append(make(width).link(students, Rung(1, "deep", at=1, width=width), x).eval())
+    first, second, third = students[0].eval(), *students[1:]
+    maps = [linked_activations(student, students[:n], x)[0] for n, student in ((1, second), (2, third))]
+    assert [m.shape[1] for m in maps] == [3, 6]
+    conv, norm = second.body.refinement.shortcut
+    own = second.body.refinement.block if refine == "inverted" else lambda x: norm_of(second)(conv_of(second)(x))
+    norm_of, conv_of = (lambda s: s.body.refinement.norm), (lambda s: s.body.refinement.conv)
+    torch.testing.assert_close(maps[1], torch.relu(norm(conv(maps[0])) + own(maps[0])))
+    assert run_student(third, [first, second], x).shape == (len(x), L)
+
+
+def test_a_refinement_that_changes_the_map_in_place_is_refused(x):
+    class Hasty(ConvStudent):
+        def refinement(self, activation):
+            return nn.Sequential(nn.Hardtanh(inplace=True), nn.Conv2d(3, 3, 1))
+
+    with pytest.raises(UserError, match="The refinement of the student changes its input in place"):
+        chain(Rung(1, "start", at=1), make=lambda round, width=1.0: Hasty((3, 4, 6), 2, L, 1), x=x)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_maps_from_the_cache_have_the_layout_of_the_weights(x, layout):
     first, second, _ = chain(Rung(1, "deep", at=1), x=x)
