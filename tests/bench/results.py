@@ -37,12 +37,16 @@ PARTS = (
 MISSING = "Not measured:"
 HEAD = """# Results
 
-Every number on this page is written by one command, `python tests/bench/results.py --data ROOT`: the students of a
-recipe by several methods (`bdistil compare`, see [Comparisons](compare.md)), on the same data, teacher, optimizer and
-epochs. Validation selects, and nothing is chosen by the test part. Also where bdistil loses.
+Every number on this page is written by one command, `python tests/bench/results.py --data ROOT`, or with `--only NAME`
+for a section: the students of a recipe by several methods (`bdistil compare`, see [Comparisons](compare.md)), on the
+same data, teacher, optimizer and epochs, at the commit that the section names. Validation selects; only the settings
+of the recipe `digits` were once chosen with test figures in view. Cases where bdistil loses are included.
 
-Measured elsewhere, by drivers of their own: [CIFAR-10](activations.md#cifar-10) beside the oracle and links to
-features, spoken digits by [other links and losses](activations.md#spoken-digits),
+All methods and seeds of a section share one teacher. Figures of the same recipes in README and in [Students that build
+on activations](activations.md#figures) differ a little, as each of their seeds trains a teacher of its own.
+
+Measured elsewhere: [CIFAR-10](activations.md#cifar-10) beside the oracle and links to features, spoken digits by
+[other links and losses](activations.md#spoken-digits),
 [black-box teachers](mekd.md#figures), [wrong labels](noisy-labels.md#figures), [gradient noise](gradient-noise.md),
 and [other packages](peers.md).
 

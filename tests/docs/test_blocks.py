@@ -34,21 +34,10 @@ ensemble = ProgressiveEnsemble(students, macs=range(1, 9))
 def wait_for(start, stop):
     return torch.randn(1, stop - start, 6)
 """
-EMULATION = """
-from pathlib import Path
-
-import lightning as L
-
-from bdistil import ApiTeacher
-from bdistil.data.vowels import Vowels
-from bdistil.distillation.mekd import Emulation, Mekd
-from bdistil.models import RecurrentStudent, SequenceConvNet
-from bdistil.teachers import LocalApi
-"""
 GIVEN = {
     "first-run.md": [""],
     "gradient-noise.md": ["", ""],
-    "mekd.md": ["", EMULATION],
+    "mekd.md": ["", ""],
     "noisy-labels.md": ["", ""],
     "sequences.md": ["", SEGMENTS],
     "wandb.md": [""],
