@@ -29,7 +29,6 @@ from bdistil.distillation.loss_mixing import (
 from bdistil.distillation.probes import probe_of
 from bdistil.errors import RunError, UserError
 from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
-from bdistil.metrics.quality import class_numbers
 from bdistil.reporting.round_tracker import logger_step
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
@@ -134,12 +133,7 @@ class LossMixing(pl.Callback):
         folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing").expanduser(), 0
         if isinstance(pl_module, BoostingRound):
             folder, self._round = pl_module.run_dir / "mixing", pl_module.number
-            self._labels = class_numbers(read_labels(self._loaders[0]))
-            if len(missing := (self._labels < 0).nonzero()):
-                raise UserError(
-                    f"LossMixing mixes labels in, but sample {int(missing[0])} of the training part has none "
-                    "(ignore_index). Leave out such samples, or this callback."
-                )
+            self._labels, _ = (_class_numbers(*given) for given in zip(self._loaders, LOADERS, strict=True))
         self._file = folder / f"mixing.{self._round:03d}.f32"
         start = start_mix(self.probe.samples, teachers, self.settings.mode, self.seed)
         found = self.mix if self.mix is not None else read_mix(self._file)
@@ -185,3 +179,18 @@ class LossMixing(pl.Callback):
             mix_round(module, self.mix, self._labels)
         else:
             module.sample_weights = lambda index: self.weights(index).to(module.device)
+
+
+def _class_numbers(loader: Any, name: str) -> Tensor:
+    """Class numbers (N,) of a part; every sample has to have one."""
+    labels = read_labels(loader)
+    if labels.ndim != 1:
+        raise UserError(
+            f"Expected class numbers in `{name}()` beside LossMixing, got labels (N, L). Give y.argmax(-1)."
+        )
+    if len(missing := (labels < 0).nonzero()):
+        raise UserError(
+            f"LossMixing mixes labels in, but sample {int(missing[0])} of `{name}()` has none (ignore_index). Leave "
+            "out such samples, or this callback."
+        )
+    return labels

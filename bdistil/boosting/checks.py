@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from bdistil.data.loaders import LOADERS, Views, is_random, paired, single_loade
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.quality import Task
-from bdistil.models.student import Rung, Student, build_student
+from bdistil.models.student import Rung, Student
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.offline import table_of
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
+from bdistil.utils.trees import leaves_of
 
 TEST = "test_dataloader"
 
@@ -153,34 +155,6 @@ def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None
         )
 
 
-def check_stage_links(make: Callable[..., nn.Module], settings: BoostingSettings, x: Any) -> None:
-    """Raises UserError where a student could not read activations as the ladder says, see `Rung`.
-
-    Any class of the ladder may be accepted in a round, so each is tried after each other one.
-
-    Args:
-        make: ``make_student(round)``.
-        settings: of the run.
-        x: a batch (B, ...) as an example.
-    """
-    classes, start = settings.rungs(1, links=True), settings.rungs(0, links=True)[0]
-    if settings.rounds < 2 or not any(rung.reads_stages for rung in classes):
-        return
-    first = build_student(make, 0, [], start, x)
-    for before in classes:
-        second = _follower(make, [first], start, before, x)
-        for rung in classes if settings.rounds > 2 else ():
-            _follower(make, [first, second], before, rung, x)
-
-
-def _follower(make: Callable[..., nn.Module], earlier: list[nn.Module], before: Rung, rung: Rung, x: Any) -> nn.Module:
-    """A student of one class after one of another. Raises UserError where it cannot read that one's activations."""
-    try:
-        return build_student(make, len(earlier), earlier, rung, x)
-    except UserError as error:
-        raise UserError(f"A student of class {rung.name} cannot follow one of class {before.name}. {error}") from error
-
-
 def check_rounds(student: nn.Module, rounds: int) -> None:
     """Raises UserError where there are more rounds than segments that the students read."""
     most = student.most_rounds if isinstance(student, Student) else None
@@ -209,7 +183,7 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
         if (table := table_of(teacher)) is not None:
             goal = table.rows("train", np.arange(2))
         else:
-            goal = teacher(move_data_to_device(example, device_of(teacher)))
+            goal = check_repeatable(teacher, "the teacher", move_data_to_device(example, device_of(teacher)))
     for name, logits in (("teacher", goal), ("student", answer)):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -227,6 +201,38 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
     if task == "classification":
         warn_of_probabilities(goal)
     return int(goal.shape[1])
+
+
+def check_repeatable(answer: Callable[[Any], Any], name: str, x: Any) -> Any:
+    """The answer to a batch x of tensors on its device, after a check that it is the same when asked again.
+
+    Raises:
+        UserError: x was changed in place, or the second answer differs.
+    """
+    before = copy.deepcopy(x)
+    first, second = answer(x), answer(copy.deepcopy(before))
+    changed = any(not same(one.data, other.data) for one, other in zip(leaves_of(x), leaves_of(before), strict=True))
+    if changed:
+        raise UserError(
+            f"Expected {name} to leave x as it is, but it changes x in place, which others read. Write x = x - mean "
+            "in place of x -= mean, or inplace=False."
+        )
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and not same(first, second, 1e-3):
+        raise UserError(
+            f"Expected {name} in eval mode to give the same answer to the same x twice, but the two differ: something "
+            "is drawn at random, for example by F.dropout(x) without training=self.training."
+        )
+    return first
+
+
+def same(one: Tensor, other: Tensor, tolerance: float = 0.0) -> bool:
+    """Whether two tensors are equal, up to a share of the largest number."""
+    if one.shape != other.shape or not one.numel():
+        return one.shape == other.shape
+    if not one.is_floating_point() and not one.is_complex():
+        return torch.equal(one, other)
+    least = tolerance * float(one.detach().abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return torch.allclose(one, other, rtol=0.0, atol=least, equal_nan=True)
 
 
 def check_task(task: Task, teacher: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any
@@ -15,6 +16,7 @@ from bdistil.data.loaders import LOADERS, as_labels, rows_loader
 from bdistil.errors import UserError
 from bdistil.metrics.quality import UNLABELLED, Task
 from bdistil.models.inputs import InputSpec
+from bdistil.utils.trees import leaves_of
 
 PROBES = 16  # samples on which labels that a dataset declares are compared with those that it gives
 USUAL_BATCH = 64  # samples that are read at once where the user's loader has no fixed number
@@ -74,6 +76,8 @@ def _check_some(labels: Sequence[Tensor], name: str, task: Task) -> None:
             f"Expected labels in `{name}()`, on which accuracy is measured, but no sample has one. Give "
             "BoostingSettings(labels=None) to measure the agreement with the teacher."
         )
+    if name != LOADERS[0] and task == "multilabel" and not any(bool((y == 1).any()) for y in labels):
+        raise UserError(f"Expected a label that holds in `{name}()`, on which average precision is measured, got none.")
 
 
 def all_batches(loader: DataLoader[Any]) -> Iterator[tuple[Any, Tensor | None, np.ndarray[Any, Any]]]:
@@ -88,6 +92,21 @@ def all_batches(loader: DataLoader[Any]) -> Iterator[tuple[Any, Tensor | None, n
     samples: int = len(loader.dataset)  # type: ignore[arg-type]
     size = loader.batch_size or USUAL_BATCH
     yield from rows_loader(loader, [range(low, min(low + size, samples)) for low in range(0, samples, size)])
+
+
+def check_finite(x: Any, index: np.ndarray[Any, Any], name: str) -> None:
+    """Raises UserError where x of a batch holds NaN or infinity, which an ensemble refuses; names the sample."""
+    for leaf in leaves_of(x):
+        # A sum is the cheapest pass that NaN and infinity carry through; finite numbers may overflow in it.
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or math.isfinite(float(leaf.sum())):
+            continue
+        wrong = (~leaf.isfinite()).nonzero()
+        if len(wrong):
+            sample = f"sample {int(index[int(wrong[0][0])])}" if leaf.ndim and len(leaf) == len(index) else "a sample"
+            raise UserError(
+                f"Expected x of `{name}()` without NaN or infinity, got some in {sample}. Mend it in the dataset, or "
+                "leave it out."
+            )
 
 
 def read_labels(loader: DataLoader[Any]) -> Tensor:

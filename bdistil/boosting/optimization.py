@@ -64,7 +64,10 @@ class Optimization:
             return adamw_cosine(student.parameters(), settings.lr, *length, **options)
         optimizer = self._optimizer(student, settings, fused=may_fuse(trainer))
         schedule = self._schedule(optimizer)
-        return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
+        if schedule is None:
+            return optimizer
+        _check_length(schedule, trainer)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _optimizer(self, student: nn.Module, settings: BoostingSettings, **options: Any) -> Optimizer:
         """The optimizer of a student.
@@ -134,6 +137,18 @@ class Optimization:
             return found
         scheduler, others = schedule["scheduler"], {k: v for k, v in schedule.items() if k != "scheduler"}
         return found | {"lr_scheduler": {**describe_schedule(scheduler, optimizer), **_plain(others)}}
+
+
+def _check_length(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
+    """Raises UserError for a schedule that ends, by an error of torch, before the fit does."""
+    total, by_step = getattr(schedule["scheduler"], "total_steps", None), schedule.get("interval") == "step"
+    length = trainer.estimated_stepping_batches if by_step else trainer.max_epochs or 0
+    if isinstance(total, int) and length > total * int(schedule.get("frequency", 1)):
+        kind = type(schedule["scheduler"]).__name__
+        raise UserError(
+            f"Expected a {kind} as long as the fit, {length} {'steps' if by_step else 'epochs'}, got one with "
+            f"total_steps={total}, after which it fails. Give total_steps={length}."
+        )
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:

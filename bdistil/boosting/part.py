@@ -14,6 +14,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from bdistil.boosting.labels import check_finite
 from bdistil.boosting.ledger.features import FeatureCache, Shapes
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.ledger.records import RoundEvidence, Units
@@ -40,6 +41,8 @@ from bdistil.utils.seeding import seed_of
 
 # Most numbers of the activations of a sample, besides its features, that are cached: 16 kB in float16.
 MOST_CACHED = 1 << 13
+# Larger ones are computed again on every batch: float16 ends at 65504.
+LARGEST_CACHED = 4096.0
 
 
 class Part:
@@ -67,6 +70,7 @@ class Part:
         view: int | None = None,
     ) -> None:
         self.name, self.settings, self.seed, self.view = name, settings, seed, view
+        self.fixed = True  # whether all samples have one shape, so that activations of stages can be cached
         self.samples = check_dataset(loader, self.method)
         self._take(loader)
         folder = folder / name / f"view{view:03d}" if view else folder / name
@@ -214,12 +218,20 @@ class Part:
         keys = self.settings.cached_keys(student) if stages else []
         shapes: dict[int, tuple[int, ...]] = {FEATURES: (student.width,)}
         if keys:
-            x, _, _ = next(iter(rows_loader(self.loader, [range(1)], seed=0, views=self.dataset_view)))
-            found = activations_of(students, number, move_data_to_device(x, device))
-            small = {key: tuple(found[key].shape[1:]) for key in keys}
-            if sum(map(prod, small.values())) <= MOST_CACHED:
-                shapes |= small
+            rows = [0, self.samples - 1]
+            singles = [self._activations_of_row(students, number, row, device) for row in rows]
+            found = {key: tuple(one[key].shape[1:]) for one in singles[:1] for key in keys}
+            fits = all(_fits_cache(one[key], found[key]) for one in singles for key in keys)
+            if fits and self.fixed and sum(map(prod, found.values())) <= MOST_CACHED:
+                shapes |= found
         return shapes
+
+    def _activations_of_row(
+        self, students: Sequence[nn.Module], number: int, row: int, device: torch.device
+    ) -> dict[int, Tensor]:
+        """Activations (1, ...) by key of a student to a sample."""
+        (batch,) = rows_loader(self.loader, [range(row, row + 1)], seed=0, views=self.dataset_view)
+        return activations_of(students, number, move_data_to_device(batch[0], device))
 
     def score(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device
@@ -284,6 +296,7 @@ class Part:
         for x, y, index in self._batches(0):
             if self.guard is not None:
                 self.guard.record(x, y, index)
+            check_finite(x, index, self.method)
             if table is None:
                 logits = teacher(move_data_to_device(x, device)).float().cpu()
             else:
@@ -316,6 +329,13 @@ class Part:
                 prefix, outward = g + prefix_error(logits, g, s, self.ledger.version), self.ledger.units.outward
                 scores.update(outward(prefix)[None], given_labels(self.settings.task, y, outward(g)))
             yield int(index[0]), logits
+
+
+def _fits_cache(activation: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether 16 bits hold an activation of one sample: real numbers of this shape, samples first, none too large."""
+    if not activation.is_floating_point() or tuple(activation.shape) != (1, *shape):
+        return False
+    return not activation.numel() or float(activation.abs().max()) <= LARGEST_CACHED
 
 
 def _summed(scores: PrefixMetric | None, outputs: int) -> tuple[float, float]:

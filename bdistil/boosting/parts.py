@@ -115,9 +115,12 @@ class Parts:
             view.query(teacher, device, outputs, fingerprint, units)
         return figures
 
-    def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
-        """Brings the ledgers of all parts up to date."""
+    def catch_up(
+        self, students: Sequence[nn.Module], device: torch.device, fingerprint: str, *, fixed: bool = True
+    ) -> None:
+        """Brings the ledgers of all parts up to date; `fixed`: all samples have one shape."""
         for part in self:
+            part.fixed = fixed
             part.catch_up(students, device, fingerprint)
 
     def claim(self, run: RunDirectory) -> None:

@@ -22,7 +22,6 @@ from bdistil.boosting.checks import (
     TEST,
     check_outputs,
     check_rounds,
-    check_stage_links,
     check_task,
     check_widths,
     loaders_of,
@@ -34,7 +33,7 @@ from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.parts import Parts
 from bdistil.boosting.round import BoostingRound, Game
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.student_checks import check_factory, check_reads, check_student
+from bdistil.boosting.student_checks import check_factory, check_ladder, check_reads, check_student
 from bdistil.data.loaders import LOADERS, indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError
@@ -42,6 +41,7 @@ from bdistil.metrics.cost import Cost
 from bdistil.metrics.quality import Task, given_labels, prefix_metric, score_name
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, Student, build_student
+from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import Complete, RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs
@@ -168,7 +168,6 @@ class Boosting:
         with torch.random.fork_rng():
             student = build_student(self.make, 0, [], Rung(0))
             check_student(student, [], pair)
-            check_stage_links(self.make, settings, pair)
         check_rounds(student, settings.rounds)
         test = self._test_loader(datamodule)
         self._check_table(parts, test)
@@ -176,6 +175,7 @@ class Boosting:
         inputs = self._check_samples(datamodule, parts, test, outputs)
         if declared_outputs(self.teacher) is not None:  # an API is billed, so that labels are checked first
             check_outputs(self.teacher, student, pair, settings.task)
+        check_ladder(self.make, settings, pair, outputs)
         for loader, name in ((parts.val.loader, LOADERS[1]), (test, TEST)):
             check_reads(student, loader, name)
         if settings.state == "cached":
@@ -248,12 +248,7 @@ class Boosting:
         """
         self.rehearsed, new = None, not self.run.config.exists()
         plan, fingerprint = self.check(datamodule), self.teacher.fingerprint
-        if not isinstance(plan.student, Student):
-            kind = type(plan.student).__name__
-            rank_zero_info(f"{kind} is no bdistil.Student, so it takes no links: all rounds are of class F0.")
-        elif any(rung.reads_stages for rung in self.settings.ladder) and plan.student.staged is None:
-            kind = type(plan.student).__name__
-            rank_zero_info(f"{kind} has no stages: rungs of the kinds 'deep' and 'start' link to its features.")
+        self._announce(plan.student, new)
         for part in plan.parts:
             if part.ledger.exists and self.run.scratch is None:
                 part.ledger.open(part.samples, fingerprint)
@@ -275,6 +270,19 @@ class Boosting:
             if self._ends_here(this.module, before, new):
                 return
             gc.collect()  # a Trainer lingers in reference cycles
+
+    def _announce(self, student: nn.Module, new: bool) -> None:
+        """Says what students of this kind cannot do, so that nobody expects it."""
+        kind = type(student).__name__
+        if not isinstance(student, Student):
+            rank_zero_info(f"{kind} is no bdistil.Student, so it takes no links: all rounds are of class F0.")
+        elif any(rung.reads_stages for rung in self.settings.ladder) and student.staged is None:
+            rank_zero_info(f"{kind} has no stages: rungs of the kinds 'deep' and 'start' link to its features.")
+        if new and (why := _indescribable(student)) is not None:
+            rank_zero_info(
+                f"The student cannot be built from the files of the run ({why}): ProgressiveEnsemble.load(run_dir, "
+                "student=make_student) loads it, and it cannot be exported."
+            )
 
     def _ends_here(self, module: BoostingRound, before: tuple[int, int], new: bool) -> bool:
         """Whether the loop over the rounds ends: after a fast_dev_run, and where no Trainer was given the module.
@@ -318,8 +326,13 @@ class Boosting:
             module.cpu()
         student = build_student(self.make, number, self.students, rungs[len(tries)], plan.example)
         student.cpu()
-        check_student(student, self.students, plan.example)
+        check_student(student, self.students, plan.example, plan.outputs)
         cost = student_cost(student, self.students, plan.example, self.uncounted)
+        if cost.macs == 0:
+            raise UserError(
+                f"Expected a student with multiply-adds, over which the curve is drawn, got {type(student).__name__}, "
+                "in which none is counted (only matrix products and convolutions are)."
+            )
         module = BoostingRound(
             student,
             number=number,
@@ -351,7 +364,10 @@ class Boosting:
         known = all(part.ledger.exists for part in parts) and self.run.read("teacher") is not None
         if not distributed.agreed(known):
             self._query_teacher(plan, device)
-        parts.catch_up(self.students, device, plan.fingerprint)
+        inputs = plan.run.inputs  # the first process has seen all samples
+        parts.catch_up(
+            self.students, device, plan.fingerprint, fixed=distributed.from_first(inputs.known and not inputs.varies)
+        )
         plan.module.start(Game.of(parts.train.ledger, self.settings, device))
 
     def _query_teacher(self, plan: RoundPlan, device: torch.device) -> None:
@@ -435,6 +451,15 @@ class Boosting:
                 "figures; the ensemble is complete."
             )
             return None
+
+
+def _indescribable(student: nn.Module) -> str | None:
+    """Why a student cannot be built again from the files of a round; None if it can."""
+    try:
+        describe(student)
+    except IndescribableError as error:
+        return str(error)
+    return None
 
 
 def is_attached(module: pl.LightningModule) -> bool:

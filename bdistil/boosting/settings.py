@@ -135,6 +135,11 @@ class BoostingSettings:
                 f"Expected `loss` of the boosting settings to be 'game' or 'residual' for task {self.task!r}, got "
                 f"{self.loss!r}: a divergence needs the probabilities of classes."
             )
+        if self.task == "regression" and self.ignore_index != UNLABELLED:
+            raise UserError(
+                f"Expected no `ignore_index` for task 'regression', whose labels are real numbers, got "
+                f"{self.ignore_index}. Leave samples without a label out of the data."
+            )
         alone = not self.independent or all(rung.links == 0 for rung in self.ladder)
         _require(self, "ladder", alone, "rungs with links=0 for independent students")
         _require(self, "temperature", self.temperature > 0, "> 0 (2 is a good start)")

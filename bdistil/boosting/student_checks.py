@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import IterableDataset
 
-from bdistil.boosting.checks import device_of
+from bdistil.boosting.checks import check_repeatable, device_of, same
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import check_dataset
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.models.inputs import InputSpec, takes_parts
-from bdistil.models.student import Student, run_student
+from bdistil.models.stages import FEATURES
+from bdistil.models.student import Rung, Student, build_student, linked_activations, run_student
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.trees import leaves_of
 
@@ -40,13 +42,14 @@ def check_factory(make: Any) -> None:
         return
 
 
-def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> None:
+def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any, outputs: int | None = None) -> None:
     """Checks a new student, and gives its lazy layers their sizes.
 
     Args:
         student: new, linked; it stays in its mode.
         earlier: the students before it, on the same device.
         example: x of a few samples.
+        outputs: L of the teacher; None where it is not known yet.
 
     Raises:
         UserError: it cannot be trained, saved or evaluated; the message says why, and the way out.
@@ -61,7 +64,11 @@ def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any
             "head), which is given them one by one."
         )
     with as_written(student, *earlier), torch.no_grad(), eval_mode(student):
-        _evaluate(student, earlier, example)
+        answer = _evaluate(student, earlier, example)
+        if isinstance(student, Student):
+            _check_parts(student, earlier, example, answer)
+    if outputs is not None:
+        _check_outputs(student, answer, outputs)
     unknown = [name for name, value in _tensors(student) if isinstance(value, UninitializedParameter)]
     if unknown:
         raise UserError(
@@ -100,9 +107,79 @@ def _form(x: Any) -> str:
     return ", ".join(f"{name} of shape {part.shape} and type {part.dtype}" for name, part in tensors.items())
 
 
-def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> None:
+def check_ladder(make: Callable[..., nn.Module], settings: BoostingSettings, x: Any, outputs: int) -> None:
+    """Builds and evaluates the students of all rounds and classes, and each class that reads stages after each other.
+
+    Args:
+        make: ``make_student(round)``.
+        settings: of the run.
+        x: a batch (B, ...) as an example.
+        outputs: L of the teacher.
+
+    Raises:
+        UserError: one of them cannot be built or evaluated; its round and class are named.
+    """
+    earlier: list[nn.Module] = []
+    rungs: list[Rung] = []
+    with torch.random.fork_rng():
+        for number in range(settings.rounds):
+            links = not earlier or isinstance(earlier[0], Student)
+            classes = settings.rungs(number, links=links)
+            made = [_next_student(make, earlier, rungs, rung, x, outputs) for rung in classes]
+            if number == 2 and any(rung.reads_stages for rung in classes):
+                for before in classes[1:]:
+                    second = _next_student(make, earlier[:1], rungs[:1], before, x, outputs)
+                    for rung in classes:
+                        _next_student(make, [earlier[0], second], [rungs[0], before], rung, x, outputs)
+            earlier, rungs = [*earlier, made[0]], [*rungs, classes[0]]
+
+
+def _next_student(
+    make: Callable[..., nn.Module], earlier: list[nn.Module], rungs: list[Rung], rung: Rung, x: Any, outputs: int
+) -> nn.Module:
+    """A student of a class after others, checked, in eval mode."""
+    number = len(earlier)
     try:
-        run_student(student, earlier, move_data_to_device(example, device_of(student)))
+        student = build_student(make, number, earlier, rung, x)
+        check_student(student, earlier, x, outputs)
+    except (UserError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        told = str(error) if isinstance(error, UserError) else f"It fails by {type(error).__name__}: {error}."
+        of = f"round {number + 1}, of class {rung.name}" + (f" after one of class {rungs[-1].name}" if rungs else "")
+        raise UserError(f"The student of {of}, cannot be used. {told}") from error
+    return student.train(False)
+
+
+def _check_outputs(student: nn.Module, answer: Any, outputs: int) -> None:
+    """Raises UserError unless the logits, and what a `Student` says of them, have the L of the teacher."""
+    shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] != outputs:
+        raise UserError(
+            f"Expected logits (B, {outputs}) of a student, as the teacher gives L={outputs} outputs, got {shape}. Give "
+            f"the student a head of {outputs} outputs."
+        )
+    if isinstance(student, Student) and student.outputs != outputs:
+        raise UserError(
+            f"Expected `outputs` of the student to be {outputs}, as many as its head gives, got {student.outputs}."
+        )
+
+
+def _check_parts(student: Student, earlier: Sequence[nn.Module], example: Any, answer: Tensor) -> None:
+    """Raises UserError where a `forward` of the user's own does not do what its parts do, which run alone later."""
+    x = move_data_to_device(example, device_of(student))
+    linked = linked_activations(student, earlier, x)
+    by_parts = student.answer(student.activations(x, linked)[FEATURES], linked)
+    if not same(answer, by_parts, 1e-3):
+        raise UserError(
+            f"Expected `forward` of {type(student).__name__} to be `answer` after `features`, which are called alone "
+            "when it answers in an ensemble, but the logits differ. Put what `forward` adds into the body, or override "
+            "`features`."
+        )
+
+
+def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> Any:
+    x = move_data_to_device(example, device_of(student))
+    try:
+        return check_repeatable(lambda x: run_student(student, earlier, x), "the student", x)
     except RuntimeError as error:
         given = {x.data.dtype for x in leaves_of(example) if x.data.is_floating_point()}
         own = {p.dtype for p in student.parameters() if p.is_floating_point()}
@@ -156,7 +233,12 @@ def _check_state(student: nn.Module) -> None:
 
 
 def _check_types(student: nn.Module) -> None:
-    """Raises UserError for weights in half precision: their steps would be rounded away."""
+    """Raises UserError for weights in half precision, whose steps would be rounded away, and links in two types."""
+    if isinstance(student, Student) and student.links and torch.float64 in {p.dtype for p in student.parameters()}:
+        raise UserError(
+            "Expected a student with weights in float32, as it links to earlier ones, got float64. Leave them in "
+            "float32, or give a ladder without links: BoostingSettings(ladder=[Rung(0)])."
+        )
     for name, parameter in student.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise UserError(

@@ -94,6 +94,10 @@ def _check_finders(trainer: pl.Trainer) -> None:
 
 def _check_validation(trainer: pl.Trainer) -> None:
     """Raises UserError where a Trainer does not validate, which `keep_epoch` needs."""
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError(
+            "Expected keep_epoch='last' beside StochasticWeightAveraging, whose average the best epoch would replace."
+        )
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs or 0
     if trainer.limit_val_batches == 0 or (every is not None and 0 < epochs < every):
         raise UserError(

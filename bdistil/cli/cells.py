@@ -114,7 +114,7 @@ class JointCLI(TeacherCLI):
             ignore_index=settings.ignore_index, prepare=checked.parts.renew,
         ):  # fmt: skip
             trainer = self.new_trainer(
-                *copy.deepcopy(self._callbacks()), opening, controller.signals, keeper,
+                *copy.deepcopy(self.callbacks()), opening, controller.signals, keeper,
                 logger=self._loggers(run, config), default_root_dir=str(run.work(0)),
             )  # fmt: skip
             trainer.fit(plan.module, datamodule, ckpt_path=keeper.ckpt_path)

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 
 from bdistil.boosting.checks import loaders_of, test_loader_of
 from bdistil.boosting.costs import is_api
+from bdistil.callbacks import LossMixing
 from bdistil.cli.commands import find_recipe
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.parser import Parser
@@ -86,6 +87,7 @@ class PlanCLI(BoostCLI):
         # The MACs of a run are those of this sample.
         self.model_planned, self.x = model, train.collate_fn([train.dataset[0]])[0]
         self.tracking = self._get(self.config_init, "tracking")
+        self.mixes = any(isinstance(callback, LossMixing) for callback in self.callbacks())
         self.trains_teacher = not (comes_trained(model.teacher.network) or model.teacher.checkpoint)
 
 
@@ -144,6 +146,12 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
     planned: Any = run_fit(["--config", str(recipe), *options, "--trainer.logger=false"], PlanCLI)
     model, x = planned.model_planned, planned.x
     settings = model.boosting
+    alone = [method for method in methods if method in ("resched", "joint")]
+    if planned.mixes and alone:
+        raise UserError(
+            f"Expected `methods` that correct an error, into which LossMixing of the recipe mixes labels, got "
+            f"{', '.join(alone)}. Leave them out."
+        )
     forms = plan_forms(model.make_student, settings, x, widths="no_resched" in methods)
     fixed = ["--config", str(_freeze(output, text, options)), *options]
     message = f"The comparison in {output} was interrupted. Give the same command again: it goes on from there."

@@ -170,11 +170,11 @@ class BoostCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer with its own list of callbacks, as Lightning appends to the list that it is given."""
         try:
-            return super().instantiate_trainer(**{"callbacks": self._callbacks(), **kwargs})
+            return super().instantiate_trainer(**{"callbacks": self.callbacks(), **kwargs})
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise UserError(f"Lightning makes no Trainer of the options `trainer` of the recipe: {error}") from error
 
-    def _callbacks(self) -> list[Callback]:
+    def callbacks(self) -> list[Callback]:
         """The callbacks of the recipe."""
         given = self._get(self.config_init, "trainer").callbacks
         return list(given) if isinstance(given, list) else [given] if given else []
@@ -195,7 +195,7 @@ class BoostCLI(LightningCLI):
             UserError: the rounds would refuse them.
         """
         check_trainer(self.trainer, model.boosting)
-        for callback in self._callbacks():
+        for callback in self.callbacks():
             if isinstance(callback, LossMixing):
                 check_boosting(model.boosting, callback.settings)
 
@@ -269,7 +269,7 @@ class BoostCLI(LightningCLI):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
             # Callbacks of the recipe are copied, so that each round has its own.
-            beside = copy.deepcopy(self._callbacks())
+            beside = copy.deepcopy(self.callbacks())
             trainer = self.new_trainer(*beside, controller, logger=loggers, default_root_dir=folder)
             trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
         return datamodule

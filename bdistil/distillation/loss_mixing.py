@@ -78,7 +78,7 @@ def check_boosting(boosting: BoostingSettings, settings: MixingSettings) -> None
     """Checks that the target of a boosting run can be a mix of label and teacher.
 
     Raises:
-        UserError: the weights do not sum to 1, or the task is a regression.
+        UserError: the weights do not sum to 1, the task is no classification, or the students are independent.
     """
     if settings.mode != "convex":
         raise UserError(
@@ -87,6 +87,11 @@ def check_boosting(boosting: BoostingSettings, settings: MixingSettings) -> None
         )
     if boosting.task != "classification":
         raise UserError(f"Expected a classification beside LossMixing, got a boosting run with task={boosting.task!r}.")
+    if boosting.independent:
+        raise UserError(
+            "Expected boosting beside LossMixing, which mixes labels into the error that a round corrects, got "
+            "independent=True."
+        )
     if boosting.labels is None:
         raise UserError("Expected labels beside LossMixing, which mixes them in, got a run with labels=None.")
 

@@ -260,42 +260,57 @@ def restore_student(
 ) -> nn.Module:
     """Loads the student of a committed round, from 0, in eval mode.
 
-    `make` is `make_student`, which reads the earlier students; None builds the student from its description.
+    It is built from its description where there is one, which also has what is not in its state dict. `make` is
+    `make_student`, which reads the earlier students: what it makes now has to agree, and stands in for a description.
 
     Raises:
         UserError: the classes cannot be imported and `make` was not given, or `make` makes another student.
         RunError: a file is missing or torn.
     """
     record, tensors = run.record(number), run.weights(number)
-    if make is None:
-        if record["blueprint"] is None:
-            raise UserError(
-                f"The student of round {number + 1} cannot be built from its files ({record['indescribable']}). "
-                "Give ProgressiveEnsemble.load(run_dir, student=make_student)."
-            )
-        student = rebuild(record["blueprint"], tensors)
-    else:
-        with torch.random.fork_rng():
-            student = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
-        try:
-            student.load_state_dict(_once(student, tensors), strict=False)
-        except (KeyError, RuntimeError) as error:
-            raise UserError(
-                f"The student of round {number + 1} in {run.root} differs from what `student` makes now ({error}). "
-                "Give the function that the run was started with, or choose another `run_dir`."
-            ) from error
-        if found := first_difference(record.get("structure"), structure_of(student)):
-            raise UserError(
-                f"The student of round {number + 1} in {run.root} differs from what `student` makes now: {found}. "
-                "Give the function that the run was started with, or choose another `run_dir`."
-            )
+    made = None if make is None else _made_again(run, number, earlier, make, tensors)
+    if record["blueprint"] is None and made is None:
+        raise UserError(
+            f"The student of round {number + 1} cannot be built from its files ({record['indescribable']}). "
+            "Give ProgressiveEnsemble.load(run_dir, student=make_student)."
+        )
+    try:
+        student = made if record["blueprint"] is None else rebuild(record["blueprint"], tensors)
+    except UserError:  # its classes cannot be imported here
+        if made is None:
+            raise
+        student = made
+    assert student is not None
     return student.requires_grad_(False).train(False)
 
 
-def _example(record: Mapping[str, Any]) -> Tensor | None:
-    """Two samples of the shape of a run's x, as far as it is known."""
+def _made_again(
+    run: RunDirectory, number: int, earlier: Sequence[nn.Module], make: Callable[..., nn.Module],
+    tensors: Mapping[str, Tensor],
+) -> nn.Module:  # fmt: skip
+    """The student of a committed round by `make_student`, with its weights. Raises UserError where it is another."""
+    record = run.record(number)
+    with torch.random.fork_rng():
+        student = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
+    try:
+        student.load_state_dict(_once(student, tensors), strict=False)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"The student of round {number + 1} in {run.root} differs from what `student` makes now ({error}). "
+            "Give the function that the run was started with, or choose another `run_dir`."
+        ) from error
+    if found := first_difference(record.get("structure"), structure_of(student)):
+        raise UserError(
+            f"The student of round {number + 1} in {run.root} differs from what `student` makes now: {found}. "
+            "Give the function that the run was started with, or choose another `run_dir`."
+        )
+    return student
+
+
+def _example(record: Mapping[str, Any]) -> Any:
+    """Two samples of the structure of a run's x; None where it is not known."""
     spec = InputSpec.of(record)
-    return None if spec.shape is None else spec.random(2)
+    return spec.random(2) if spec.known else None
 
 
 def _once(student: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

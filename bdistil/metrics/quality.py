@@ -150,7 +150,10 @@ def output_figures(sums: Tensor, scale: Tensor | float = 1.0) -> tuple[Tensor, T
     samples = sums[..., 0, -1:]
     errors, labels, squares = sums[..., :-1].unbind(-2)
     spread = squares - labels.square() / samples
-    return (1 - errors / spread).mean(-1), ((errors / samples).sqrt() * scale).mean(-1)
+    # As in scikit-learn, R² of labels that are all the same is 1 if they are met, otherwise 0.
+    least = 16 * torch.finfo(sums.dtype).eps * squares
+    r2 = torch.where(spread > least, 1 - errors / spread, (errors <= least).to(sums.dtype))
+    return r2.mean(-1), ((errors / samples).sqrt() * scale).mean(-1)
 
 
 class PrefixErrors(Metric):

@@ -231,3 +231,16 @@ def test_what_makes_no_optimizer_or_schedule(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         control(tmp_path, **options).boosting.check(Toys())
     assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using")
+@pytest.mark.parametrize(("interval", "length"), [("step", 2 * STEPS), ("epoch", 2)])
+def test_a_schedule_that_fails_before_the_fit_ends_is_refused(tmp_path, interval, length):
+    def one_cycle(total):
+        return lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=total)
+
+    options = {"optimizer": sgd, "lr_interval": interval, "trainer": {"epochs": 2}}
+    with pytest.raises(UserError, match=f"Expected a OneCycleLR as long as the fit, {length} {interval}s"):
+        boost(tmp_path / "short", lr_scheduler=one_cycle(length - 1), **options)
+    assert not list(digests(tmp_path / "short"))
+    boost(tmp_path / "right", lr_scheduler=one_cycle(length), **options)

@@ -120,7 +120,7 @@ def test_weights_in_half_precision(tmp_path):
 def test_a_student_of_a_later_round_is_checked_before_it_is_trained(tmp_path):
     with pytest.raises(UserError, match="got a dict as `_extra_state`"):
         boost(tmp_path, student=lambda round: Extra(FEATURES, CLASSES) if round else make_plain(round))
-    assert list(digests(tmp_path)) == ["000"]
+    assert not list(digests(tmp_path))
 
 
 # ---- what works

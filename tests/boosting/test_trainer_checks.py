@@ -117,6 +117,14 @@ def test_a_round_is_validated_after_its_fit_and_not_before(tmp_path):
     rounds.close()
 
 
+def test_the_best_epoch_would_replace_an_average(tmp_path):
+    with pytest.raises(UserError, match="keep_epoch='last' beside StochasticWeightAveraging"):
+        boost(
+            tmp_path, settings=settings_for(1, keep_epoch="best"),
+            callbacks=lambda: [StochasticWeightAveraging(swa_lrs=1e-2)],
+        )  # fmt: skip
+
+
 # ---- fits without a step
 
 

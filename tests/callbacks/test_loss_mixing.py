@@ -11,7 +11,7 @@ from helpers.toys import Hook, Toys, boost, digests, make_student, make_teacher,
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bdistil import RunError, UserError
+from bdistil import RunError, Rung, UserError
 from bdistil.callbacks import LossMixing, RoundController
 from bdistil.data.label_noise import LabelNoise, NoisyLabels, flip_labels
 from bdistil.distillation import MixingSettings
@@ -251,3 +251,24 @@ def test_a_boosting_run_takes_weights_that_sum_to_one(tmp_path):
     module = next(iter(controller.rounds(data := Toys())))
     with pytest.raises(UserError, match="'convex' in a boosting run"):
         make_trainer(LossMixing(MixingSettings()), controller).fit(module, data)
+
+
+def test_independent_students_have_no_error_to_mix_labels_into(tmp_path):
+    settings = settings_for(1, ladder=[Rung(0)], independent=True)
+    with pytest.raises(UserError, match="got independent=True"):
+        boost(tmp_path, settings=settings, callbacks=lambda: [LossMixing(SOON)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: torch.where(torch.arange(len(y)) == 3, -100, y), r"sample 3 of `val_dataloader\(\)` has none"),
+        (lambda y: nn.functional.one_hot(y, 4).float(), r"Expected class numbers in `val_dataloader\(\)`"),
+    ],
+)
+def test_validation_labels_that_cannot_be_mixed_are_named_at_the_start(tmp_path, change, message):
+    data = Toys()
+    data.parts["val"] = (data.parts["val"][0], change(data.parts["val"][1]))
+    with pytest.raises(UserError, match=message):
+        boost(tmp_path, data, settings=settings_for(1), callbacks=lambda: [LossMixing(SOON)])
+    assert not list(digests(tmp_path))

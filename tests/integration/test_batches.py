@@ -389,7 +389,7 @@ def test_labels_are_mixed_in_where_batches_are_mappings(tmp_path):
     )  # fmt: skip
     assert (controller.run.root / "mixing" / "mixing.000.f32").stat().st_size > 0
     unlabelled = Data(lambda x, y, i: {"a": x, "labels": -1 if i == 5 else int(y)})
-    with pytest.raises(UserError, match="LossMixing mixes labels in, but sample 5 of the training part has none"):
+    with pytest.raises(UserError, match=r"LossMixing mixes labels in, but sample 5 of `train_dataloader\(\)` has none"):
         boost(
             tmp_path / "unlabelled", unlabelled, teacher=Read(read, CLASSES), trainer={"epochs": 1},
             student=lambda round: Student(Read(read, WIDTH), nn.Linear(WIDTH, CLASSES)),

@@ -26,7 +26,10 @@ SMALL = [
     "--model.boosting.rounds", "2", "--model.boosting.accept", "margin", "--model.boosting.margin_share", "0",
     "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
 ]  # fmt: skip
-INDEPENDENT = [{"class_path": "bdistil.callbacks.LossMixing", "init_args": {"settings": {"mode": "independent"}}}]
+INDEPENDENT, CONVEX = (
+    [{"class_path": "bdistil.callbacks.LossMixing", "init_args": {"settings": {"mode": mode}}}]
+    for mode in ("independent", "convex")
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,10 @@ def test_other_options_are_refused_in_the_same_folder(done, root, capsys):
         (["--trainer.devices", "2"], "Expected one process for each training, got 2. Give --trainer.devices 1"),
         (["--methods", "teacher"], "Expected `methods` to be some of bdistil, no_resched"),
         (["--trainer.callbacks", json.dumps(INDEPENDENT)], "Expected `mode` of the mixing settings to be 'convex'"),
+        (
+            ["--trainer.callbacks", json.dumps(CONVEX)],
+            "LossMixing of the recipe mixes labels, got resched, joint",
+        ),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_trained(root, tmp_path, capsys, options, message):

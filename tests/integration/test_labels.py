@@ -316,6 +316,13 @@ def test_labels_that_are_not_several_are_named(tmp_path, change, message):
         boost(tmp_path, data, settings=settings_for(1, task="multilabel"))
 
 
+def test_several_labels_of_which_none_holds_are_refused(tmp_path):
+    data = Several()
+    data.parts["val"] = (data.parts["val"][0], torch.zeros_like(data.parts["val"][1]))
+    with pytest.raises(UserError, match=r"Expected a label that holds in `val_dataloader\(\)`"):
+        boost(tmp_path, data, settings=settings_for(1, task="multilabel"))
+
+
 def test_unknown_entries_of_several_labels_are_left_out(tmp_path):
     data = Several()
     for name, (x, y) in data.parts.items():

@@ -1,7 +1,9 @@
 """Whole runs of students that build on activations: cached and recomputed, resumed, loaded, cut down, exported."""
 
+import copy
 import json
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from helpers.toys import (
     settings_for,
 )
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student, UserError
 from bdistil.boosting import part
@@ -215,6 +218,123 @@ def test_both_losses_together(tmp_path):
     assert len(seen) == 3
 
 
+class Spectrum(nn.Module):
+    """Complex activations."""
+
+    def forward(self, x):
+        return torch.fft.rfft(x)
+
+
+class Magnitudes(nn.Module):
+    def forward(self, z):
+        return z.abs()
+
+
+class StepsFirst(nn.Module):
+    """Activations (M, B, C), as recurrent layers take them."""
+
+    def forward(self, x):
+        return x.view(len(x), 4, 2).transpose(0, 1)
+
+
+class LastStep(nn.Module):
+    def forward(self, h):
+        return h[-1]
+
+
+@pytest.mark.filterwarnings("ignore:The MACs of Student lack operators")
+@pytest.mark.parametrize(
+    ("first", "second", "width"),
+    [
+        (Spectrum(), Magnitudes(), FEATURES // 2 + 1),
+        (StepsFirst(), LastStep(), 2),
+        (nn.Linear(FEATURES, 7), nn.Sequential(nn.BatchNorm1d(7), nn.Linear(7, 5)), 5),
+    ],
+    ids=["complex", "steps first", "large"],
+)
+def test_activations_that_16_bits_do_not_hold_are_computed_again(tmp_path, first, second, width):
+    def made(round, width_=1.0):
+        if isinstance(first, nn.Linear):
+            nn.init.constant_(first.weight, 1e6)
+        end = nn.Linear(width, 6)
+        return Student(stages=copy.deepcopy([first, second, end]), head=nn.Linear(6, CLASSES))
+
+    seen = []
+
+    def look(trainer, module):
+        if module.number:
+            x, index = samples(192, 11)[0][:8], np.arange(8)
+            module.student.eval()
+            seen.append((module.answer(x, index, module.train_part) - module(x)).abs().max().item())
+            module.student.train()
+
+    given = settings_for(2, ladder=[Rung(0), Rung(1, "start", at=1)])
+    boost(tmp_path, student=made, settings=given, callbacks=lambda: [Hook(on_train_start=look)])
+    assert len(list(digests(tmp_path))) == 2
+    assert seen == [0.0]
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 5, bias=False)
+
+    def forward(self, x):
+        return torch.relu(self.net(x))
+
+
+class Total(nn.Module):
+    def forward(self, h):
+        return h.sum(1)
+
+
+@pytest.mark.parametrize("kind", ["start", "deep"])
+def test_samples_of_several_lengths(tmp_path, kind):
+    generator = torch.Generator().manual_seed(0)
+    items = [(torch.randn(4 + row % 5, 3, generator=generator), row % CLASSES) for row in range(64)]
+
+    def padded(items):
+        return nn.utils.rnn.pad_sequence([x for x, _ in items], True), torch.tensor([y for _, y in items])
+
+    data = L.LightningDataModule()
+    data.train_dataloader = lambda: DataLoader(items, 8, shuffle=True, collate_fn=padded)
+    data.val_dataloader = lambda: DataLoader(items[:16], 8, collate_fn=padded)
+    teacher = nn.Sequential(Total(), nn.Linear(3, CLASSES))
+    made = lambda round: Student(stages=[Steps(), Total()], head=nn.Linear(5, CLASSES))  # noqa: E731
+    rung = Rung(1, kind, at=1 if kind == "start" else 0)
+    boost(tmp_path, data, teacher=teacher, student=made, settings=settings_for(2, ladder=[Rung(0), rung]))
+    assert len(list(digests(tmp_path))) == 2
+
+
+class Pair(nn.Module):
+    def __init__(self, width=7):
+        super().__init__()
+        self.one, self.two = nn.Linear(FEATURES, width), nn.Linear(3, width)
+
+    def forward(self, x, more):
+        return torch.relu(self.one(x) + self.two(more))
+
+
+def test_x_of_several_parts(tmp_path):
+    """Also restored from the disk, with the user's function, in a later round."""
+
+    def items(count, seed):
+        x, y = samples(count, seed)
+        return [({"x": row, "more": row[:3]}, label) for row, label in zip(x, y, strict=True)]
+
+    data = L.LightningDataModule()
+    data.train_dataloader = lambda: DataLoader(items(64, 1), 16, shuffle=True)
+    data.val_dataloader = lambda: DataLoader(items(32, 2), 16)
+    made = lambda round: Student(stages=[Pair(), nn.Linear(7, 6)], head=nn.Linear(6, CLASSES))  # noqa: E731
+    options = {
+        "teacher": Pair(CLASSES),
+        "student": made,
+        "settings": settings_for(3, ladder=[Rung(0), Rung(1, "deep")]),
+    }
+    controller = boost(tmp_path, data, **options)
+    assert len(controller.ensemble) == 3
+
+
 def test_a_regression_has_no_divergence():
     with pytest.raises(UserError, match="to be 'game' or 'residual' for task 'regression', got 'prefix_kl'"):
         settings("deep", loss="prefix_kl", task="regression")
@@ -246,9 +366,9 @@ START = Rung(1, "start", at=1)
 @pytest.mark.parametrize(
     ("ladder", "classes"),
     [
-        ([Rung(0, width=2), START], "F1-start1 cannot follow one of class F0 x2"),
-        ([Rung(0), START, Rung(1, "deep", width=2)], "F1-start1 cannot follow one of class F1-deep x2"),
-        ([Rung(0), START, Rung(1, width=2)], "F1-start1 cannot follow one of class F1 x2"),
+        ([Rung(0, width=2), START], "round 2, of class F1-start1 after one of class F0 x2"),
+        ([Rung(0), START, Rung(1, "deep", width=2)], "round 3, of class F1-start1 after one of class F1-deep x2"),
+        ([Rung(0), START, Rung(1, width=2)], "round 3, of class F1-start1 after one of class F1 x2"),
     ],
 )
 def test_each_class_is_tried_after_each_other_before_anything_is_trained(tmp_path, ladder, classes):
@@ -256,6 +376,6 @@ def test_each_class_is_tried_after_each_other_before_anything_is_trained(tmp_pat
         stages = [nn.Linear(FEATURES, int(7 * width)), nn.Linear(int(7 * width), 6)]
         return Student(stages=stages, head=nn.Linear(6, CLASSES))
 
-    with pytest.raises(UserError, match=rf"A student of class {classes}\. Stage 2 .* its input of \(2, 14\)"):
+    with pytest.raises(UserError, match=rf"The student of {classes}, cannot be used\. Stage 2 .* of \(2, 14\)"):
         boost(tmp_path / "run", student=wider, settings=settings_for(3, ladder=ladder))
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -74,6 +74,16 @@ def test_r2_and_rms_are_those_of_scikit_learn(outputs):
     assert rms.tolist() == pytest.approx([root_mean_squared_error(labels, a) for a in answers])
 
 
+@pytest.mark.filterwarnings("error")
+def test_r2_of_an_output_that_is_constant_is_that_of_scikit_learn():
+    labels = np.full((50, 3), 0.5)
+    labels[:, 2] = np.arange(50)
+    answers = labels + np.array([0.0, 0.5, 0.5])
+    scores = PrefixErrors(1, 3)
+    scores.update(torch.from_numpy(answers)[None], torch.from_numpy(labels))
+    assert float(scores.compute()[0]) == pytest.approx(r2_score(labels, answers))
+
+
 def test_sums_in_other_units_give_the_same_figures():
     answers, labels = torch.randn(2, 40, 2).double()
     scale, offset = torch.tensor([3.0, 0.1]).double(), torch.tensor([50.0, -7.0]).double()

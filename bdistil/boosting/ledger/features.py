@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bdistil.boosting.ledger.rows import Array, RowFile, Storage, allocate, is_complete, publish
+from bdistil.boosting.ledger.rows import LARGEST_HALF, Array, RowFile, Storage, allocate, is_complete, publish
 from bdistil.models.stages import FEATURES
 from bdistil.utils import distributed
 
@@ -45,7 +45,8 @@ class FeatureCache:
     def write(self, low: int, activations: Mapping[int, Tensor]) -> None:
         """Writes activations (rows, ...) from row `low` on; those that no file was created for are left out."""
         for key, file in self._next.items():
-            file.write(low, activations[key].flatten(1))
+            rows = activations[key].flatten(1)
+            file.write(low, rows if key == FEATURES else rows.clamp(-LARGEST_HALF, LARGEST_HALF))
 
     def publish(self, number: int) -> None:
         """Makes the files that were written those of student `number`."""

@@ -1,0 +1,153 @@
+"""Refused before training: networks that answer to more than x, students that do not fit a later round."""
+
+import pytest
+import torch
+from helpers.toys import CLASSES, FEATURES, Toys, boost, control, digests, make_plain, make_teacher, settings_for
+from torch import nn
+from torch.nn import functional as F
+
+from bdistil import BoostingSettings, ProgressiveEnsemble, Rung, Student, UserError
+
+WIDTH = 6
+
+
+def linear(width=WIDTH, outputs=CLASSES, **sizes):
+    return Student(nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU()), nn.Linear(width, outputs), **sizes)
+
+
+class InPlace(nn.Module):
+    def forward(self, x):
+        x -= 0.5
+        return x
+
+
+class Random(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+class Scaled(Student):
+    def forward(self, x, linked=()):
+        return super().forward(2 * x, linked)
+
+
+def refused(folder, message, **options):
+    with pytest.raises(UserError, match=message):
+        control(folder, **options).boosting.check(Toys())
+    assert not (folder / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"), [(InPlace, "changes x in place"), (Random, "the same answer to the same x")]
+)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_network_whose_second_answer_is_another(tmp_path, layer, message, whose):
+    made = {"student": lambda round: nn.Sequential(layer(), make_plain(0))}
+    if whose == "teacher":
+        made = {"teacher": nn.Sequential(layer(), make_teacher().eval())}
+    refused(tmp_path, f"Expected the {whose} .*{message}", **made)
+
+
+def test_a_forward_that_does_more_than_its_parts(tmp_path):
+    body = lambda: nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.ReLU())  # noqa: E731
+    refused(tmp_path, "Expected `forward` of Scaled", student=lambda round: Scaled(body(), nn.Linear(WIDTH, CLASSES)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda round: linear((6, 7)[round]), "student of round 3, of class F1 after one of class F1, .* IndexError"),
+        (
+            lambda round: linear(outputs=CLASSES if round < 2 else 3),
+            r"round 3.* Expected logits \(B, 4\) .*got \(2, 3\)",
+        ),
+        (
+            lambda round: linear(outputs=CLASSES if round < 2 else 1),
+            r"round 3.* Expected logits \(B, 4\) .*got \(2, 1\)",
+        ),
+        (lambda round, width=1: linear() if width == 1 else linear(3, 5), r"of class F1 x2 after .* got \(2, 5\)"),
+    ],
+)
+def test_students_of_later_rounds_and_classes_are_built_before_training(tmp_path, make, message):
+    wider = [Rung(1, width=2)] if "x2" in message else []
+    refused(tmp_path, message, student=make, settings=settings_for(3, ladder=[Rung(0), Rung(1), *wider]))
+
+
+def test_a_student_that_says_another_number_of_outputs(tmp_path):
+    def make(round):
+        body, head = nn.Linear(FEATURES, WIDTH), nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+        return Student(body, head, features=WIDTH, outputs=7)
+
+    refused(tmp_path, "Expected `outputs` of the student to be 4, .* got 7", student=make)
+
+
+def test_linked_students_in_float64(tmp_path):
+    data = Toys()
+    data.parts = {name: (x.double(), y) for name, (x, y) in data.parts.items()}
+    options = {"student": lambda round: linear().double(), "teacher": make_teacher().double()}
+    with pytest.raises(UserError, match=r"float64.*ladder=\[Rung\(0\)\]"):
+        control(tmp_path, **options).boosting.check(data)
+    control(tmp_path, settings=settings_for(ladder=[Rung(0)]), **options).boosting.check(data)
+
+
+def test_a_student_in_which_no_multiply_add_is_counted(tmp_path):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(CLASSES))
+
+        def forward(self, x):
+            return x[:, :CLASSES] * self.scale
+
+    with pytest.raises(UserError, match=r"Expected a student with multiply-adds.* got Scale"):
+        boost(tmp_path, student=lambda round: Scale())
+    assert not list(digests(tmp_path))
+
+
+class Fourier(nn.Module):
+    """Random features, drawn once: no parameters, and not in the state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", 0.4 * torch.randn(FEATURES, 16), persistent=False)
+
+    def forward(self, x):
+        return torch.cos(x @ self.frequencies)
+
+
+def test_what_a_student_drew_at_random_is_what_it_answers_with(tmp_path):
+    controller = boost(tmp_path, student=lambda round: Student(Fourier(), nn.Linear(16, CLASSES)))
+    x, loaded = torch.randn(20, FEATURES), ProgressiveEnsemble.load(tmp_path)
+    assert torch.equal(controller.ensemble(x), loaded(x))
+    assert all(
+        torch.equal(one.body.frequencies, other.body.frequencies)
+        for one, other in zip(controller.boosting.students, loaded.students, strict=False)
+    )
+
+
+def test_a_regression_has_no_number_for_missing_labels():
+    with pytest.raises(UserError, match="Expected no `ignore_index` for task 'regression'"):
+        BoostingSettings(task="regression", ignore_index=-1)
+
+
+def test_nan_in_x_is_named_before_the_first_step(tmp_path):
+    data = Toys()
+    data.parts["val"][0][37, 3] = torch.nan
+    teacher = nn.Sequential(Zeros(), make_teacher())
+    with pytest.raises(UserError, match=r"x of `val_dataloader\(\)` without NaN or infinity, got some in sample 37"):
+        boost(tmp_path, data, teacher=teacher)
+    assert not list(digests(tmp_path))
+
+
+class Zeros(nn.Module):
+    def forward(self, x):
+        return x.nan_to_num()
+
+
+def test_a_student_that_files_cannot_describe_is_announced(tmp_path, caplog):
+    class Local(nn.Linear):
+        pass
+
+    with caplog.at_level("INFO"):
+        boost(tmp_path, student=lambda round: Local(FEATURES, CLASSES), settings=settings_for(1))
+    assert [r.message for r in caplog.records if "cannot be built from the files of the run" in r.message]
