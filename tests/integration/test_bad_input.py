@@ -88,7 +88,7 @@ def test_no_module_as_a_student(refused):
 def test_no_module_as_a_later_student(tmp_path):
     with pytest.raises(UserError, match=r"`student` to return a torch\.nn\.Module, got NoneType"):
         boost(tmp_path, student=lambda round: None if round else make_plain(round))
-    assert list(digests(tmp_path)) == ["000"]
+    assert not list(digests(tmp_path))
     assert len(boost(tmp_path, student=make_plain).ensemble) == 3
 
 
