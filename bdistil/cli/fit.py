@@ -28,7 +28,7 @@ from bdistil.callbacks import EpochKeeper, LossMixing, RoundController, RoundPro
 from bdistil.cli.commands import find_recipe, print_curve
 from bdistil.cli.parser import Parser
 from bdistil.cli.recipe_files import check_recipe
-from bdistil.data.loaders import indexed_loaders
+from bdistil.data.loaders import indexed_loaders, with_trainer
 from bdistil.distillation.loss_mixing import check_boosting
 from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.ensemble.calibration import load_calibration, save_calibration
@@ -331,8 +331,10 @@ def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
     if distributed.early_rank() != 0 or load_calibration(run) is not None or run.task != "classification":
         return
     try:
-        loader = pairs_loader(run, datamodule.val_dataloader(), "val_dataloader")
-        figures = fit_anytime(ProgressiveEnsemble.load(run.root), loader)
+        with with_trainer(datamodule):
+            datamodule.setup("fit")  # the last fit has torn it down
+            loader = pairs_loader(run, datamodule.val_dataloader(), "val_dataloader")
+            figures = fit_anytime(ProgressiveEnsemble.load(run.root), loader)
     except UserError as error:
         rank_zero_info(f"No thresholds were fitted: {error}")
         return

@@ -117,3 +117,22 @@ def test_steps_limit_the_students_and_not_the_teacher(tmp_path, capsys):
 def test_checkpoints_may_be_switched_off(tmp_path):
     assert fit(tmp_path, "--trainer.enable_checkpointing", "false") == 0
     assert list(digests(tmp_path)) == ["000"]
+
+
+RECIPE = """
+model:
+  teacher:
+    network: {class_path: bdistil.models.MLP, init_args: {features: 8, hidden: [16], outputs: 4}}
+    epochs: 1
+  student: {class_path: bdistil.models.MLPStudent, init_args: {features: 8, hidden: [6], outputs: 4}}
+  boosting: {rounds: 2, accept: margin, margin_share: 0.0}
+data: helpers.toys.ClosedToys
+tracking: {mode: disabled}
+trainer: {max_epochs: 1, accelerator: cpu, devices: 1, enable_progress_bar: false}
+"""
+
+
+def test_data_that_a_fit_has_torn_down_are_set_up_again_for_thresholds(tmp_path):
+    (tmp_path / "closed.yaml").write_text(RECIPE)
+    assert main(["fit", "--config", str(tmp_path / "closed.yaml"), "--run_dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/anytime.json").exists()

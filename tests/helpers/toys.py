@@ -99,6 +99,21 @@ class Toys(L.LightningDataModule):
         return DataLoader(TensorDataset(*self.parts["test"]), batch_size=BATCH)
 
 
+class ClosedToys(Toys):
+    """Has the parts of a stage only between `setup` and `teardown`."""
+
+    def __init__(self):
+        super().__init__()
+        self.files, self.parts = self.parts, {}
+
+    def setup(self, stage):
+        names = ("train", "val") if stage == "fit" else ("test",)
+        self.parts = {**self.parts, **{name: self.files[name] for name in names}}
+
+    def teardown(self, stage):
+        self.parts = {}
+
+
 def make_student(round, width=1.0):
     """Batch norm and dropout: what a wrong mode or a wrong seed would show.
 
