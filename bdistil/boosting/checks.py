@@ -17,9 +17,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bdistil.boosting.batch_checks import check_hooks
+from bdistil.boosting.batch_checks import check_hooks, close
 from bdistil.boosting.settings import RECOMPUTE, BoostingSettings
-from bdistil.data.loaders import LOADERS, Views, is_random, paired, single_loader, with_trainer
+from bdistil.data.loaders import LOADERS, Views, is_random, paired, same_x, single_loader, with_trainer
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.quality import Task
@@ -27,7 +27,6 @@ from bdistil.models.student import Rung, Student
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.offline import table_of
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
-from bdistil.utils.trees import leaves_of
 
 TEST = "test_dataloader"
 
@@ -166,7 +165,9 @@ def check_rounds(student: nn.Module, rounds: int) -> None:
 
 
 @torch.no_grad()
-def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Task = "classification") -> int:
+def check_outputs(
+    teacher: nn.Module, student: nn.Module, example: Any, task: Task = "classification", *, recomputed: bool = False
+) -> int:
     """L, after a check that teacher and student return logits (B, L) of the same L.
 
     Args:
@@ -174,16 +175,18 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
         student: an unlinked student; it is left in eval mode.
         example: x of two samples.
         task: of the run; classification needs L >= 2.
+        recomputed: whether the teacher answers to every batch again, and shares its x with students.
 
     Raises:
-        UserError: another shape, or two different L.
+        UserError: another shape, two different L, or a teacher that does not give the same answer again.
     """
     with as_written(teacher, student):
         answer = student.eval()(move_data_to_device(example, device_of(student)))
         if (table := table_of(teacher)) is not None:
             goal = table.rows("train", np.arange(2))
         else:
-            goal = check_repeatable(teacher, "the teacher", move_data_to_device(example, device_of(teacher)))
+            x = move_data_to_device(example, device_of(teacher))
+            goal = check_repeatable(teacher, "the teacher", x) if recomputed else teacher(copy.deepcopy(x))
     for name, logits in (("teacher", goal), ("student", answer)):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -204,35 +207,25 @@ def check_outputs(teacher: nn.Module, student: nn.Module, example: Any, task: Ta
 
 
 def check_repeatable(answer: Callable[[Any], Any], name: str, x: Any) -> Any:
-    """The answer to a batch x of tensors on its device, after a check that it is the same when asked again.
+    """The answer to a batch x on its device, after a check that it is the same when asked again.
 
     Raises:
         UserError: x was changed in place, or the second answer differs.
     """
     before = copy.deepcopy(x)
-    first, second = answer(x), answer(copy.deepcopy(before))
-    changed = any(not same(one.data, other.data) for one, other in zip(leaves_of(x), leaves_of(before), strict=True))
-    if changed:
+    first = answer(x)
+    if not same_x(x, before):
         raise UserError(
             f"Expected {name} to leave x as it is, but it changes x in place, which others read. Write x = x - mean "
             "in place of x -= mean, or inplace=False."
         )
-    if isinstance(first, Tensor) and isinstance(second, Tensor) and not same(first, second, 1e-3):
+    second = answer(x)
+    if isinstance(first, Tensor) and not close(first, second):
         raise UserError(
             f"Expected {name} in eval mode to give the same answer to the same x twice, but the two differ: something "
             "is drawn at random, for example by F.dropout(x) without training=self.training."
         )
     return first
-
-
-def same(one: Tensor, other: Tensor, tolerance: float = 0.0) -> bool:
-    """Whether two tensors are equal, up to a share of the largest number."""
-    if one.shape != other.shape or not one.numel():
-        return one.shape == other.shape
-    if not one.is_floating_point() and not one.is_complex():
-        return torch.equal(one, other)
-    least = tolerance * float(one.detach().abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return torch.allclose(one, other, rtol=0.0, atol=least, equal_nan=True)
 
 
 def check_task(task: Task, teacher: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.errors import UserError
@@ -140,14 +140,13 @@ class Optimization:
 
 
 def _check_length(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
-    """Raises UserError for a schedule that ends, by an error of torch, before the fit does."""
-    total, by_step = getattr(schedule["scheduler"], "total_steps", None), schedule.get("interval") == "step"
+    """Raises UserError for a OneCycleLR that ends, by an error of torch, before the fit does."""
+    scheduler, by_step = schedule["scheduler"], schedule.get("interval") == "step"
     length = trainer.estimated_stepping_batches if by_step else trainer.max_epochs or 0
-    if isinstance(total, int) and length > total * int(schedule.get("frequency", 1)):
-        kind = type(schedule["scheduler"]).__name__
+    if isinstance(scheduler, OneCycleLR) and length > scheduler.total_steps * int(schedule.get("frequency", 1)):
         raise UserError(
-            f"Expected a {kind} as long as the fit, {length} {'steps' if by_step else 'epochs'}, got one with "
-            f"total_steps={total}, after which it fails. Give total_steps={length}."
+            f"Expected a OneCycleLR as long as the fit, {length} {'steps' if by_step else 'epochs'}, got one with "
+            f"total_steps={scheduler.total_steps}, after which it fails. Give total_steps={length}."
         )
 
 

@@ -217,21 +217,15 @@ class Part:
         assert isinstance(student, Student)
         keys = self.settings.cached_keys(student) if stages else []
         shapes: dict[int, tuple[int, ...]] = {FEATURES: (student.width,)}
-        if keys:
-            rows = [0, self.samples - 1]
-            singles = [self._activations_of_row(students, number, row, device) for row in rows]
-            found = {key: tuple(one[key].shape[1:]) for one in singles[:1] for key in keys}
-            fits = all(_fits_cache(one[key], found[key]) for one in singles for key in keys)
-            if fits and self.fixed and sum(map(prod, found.values())) <= MOST_CACHED:
+        if keys and self.fixed:
+            ends = [range(1), range(self.samples - 1, self.samples)]
+            batches = rows_loader(self.loader, ends, views=self.dataset_view)
+            singles = [activations_of(students, number, move_data_to_device(x, device)) for x, _, _ in batches]
+            found = {key: tuple(singles[0][key].shape[1:]) for key in keys}
+            fit = all(_fits_cache(one[key], found[key]) for one in singles for key in keys)
+            if fit and sum(map(prod, found.values())) <= MOST_CACHED:
                 shapes |= found
         return shapes
-
-    def _activations_of_row(
-        self, students: Sequence[nn.Module], number: int, row: int, device: torch.device
-    ) -> dict[int, Tensor]:
-        """Activations (1, ...) by key of a student to a sample."""
-        (batch,) = rows_loader(self.loader, [range(row, row + 1)], seed=0, views=self.dataset_view)
-        return activations_of(students, number, move_data_to_device(batch[0], device))
 
     def score(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device

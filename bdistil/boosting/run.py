@@ -171,11 +171,15 @@ class Boosting:
         check_rounds(student, settings.rounds)
         test = self._test_loader(datamodule)
         self._check_table(parts, test)
-        outputs = declared_outputs(self.teacher) or check_outputs(self.teacher, student, pair, settings.task)
+        recomputed = settings.state == "recompute"
+        outputs = declared_outputs(self.teacher) or check_outputs(
+            self.teacher, student, pair, settings.task, recomputed=recomputed
+        )
         inputs = self._check_samples(datamodule, parts, test, outputs)
         if declared_outputs(self.teacher) is not None:  # an API is billed, so that labels are checked first
             check_outputs(self.teacher, student, pair, settings.task)
-        check_ladder(self.make, settings, pair, outputs)
+        if not run.committed():
+            check_ladder(self.make, settings, pair, outputs)
         for loader, name in ((parts.val.loader, LOADERS[1]), (test, TEST)):
             check_reads(student, loader, name)
         if settings.state == "cached":

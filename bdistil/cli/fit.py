@@ -328,11 +328,13 @@ class BoostCLI(LightningCLI):
 
 def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
     """Fits early exits and times the stages, once for each run, if its data allow it."""
-    if distributed.early_rank() != 0 or load_calibration(run) is not None or run.task != "classification":
+    if load_calibration(run) is not None or run.task != "classification":
         return
     try:
         with with_trainer(datamodule):
             datamodule.setup("fit")  # the last fit has torn it down
+            if distributed.early_rank() != 0:
+                return
             loader = pairs_loader(run, datamodule.val_dataloader(), "val_dataloader")
             figures = fit_anytime(ProgressiveEnsemble.load(run.root), loader)
     except UserError as error:

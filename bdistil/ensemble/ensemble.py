@@ -260,27 +260,22 @@ def restore_student(
 ) -> nn.Module:
     """Loads the student of a committed round, from 0, in eval mode.
 
-    It is built from its description where there is one, which also has what is not in its state dict. `make` is
-    `make_student`, which reads the earlier students: what it makes now has to agree, and stands in for a description.
+    `make` is `make_student`, which reads the earlier students; None builds the student from its description.
 
     Raises:
         UserError: the classes cannot be imported and `make` was not given, or `make` makes another student.
         RunError: a file is missing or torn.
     """
     record, tensors = run.record(number), run.weights(number)
-    made = None if make is None else _made_again(run, number, earlier, make, tensors)
-    if record["blueprint"] is None and made is None:
+    if make is not None:
+        student = _made_again(run, number, earlier, make, tensors)
+    elif record["blueprint"] is not None:
+        student = rebuild(record["blueprint"], tensors)
+    else:
         raise UserError(
             f"The student of round {number + 1} cannot be built from its files ({record['indescribable']}). "
             "Give ProgressiveEnsemble.load(run_dir, student=make_student)."
         )
-    try:
-        student = made if record["blueprint"] is None else rebuild(record["blueprint"], tensors)
-    except UserError:  # its classes cannot be imported here
-        if made is None:
-            raise
-        student = made
-    assert student is not None
     return student.requires_grad_(False).train(False)
 
 
@@ -304,7 +299,23 @@ def _made_again(
             f"The student of round {number + 1} in {run.root} differs from what `student` makes now: {found}. "
             "Give the function that the run was started with, or choose another `run_dir`."
         )
+    if record["blueprint"] is not None:
+        _restore_drawn(student, record["blueprint"], tensors)
     return student
+
+
+def _restore_drawn(student: nn.Module, blueprint: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Restores tensors outside the state dict, which `make_student` may draw anew, as far as the files have them."""
+    try:
+        described = rebuild(blueprint, tensors)
+    except (UserError, ImportError, AttributeError, KeyError):  # its classes cannot be imported here
+        return
+    for name, module in described.named_modules():
+        own = student.get_submodule(name)
+        buffers = dict(module.named_buffers(recurse=False))
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+        for key, value in {**buffers, **plain}.items():
+            setattr(own, key, value)
 
 
 def _example(record: Mapping[str, Any]) -> Any:

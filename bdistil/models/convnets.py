@@ -74,13 +74,27 @@ def _joined(stages: Sequence[nn.Sequential]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(**layers, pool=pool, flat=flat))
 
 
-def _shortcut(inside: int, outside: int, dims: int) -> nn.Module:
-    """x itself, or where the channels differ a 1x1 convolution of x with batch norm."""
-    conv, norm, _ = _LAYERS[dims]
-    return nn.Identity() if inside == outside else nn.Sequential(conv(inside, outside, 1, bias=False), norm(outside))
+class _Block(nn.Module):
+    """A block whose output has x added to it; where the channels differ, a 1x1 convolution of x with batch norm.
+
+    Args:
+        channels: of x.
+        outputs: of the sum.
+        dims: 2 for maps, 1 for sequences.
+    """
+
+    def __init__(self, channels: int, outputs: int, dims: int) -> None:
+        super().__init__()
+        if channels != outputs:
+            conv, norm, _ = _LAYERS[dims]
+            self.shortcut = nn.Sequential(conv(channels, outputs, 1, bias=False), norm(outputs))
+
+    def joined(self, x: Tensor, own: Tensor) -> Tensor:
+        """ReLU of the sum."""
+        return torch.relu((self.shortcut(x) if hasattr(self, "shortcut") else x) + own)
 
 
-class ResidualConv(nn.Module):
+class ResidualConv(_Block):
     """x + a 3x3 convolution (or one of 3 steps) of x, with batch norm before the sum and ReLU after it.
 
     Args:
@@ -90,19 +104,17 @@ class ResidualConv(nn.Module):
     """
 
     def __init__(self, channels: int, dims: int = 2, outputs: int | None = None) -> None:
-        super().__init__()
-        conv, norm, _ = _LAYERS[dims]
         outputs = outputs or channels
+        super().__init__(channels, outputs, dims)
+        conv, norm, _ = _LAYERS[dims]
         self.conv, self.norm = conv(channels, outputs, 3, padding=1, bias=False), norm(outputs)
-        self.shortcut = _shortcut(channels, outputs, dims)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, ...) to (B, outputs, ...)."""
-        out: Tensor = torch.relu(self.shortcut(x) + self.norm(self.conv(x)))
-        return out
+        return self.joined(x, self.norm(self.conv(x)))
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(_Block):
     """x + a 1x1, a depthwise 3x3 and a 1x1 convolution, with more channels in between, and ReLU after the sum.
 
     The block of MobileNetV2 (Sandler et al., arXiv 1801.04381), for maps that a ReLU made. With 32 channels and an
@@ -110,21 +122,19 @@ class InvertedResidual(nn.Module):
     """
 
     def __init__(self, channels: int, dims: int = 2, outputs: int | None = None, expansion: int = 2) -> None:
-        super().__init__()
-        conv, norm, _ = _LAYERS[dims]
         outputs = outputs or channels
+        super().__init__(channels, outputs, dims)
+        conv, norm, _ = _LAYERS[dims]
         wide = expansion * outputs
         self.block = nn.Sequential(
             conv(channels, wide, 1, bias=False), norm(wide), nn.ReLU(inplace=True),
             conv(wide, wide, 3, padding=1, groups=wide, bias=False), norm(wide), nn.ReLU(inplace=True),
             conv(wide, outputs, 1, bias=False), norm(outputs),
         )  # fmt: skip
-        self.shortcut = _shortcut(channels, outputs, dims)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, ...) to (B, outputs, ...)."""
-        out: Tensor = torch.relu(self.shortcut(x) + self.block(x))
-        return out
+        return self.joined(x, self.block(x))
 
 
 Refinement = Literal["residual", "inverted"]

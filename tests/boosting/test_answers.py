@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers.toys import CLASSES, FEATURES, Toys, boost, control, digests, make_plain, make_teacher, settings_for
+from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from bdistil import BoostingSettings, ProgressiveEnsemble, Rung, Student, UserError
 
@@ -45,7 +47,44 @@ def test_a_network_whose_second_answer_is_another(tmp_path, layer, message, whos
     made = {"student": lambda round: nn.Sequential(layer(), make_plain(0))}
     if whose == "teacher":
         made = {"teacher": nn.Sequential(layer(), make_teacher().eval())}
+        control(tmp_path / "cached", **made).boosting.check(Toys())  # each sample is answered once
+        made["settings"] = settings_for(state="recompute")
     refused(tmp_path, f"Expected the {whose} .*{message}", **made)
+
+
+class Pops(nn.Module):
+    """Changes the mapping that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = make_plain(0)
+
+    def forward(self, batch):
+        return self.net(batch.pop("x"))
+
+
+def test_a_student_that_changes_the_mapping_that_it_is_given(tmp_path):
+    x, y = torch.randn(8, FEATURES), torch.zeros(8, dtype=torch.long)
+    loader = DataLoader([({"x": row}, label) for row, label in zip(x, y, strict=True)], 4)
+    data = LightningDataModule()
+    data.train_dataloader = data.val_dataloader = lambda: loader
+    teacher = Student(Reads(), nn.Linear(FEATURES, CLASSES))
+    with pytest.raises(UserError, match="Expected the student to leave x as it is"):
+        control(tmp_path, student=lambda round: Pops(), teacher=teacher).boosting.check(data)
+
+
+class Reads(nn.Module):
+    def forward(self, x):
+        return x["x"] if isinstance(x, dict) else x
+
+
+def test_a_student_whose_head_returns_several_outputs(tmp_path):
+    class Two(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    make = lambda round: Student(nn.Linear(FEATURES, WIDTH), Two(WIDTH, CLASSES))  # noqa: E731
+    refused(tmp_path, r"Expected logits of shape \(2, L\) from the student .* got tuple", student=make)
 
 
 def test_a_forward_that_does_more_than_its_parts(tmp_path):

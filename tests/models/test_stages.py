@@ -107,6 +107,15 @@ def test_a_wider_student_widens_the_map_that_it_starts_from_and_a_narrower_one_n
     assert run_student(third, [first, second], x).shape == (len(x), L)
 
 
+@pytest.mark.parametrize("refine", ["residual", "inverted"])
+def test_a_block_between_equal_channels_has_no_weights_of_a_shortcut(refine):
+    """So that students that were committed without it are rebuilt."""
+    student = ConvStudent((3, 4), 2, L, 1, refine=refine).link(
+        [ConvStudent((3, 4), 2, L, 1)], Rung(1, "start", at=1), torch.zeros(1, 2, SIDE, SIDE)
+    )
+    assert not hasattr(student.body.refinement, "shortcut")
+
+
 def test_a_refinement_that_changes_the_map_in_place_is_refused(x):
     class Hasty(ConvStudent):
         def refinement(self, activation):

@@ -1,7 +1,7 @@
 """DataLoaders that carry each sample's index, checks of datasets, and fixed random views."""
 
 from bdistil.data.loaders.batches import PairCollate, as_labels, paired, pairs_of
-from bdistil.data.loaders.checks import check_dataset, distinct_samples, first_samples, is_random, single_loader
+from bdistil.data.loaders.checks import check_dataset, distinct_samples, first_samples, is_random, same_x, single_loader
 from bdistil.data.loaders.early_trainer import with_trainer
 from bdistil.data.loaders.indexing import (
     LOADERS,
@@ -38,6 +38,7 @@ __all__ = [
     "paired",
     "pairs_of",
     "rows_loader",
+    "same_x",
     "sequential_loader",
     "single_loader",
     "training_loader",
