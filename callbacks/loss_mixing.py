@@ -133,7 +133,8 @@ class LossMixing(pl.Callback):
         folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing").expanduser(), 0
         if isinstance(pl_module, BoostingRound):
             folder, self._round = pl_module.run_dir / "mixing", pl_module.number
-            self._labels, _ = (_class_numbers(*given) for given in zip(self._loaders, LOADERS, strict=True))
+            self._labels = _class_numbers(self._loaders[0], LOADERS[0])
+            _class_numbers(self._loaders[1], LOADERS[1])  # the weights are learned on them
         self._file = folder / f"mixing.{self._round:03d}.f32"
         start = start_mix(self.probe.samples, teachers, self.settings.mode, self.seed)
         found = self.mix if self.mix is not None else read_mix(self._file)

@@ -178,7 +178,7 @@ class Boosting:
         inputs = self._check_samples(datamodule, parts, test, outputs)
         if declared_outputs(self.teacher) is not None:  # an API is billed, so that labels are checked first
             check_outputs(self.teacher, student, pair, settings.task)
-        if not run.committed():
+        if run.committed() < settings.rounds:
             check_ladder(self.make, settings, pair, outputs)
         for loader, name in ((parts.val.loader, LOADERS[1]), (test, TEST)):
             check_reads(student, loader, name)

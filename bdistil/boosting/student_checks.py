@@ -146,10 +146,17 @@ def _next_student(
     except Exception as error:  # the user's code may raise anything
         told = str(error) if isinstance(error, UserError) else f"It fails by {type(error).__name__}: {error}."
         of = f"round {number + 1}, of class {rung.name}" + (f" after one of class {rungs[-1].name}" if rungs else "")
-        raise UserError(
-            f"The student of {of}, cannot be used; any class of the ladder may be accepted in any round. {told}"
-        ) from error
+        raise UserError(f"The student of {of}, cannot be used. {told}{_way_out(rungs, rung)}") from error
     return student.train(False)
+
+
+def _way_out(rungs: Sequence[Rung], rung: Rung) -> str:
+    """What to change in the ladder, where two of its classes do not fit together."""
+    if rung.at and rungs and rung.width != rungs[-1].width:
+        return " Give both classes the same `width`, or the student a `refinement` to its own channels."
+    if rung.at and rungs and rungs[-1].links and rung != rungs[-1]:
+        return " Any class may be accepted in any round: leave one of the two out of the ladder."
+    return ""
 
 
 def _check_outputs(student: nn.Module, answer: Any, outputs: int) -> None:

@@ -79,18 +79,18 @@ class _Block(nn.Module):
 
     Args:
         channels: of x.
-        outputs: of the sum.
         dims: 2 for maps, 1 for sequences.
+        outputs: channels of the sum.
     """
 
-    def __init__(self, channels: int, outputs: int, dims: int) -> None:
+    def __init__(self, channels: int, dims: int, outputs: int) -> None:
         super().__init__()
         if channels != outputs:
             conv, norm, _ = _LAYERS[dims]
             self.shortcut = nn.Sequential(conv(channels, outputs, 1, bias=False), norm(outputs))
 
     def joined(self, x: Tensor, own: Tensor) -> Tensor:
-        """ReLU of the sum."""
+        """ReLU of x, or its shortcut, plus what the block made of it."""
         return torch.relu((self.shortcut(x) if hasattr(self, "shortcut") else x) + own)
 
 
@@ -105,7 +105,7 @@ class ResidualConv(_Block):
 
     def __init__(self, channels: int, dims: int = 2, outputs: int | None = None) -> None:
         outputs = outputs or channels
-        super().__init__(channels, outputs, dims)
+        super().__init__(channels, dims, outputs)
         conv, norm, _ = _LAYERS[dims]
         self.conv, self.norm = conv(channels, outputs, 3, padding=1, bias=False), norm(outputs)
 
@@ -123,7 +123,7 @@ class InvertedResidual(_Block):
 
     def __init__(self, channels: int, dims: int = 2, outputs: int | None = None, expansion: int = 2) -> None:
         outputs = outputs or channels
-        super().__init__(channels, outputs, dims)
+        super().__init__(channels, dims, outputs)
         conv, norm, _ = _LAYERS[dims]
         wide = expansion * outputs
         self.block = nn.Sequential(

@@ -242,6 +242,14 @@ class LastStep(nn.Module):
         return h[-1]
 
 
+def test_two_depths_to_start_from_exclude_each_other(tmp_path):
+    ladder = [Rung(0), START, Rung(1, "start", at=2)]
+    with pytest.raises(
+        UserError, match=r"round 3, of class F1-start1 after .* F1-start2, .* got 1.* leave one of the two out"
+    ):
+        boost(tmp_path / "run", student=make, settings=settings_for(3, ladder=ladder))
+
+
 @pytest.mark.filterwarnings("ignore:The MACs of Student lack operators")
 @pytest.mark.parametrize(
     ("first", "second", "width"),
@@ -376,6 +384,8 @@ def test_each_class_is_tried_after_each_other_before_anything_is_trained(tmp_pat
         stages = [nn.Linear(FEATURES, int(7 * width)), nn.Linear(int(7 * width), 6)]
         return Student(stages=stages, head=nn.Linear(6, CLASSES))
 
-    with pytest.raises(UserError, match=rf"The student of {classes}, cannot be used; any .*\. Stage 2 .* of \(2, 14\)"):
+    with pytest.raises(
+        UserError, match=rf"The student of {classes}, cannot be used\. Stage 2 .* of \(2, 14\).* same `width`"
+    ):
         boost(tmp_path / "run", student=wider, settings=settings_for(3, ladder=ladder))
     assert not (tmp_path / "run" / "config.yaml").exists()
