@@ -44,11 +44,17 @@ class InputSpec:
 
     @classmethod
     def of_batch(cls, x: Any) -> InputSpec:
-        """Of a batch (B, ...). A packed sequence, or any other object, is of unknown shape."""
+        """Of a batch (B, ...). A packed sequence, or any other object, is of unknown shape.
+
+        Raises:
+            UserError: a key of a mapping is no string.
+        """
         if isinstance(x, Tensor):
             return cls(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."))
         if isinstance(x, Mapping):
-            return cls(parts={str(key): cls.of_batch(value) for key, value in x.items()})
+            if others := [key for key in x if not isinstance(key, str)]:
+                raise UserError(f"Expected the keys of `x`, a mapping, to be strings, got {others[0]!r}. Rename it.")
+            return cls(parts={key: cls.of_batch(value) for key, value in x.items()})
         if type(x) in (tuple, list) and leaves_of(x):
             return cls(parts=tuple(map(cls.of_batch, x)))
         return cls()

@@ -63,14 +63,29 @@ class Pops(nn.Module):
         return self.net(batch.pop("x"))
 
 
-def test_a_student_that_changes_the_mapping_that_it_is_given(tmp_path):
+def mappings(key):
+    """A data module whose x are mappings of one key."""
     x, y = torch.randn(8, FEATURES), torch.zeros(8, dtype=torch.long)
-    loader = DataLoader([({"x": row}, label) for row, label in zip(x, y, strict=True)], 4)
+    loader = DataLoader([({key: row}, label) for row, label in zip(x, y, strict=True)], 4)
     data = LightningDataModule()
     data.train_dataloader = data.val_dataloader = lambda: loader
+    return data
+
+
+def test_a_student_that_changes_the_mapping_that_it_is_given(tmp_path):
     teacher = Student(Reads(), nn.Linear(FEATURES, CLASSES))
     with pytest.raises(UserError, match="Expected the student to leave x as it is"):
-        control(tmp_path, student=lambda round: Pops(), teacher=teacher).boosting.check(data)
+        control(tmp_path, student=lambda round: Pops(), teacher=teacher).boosting.check(mappings("x"))
+
+
+def test_keys_of_x_that_are_no_strings(tmp_path):
+    class First(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[0] if isinstance(x, dict) else x)
+
+    networks = {"student": lambda round: First(FEATURES, CLASSES), "teacher": First(FEATURES, CLASSES)}
+    with pytest.raises(UserError, match="Expected the keys of `x`, a mapping, to be strings, got 0"):
+        control(tmp_path, **networks).boosting.check(mappings(0))
 
 
 class Reads(nn.Module):
