@@ -22,7 +22,7 @@ from bdistil.models.inputs import InputSpec, takes_parts
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import Rung, Student, build_student, linked_activations, run_student
 from bdistil.utils.modules import eval_mode
-from bdistil.utils.trees import leaves_of
+from bdistil.utils.trees import leaves_of, take_rows
 
 
 def check_factory(make: Any) -> None:
@@ -66,6 +66,7 @@ def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any
         )
     with as_written(student, *earlier), torch.no_grad(), eval_mode(student):
         answer = _evaluate(student, earlier, example)
+        _check_alone(student, earlier, example, answer)
         if isinstance(student, Student):
             _check_parts(student, earlier, example, answer)
     if outputs is not None:
@@ -199,6 +200,27 @@ def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) ->
                 "in the dataset, or the student."
             ) from error
         raise
+
+
+def _check_alone(student: nn.Module, earlier: Sequence[nn.Module], example: Any, answer: Any) -> None:
+    """Raises UserError where a sample gets another answer alone, as at an early exit, than in a batch of several."""
+    x = move_data_to_device(example, device_of(student))
+    try:
+        first = take_rows(x, slice(0, 1))
+    except UserError:  # no sample can be cut out
+        return
+    try:
+        alone = run_student(student, earlier, first)
+        same = not isinstance(answer, Tensor) or close(alone, answer[:1])
+        how = "answers it differently than among others"
+    except (RuntimeError, ValueError) as error:
+        same, how = False, f"fails on it ({error})"
+    if not same:
+        raise UserError(
+            f"Expected a student that answers a sample by itself, whatever else is in the batch, got one that {how}. "
+            "Early exits take samples out of the batch. Leave out what reads the whole batch: batch norm with "
+            "track_running_stats=False, means over the samples, a fixed batch size."
+        )
 
 
 def _names(types: set[torch.dtype]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
+from bdistil.boosting.ledger.samples import check_stored
 from bdistil.data.loaders import paired, single_loader, with_trainer
 from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
@@ -34,17 +37,32 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
     return open_generated(run.emulation, module) if run.emulation.exists() else module
 
 
+@contextmanager
+def run_data(run: RunDirectory) -> Iterator[LightningDataModule]:
+    """Context with the data module of a run, set up for a fit, with a Trainer, and with the samples of the run.
+
+    Raises:
+        UserError: the run was not started by a recipe, or the validation part holds other samples than in the run.
+    """
+    datamodule = datamodule_of(run)
+    with with_trainer(datamodule):
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        loader: Any = single_loader(datamodule.val_dataloader())
+        check_stored(run.ledger / "val", "val_dataloader", loader.dataset)
+        yield datamodule
+
+
 def loader_of(run: RunDirectory, part: Split) -> Any:
     """The loader of a part of the data of a run, in the order of its samples; its batches are (x, y).
 
     Raises:
-        UserError: the run was not started by a recipe.
+        UserError: as `run_data`.
     """
-    datamodule = datamodule_of(run)
     name = f"{part}_dataloader"
-    with with_trainer(datamodule):
-        datamodule.prepare_data()
-        datamodule.setup("test" if part == "test" else "fit")
+    with run_data(run) as datamodule:
+        if part == "test":
+            datamodule.setup("test")
         loader = getattr(datamodule, name)()
     return pairs_loader(run, loader, name)
 

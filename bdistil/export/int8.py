@@ -14,6 +14,8 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from bdistil.data.loaders import with_trainer
+from bdistil.data.loaders.fingerprints import spread
 from bdistil.errors import UserError
 from bdistil.evaluation.run_data import pairs_loader
 from bdistil.export.folder import seal
@@ -61,15 +63,16 @@ def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
             f"`--quantise {kind}` needs the data of the run, but this run names none: it was not written by "
             "`bdistil fit`. Export without it."
         )
-    train = pairs_loader(export.run, datamodule.train_dataloader(), "train_dataloader")
-    count = min(CALIBRATION, len(train.dataset))
-    samples = export.to_raw(train.collate_fn([train.dataset[number] for number in range(count)])[0])
+    with with_trainer(datamodule):
+        train = pairs_loader(export.run, datamodule.train_dataloader(), "train_dataloader")
+    rows = spread(len(train.dataset), CALIBRATION)  # the first samples may be of one class
+    samples = export.to_raw(train.collate_fn([train.dataset[number] for number in rows])[0])
     batches = []
     for x, y in export.loader:
         if y is None:
             raise UserError(f"`--quantise {kind}` reports accuracy, but the run has no labels. Export without it.")
         batches.append((export.arrays(export.to_raw(x)), class_numbers(y).numpy()))
-    quantised = {"kind": kind, "calibration_samples": count, "float": _quality(folder, manifest, batches)}
+    quantised = {"kind": kind, "calibration_samples": len(rows), "float": _quality(folder, manifest, batches)}
     values = {name: tensor.numpy() for name, tensor in export.tensors(samples).items()}
     for graph in ExportedEnsemble(folder, manifest, 1).graphs:
         graph.run(values)

@@ -14,7 +14,7 @@ from bdistil.data.loaders import first_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.stages import prefix_factor
 from bdistil.errors import UserError
-from bdistil.evaluation.run_data import datamodule_of, pairs_loader
+from bdistil.evaluation.run_data import pairs_loader, run_data
 from bdistil.export.folder import graph_entry
 from bdistil.export.graphs import Exporter, Normalisation, Segment
 from bdistil.export.parity import BATCHES, MOST, RunStage, check_parity, reference
@@ -92,10 +92,10 @@ class Export:
                 "A packed sequence or an object of another class has no graph."
             )
         self.datamodule: Any = None
+        self.loader: Any = None
         if run.config.exists() and run.read_config().get("data"):
-            self.datamodule = datamodule_of(run)
-            self.datamodule.prepare_data()
-            self.datamodule.setup("fit")
+            with run_data(run) as self.datamodule:
+                self.loader = pairs_loader(run, self.datamodule.val_dataloader(), VAL)
         self.normalisation: Normalisation | None = getattr(self.datamodule, "normalisation", None)
         self.inside = self.normalisation if options.normalisation == "inside" else None
         if options.normalisation == "inside" and self.inside is None:
@@ -108,7 +108,6 @@ class Export:
                 "Expected students that read one tensor x for --normalisation inside, got several. Use "
                 "--normalisation declared and normalise x before."
             )
-        self.loader: Any = None if self.datamodule is None else pairs_loader(run, self.datamodule.val_dataloader(), VAL)
         self.x, self.source = self._samples()
         self.alone = self._alone()
         self.raw = self.to_raw(self.x)

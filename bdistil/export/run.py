@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = 
 
 def _manifest(export: Export) -> dict[str, Any]:
     """Entries of the manifest that do not depend on the files."""
-    ensemble, labels = export.ensemble, getattr(export.datamodule, "labels", None)
+    ensemble, labels = export.ensemble, _class_names(export.datamodule)
     outputs, normalisation = export.values["total_1"].shape[1], export.normalisation
     if labels is not None and len(labels) != outputs:
         raise UserError(f"Expected `labels` of the data module to be {outputs} names, got {len(labels)}.")
@@ -77,7 +77,7 @@ def _manifest(export: Export) -> dict[str, Any]:
         "kind": export.options.format,
         "inputs": _inputs(export),
         "outputs": outputs,
-        "labels": None if labels is None else [str(label) for label in labels],
+        "labels": labels,
         "normalisation": declared,
         "task": ensemble.task,
         "scale": to_list(ensemble.scale),
@@ -90,6 +90,13 @@ def _manifest(export: Export) -> dict[str, Any]:
         "times": [],
         "versions": {name: _version(name) for name in ("bdistil", "torch", "onnx", "onnxruntime", "executorch")},
     }
+
+
+def _class_names(datamodule: Any) -> list[str] | None:
+    """The attribute `labels` of a data module, if it holds names of classes and not, say, the labels of its samples."""
+    labels = getattr(datamodule, "labels", None)
+    names = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else []
+    return [str(name) for name in names] if names and all(isinstance(name, str) for name in names) else None
 
 
 def _inputs(export: Export) -> list[dict[str, Any]]:

@@ -33,6 +33,16 @@ class Scaled(Student):
         return super().forward(2 * x, linked)
 
 
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class OfTwo(nn.Module):
+    def forward(self, x):
+        return x.view(2, -1)
+
+
 def refused(folder, message, **options):
     with pytest.raises(UserError, match=message):
         control(folder, **options).boosting.check(Toys())
@@ -61,6 +71,19 @@ class Pops(nn.Module):
 
     def forward(self, batch):
         return self.net(batch.pop("x"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "how"),
+    [
+        (Centred, "answers it differently"),
+        (lambda: nn.BatchNorm1d(FEATURES, track_running_stats=False), "fails on it .Expected more than 1 value"),
+        (OfTwo, "fails on it"),
+    ],
+)
+def test_a_student_that_reads_the_whole_batch(tmp_path, layer, how):
+    refused(tmp_path, f"answers a sample by itself.* got one that {how}", student=lambda round: Student(
+        nn.Sequential(layer(), nn.Linear(FEATURES, WIDTH)), nn.Linear(WIDTH, CLASSES)))  # fmt: skip
 
 
 def mappings(key):

@@ -46,6 +46,10 @@ SEED = (
     "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0)). Where the data were edited, choose "
     "another `run_dir`. A curriculum keeps the dataset, and chooses samples by a sampler."
 )
+PARTS = (
+    "Its parts would be mixed: samples that the students were trained on would be among those of the figures. Where the "
+    "data module splits at random, seed it: random_split(dataset, lengths, generator=torch.Generator().manual_seed(0))."
+)
 RANDOM = (
     f"Give {RECOMPUTE} to evaluate the teacher on every batch, or BoostingSettings(views=K) (model.boosting.views) to "
     "cache its logits on K fixed views of each sample."
@@ -55,6 +59,28 @@ WAY = (
     "batch changes them after they are read, so that cached logits of the teacher do not belong to them. Change "
     f"samples in the dataset, one by one, or give {RECOMPUTE}."
 )
+
+
+def check_stored(folder: Path, name: str, items: Items) -> None:
+    """Compares some samples of a finished run with those of a dataset, up to those that it draws at random.
+
+    Args:
+        folder: of the ledger of a part; a run without one is not checked.
+        name: of the user's method that returned the loader.
+        items: its dataset.
+
+    Raises:
+        UserError: one differs.
+    """
+    file = folder / "samples.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = {int(number): _from_json(found) for number, found in stored.items()}
+    if known and max(known) >= len(items):
+        raise UserError(f"`{name}()` gives a dataset of {len(items)} samples, the run had {max(known) + 1}. {PARTS}")
+    now = stable_digests(items, list(known))
+    for number, found in known.items():
+        if names := changed(found, now[number]):
+            raise UserError(f"Sample {number} of `{name}()` has another {_and(names)} than in the run. {PARTS}")
 
 
 class _Compared(NamedTuple):

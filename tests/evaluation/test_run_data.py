@@ -1,0 +1,41 @@
+"""Data of a finished run: the commands after `fit` read the parts of the run, or refuse."""
+
+import pytest
+import torch
+from helpers.run_data import Asking, Drawn
+from helpers.toys import CLASSES, boost, settings_for
+from torch.utils.data import TensorDataset
+
+from bdistil import UserError
+from bdistil.evaluation.run_data import loader_of
+from bdistil.export.run import ExportOptions, export_run
+
+
+def run_of(folder, module):
+    config = {"data": {"class_path": f"helpers.run_data.{module.__name__}"}, "boosting": settings_for(2).to_dict()}
+    torch.manual_seed(0)
+    return boost(folder, module(), settings=settings_for(2), config=config).run
+
+
+def test_parts_that_are_drawn_anew_are_refused(tmp_path):
+    run = run_of(tmp_path, Drawn)
+    torch.manual_seed(0)
+    assert len(loader_of(run, "test").dataset) == 64  # drawn as in the run
+    torch.manual_seed(1)
+    for part in ("val", "test"):
+        with pytest.raises(UserError, match=r"of `val_dataloader\(\)` has another x .*than in the run.* seed it"):
+            loader_of(run, part)
+    with pytest.raises(UserError, match="seed it"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_sets_the_data_up_as_other_commands_do(tmp_path, monkeypatch):
+    run, read = run_of(tmp_path, Asking), []
+    take = TensorDataset.__getitem__
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda data, n: (read.append((len(data), n)), take(data, n))[1])
+    manifest = export_run(run, tmp_path / "out", ExportOptions(quantise="static"))
+    assert manifest["labels"] is None
+    y = Asking().labels
+    calibrated = {int(y[number]) for count, number in read if count == len(y)}
+    assert calibrated == set(range(CLASSES))

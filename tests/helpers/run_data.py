@@ -1,0 +1,36 @@
+"""Data modules of a user that a configuration names: `helpers.run_data.NAME`."""
+
+from helpers.toys import BATCH, Toys, samples
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+
+class Drawn(Toys):
+    """Splits in its constructor by the global generator, which `fit` seeds and later commands do not."""
+
+    def __init__(self):
+        super().__init__()
+        drawn = random_split(TensorDataset(*samples(256, 14)), (128, 64, 64))
+        self.drawn = dict(zip(("train", "val", "test"), drawn, strict=True))
+
+    def train_dataloader(self):
+        return DataLoader(self.drawn["train"], BATCH, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.drawn["val"], BATCH)
+
+    def test_dataloader(self):
+        return DataLoader(self.drawn["test"], BATCH)
+
+
+class Asking(Toys):
+    """Asks its Trainer in `setup`, has labels that are no names of classes, and training samples sorted by class."""
+
+    def __init__(self):
+        super().__init__()
+        x, y = self.parts["train"]
+        order = y.argsort()
+        self.parts["train"] = x[order], y[order]
+        self.labels = self.parts["train"][1]
+
+    def setup(self, stage):
+        assert self.trainer.world_size == 1
