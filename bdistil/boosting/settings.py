@@ -123,7 +123,7 @@ class BoostingSettings:
         if self.views is not None and self.state == "recompute":
             raise UserError(
                 f"Expected `views` or `state='recompute'`, got both (views={self.views}): fixed views are cached, "
-                "recomputed state is not. Set one to its default: views to None (null in a recipe), or state to 'cached'."
+                "recomputed state is not. Set `views` to None (null in a recipe), or `state` to 'cached'."
             )
         _require(self, "storage", self.storage in ("float32", "float16"), "'float32' or 'float16'")
         _require(self, "lr", self.lr > 0, "> 0")

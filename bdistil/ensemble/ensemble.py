@@ -37,7 +37,7 @@ class ProgressiveEnsemble(nn.Module):
     Args:
         students: in order.
         scale: one unit of the students' logits in the teacher's units; one per output for real outputs.
-        macs: cumulative multiply-adds per sample, one value per stage.
+        macs: cumulative multiply-adds per sample, one value per stage; needed for budgets of them.
         calibration: what was fitted and measured for early exit.
         inputs: shape and dtype of a sample, where known; inputs are checked against it.
         offset: added to real outputs and to logits of several labels, one per output.
@@ -79,10 +79,15 @@ class ProgressiveEnsemble(nn.Module):
         else:
             self.register_buffer("scale", torch.tensor(scale), persistent=False)
             self.register_buffer("offset", torch.tensor(offset), persistent=False)
+        if macs and len(macs) != len(students):
+            raise UserError(
+                f"Expected `macs` to hold one number for each of {len(students)} students, got {len(macs)}."
+            )
         self.macs = list(macs) or [0] * len(self.students)
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
         self.wiring = Wiring(students)
-        self._stacked: StackedBodies | None = None
+        self._stacked: StackedBodies | None = None  # copies of the weights, made again when these change
+        self.register_load_state_dict_post_hook(_unstack)
         self._plans: dict[Any, ExitPlan | None] = {}  # by budget and device, of one calibration
         self._plans_of: Calibration | None = None
         self.requires_grad_(False).train(False)
@@ -213,6 +218,11 @@ class ProgressiveEnsemble(nn.Module):
         """
         started = time.perf_counter()
         budget = budget or Budget()
+        if budget.macs is not None and not any(self.macs):
+            raise UserError(
+                f"Expected an ensemble whose `macs` are known for a budget of {budget.macs} multiply-adds, got one "
+                "without. Give ProgressiveEnsemble(students, macs=[…]), or limit `stages`."
+            )
         allowed, device, deadline = budget.stages_within(self.macs), device_of(x), None
         plan = self._plan(budget, allowed, device.type)
         runner = self.stage_runner(x)
@@ -253,6 +263,10 @@ class ProgressiveEnsemble(nn.Module):
         """Exits with the factors of these prefixes."""
         numbers, weights = range(1, len(self) + 1), self.calibration.weights
         return ExitPlan(exits, [float(prefix_factor(self.scale, weights, number)) for number in numbers], guard)
+
+
+def _unstack(ensemble: ProgressiveEnsemble, _: object) -> None:
+    ensemble._stacked = None
 
 
 def restore_student(

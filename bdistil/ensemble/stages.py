@@ -258,10 +258,13 @@ def _of_one_shape(students: Sequence[nn.Module]) -> list[Student]:
 
 
 def _shape(student: Student) -> tuple[Any, ...]:
-    """Everything that the features depend on except the values of the tensors."""
+    """Everything that the features depend on except the values of parameters and buffers."""
     plan, tensors = describe(student.body)
+    stacked = {key for key, _ in (*student.body.named_parameters(), *student.body.named_buffers())}
     plain = {key: value for key, value in vars(student).items() if key[0] != "_" and key not in ("links", "join")}
-    return type(student), plain, plan, [(key, value.shape, value.dtype) for key, value in tensors.items()]
+    shapes = [(key, value.shape, value.dtype) for key, value in tensors.items()]
+    others = {key: value.tolist() for key, value in tensors.items() if key not in stacked}
+    return type(student), plain, plan, shapes, others
 
 
 def time_of(device: torch.device) -> float:

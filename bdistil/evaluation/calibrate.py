@@ -43,8 +43,8 @@ def fit_anytime(
 
     Args:
         ensemble: finished; it stays on the device.
-        loader: of the validation part, yields (x, y), or mappings with a key for y; its order must not change. Of soft
-            labels the largest is the class; samples without a label are left out.
+        loader: of the validation part, read more than once; yields (x, y), or mappings with a key for y, and its order
+            must not change. Of soft labels the largest is the class; samples without a label are left out.
         target: of the thresholds.
         weights: try weighted prefixes, kept where they win on held-out halves of the samples fitted on.
         device: for the measurements.
@@ -57,14 +57,18 @@ def fit_anytime(
         raise UserError(
             f"Expected an ensemble of a classification, to fit exits for, got one of a {ensemble.task} task."
         )
-    target, device = target or ExitTarget(), torch.device(device)
+    target, device, before = target or ExitTarget(), torch.device(device), ensemble.calibration
     ensemble.to(device).calibration = Calibration(len(ensemble))
-    own, classes = own_logits(ensemble, loader, device, labels)
-    calibration = fit_calibration(own, classes, ensemble.macs, target, weights)
-    # Times depend on the weights, and are measured without exits and temperatures.
-    ensemble.calibration = replace(calibration, temperatures=(), exits=None)
-    timed = move_data_to_device(first_samples(loader, TIMED_SAMPLES, labels), device)
-    times = measure_times(ensemble, timed, rule=target.rule)
+    try:
+        timed = move_data_to_device(first_samples(loader, TIMED_SAMPLES, labels), device)
+        own, classes = own_logits(ensemble, loader, device, labels)
+        calibration = fit_calibration(own, classes, ensemble.macs, target, weights)
+        # Times depend on the weights, and are measured without exits and temperatures.
+        ensemble.calibration = replace(calibration, temperatures=(), exits=None)
+        times = measure_times(ensemble, timed, rule=target.rule)
+    except BaseException:
+        ensemble.calibration = before
+        raise
     ensemble.calibration = replace(calibration, times=times, device=device.type)
     return ensemble.calibration
 
@@ -90,6 +94,11 @@ def own_logits(
         own, y = totals.diff(dim=0, prepend=torch.zeros_like(totals[:1])) * ensemble.scale, class_numbers(y)
         logits.append(own[:, y >= 0])
         classes.append(y[y >= 0])
+    if not sum(map(len, classes)):
+        raise UserError(
+            f"Expected a loader that can be read more than once, with labelled samples, got {read} samples and no "
+            "label. Give a DataLoader or a list of batches."
+        )
     return torch.cat(logits, 1), torch.cat(classes)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from bdistil.ensemble.budget import confidence_of
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
+from bdistil.errors import UserError
 from bdistil.metrics.quality import class_numbers
 from bdistil.models.segment_student import SegmentStudent
 
@@ -23,16 +24,18 @@ FRACTIONS = (0.55, 0.75)  # of the steps, as in the literature
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 
-def early_row(confidence: Tensor, right: Tensor, ends: Sequence[int], steps: int, threshold: float) -> dict[str, float]:
+def early_row(
+    confidence: Tensor, right: Tensor, ends: Sequence[int] | Tensor, steps: int | Tensor, threshold: float
+) -> dict[str, float]:
     """Figures at one threshold: shares decided by 55 % and 75 % of the steps, accuracy of all samples, steps saved.
 
-    The steps saved are 1 - sum_i e_i / (N M), with e_i the number of steps read of sample i.
+    The steps saved are 1 - the sum of the e_i steps that were read, over that of the M_i steps of all samples.
 
     Args:
         confidence: of each stage's answer, (T, N).
         right: whether that answer is right, (T, N) bool.
-        ends: steps read after each stage.
-        steps: M, of the whole sequence.
+        ends: steps read after each stage, (T,), or (T, N) where lengths vary.
+        steps: of a whole sequence, or of each, (N,).
         threshold: smallest confidence that decides a sample.
 
     Example:
@@ -43,10 +46,11 @@ def early_row(confidence: Tensor, right: Tensor, ends: Sequence[int], steps: int
     reached = confidence >= threshold
     decided = reached.any(0)
     stages = torch.where(decided, reached.int().argmax(0), len(confidence) - 1)
-    read = torch.tensor(ends)[stages]
+    ends, steps = torch.as_tensor(ends).reshape(len(confidence), -1), torch.as_tensor(steps).expand(confidence.shape[1])
+    read = ends.expand(confidence.shape).gather(0, stages[None])[0]
     row = {f"decided_by_{100 * f:.0f}": float((decided & (read <= f * steps)).double().mean()) for f in FRACTIONS}
     row["accuracy"] = float(right.gather(0, stages[None]).double().mean())
-    row["steps_saved"] = 1.0 - float(read.double().mean()) / steps
+    row["steps_saved"] = 1.0 - float(read.sum()) / float(steps.sum())
     return {key: round(value, 4) for key, value in row.items()}
 
 
@@ -66,16 +70,21 @@ def early_figures(
     students = [student for student in ensemble.students if isinstance(student, SegmentStudent)]
     if not students:
         return {}
-    confidences, right, steps = [], [], 0
+    columns = []
     for x, y in loader:
-        steps = x.shape[1]
-        logits = [stage.logits.cpu() for stage in ensemble.stages(x)]
-        confidences.append(
-            torch.stack([confidence_of(answer, "max_prob") for answer in logits])[:, class_numbers(y) >= 0]
-        )
+        if y is None:
+            raise UserError("Expected labels (N,) for the figures of early classification, got none.")
         classes = class_numbers(y)
-        right.append(torch.stack([answer.argmax(-1) == classes for answer in logits])[:, classes >= 0])
-    ends = [student.span(steps)[1] for student in students]
+        logits = [stage.logits.cpu()[classes >= 0] for stage in ensemble.stages(x)]
+        samples, ends = len(logits[0]), torch.tensor([student.span(x.shape[1])[1] for student in students])
+        columns.append(
+            (
+                torch.stack([confidence_of(answer, "max_prob") for answer in logits]),
+                torch.stack([answer.argmax(-1) for answer in logits]) == classes[classes >= 0],
+                ends[:, None].expand(-1, samples),
+                torch.full((1, samples), x.shape[1]),
+            )
+        )
+    answers, right, read, steps = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
     thresholds = sorted({*THRESHOLDS, *([confidence] if isinstance(confidence, float) else [])})
-    all_confidences, all_right = torch.cat(confidences, 1), torch.cat(right, 1)
-    return {f"early@{p:g}": early_row(all_confidences, all_right, ends, steps, p) for p in thresholds}
+    return {f"early@{p:g}": early_row(answers, right, read, steps[0], p) for p in thresholds}

@@ -36,6 +36,26 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"Expected `--output` to be a new folder, got {output}, which exists and is no export.")
     if not overwrite:
         raise UserError(f"`--output` {output} is an export. Give --overwrite true to replace it, or a new folder.")
+    if other := _other_files(output):
+        raise UserError(
+            f"Expected `--output` {output} to hold nothing but an export, which --overwrite replaces, got {other[0]}. "
+            "Move it elsewhere, or give a new folder."
+        )
+
+
+def _other_files(output: Path) -> list[str]:
+    """Files of a folder that are not of its export."""
+    written = {"manifest.json", *_files_of(json.loads((output / "manifest.json").read_text(encoding="utf-8")))}
+    found = [path for path in output.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return sorted({path.relative_to(output).as_posix() for path in found} - written)
+
+
+def _files_of(entry: Any) -> Iterator[str]:
+    """The files that a manifest, or a part of it, names."""
+    if isinstance(entry, Mapping):
+        yield from ([entry["file"]] if isinstance(entry.get("file"), str) else [])
+    for value in entry.values() if isinstance(entry, Mapping) else entry if isinstance(entry, list) else ():
+        yield from _files_of(value)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from bdistil.errors import RunError, UserError
 from bdistil.export.folder import copy_runner, graph_entry
-from bdistil.export.graphs import EXPORTERS, Segment, torch_file
+from bdistil.export.graphs import EXPORTERS, Segment, torch_file, traced_onnx
 from bdistil.export.job import Export
 from bdistil.export.parity import RunStage
 
@@ -36,8 +37,11 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
 
     from bdistil.runner import ExportedEnsemble
 
-    problems = []
-    for name, exporter in EXPORTERS.items():
+    problems, exporters = [], dict(EXPORTERS)
+    if export.datamodule is None and any(spec.is_number for spec in export.ensemble.inputs.tensors().values()):
+        # Random samples have one and the same length, with which a graph that made it a constant would be compared.
+        exporters["torchscript"] = partial(traced_onnx, constants=False)
+    for name, exporter in exporters.items():
         try:
             entries = export.write_stages(folder, "onnx", exporter)
             parity = export.compare(_onnx_stages(folder, entries))

@@ -102,24 +102,29 @@ def _varying(segment: Segment, name: str) -> list[int]:
 
 
 Exporter = Callable[[Segment, Sequence[Tensor], Path], None]
+# What torch warns of where a decision of the code depends on values, which become constants of a traced graph.
+CONSTANT = "Converting a tensor to a Python"
 
 
-def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None:
+def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path, *, constants: bool = True) -> None:
     """Writes ONNX with torch's TorchScript exporter: small files in 0.1 s, also for recurrent nets.
 
     It records one run, so decisions in Python that depend on the values or the number of samples become constants: the
-    graph must be compared with PyTorch on other samples and batch sizes.
+    graph must be compared with PyTorch on other samples and batch sizes. Without `constants` they are an error.
     """
     dynamic = {
         name: {0: "batch", **{axis: f"{name}_{axis}" for axis in _varying(segment, name)}}
         for name in (*segment.reads, *segment.gives)
     }
-    with warnings.catch_warnings(), _silent_stdout():
-        warnings.simplefilter("ignore")  # its deprecation, and that it records one run
+    with warnings.catch_warnings(record=True) as told, _silent_stdout():  # its deprecation, and that it records one run
+        warnings.simplefilter("always")
         torch.onnx.export(
             segment, tuple(example), str(path), dynamo=False, opset_version=OPSET,
             input_names=segment.reads, output_names=segment.gives, dynamic_axes=dynamic,
         )  # fmt: skip
+    fixed = [str(warning.message) for warning in told if CONSTANT in str(warning.message)]
+    if fixed and not constants:
+        raise RuntimeError(fixed[0])
 
 
 @contextmanager

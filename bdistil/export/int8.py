@@ -48,7 +48,8 @@ def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
         manifest: of these graphs.
 
     Returns:
-        The entries `stages` and `quantised` of the manifest.
+        The entries `stages`, `quantised` and `exits` of the manifest. The promise of fitted thresholds is left out: it
+        was tested on float graphs.
 
     Raises:
         UserError: the run is a regression, or names no data.
@@ -78,7 +79,8 @@ def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
         graph.run(values)
     stages = [_quantise(folder, entry, kind == "dynamic", values) for entry in manifest["stages"]]
     quantised["int8"] = _quality(folder, {**manifest, "stages": stages}, batches)
-    return {"stages": stages, "quantised": quantised}
+    exits = manifest["exits"] and {**manifest["exits"], "promise": None}
+    return {"stages": stages, "quantised": quantised, "exits": exits}
 
 
 def _quality(folder: Path, manifest: Mapping[str, Any], batches: Sequence[tuple[Any, Array]]) -> dict[str, Any]:

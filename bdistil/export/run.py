@@ -127,7 +127,8 @@ def export_summary(manifest: Mapping[str, Any], output: Path) -> str:
         for number, (stage, difference) in enumerate(zip(manifest["stages"], parity["differences"], strict=True), 1)
     ]
     lines = [format_table(["stage", "macs", "bytes", "difference"], rows)]
-    lines.append(f"\nDifferences to PyTorch on {parity['samples']} samples of {parity['source']}.")
+    of = "The float graphs' differences" if manifest["quantised"] else "Differences"
+    lines.append(f"\n{of} to PyTorch on {parity['samples']} samples of {parity['source']}.")
     if manifest["kind"] == "executorch":
         lines.append("All stages are methods of one file, whose bytes are shown; a method reads one sample per call.")
     if int8 := manifest["quantised"]:

@@ -137,6 +137,11 @@ class InputSpec:
         return tensors[name]
 
     @property
+    def is_number(self) -> bool:
+        """Whether a sample is one whole number, such as a length."""
+        return self.shape == () and self.dtype is not None and "int" in self.dtype
+
+    @property
     def varies(self) -> bool:
         """Whether a size may vary."""
         return any(isinstance(size, tuple) for spec in self.tensors().values() for size in spec.shape or ())
@@ -184,6 +189,8 @@ class InputSpec:
             self._check_parts(x, name)
         elif isinstance(x, Tensor):
             self._check_tensor(x, name)
+        elif self.shape is not None and isinstance(getattr(x, "shape", None), tuple) and not hasattr(x, "__array__"):
+            self._check_shape(tuple(x.shape), name)  # read when it is sliced
         elif self.shape is not None:
             raise UserError(
                 f"Expected `{name}` to be a torch tensor, as in training, got {type(x).__name__}. Convert an array by "
@@ -207,13 +214,16 @@ class InputSpec:
         for place, part in enumerate(self.parts):
             part.check(x[place], f"{name}[{place}]")
 
-    def _check_tensor(self, x: Tensor, name: str) -> None:
-        if self.shape is not None and tuple(x.shape[1:]) != self.shape and not _fits(x.shape[1:], self.shape):
+    def _check_shape(self, shape: tuple[int, ...], name: str) -> None:
+        if self.shape is not None and shape[1:] != self.shape and not _fits(shape[1:], self.shape):
             sizes = ", ".join(("B", *map(_size_text, self.shape)))
             raise UserError(
-                f"Expected `{name}` of shape ({sizes}), as in training, got {tuple(x.shape)}."
-                + (f" One sample is {name}[None]." if _fits(x.shape, self.shape) else "")
+                f"Expected `{name}` of shape ({sizes}), as in training, got {shape}."
+                + (f" One sample is {name}[None]." if _fits(shape, self.shape) else "")
             )
+
+    def _check_tensor(self, x: Tensor, name: str) -> None:
+        self._check_shape(tuple(x.shape), name)
         if self.dtype is not None and str(x.dtype) != f"torch.{self.dtype}":
             raise UserError(
                 f"Expected `{name}` of dtype {self.dtype}, as in training, got {x.dtype}. Convert it before."

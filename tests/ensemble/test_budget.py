@@ -296,3 +296,11 @@ def test_temperatures_alone_leave_the_others_alone(ensemble, x):
     ensemble.calibration = replace(Calibration(T), temperatures=TEMPERATURES)
     expected = stages_by_hand(ensemble, x, "max_prob", (0.6,) * T, TEMPERATURES)
     assert ensemble.predict(x, Budget(confidence=0.6)).stages.tolist() == expected
+
+
+def test_a_budget_of_macs_needs_macs():
+    students = [nn.Linear(IN, 3) for _ in range(2)]
+    with pytest.raises(UserError, match=r"`macs` are known for a budget of 5 .*macs=\["):
+        ProgressiveEnsemble(students).predict(torch.zeros(1, IN), Budget(macs=5))
+    with pytest.raises(UserError, match="one number for each of 2 students, got 3"):
+        ProgressiveEnsemble(students, macs=[1, 2, 3])

@@ -84,3 +84,32 @@ def test_operators_that_cannot_be_stacked_leave_one_after_the_other():
     times = measure_times(ensemble, torch.randn(4, 5, 2), batches=(4,))
     assert times[0].schedule in times[0].schedules
     assert "one" in times[0].schedules
+
+
+class Projected(nn.Linear):
+    """Reads x through a random matrix that is neither a parameter nor a buffer."""
+
+    def __init__(self):
+        super().__init__(IN, 16)
+        self.matrix = torch.randn(IN, IN)
+
+    def forward(self, x):
+        return super().forward(x @ self.matrix)
+
+
+def test_students_whose_other_tensors_differ_run_one_after_the_other():
+    ensemble = ProgressiveEnsemble([Student(Projected(), nn.Linear(16, L)) for _ in range(2)])
+    with pytest.raises(UserError, match="Take schedule='one'"):
+        ensemble(torch.randn(3, IN), schedule="all")
+
+
+def test_stacked_parameters_follow_loaded_ones():
+    ensemble, x = make_ensemble(), torch.randn(9, IN)
+    ensemble(x, schedule="all")
+    ensemble.load_state_dict(make_ensemble().state_dict())
+    torch.testing.assert_close(ensemble(x, schedule="all"), ensemble(x, schedule="one"), atol=1e-5, rtol=1e-5)
+
+
+def test_bodies_without_parameters_are_timed():
+    ensemble = ProgressiveEnsemble([Student(nn.Flatten(), nn.Linear(IN, L)) for _ in range(2)])
+    assert measure_times(ensemble, torch.randn(4, IN), batches=(4,))[0].schedule == "one"

@@ -194,3 +194,18 @@ def test_times_are_measured_at_every_batch_and_decide_the_schedule(ensemble, dat
         assert times.schedule == "one" or times.schedules[times.schedule] < times.schedules["one"]
         assert figures.schedule(times.batch, "cpu") == times.schedule
     assert figures.schedule(7, "cuda") == "one"
+
+
+@pytest.mark.parametrize(
+    ("batches", "samples"),
+    [
+        (lambda x, y: iter([(x, y)]), 0),  # the first pass empties it
+        (lambda x, y: [(x, torch.full_like(y, -100))], N),
+    ],
+)
+def test_a_refused_fit_leaves_the_calibration_as_it_is(ensemble, data, batches, samples):
+    x, y, loader = data
+    before = fit_anytime(ensemble, loader)
+    with pytest.raises(UserError, match=f"read more than once, with labelled samples, got {samples} samples"):
+        fit_anytime(ensemble, batches(x, y))
+    assert ensemble.calibration is before

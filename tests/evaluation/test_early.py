@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from bdistil import ProgressiveEnsemble, Rung
+from bdistil import ProgressiveEnsemble, Rung, UserError
 from bdistil.evaluation.early import early_figures, early_row
 from bdistil.models.convnets import ConvStudent
 from bdistil.models.recurrent import RecurrentSegmentStudent
@@ -76,3 +76,18 @@ def test_no_fitted_threshold_is_taken_for_a_number(ensemble):
     loader = DataLoader(TensorDataset(torch.randn(4, 12, 3), torch.zeros(4).long()))
     assert len(early_figures(ensemble, loader, "fitted")) == 7
     json.dumps(early_figures(ensemble, loader))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_lengths_that_vary_from_batch_to_batch(ensemble, flip):
+    batches = [(torch.randn(5, steps, 3), torch.randint(0, 5, (5,))) for steps in (12, 20)]
+    found = early_figures(ensemble, batches[:: -1 if flip else 1])["early@0.9"]
+    alone = [early_figures(ensemble, [batch])["early@0.9"] for batch in batches]
+    assert found["accuracy"] == pytest.approx(sum(row["accuracy"] for row in alone) / 2, abs=1e-4)
+    read = sum(5 * steps * (1 - row["steps_saved"]) for steps, row in zip((12, 20), alone, strict=True))
+    assert found["steps_saved"] == pytest.approx(1 - read / 160, abs=1e-4)
+
+
+def test_figures_need_labels(ensemble):
+    with pytest.raises(UserError, match="Expected labels"):
+        early_figures(ensemble, [(torch.randn(5, 12, 3), None)])

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from helpers.export_runs import L, change_manifest, exported_mlps
 
+from bdistil import UserError
 from bdistil.export.folder import seal
 from bdistil.export.run import ExportOptions, export_run
 from bdistil.runner import ExportedEnsemble, ExportError
@@ -134,3 +135,13 @@ def test_nothing_in_a_folder_is_a_pickle(mlp, tmp_path):
         assert not (name.endswith(".pt") and data), name
         if not name.endswith(".pt2"):
             assert data[:4] != b"PK\x03\x04", name
+
+
+def test_an_export_is_replaced_but_no_file_of_the_users(mlp, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(2):
+        export_run(mlp[0], out, ExportOptions(overwrite=True))
+    (out / "app.py").write_text("")
+    with pytest.raises(UserError, match=r"to hold nothing but an export, .* got app\.py"):
+        export_run(mlp[0], out, ExportOptions(overwrite=True))
+    assert (out / "app.py").exists()

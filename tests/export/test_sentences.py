@@ -5,17 +5,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.export_runs import Trimmed
 from helpers.sentences import CLASSES, padded, run_of_sentences, sentences
 from helpers.toys import Toys, boost, settings_for
 from torch import nn
 
-from bdistil import Budget, ProgressiveEnsemble, Student, UserError
+from bdistil import Budget, ProgressiveEnsemble, Rung, Student, UserError
+from bdistil.errors import RunError
 from bdistil.export import ExportOptions, export_run
 from bdistil.export.job import Export
+from bdistil.models.inputs import InputSpec
 from bdistil.runner import Budget as RunnerBudget
 from bdistil.runner import ExportedEnsemble, ExportError
 from bdistil.runner.command import main
 from bdistil.runner.inputs import Inputs, inputs_of
+from bdistil.storage.blueprint import describe
+from bdistil.storage.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +183,13 @@ def test_a_manifest_of_an_earlier_version_has_one_input():
     assert isinstance(inputs, Inputs)
     assert inputs.random(2)["x"].shape == (2, 3)
     assert CLASSES == 3
+
+
+def test_lengths_without_data_become_no_constant(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    plan, tensors = describe(Student(Trimmed(), nn.Linear(8, CLASSES)))
+    spec = InputSpec.of_batch({"x": torch.zeros(2, 7, 3), "lengths": torch.tensor([7, 3])})
+    record = {"scale": 1.0, "curve": {"macs": 9}, "rung": vars(Rung(0)), "blueprint": plan, **spec.to_record()}
+    run.commit(0, tensors, record)
+    with pytest.raises(RunError, match="torchscript: Converting a tensor to a Python"):
+        export_run(run, tmp_path / "out")

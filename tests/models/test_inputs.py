@@ -3,6 +3,7 @@
 import json
 from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,3 +148,17 @@ class Single(nn.Module):
 )
 def test_a_module_is_given_x_or_its_parts(module, x, expected):
     assert call_on(module, x) == expected
+
+
+def test_x_that_is_read_as_it_comes_in():
+    class Sensor:
+        shape = (1, 50, 6)
+
+        def __getitem__(self, where):
+            raise AssertionError("nothing is read by the check")
+
+    InputSpec((50, 6), "float32").check(Sensor())
+    with pytest.raises(UserError, match=r"of shape \(B, 40, 6\), as in training, got \(1, 50, 6\)"):
+        InputSpec((40, 6), "float32").check(Sensor())
+    with pytest.raises(UserError, match=r"torch\.from_numpy"):
+        InputSpec((50, 6), "float32").check(np.zeros((1, 50, 6), np.float32))

@@ -18,8 +18,9 @@ from bdistil.utils.trees import joined_rows, row_count, take_rows
 
 
 def single_loader(loader: Any) -> Any:
-    """The loader, or the only one of a list, as some data modules return it."""
-    return loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
+    """The loader, or the only one of a list, as some data modules return it; a list may also hold one batch."""
+    one = isinstance(loader, list | tuple) and len(loader) == 1
+    return loader[0] if one and not isinstance(loader[0], list | tuple | Mapping | Tensor) else loader
 
 
 def first_samples(loader: Any, count: int, labels: str | None = "labels") -> Any:
