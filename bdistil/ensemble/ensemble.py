@@ -196,10 +196,15 @@ class ProgressiveEnsemble(nn.Module):
         return runner.step().logits
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ProgressiveEnsemble:
-        """Moves or converts all parameters, as nn.Module does; the stacked copies of them are made again."""
-        self._stacked = None
+        """Moves or converts all parameters, as nn.Module does; real x is then expected in their type."""
+        before, self._stacked = self._real_type(), None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if (now := self._real_type()) != before and now is not None:
+            self.inputs = self.inputs.in_type(now)
         return self
+
+    def _real_type(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
 
     def predict(self, x: Any, budget: Budget | None = None) -> Prediction:
         """Predicts within a budget.

@@ -136,6 +136,15 @@ class InputSpec:
             return tuple(part.put_together(tensors, f"{name}_{place}") for place, part in enumerate(self.parts))
         return tensors[name]
 
+    def in_type(self, dtype: torch.dtype) -> InputSpec:
+        """The same with real numbers of another type."""
+        if isinstance(self.parts, Mapping):
+            return InputSpec(parts={key: part.in_type(dtype) for key, part in self.parts.items()})
+        if self.parts is not None:
+            return InputSpec(parts=tuple(part.in_type(dtype) for part in self.parts))
+        real = self.dtype is not None and getattr(torch, self.dtype).is_floating_point
+        return InputSpec(self.shape, str(dtype).removeprefix("torch.") if real else self.dtype)
+
     @property
     def is_number(self) -> bool:
         """Whether a sample is one whole number, such as a length."""

@@ -304,3 +304,16 @@ def test_a_budget_of_macs_needs_macs():
         ProgressiveEnsemble(students).predict(torch.zeros(1, IN), Budget(macs=5))
     with pytest.raises(UserError, match="one number for each of 2 students, got 3"):
         ProgressiveEnsemble(students, macs=[1, 2, 3])
+
+
+def test_an_ensemble_in_another_type_reads_x_in_it():
+    students = [Student(nn.Linear(IN, 8), nn.Linear(8, L)) for _ in range(2)]
+    inputs = InputSpec(parts={"x": InputSpec((IN,), "float32"), "n": InputSpec((), "int64")})
+    ensemble = ProgressiveEnsemble(students, inputs=InputSpec((IN,), "float32"), macs=[1, 2])
+    x = torch.randn(6, IN)
+    wanted = ensemble.predict(x, Budget(confidence=0.4)).logits
+    found = ensemble.bfloat16().predict(x.bfloat16(), Budget(confidence=0.4)).logits
+    torch.testing.assert_close(found.float(), wanted, atol=0.05, rtol=0.05)
+    with pytest.raises(UserError, match="dtype bfloat16"):
+        ensemble(x)
+    assert inputs.in_type(torch.float16).parts["n"].dtype == "int64"
