@@ -87,7 +87,7 @@ class ProgressiveEnsemble(nn.Module):
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
         self.wiring = Wiring(students)
         self._stacked: StackedBodies | None = None  # copies of the weights, made again when these change
-        self.register_load_state_dict_post_hook(_unstack)
+        self.register_load_state_dict_post_hook(_unstack)  # type: ignore[no-untyped-call]
         self._plans: dict[Any, ExitPlan | None] = {}  # by budget and device, of one calibration
         self._plans_of: Calibration | None = None
         self.requires_grad_(False).train(False)

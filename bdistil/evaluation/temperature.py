@@ -14,8 +14,8 @@ BINS = 15
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T that minimises the cross entropy of softmax(logits / T) (Guo et al., arXiv 1706.04599).
 
-    Labels are smoothed by 1 / (N + 1), as one of N + 1 that is drawn from all classes: T would tend to 0 where all of a
-    few samples are right. The cross entropy is convex in 1 / T, so its slope, the mean of E_p[z] - z_label, is bisected.
+    Labels are smoothed by 1 / (N + 1), as if one of N + 1 was drawn from all classes: T would tend to 0 where all of a
+    few samples are right. The cross entropy is convex in 1 / T: its slope, the mean of E_p[z] - z_label, is bisected.
 
     Logits are (N, L), labels (N,); the temperature is in 0.05 … 20.
     """
