@@ -238,6 +238,7 @@ class PrefixPrecisions(Metric):
 def precision_figures(answers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Figures of `PrefixPrecisions` from the logits (N, K, L) and the labels (N, L) of all samples, both (K,)."""
     known = targets >= 0
+    targets = torch.where(known, targets, UNLABELLED)
     entropy = F.binary_cross_entropy_with_logits(
         answers, targets.clamp(min=0).to(answers.dtype)[:, None].expand(answers.shape), reduction="none"
     )
@@ -245,11 +246,17 @@ def precision_figures(answers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     with_positives = (targets == 1).any(0)  # the precision of others is undefined
     precisions = [
         multilabel_average_precision(
-            logits.sigmoid(), targets, targets.shape[1], average="none", ignore_index=UNLABELLED, validate_args=False
+            _ranks(logits), targets, targets.shape[1], average="none", ignore_index=UNLABELLED, validate_args=False
         )[with_positives].mean()
         for logits in answers.unbind(1)
     ]
     return torch.stack(precisions), entropy
+
+
+def _ranks(logits: Tensor) -> Tensor:
+    """Ranks (N, L) of the logits of each output, in (0, 1): precision depends on them alone, and a sigmoid of 17 is 1."""
+    ranks = [column.unique(return_inverse=True)[1] for column in logits.unbind(1)]
+    return (torch.stack(ranks, 1).double() + 1) / (len(logits) + 2)
 
 
 PrefixMetric = PrefixScores | PrefixErrors | PrefixPrecisions

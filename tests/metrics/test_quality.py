@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import r2_score, root_mean_squared_error
+from sklearn.metrics import average_precision_score, r2_score, root_mean_squared_error
 
-from bdistil.metrics.quality import PrefixErrors, PrefixScores, output_figures, output_sums
+from bdistil.metrics.quality import PrefixErrors, PrefixPrecisions, PrefixScores, output_figures, output_sums
 
 
 @pytest.mark.parametrize("predictors", [1, 3])
@@ -90,3 +90,25 @@ def test_sums_in_other_units_give_the_same_figures():
     plain = output_figures(output_sums(offset + scale * answers, offset + scale * labels))
     r2, rms = output_figures(output_sums(answers, labels), scale)
     torch.testing.assert_close((r2, rms), plain)
+
+
+def precision(answers, targets):
+    """Mean average precision of logits (N, L)."""
+    scores = PrefixPrecisions()
+    scores.update(torch.tensor(answers)[None], torch.tensor(targets))
+    return float(scores.compute()[0])
+
+
+def test_large_logits_are_ranked_to_the_end():
+    assert precision([[30.0], [20.0], [25.0], [-5.0]], [[1], [0], [0], [0]]) == 1.0
+
+
+def test_ties_of_logits_stay_ties():
+    answers, targets = np.array([[3.0], [3.0], [1.0], [0.0]]), np.array([[0], [1], [0], [1]])
+    truth = average_precision_score(targets[:, 0], answers[:, 0])
+    assert precision(answers, targets) == pytest.approx(truth)
+
+
+@pytest.mark.parametrize("unknown", [-1, -100])
+def test_labels_that_are_unknown_do_not_count(unknown):
+    assert precision([[3.0], [2.0], [1.0], [-5.0]], [[unknown], [1], [0], [0]]) == 1.0
