@@ -8,18 +8,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
-from bdistil.data.loaders import Index
-from bdistil.data.loaders.batches import PairCollate
+from bdistil.boosting.trainer_checks import check_precision
+from bdistil.data.loaders import LOADERS, Index, PairCollate, check_dataset, paired, single_loader
+from bdistil.data.loaders.order import reads_all
 from bdistil.distillation.last_layer import last_layers
 from bdistil.errors import UserError
 from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
 from bdistil.functional.gradient_noise import Suggestion, scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
+from bdistil.metrics.quality import class_sums
 from bdistil.teachers.wrappers import FrozenTeacher
-from bdistil.utils.modules import eval_mode
+from bdistil.utils.modules import kept_buffers
 from bdistil.utils.optimizers import adamw_cosine, schedule_length
 
 CAUTIOUS = 0.1  # weight of `auto` before the first suggestion
@@ -45,13 +48,14 @@ class Distillation(pl.LightningModule):
         weight_factor: w decays (< 1) or grows (> 1) by this factor per epoch.
         temperature: tau.
         unbiased: adds w times the mean control variate at the start of the epoch, as SVRG does: the teacher reduces
-            the noise without a bias towards its own errors. Costs a pass over the training part per epoch.
+            the noise without a bias towards its own errors. Costs a pass over the training part per epoch, each
+            sample of which is to be read once an epoch.
         lr: learning rate of AdamW, on a cosine over the fit. Override `configure_optimizers` for another optimizer.
         weight_decay: of AdamW.
         labels: key of y in batches that are mappings.
 
     Raises:
-        UserError: a weight, factor or temperature out of its range.
+        UserError: a weight, factor or temperature out of its range; in a fit, options or data that do not go together.
 
     Example:
         >>> import torch
@@ -92,7 +96,7 @@ class Distillation(pl.LightningModule):
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
         self.distillation_weight, self.weight_factor, self.temperature = distillation_weight, weight_factor, temperature
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
-        self.weight, self._pairs = float(weight), PairCollate(list, labels)
+        self.weight, self.labels, self._pairs = float(weight), labels, PairCollate(list, labels)
         self._control: list[Tensor] = []
 
     def forward(self, x: Any) -> Tensor:
@@ -111,7 +115,7 @@ class Distillation(pl.LightningModule):
         if self.sample_weights is not None:
             return mixed_loss(terms, self.sample_weights(index[0]))
         loss = ((1.0 - self.weight) * terms.ce + self.weight * _mean_kl(terms)).mean()
-        pull = zip(self._control, self.student.parameters(), strict=False)
+        pull = zip(self._control, self._trained(), strict=False)
         return loss + self.weight * sum(((c * p).sum() for c, p in pull), torch.zeros((), device=self.device))
 
     def _split(self, batch: Any) -> tuple[Any, ...]:
@@ -123,12 +127,12 @@ class Distillation(pl.LightningModule):
         return kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs accuracy and cross entropy."""
+        """Logs accuracy and cross entropy of the samples that have a label."""
         x, y, *_ = self._split(batch)
         logits = self(x)
-        right = (logits.argmax(-1) == y).float().mean()
-        scores = {"val_accuracy": right, "val_loss": F.cross_entropy(logits, y)}
-        self.log_dict(scores, batch_size=len(y), prog_bar=True, sync_dist=True)
+        right, entropy, labelled = class_sums(logits, y)
+        scores = {"val_accuracy": right / labelled.clamp(min=1), "val_loss": entropy / labelled.clamp(min=1)}
+        self.log_dict(scores, batch_size=int(labelled), prog_bar=True, sync_dist=True)
 
     # ---- hooks
 
@@ -143,6 +147,31 @@ class Distillation(pl.LightningModule):
                 "Add bdistil.callbacks.GradientNoise(), or give a number."
             )
 
+    def on_train_start(self) -> None:
+        """Checks that the options go with the data, and with the callbacks.
+
+        Raises:
+            UserError: they do not.
+        """
+        if self.sample_weights is not None and (self.unbiased or self.distillation_weight == "auto"):
+            raise UserError(
+                "Expected `unbiased` and `distillation_weight: auto` to be off beside LossMixing, whose weights replace "
+                f"the weight of the distillation, got {self.unbiased} and {self.distillation_weight!r}."
+            )
+        if self.unbiased:
+            check_precision(str(self.trainer.precision))
+            self._check_sampler(single_loader(self.trainer.train_dataloader))
+
+    def _check_sampler(self, loader: Any) -> None:
+        """Raises UserError for a training loader over whose samples the mean is not that of the dataset."""
+        check_dataset(paired(loader, self.labels), LOADERS[0])
+        if not (reads_all(loader) or isinstance(loader.sampler, DistributedSampler)):
+            raise UserError(
+                f"Expected the sampler of `{LOADERS[0]}()` to read each sample once an epoch, as `unbiased` adds a mean "
+                f"over all of them, got {type(loader.sampler).__name__}. Give a torch.utils.data.Subset, or leave out "
+                "`unbiased`."
+            )
+
     def on_train_epoch_start(self) -> None:
         """Sets the weight and the mean control variate of this epoch."""
         if not isinstance(self.distillation_weight, str):
@@ -151,20 +180,28 @@ class Distillation(pl.LightningModule):
             self._control = self.control_variate()
 
     def control_variate(self) -> list[Tensor]:
-        """Mean over the training part of grad CE - grad KL, one tensor per parameter of the student."""
-        given: Any = self.trainer.train_dataloader
+        """Mean over the training part of grad CE - grad KL, one tensor per parameter of the student that is trained.
+
+        In the student's mode in training, as batch norm has another gradient in eval mode, and in shuffled batches.
+        """
+        given: Any = single_loader(self.trainer.train_dataloader)
         loader: DataLoader[Any] = DataLoader(
-            given.dataset, batch_size=given.batch_size or 1, collate_fn=given.collate_fn, generator=torch.Generator()
-        )
-        parameters, samples = list(self.student.parameters()), 0
+            given.dataset, batch_size=given.batch_size or 1, collate_fn=given.collate_fn, drop_last=given.drop_last,
+            shuffle=True, generator=torch.Generator(),
+        )  # fmt: skip
+        parameters, samples = self._trained(), 0
         total = [torch.zeros_like(p) for p in parameters]
-        with eval_mode(self.student):
+        with isolate_rng(), kept_buffers(self.student):
             for batch in loader:
-                x, y, *index = self._split(self.trainer.strategy.batch_to_device(batch, self.device))
-                terms = self._terms(x, y, *index)
-                gradients = torch.autograd.grad((terms.ce - _mean_kl(terms)).sum(), parameters)
+                x, y, *_ = self._split(self.trainer.strategy.batch_to_device(batch, self.device))
+                terms = self._terms(x, y)
+                loss = (terms.ce - _mean_kl(terms)).sum()
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
                 total, samples = [t + g for t, g in zip(total, gradients, strict=True)], samples + len(y)
         return [part / samples for part in total]
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Saves the current weight, which `auto` changes."""

@@ -35,7 +35,7 @@ class KDTerms(NamedTuple):
     Attributes:
         ce: cross entropy of the labels, (B,).
         kl: tau^2 KL(teacher || student), (B,), or (M, B) for M teachers.
-        label_residual: R_g = softmax(z) - y, (B, L).
+        label_residual: R_g = softmax(z) - y, (B, L); 0 for a sample without a label.
         teacher_residual: R_k = tau (softmax(z / tau) - softmax(z_t / tau)), (B, L), or (M, B, L).
     """
 
@@ -54,7 +54,7 @@ def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, 
     Args:
         student_logits: z, (B, L).
         teacher_logits: z_t, (B, L), or (M, B, L) for M teachers.
-        target: class numbers y, (B,).
+        target: class numbers y, (B,), -100 for a sample without a label, or soft labels (B, L).
         temperature: tau > 0 of both softmaxes of the teacher's loss.
 
     Example:
@@ -66,11 +66,18 @@ def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, 
     soft = F.log_softmax(student_logits / temperature, -1)
     goal = F.log_softmax(teacher_logits / temperature, -1)
     kl = temperature**2 * F.kl_div(soft.expand_as(goal), goal, reduction="none", log_target=True).sum(-1)
-    classes = torch.arange(student_logits.shape[-1], device=target.device)
-    one_hot = (target[:, None] == classes).to(student_logits.dtype)  # F.one_hot does not run in torch.func.vmap
     return KDTerms(
         F.cross_entropy(student_logits, target, reduction="none"),
         kl,
-        student_logits.softmax(-1) - one_hot,
+        _label_residual(student_logits.softmax(-1), target),
         temperature * (soft.exp() - goal.exp()),
     )
+
+
+def _label_residual(answers: Tensor, target: Tensor) -> Tensor:
+    """softmax(z) - y (B, L), 0 where cross entropy leaves a sample out."""
+    if target.is_floating_point():
+        return answers - target
+    classes = torch.arange(answers.shape[-1], device=target.device)
+    one_hot = (target[:, None] == classes).to(answers.dtype)  # F.one_hot does not run in torch.func.vmap
+    return torch.where(target[:, None] >= 0, answers - one_hot, 0.0)

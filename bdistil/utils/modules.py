@@ -29,6 +29,25 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = mode  # not train(mode): it sets the submodules as well
 
 
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Context after which the buffers of a module have the values that they had before.
+
+    >>> import torch
+    >>> norm = nn.BatchNorm1d(2)
+    >>> with kept_buffers(norm):
+    ...     _ = norm(torch.ones(4, 2))
+    >>> norm.running_mean.tolist()
+    [0.0, 0.0]
+    """
+    kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in module.named_buffers():
+            buffer.copy_(kept[name])
+
+
 def structure_of(module: nn.Module) -> dict[str, str]:
     """Kind and options of all submodules by name, as they print themselves; lazy ones are left out.
 

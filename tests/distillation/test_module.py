@@ -1,14 +1,17 @@
 """Distillation without boosting: the loss by hand, in full and in mixed precision, and what is kept of it."""
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.toys import make_trainer
+from helpers.toys import Hook, make_trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
 
+from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.distillation.module import Distillation
 from bdistil.errors import UserError
+from bdistil.functional.distillation import kd_terms
 
 TAU = 2.0
 
@@ -102,3 +105,119 @@ def test_the_weight_that_auto_has_come_to_is_kept():
 def test_what_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
         Distillation(nn.Linear(6, 4), nn.Linear(6, 4), **options)
+
+
+# ---- the mean control variate
+
+
+def data_of(count=24):
+    torch.manual_seed(0)
+    return [(row, int(number)) for row, number in zip(3 + torch.randn(count, 6), torch.arange(count) % 4, strict=True)]
+
+
+def unbiased_fit(student, loader, *callbacks, **options):
+    module = Distillation(student, nn.Linear(6, 4), temperature=TAU, unbiased=True, lr=1e-9)
+    trainer = make_trainer(*callbacks, epochs=1, enable_checkpointing=False, limit_val_batches=0, **options)
+    trainer.fit(module, loader, DataLoader(data_of(), 24))
+    return module
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda data: DataLoader(data, 8, sampler=WeightedRandomSampler(torch.arange(1.0, 25.0), 24)),
+        lambda data: DataLoader(data, 8, sampler=SubsetRandomSampler(range(10))),
+    ],
+)
+def test_a_mean_over_samples_that_are_not_drawn_alike_is_refused(loader):
+    with pytest.raises(UserError, match="to read each sample once an epoch.*unbiased"):
+        unbiased_fit(nn.Linear(6, 4), loader(data_of()))
+
+
+def test_the_control_variate_is_the_mean_of_training_steps():
+    """In train mode, in which batch norm uses the batch; it leaves no trace in buffers and random state."""
+    student, seen = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), []
+    data, buffers = data_of(), [buffer.clone() for buffer in student.buffers()]
+
+    def look(trainer, module):
+        assert module.student.training
+        assert all(torch.equal(a, b) for a, b in zip(module.student.buffers(), buffers, strict=True))
+        x, y = torch.stack([x for x, _ in data]), torch.tensor([y for _, y in data])
+        terms = module._terms(x, y)
+        expected = torch.autograd.grad((terms.ce - terms.kl).mean(), list(module.student.parameters()))
+        for mine, theirs in zip(module._control, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+        seen.append(True)
+
+    unbiased_fit(student, DataLoader(data, 24, shuffle=True), Hook(on_train_batch_start=look))
+    assert seen
+
+
+def test_the_control_variate_draws_nothing_from_the_fit():
+    states = []
+
+    class Watched(Distillation):
+        def control_variate(self):
+            before = torch.get_rng_state()
+            found = super().control_variate()
+            states.append(torch.equal(before, torch.get_rng_state()))
+            return found
+
+    module = Watched(nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4)), nn.Linear(6, 4), unbiased=True)
+    trainer = make_trainer(epochs=2, enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(module, DataLoader(data_of(), 8, shuffle=True), DataLoader(data_of(), 24))
+    assert states == [True, True]
+
+
+def test_frozen_parameters_need_no_control_variate():
+    student = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    student[0].requires_grad_(False)
+    before = student[0].weight.clone()
+    module = unbiased_fit(student, DataLoader(data_of(), 8, shuffle=True))
+    assert [tuple(part.shape) for part in module._control] == [(4, 8), (4,)]
+    assert torch.equal(student[0].weight, before)
+
+
+def test_precisions_that_convert_weights_have_no_control_variate():
+    with pytest.raises(UserError, match="`precision` of the Trainer.*got 'bf16-true'"):
+        unbiased_fit(nn.Linear(6, 4), DataLoader(data_of(), 8, shuffle=True), precision="bf16-true")
+
+
+@pytest.mark.parametrize("options", [{"unbiased": True}, {"distillation_weight": "auto"}], ids=str)
+def test_options_that_loss_mixing_replaces_are_refused(options, tmp_path):
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(data_of(), 8, shuffle=True)
+
+        def val_dataloader(self):
+            return DataLoader(data_of(), 8)
+
+    module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4), **options)
+    callbacks = LossMixing(folder=tmp_path / "mixing"), GradientNoise(folder=tmp_path / "noise")
+    with pytest.raises(UserError, match="`unbiased` and `distillation_weight: auto` to be off beside LossMixing"):
+        make_trainer(*callbacks, epochs=1, enable_checkpointing=False).fit(module, datamodule=Data())
+
+
+# ---- labels
+
+
+def test_accuracy_is_that_of_the_labelled_samples():
+    data = [(row, number if place % 4 == 0 else -100) for place, (row, number) in enumerate(data_of(22))]
+    data += [(row, -100) for row, _ in data_of(5)]  # a batch without any label
+    module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4))
+    (scores,) = make_trainer().validate(module, DataLoader(data, 5), verbose=False)
+    x, y = torch.stack([x for x, _ in data]), torch.tensor([y for _, y in data])
+    with torch.no_grad():
+        logits = module(x)[y >= 0]
+    assert scores["val_accuracy"] == pytest.approx(float((logits.argmax(-1) == y[y >= 0]).float().mean()))
+    assert scores["val_loss"] == pytest.approx(float(F.cross_entropy(logits, y[y >= 0])), rel=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_residuals_are_the_gradients_of_the_losses(soft):
+    z, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    y = torch.rand(5, 4).softmax(-1) if soft else torch.tensor([1, -100, 0, 3, -100])
+    terms = kd_terms(z, teacher, y, temperature=TAU)
+    for loss, residual in ((terms.ce, terms.label_residual), (terms.kl, terms.teacher_residual)):
+        (truth,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
+        torch.testing.assert_close(residual, truth)
