@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from bdistil.distillation.probes import Batch, Probe, RoundProbe
+from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import (
     REPORTED_STEPS,
     GradientMoments,
@@ -46,8 +48,8 @@ class NoiseEstimate(NamedTuple):
 
 def spread_batches(probe: Probe, samples: int) -> Iterator[Batch]:
     """Batches of at most `samples` training samples, evenly spread; the same at every call and on every process."""
-    count = min(samples, probe.samples)
-    rows = [i * probe.samples // count for i in range(count)]
+    count = min(samples, len(probe.rows))
+    rows = [probe.rows[i * len(probe.rows) // count] for i in range(count)]
     return probe.batches([rows[low : low + CHUNK] for low in range(0, count, CHUNK)])
 
 
@@ -60,14 +62,15 @@ def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = Fals
         samples: training samples to measure on, at most.
         full: measure at all parameters, by per-sample gradients; else at the last layer, without a backward pass.
     """
-    with eval_mode(module), torch.no_grad():
+    population = len(probe.rows)
+    with eval_mode(module), torch.no_grad(), isolate_rng():
         seen = [probe.noise(batch) for batch in spread_batches(probe, samples)]
         activations, logits = torch.cat([s.activations for s in seen]), torch.cat([s.logits for s in seen])
         g, k = torch.cat([s.residuals for s in seen], 1)
         entropy = sum(s.entropy * len(s.logits) for s in seen) / len(logits)
         curvature = None if isinstance(probe, RoundProbe) else pull_curvature(activations, logits, g, k)
         if not full:
-            return NoiseEstimate(last_layer_moments(activations, g, k, probe.samples), entropy, curvature)
+            return NoiseEstimate(last_layer_moments(activations, g, k, population), entropy, curvature)
         gradients = []
         for x, y, index in spread_batches(probe, samples):
             teachers = module.teacher_logits(x, index)
@@ -75,15 +78,33 @@ def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = Fals
             pairs = [sample_gradients(module, x, y, z, temperature=module.temperature) for z in teachers]
             gradients.append((pairs[0][0], torch.stack([k for _, k in pairs]).mean(0)))
         labels, pulls = (torch.cat(part) for part in zip(*gradients, strict=True))
-        return NoiseEstimate(gradient_moments(labels, pulls, probe.samples), entropy, curvature)
+        return NoiseEstimate(gradient_moments(labels, pulls, population), entropy, curvature)
 
 
 def teacher_cosine(probe: Probe, module: pl.LightningModule, samples: int) -> float:
     """`control_cosine` of a `Distillation` and its first teacher, on the first batch of a measurement."""
     owner: Any = module
-    with eval_mode(module), torch.no_grad():
+    with eval_mode(module), torch.no_grad(), isolate_rng():
         x, y, _ = next(spread_batches(probe, samples))
         return control_cosine(owner.student, owner.teachers[0].module, x, y, temperature=owner.temperature)
+
+
+def check_full(probe: Probe, module: pl.LightningModule) -> None:
+    """Tries per-sample gradients of all parameters on two samples.
+
+    Raises:
+        UserError: torch cannot compute them.
+    """
+    with eval_mode(module), torch.no_grad():
+        x, y, _ = next(spread_batches(probe, 2))
+        try:
+            sample_gradients(module, x, y, torch.zeros_like(module(x)), temperature=1.0)
+        except Exception as error:
+            raise UserError(
+                "Expected `full` and `cosine` of GradientNoise to be off for a student, or x, of which torch.func.vmap "
+                f"gives no gradient for each sample (recurrent layers have none), got {type(error).__name__}: {error}. "
+                "Leave them out: the last layer is measured."
+            ) from error
 
 
 def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:

@@ -43,15 +43,17 @@ def update_mix(probe: Probe, mix: Tensor, settings: MixingSettings, *, lr: float
         lr: learning rate of the student.
         key: seed of the groups.
     """
-    order = torch.randperm(probe.samples, generator=torch.Generator().manual_seed(seed_of(*key))).tolist()
-    groups = [order[low:high] for low, high in distributed.my_blocks(probe.samples, BLOCK)]
+    rows = torch.tensor(probe.rows)
+    order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_of(*key)))].tolist()
+    groups = [order[low:high] for low, high in distributed.my_blocks(len(rows), BLOCK)]
     validation, learned = probe.validation(), torch.zeros_like(mix)
     for batch in probe.batches(groups):
         seen, target, index = probe.mixing(batch), batch[1], torch.as_tensor(batch[2])
         outer = outer_loss(validation, probe.outer(seen.activations, seen.logits, target), settings.share)
-        rows = mix[index].to(seen.logits.device)
-        learned[index] = learn_mix(rows, seen.residuals, seen.activations, outer, settings, lr).float().cpu()
-    return distributed.all_sum(learned)  # each process has learned other samples
+        before = mix[index].to(seen.logits.device)
+        learned[index] = learn_mix(before, seen.residuals, seen.activations, outer, settings, lr).float().cpu()
+    learned = distributed.all_sum(learned)  # each process has learned other samples
+    return mix.index_copy(0, rows, learned[rows])
 
 
 # ---- files

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
-from bdistil.data.loaders import Index, check_dataset, largest_batch, rows_loader
+from bdistil.data.loaders import LOADERS, Index, Views, check_dataset, largest_batch, rows_loader
+from bdistil.data.loaders.order import given_rows
 from bdistil.distillation.last_layer import capture_last_layer, last_layers
 from bdistil.functional.boosting import prefix_error
 from bdistil.functional.distillation import kd_terms
@@ -51,16 +52,21 @@ class Probe(ABC):
 
     Attributes:
         gain: change of the logits per unit of the last layer's output.
+        rows: numbers of the training samples that the student sees.
+        views: of the datasets of both loaders, where they augment at random and what is cached is of one view.
     """
 
     gain = 1.0
+    views: tuple[Views | None, Views | None] = (None, None)
 
     def __init__(self, module: Any, samples: int, train: DataLoader[Any], val: DataLoader[Any]) -> None:
         self.module, self.samples, self.train, self.val = module, samples, train, val
+        self.rows: Sequence[int] = range(samples)
 
-    def batches(self, groups: Sequence[Sequence[int]], loader: DataLoader[Any] | None = None) -> Iterator[Batch]:
-        """(x, y, index) of groups of samples, of the training part by default, on the device of the module."""
-        for x, y, index in rows_loader(self.train if loader is None else loader, groups):
+    def batches(self, groups: Sequence[Sequence[int]], *, validation: bool = False) -> Iterator[Batch]:
+        """(x, y, index) of groups of samples of the training or validation part, on the device of the module."""
+        loader, views = (self.val, self.views[1]) if validation else (self.train, self.views[0])
+        for x, y, index in rows_loader(loader, groups, views=views):
             yield *move_data_to_device((x, y), self.module.device), index
 
     @abstractmethod
@@ -75,7 +81,7 @@ class Probe(ABC):
         """Cross entropy of the validation part as a function of the last layer."""
         samples, size = len(self.val.dataset), min(largest_batch(self.val), BLOCK)  # type: ignore[arg-type]
         blocks = [range(low, min(low + size, samples)) for low in range(0, samples, size)]
-        rows = [(*self._validation_batch(batch), batch[1]) for batch in self.batches(blocks, self.val)]
+        rows = [(*self._validation_batch(batch), batch[1]) for batch in self.batches(blocks, validation=True)]
         activations, logits, target = map(torch.cat, zip(*rows, strict=True))
         return self.outer(activations, logits, target)
 
@@ -89,11 +95,23 @@ class Probe(ABC):
         """Activations and logits of a validation batch."""
 
 
+def training_rows(loader: DataLoader[Any]) -> Sequence[int]:
+    """Numbers of the samples that a training loader gives.
+
+    Raises:
+        UserError: they are chosen anew in each epoch, and some more often than others.
+    """
+    samples: int = len(loader.dataset)  # type: ignore[arg-type]
+    alike = type(loader.sampler) is RandomSampler  # where it chooses anew, each sample is as likely
+    return (None if alike else given_rows(loader, LOADERS[0])) or range(samples)
+
+
 class DistillationProbe(Probe):
     """Distillation in a `Distilling` module."""
 
     def __init__(self, module: pl.LightningModule, train: DataLoader[Any], val: DataLoader[Any]) -> None:
-        super().__init__(module, check_dataset(train, "train_dataloader"), train, val)
+        super().__init__(module, check_dataset(train, LOADERS[0]), train, val)
+        self.rows = training_rows(train)
 
     def mixing(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the labels and of each teacher."""
@@ -117,6 +135,7 @@ class RoundProbe(Probe):
 
     def __init__(self, module: BoostingRound) -> None:
         super().__init__(module, module.ledger.samples, module.train_part.loader, module.val_part.loader)
+        self.views = module.train_part.dataset_view, module.val_part.dataset_view
         self.layers, self.number = last_layers(module.student), module.number
         self.units, scale = module.ledger.units, module.ledger.units.scale
         settings = module.settings
@@ -134,14 +153,17 @@ class RoundProbe(Probe):
     def noise(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the squared error alone, and of the round's loss."""
         activations, answer, target, error = self._state(batch, self.module.train_part)
+        logits = self._prefix(answer, target, error)
+        if self.module.settings.independent:
+            error = torch.zeros_like(error)
         if self.module.mix is not None:
             target, error = self.module.mix(target, error, batch[1], batch[2])
         deviation = (answer - target).requires_grad_()
         with torch.enable_grad():
-            loss = self.module.game.loss(deviation, error)
-        (game,) = torch.autograd.grad(loss, deviation)
-        residuals = torch.stack((2.0 / answer.shape[1] * deviation.detach(), len(answer) * game))
-        return self._captured(activations, self._prefix(answer, target, error), residuals, batch[1])
+            loss = self.module.loss(deviation, error, target)
+        (slope,) = torch.autograd.grad(loss, deviation)
+        residuals = torch.stack((2.0 / answer.shape[1] * deviation.detach(), len(answer) * slope))
+        return self._captured(activations, logits, residuals, batch[1])
 
     def _captured(self, activations: Tensor, logits: Tensor, residuals: Tensor, target: Tensor) -> LastLayerBatch:
         soft = self.labelled and target.ndim > 1

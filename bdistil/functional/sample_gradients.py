@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,20 +11,29 @@ from torch.func import functional_call, grad, vmap
 
 from bdistil.errors import UserError
 from bdistil.functional.distillation import kd_terms
+from bdistil.utils.trees import map_tensors
 
 
 def sample_gradients(
-    student: nn.Module, x: Tensor, target: Tensor, teacher_logits: Tensor, *, temperature: float, chunk: int = 64
+    student: nn.Module,
+    x: Any,
+    target: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    chunk: int = 64,
+    parameters: Collection[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the label loss and of the teacher's loss with respect to all P parameters, for each sample.
+    """Gradients of the label loss and of the teacher's loss with respect to P parameters, for each sample.
 
     Args:
         student: maps x to logits; in eval mode, so that samples do not depend on each other.
-        x: (n, ...).
+        x: (n, ...), or a tuple or mapping of such tensors.
         target: (n,).
         teacher_logits: (n, L).
         temperature: tau.
         chunk: samples computed at once.
+        parameters: names of the parameters; by default of all that are trained.
 
     Returns:
         Both (n, P).
@@ -37,11 +47,13 @@ def sample_gradients(
         >>> labels.tolist()
         [[-0.5, 0.5], [1.0, -1.0]]
     """
-    weights = {name: p.detach() for name, p in student.named_parameters()}
+    names = trained_names(student) if parameters is None else parameters
+    weights = {name: p.detach() for name, p in student.named_parameters() if name in names}
 
-    def loss(weights: dict[str, Tensor], which: int, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    def loss(weights: dict[str, Tensor], which: int, x: Any, y: Tensor, z: Tensor) -> Tensor:
         # `tie_weights` would swap a module with two names twice, and restore the wrong weights.
-        logits = functional_call(student, weights, (x[None],), tie_weights=False)
+        batch = map_tensors(x, lambda leaf: leaf[None])
+        logits = functional_call(student, weights, (batch,), tie_weights=False)
         return kd_terms(logits, z[None], y[None], temperature=temperature)[which].sum()
 
     found = []
@@ -52,7 +64,12 @@ def sample_gradients(
     return found[0], found[1]
 
 
-def control_cosine(student: nn.Module, teacher: nn.Module, x: Tensor, target: Tensor, *, temperature: float) -> float:
+def trained_names(student: nn.Module) -> list[str]:
+    """Names of the parameters that are not frozen."""
+    return [name for name, p in student.named_parameters() if p.requires_grad]
+
+
+def control_cosine(student: nn.Module, teacher: nn.Module, x: Any, target: Tensor, *, temperature: float) -> float:
     """Mean cosine between grad KL at the student and grad CE(student) - grad CE(teacher), each at its own weights.
 
     The theory of arXiv 2305.17581 takes the two as equal, so a value near 1 supports its use for a network. It is 1 for
@@ -77,5 +94,6 @@ def control_cosine(student: nn.Module, teacher: nn.Module, x: Tensor, target: Te
     with torch.no_grad():
         logits = teacher(x)
     g, k = sample_gradients(student, x, target, logits, temperature=temperature)
-    anchor, _ = sample_gradients(teacher, x, target, logits, temperature=temperature)
+    names = trained_names(student)  # the teacher is frozen
+    anchor, _ = sample_gradients(teacher, x, target, logits, temperature=temperature, parameters=names)
     return float(torch.cosine_similarity(k, g - anchor, dim=1).mean())
