@@ -9,17 +9,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from bdistil.boosting.round import BoostingRound
 from bdistil.distillation.gradient_noise import (
     NoiseEstimate,
+    check_full,
     draw_noise,
     estimate_noise,
     noise_figures,
     teacher_cosine,
 )
 from bdistil.distillation.last_layer import distilling_loaders
-from bdistil.distillation.probes import probe_of
+from bdistil.distillation.probes import probe_of, training_rows
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
 from bdistil.reporting.round_tracker import logger_step
@@ -109,16 +111,21 @@ class GradientNoise(pl.Callback):
         """Checks module and data."""
         if stage != "fit":
             return
+        self.history = []  # of the fit before; a checkpoint of this one is loaded later
         if not isinstance(pl_module, BoostingRound):
             self._loaders = distilling_loaders(trainer, pl_module, "GradientNoise")
+            training_rows(self._loaders[0])
         elif self.full or self.cosine:
             raise UserError(
                 "Expected `full` and `cosine` of GradientNoise to be off in a boosting run, got one of them on."
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the probe."""
-        self.probe = probe_of(pl_module, self._loaders)
+        """Opens the probe; tries whether torch can compute what is asked for."""
+        with isolate_rng():
+            self.probe = probe_of(pl_module, self._loaders)
+            if self.full or self.cosine:
+                check_full(self.probe, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures every few epochs."""

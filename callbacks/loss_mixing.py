@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from bdistil.boosting.labels import read_labels
 from bdistil.boosting.round import BoostingRound
 from bdistil.data.label_noise import flipped_labels
 from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders, only_given
-from bdistil.distillation.last_layer import distilling_loaders
+from bdistil.distillation.last_layer import distilling_loaders, label_key
 from bdistil.distillation.loss_mixing import (
     check_boosting,
     draw_weights,
@@ -26,7 +28,7 @@ from bdistil.distillation.loss_mixing import (
     update_mix,
     weight_figures,
 )
-from bdistil.distillation.probes import probe_of
+from bdistil.distillation.probes import probe_of, training_rows
 from bdistil.errors import RunError, UserError
 from bdistil.functional.loss_mixing import MixingSettings, loss_weights, start_mix
 from bdistil.reporting.round_tracker import logger_step
@@ -105,14 +107,19 @@ class LossMixing(pl.Callback):
         """Checks module and data; outside a boosting run adds the index to the training batches."""
         if stage != "fit":
             return
+        self.mix, self.history = None, []  # of the fit before; a checkpoint of this one is loaded later
         if isinstance(pl_module, BoostingRound):
             check_boosting(pl_module.settings, self.settings)
             return
-        train, val = distilling_loaders(trainer, pl_module, "LossMixing")
+        train, val = distilling_loaders(trainer, pl_module, "LossMixing", indexed=True)
         check_dataset(val, LOADERS[1])
         self._loaders = (train, only_given(val, LOADERS[1]))
+        with isolate_rng():
+            _class_numbers(train, LOADERS[0], training_rows(train))
+            _class_numbers(self._loaders[1], LOADERS[1])
         datamodule: pl.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        self._open.enter_context(indexed_loaders(datamodule, seed_of(self.seed, "mixing"), names=LOADERS[:1]))
+        order, key = seed_of(self.seed, "mixing"), label_key(pl_module)
+        self._open.enter_context(indexed_loaders(datamodule, order, names=LOADERS[:1], labels=key))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restores the loaders of the data module."""
@@ -126,7 +133,7 @@ class LossMixing(pl.Callback):
         """Opens the weights of the checkpoint or of the round before, or initialises them."""
         if isinstance(pl_module, BoostingRound):  # not earlier: those of the fit before may read closed files
             self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
-        with eval_mode(pl_module), torch.no_grad():
+        with eval_mode(pl_module), torch.no_grad(), isolate_rng():
             self.probe = probe_of(pl_module, self._loaders)
             first = next(self.probe.batches([[0]]))
             teachers = len(self.probe.mixing(first).residuals) - 1
@@ -153,8 +160,8 @@ class LossMixing(pl.Callback):
         if not self.settings.due(trainer.current_epoch):
             return
         assert self.mix is not None
-        lr, key = trainer.optimizers[0].param_groups[0]["lr"], (self.seed, self._round, len(self.history))
-        with eval_mode(pl_module), torch.no_grad():
+        lr, key = trainer.optimizers[0].param_groups[0]["lr"], (self.seed, self._round, trainer.current_epoch)
+        with eval_mode(pl_module), torch.no_grad(), isolate_rng():
             self.mix = update_mix(self.probe, self.mix, self.settings, lr=lr, key=key)
         self._attach(pl_module)
         weights = self.weights()
@@ -182,14 +189,17 @@ class LossMixing(pl.Callback):
             module.sample_weights = lambda index: self.weights(index).to(module.device)
 
 
-def _class_numbers(loader: Any, name: str) -> Tensor:
-    """Class numbers (N,) of a part; every sample has to have one."""
+def _class_numbers(loader: Any, name: str, rows: Sequence[int] | None = None) -> Tensor:
+    """Class numbers (N,) of a part; every sample, or those of some rows, has to have one."""
     labels = read_labels(loader)
     if labels.ndim != 1:
         raise UserError(
             f"Expected class numbers in `{name}()` beside LossMixing, got labels (N, L). Give y.argmax(-1)."
         )
-    if len(missing := (labels < 0).nonzero()):
+    missing = (labels < 0).nonzero().flatten()
+    if rows is not None:
+        missing = missing[torch.isin(missing, torch.tensor(rows))]
+    if len(missing):
         raise UserError(
             f"LossMixing mixes labels in, but sample {int(missing[0])} of `{name}()` has none (ignore_index). Leave "
             "out such samples, or this callback."

@@ -31,33 +31,36 @@ READ, COMPARED = 16, 4  # samples whose sizes are looked at, and smallest and la
 ROUNDING = 1e-3
 
 
-def check_hooks(datamodule: pl.LightningDataModule, loader: Any) -> None:
-    """Tries hooks of a data module on a batch (x, y, index) of a loader of (x, y), as in training.
+def check_hooks(owner: pl.LightningDataModule | pl.LightningModule, loader: Any, *, indexed: bool = True) -> None:
+    """Tries hooks of a data module, or of a module, on a batch (x, y, index) of a loader of (x, y), as in training.
+
+    With `indexed` off it is a batch as the loader of the user gives it.
 
     Raises:
         UserError: one changes the batch after it was read, or fails.
     """
-    hooks = [hook for hook in HOOKS if is_overridden(hook, datamodule, pl.LightningDataModule)]
+    hooks = [hook for hook in HOOKS if is_overridden(hook, owner)]
     if not hooks or not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Sized) or not loader.dataset:
         return
     last = len(loader.dataset) - 1
-    x, y = loader.collate_fn([loader.dataset[0], loader.dataset[last]])
-    batch = [x, y, torch.tensor([0, last])]
-    if datamodule.trainer is not None:
-        datamodule.trainer.training = True
+    batch = loader.collate_fn([loader.dataset[0], loader.dataset[last]])
+    batch = (*batch, torch.tensor([0, last])) if indexed else batch
+    if owner.trainer is not None:
+        owner.trainer.training = True
     for hook in hooks * TRIES:
         device = [torch.device("cpu")] if hook == "transfer_batch_to_device" else []
         try:
-            found = getattr(datamodule, hook)(tuple(copy.deepcopy(batch)), *device, 0)
+            found = getattr(owner, hook)(copy.deepcopy(batch), *device, 0)
         except Exception as error:
             raise UserError(
-                f"`{type(datamodule).__name__}.{hook}` fails on a batch (x, y, index), as those of a round are: "
-                f"{type(error).__name__}: {error}. Leave the hook out, or let it return such a batch as it is."
+                f"`{type(owner).__name__}.{hook}` fails on a batch{' (x, y, index)' if indexed else ''}, as those of "
+                f"a fit are: {type(error).__name__}: {error}. Leave the hook out, or let it return such a batch as it "
+                "is."
             ) from error
-        if not isinstance(found, list | tuple) or not same_x(batch, found):
+        if not isinstance(found, Mapping if isinstance(batch, Mapping) else list | tuple) or not same_x(batch, found):
             raise UserError(
-                f"`{type(datamodule).__name__}.{hook}` changes batches after they are read, which the ledger would not "
-                "see. Do it in the dataset or the collate function."
+                f"`{type(owner).__name__}.{hook}` changes batches after they are read, so what is cached or measured "
+                "would be of another x. Do it in the dataset or the collate function."
             )
 
 

@@ -8,10 +8,15 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.data.loaders import LOADERS, Index, single_loader
+from bdistil.boosting.batch_checks import check_hooks
+from bdistil.boosting.trainer_checks import check_precision
+from bdistil.data.loaders import LOADERS, Index, check_dataset, paired, single_loader
+from bdistil.data.loaders.fingerprints import changed, spread, stable_digests
+from bdistil.data.loaders.order import SEEDED
 from bdistil.errors import UserError
 from bdistil.models.student import Student
 
@@ -56,15 +61,25 @@ def check_distilling(module: pl.LightningModule, callback: str) -> None:
         raise UserError(f"{callback} expected `{type(module).__name__}.temperature` to be > 0, got {temperature!r}.")
 
 
+def label_key(module: pl.LightningModule) -> str:
+    """Key of y in batches that are mappings: the attribute `labels` of a module, such as `Distillation`'s."""
+    key = getattr(module, "labels", None)
+    return key if isinstance(key, str) else "labels"
+
+
 def distilling_loaders(
-    trainer: pl.Trainer, module: pl.LightningModule, callback: str
+    trainer: pl.Trainer, module: pl.LightningModule, callback: str, *, indexed: bool = False
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training and validation loader of the data module with which a `Distilling` module is fitted.
+    """Training and validation loader, of (x, y), of the data module with which a `Distilling` module is fitted.
+
+    With `indexed`, its training batches are (x, y, index).
 
     Raises:
-        UserError: the module is not `Distilling`, or there is no data module, or it lacks one of the two loaders.
+        UserError: the module is not `Distilling`; there is no data module, or it lacks one of the two loaders; what is
+            read is not what the module is trained on.
     """
     check_distilling(module, callback)
+    check_precision(str(trainer.precision))
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None:
         raise UserError(
@@ -74,7 +89,29 @@ def distilling_loaders(
     for name in LOADERS:
         if not is_overridden(name, datamodule, pl.LightningDataModule):
             raise UserError(f"{callback} expected `{type(datamodule).__name__}` to define `{name}()`.")
-    return single_loader(datamodule.train_dataloader()), single_loader(datamodule.val_dataloader())
+    with isolate_rng():
+        names, key = (LOADERS[0], *LOADERS), label_key(module)
+        again, train, val = (single_loader(getattr(datamodule, name)()) for name in names)
+        pairs = paired(train, key)
+        check_dataset(pairs, LOADERS[0])
+        _check_same(again, train)
+        for owner in (datamodule, module):
+            check_hooks(owner, pairs if indexed else train, indexed=indexed)
+    return pairs, paired(val, key, name=LOADERS[1])
+
+
+def _check_same(first: DataLoader[Any], second: DataLoader[Any]) -> None:
+    """Raises UserError where two training loaders of one data module give other samples behind the same numbers."""
+    samples: Any = first.dataset, second.dataset
+    rows = spread(len(samples[1]))
+    if len(samples[0]) == len(samples[1]):
+        before, now = (stable_digests(dataset, rows) for dataset in samples)
+        if not any(changed(before[row], now[row]) for row in rows):
+            return
+    raise UserError(
+        f"Expected `{LOADERS[0]}()` to give the same samples at each call, got others, so the Trainer's are not those "
+        f"that are measured. Where it splits or selects at random, seed it: random_split(dataset, lengths, {SEEDED})."
+    )
 
 
 def last_layers(student: nn.Module) -> list[nn.Linear]:

@@ -229,6 +229,14 @@ def test_a_round_reports_its_noise_without_and_with_the_game(tmp_path):
     assert digests(tmp_path / "run") == digests(tmp_path / "plain")
 
 
+def test_one_instance_for_all_rounds_reports_each_by_itself(tmp_path):
+    noise = GradientNoise(every=5, samples=32)
+    boost(tmp_path, callbacks=lambda: [noise], settings=settings_for(2), trainer={"epochs": 1})
+    for number in range(2):
+        rows = json.loads((tmp_path / f"noise/noise.{number:03d}.json").read_text())
+        assert [row["epoch"] for row in rows] == [0, 1]
+
+
 def test_a_boosting_run_has_the_last_layer_only(tmp_path):
     with pytest.raises(UserError, match="`full` and `cosine` of GradientNoise to be off in a boosting run"):
         boost(tmp_path, Toys(), callbacks=lambda: [GradientNoise(full=True)], student=make_student)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.gaussians import Gaussians, mlp, trained_teacher
-from helpers.toys import Hook, Toys, boost, digests, make_student, make_teacher, make_trainer, settings_for
+from helpers.toys import Hook, Toys, boost, control, digests, make_student, make_teacher, make_trainer, settings_for
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -180,9 +180,20 @@ def test_a_fit_that_goes_on_is_the_one_that_was_not_stopped(noisy, tmp_path):
 
 def test_weights_of_other_data_are_refused(noisy, tmp_path):
     callback = LossMixing(SOON, folder=tmp_path)
-    callback.load_state_dict({"mix": torch.zeros(7, 1), "history": []})
-    with pytest.raises(RunError, match="learned weights of 2000 samples with 1 columns, got 7 numbers"):
-        fit(Own(noisy[1]), callback, noisy[0])
+    fit(Own(noisy[1]), callback, Gaussians(train=600), epochs=2).save_checkpoint(tmp_path / "last.ckpt")
+    callback = LossMixing(SOON, folder=tmp_path)
+    with pytest.raises(RunError, match="learned weights of 2000 samples with 1 columns, got 600 numbers"):
+        fit_options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
+        make_trainer(callback, epochs=3, limit_val_batches=0).fit(Own(noisy[1]), datamodule=noisy[0], **fit_options)
+
+
+def test_a_second_fit_of_an_instance_starts_anew(noisy, tmp_path):
+    callback, starts = LossMixing(SOON, folder=tmp_path), []
+    look = Hook(on_train_start=lambda *_: starts.append(callback.mix.clone()))
+    for _ in range(2):
+        fit(Own(noisy[1]), callback, noisy[0], look, epochs=2)
+        assert [row["epoch"] for row in callback.history] == [1]
+    assert torch.equal(*starts)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +255,23 @@ def test_a_boosting_run_mixes_labels_into_its_targets(tmp_path):
     assert digests(plain.run.root)["000"] != digests(controller.run.root)["000"]
     record = json.loads((tmp_path / "run/rounds/001/round.json").read_text())
     assert record["curve"]["val_accuracy"] > 0.3
+
+
+def test_a_run_that_goes_on_between_rounds_learns_the_same_weights(tmp_path):
+    """More samples than a group has: the order of groups counts."""
+
+    def run(folder, stop=False):
+        controller, data, callback = control(tmp_path / folder, settings=settings_for(2)), Toys(train=600), None
+        for module in controller.rounds(data):
+            if stop and module.number == 1:
+                break
+            callback = callback or LossMixing(SOON)  # one for all rounds
+            make_trainer(callback, controller).fit(module, data, ckpt_path=controller.ckpt_path)
+
+    run("whole")
+    run("parts", stop=True)
+    run("parts")
+    assert digests(tmp_path / "whole") == digests(tmp_path / "parts")
 
 
 def test_a_boosting_run_takes_weights_that_sum_to_one(tmp_path):

@@ -101,3 +101,197 @@ def test_the_noise_of_a_round_is_that_of_the_loss_it_is_trained_with(tmp_path, s
     assert found == pytest.approx(seen, rel=1e-3)
 
 
+# ---- samples
+
+
+def test_data_that_are_drawn_anew_are_refused(callback):
+    data = Data(lambda: random_split(TensorDataset(X, Y), [80, 16])[0])
+    with pytest.raises(UserError, match=r"`train_dataloader\(\)` to give the same samples at each call.*manual_seed"):
+        fit(data, callback)
+    seeded = Data(lambda: random_split(TensorDataset(X, Y), [80, 16], torch.Generator().manual_seed(0))[0])
+    fit(seeded, callback)
+
+
+def test_samples_are_those_that_the_training_sampler_gives(callback):
+    chosen = list(range(0, 60, 2))
+    fit(Data(sampler=SubsetRandomSampler(chosen)), callback)
+    assert sorted(number for batch in spread_batches(callback.probe, 96) for number in batch[2]) == chosen
+    if isinstance(callback, LossMixing):
+        first = torch.tensor([0.1, 0.9])
+        moved = (callback.mix != first).any(1).nonzero().flatten()
+        assert set(moved.tolist()) <= set(chosen)
+        assert len(moved) > 20
+        assert callback.mix.shape == (96, 2)
+
+
+def test_a_sampler_that_chooses_anew_is_refused(callback):
+    with pytest.raises(UserError, match=r"`train_dataloader\(\)` to give the same samples at each reading"):
+        fit(Data(sampler=WeightedRandomSampler(torch.arange(96.0), 60)), callback)
+    fit(Data(sampler=torch.utils.data.RandomSampler(X, num_samples=40)), callback)  # each sample is as likely
+
+
+# ---- what comes between loader and student
+
+
+class Hooked(Data):
+    def on_after_batch_transfer(self, batch, number):
+        x, *rest = batch
+        return [x / 10, *rest]
+
+
+class HookedModule(Distillation):
+    on_after_batch_transfer = Hooked.on_after_batch_transfer
+
+
+def test_hooks_that_change_batches_are_refused(callback):
+    with pytest.raises(UserError, match="`Hooked.on_after_batch_transfer` changes batches"):
+        fit(Hooked(), callback)
+    with pytest.raises(UserError, match="`HookedModule.on_after_batch_transfer` changes batches"):
+        fit(Data(), callback, module=HookedModule(nn.Linear(6, 3), nn.Linear(6, 3)))
+
+
+def test_hooks_that_change_nothing_get_the_batches_of_a_fit(tmp_path):
+    class Unpacks(Data):
+        def on_after_batch_transfer(self, batch, number):
+            x, y = batch
+            return x, y
+
+    fit(Unpacks(), GradientNoise(folder=tmp_path))
+    with pytest.raises(UserError, match=r"fails on a batch \(x, y, index\)"):
+        fit(Unpacks(), LossMixing(SOON, folder=tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_precisions_that_convert_weights_are_refused(callback, precision):
+    with pytest.raises(UserError, match=f"`precision` of the Trainer.*got '{precision}'"):
+        fit(Data(), callback, precision=precision)
+    fit(Data(), callback, precision="bf16-mixed")
+
+
+class Augmented(Dataset):
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        return X[index] + torch.randn(6), int(Y[index])
+
+
+def test_a_look_draws_nothing_from_the_fit(tmp_path):
+    def weights(*callbacks):
+        torch.manual_seed(0)
+        return fit(Data(Augmented), *callbacks, epochs=2).student.weight
+
+    assert torch.equal(weights(GradientNoise(every=1, folder=tmp_path)), weights())
+
+
+def test_a_look_of_loss_mixing_draws_nothing_from_the_fit(tmp_path):
+    states = []
+
+    class Watched(LossMixing):
+        def on_train_start(self, trainer, module):
+            states.append(torch.get_rng_state())
+            super().on_train_start(trainer, module)
+            states.append(torch.get_rng_state())
+
+        def on_train_epoch_start(self, trainer, module):
+            states.append(torch.get_rng_state())
+            super().on_train_epoch_start(trainer, module)
+            states.append(torch.get_rng_state())
+
+    fit(Data(Augmented), Watched(SOON, folder=tmp_path))
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[2], states[3])
+
+
+# ---- labels
+
+
+class Mappings(Dataset):
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        return {"a": X[index], "target": int(Y[index])}
+
+
+class Read(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(x["a"])
+
+
+def test_labels_have_the_key_of_the_module(callback):
+    data = Data(Mappings)
+    data.val_dataloader = lambda: DataLoader(Mappings(), batch_size=32)
+    fit(data, callback, module=Distillation(Read(), Read(), labels="target"))
+
+
+def test_samples_without_a_label_have_no_label_gradient(tmp_path):
+    y = torch.where(torch.arange(96) % 4 == 0, Y, -100)
+    noise = GradientNoise(every=1, samples=96, folder=tmp_path)
+    module = Distillation(nn.Linear(6, 3), nn.Linear(6, 3), lr=0.0, weight_decay=0.0)
+    fit(Data(y=y), noise, module=module)
+    with torch.no_grad():
+        residual = (module(X).softmax(-1) - nn.functional.one_hot(Y, 3)) * (y >= 0)[:, None]
+    gradients = (residual[:, :, None] * torch.cat([X, torch.ones(96, 1)], 1)[:, None]).flatten(1)
+    assert noise.history[0]["v_gg"] == pytest.approx(float(gradients.var(0).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.where(torch.arange(96) == 5, -100, Y), r"sample 5 of `train_dataloader\(\)` has none"),
+        (nn.functional.one_hot(Y, 3).float(), r"class numbers in `train_dataloader\(\)` beside LossMixing"),
+    ],
+)
+def test_labels_that_cannot_be_mixed_are_refused_before_training(tmp_path, y, message):
+    steps = Hook(on_sanity_check_start=lambda *_: pytest.fail("it began"))
+    with pytest.raises(UserError, match=message):
+        fit(Data(y=y), LossMixing(SOON, folder=tmp_path), steps, limit_val_batches=1)
+
+
+# ---- all parameters
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.head = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.net(x.view(len(x), 3, 2))[0][:, -1])
+
+
+def test_what_torch_cannot_vectorise_is_refused_before_training(tmp_path):
+    steps = Hook(on_train_batch_start=lambda *_: pytest.fail("it began"))
+    with pytest.raises(UserError, match="`full` and `cosine` of GradientNoise to be off"):
+        fit(Data(), GradientNoise(full=True, folder=tmp_path), steps, module=Distillation(Recurrent(), Recurrent()))
+
+
+def test_frozen_parameters_do_not_count_and_x_may_be_a_mapping(tmp_path):
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8).requires_grad_(False), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x["a"]).tanh())
+
+    data = Data(Mappings)
+    last, full = (GradientNoise(full=full, every=1, samples=96, folder=tmp_path) for full in (False, True))
+    fit(data, last, full, module=Distillation(Body(), Read(), labels="target"))
+    assert full.history[0]["v_gg"] == pytest.approx(last.history[0]["v_gg"], rel=1e-4)
+
+
+def test_a_cosine_of_a_student_that_is_frozen_in_part(tmp_path):
+    def net():
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    student = net()
+    student[0].requires_grad_(False)
+    noise = GradientNoise(cosine=True, folder=tmp_path)
+    fit(Data(), noise, module=Distillation(student, net()))
+    assert -1 <= noise.history[0]["cosine"] <= 1
