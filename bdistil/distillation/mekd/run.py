@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from bdistil.boosting.checks import check_outputs, loaders_of
-from bdistil.data.loaders import single_loader
+from bdistil.data.loaders import LOADERS, single_loader
 from bdistil.distillation.mekd.deprivatization import Deprivatization
 from bdistil.distillation.mekd.mapping_emulation import MappingEmulation, Optimizer
 from bdistil.distillation.mekd.networks import Discriminator, Generator
@@ -105,14 +105,14 @@ class Emulation:
     Args:
         settings: of the run.
         teacher: the API.
-        local: data module with local samples, whose y is not read; its validation part is held out.
+        local: data module with local samples, x alone or (x, y), whose y is not read; its validation part is held out.
         folder: of the run.
         seed: all randomness is a function of it.
         make_trainer: takes keyword arguments of a Trainer, such as max_epochs and callbacks.
 
     Raises:
-        UserError: the teacher is not an ApiTeacher, the samples are neither images nor sequences, the queries do not
-            suffice, or the folder holds a run with other settings.
+        UserError: the teacher is not an ApiTeacher, the samples are random, or neither images nor sequences, the
+            queries do not suffice, or the folder holds a run with other settings.
     """
 
     def __init__(
@@ -129,7 +129,12 @@ class Emulation:
             raise UserError(f"Expected the teacher of MEKD to be an ApiTeacher, got {type(teacher).__name__}.")
         self.settings, self.teacher, self.local, self.seed = settings, teacher, local, seed
         self.folder, self.make_trainer = folder, make_trainer
-        self.samples, self.held_out = map(samples_of, loaders_of(local))
+        self.samples, self.held_out = map(samples_of, loaders_of(local), LOADERS)
+        if len(self.held_out) < 2:
+            raise UserError(
+                f"Expected `{LOADERS[1]}()` to give two held-out samples or more, as a distance to them chooses the "
+                f"epoch of stage 1, got {len(self.held_out)}."
+            )
         local_queries = len(self.held_out) + (len(self.samples) if settings.local_share else 0)
         self.pool = settings.queries - settings.first_queries - local_queries  # generated samples
         if self.pool < 2:

@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from bdistil.data.loaders import check_dataset, only_given, paired, same_x
+from bdistil.data.loaders.fingerprints import spread
 from bdistil.distillation.mekd.deprivatization import latents
 from bdistil.distillation.mekd.networks import Generator
+from bdistil.errors import UserError
 from bdistil.storage.files import atomic, disk_errors
 from bdistil.teachers.api import ApiTeacher
 
@@ -32,8 +35,10 @@ class AnsweredSamples(pl.LightningDataModule):
         self.parts, self.batch_size = {"train": TensorDataset(*train), "val": TensorDataset(*val)}, batch_size
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the training part, shuffled."""
-        return DataLoader(self.parts["train"], batch_size=self.batch_size, shuffle=True)
+        """Batches of the training part, shuffled; none of one sample, of which batch norm knows no variance."""
+        samples, size = len(self.parts["train"]), self.batch_size
+        alone = samples > size and samples % size == 1
+        return DataLoader(self.parts["train"], batch_size=size, shuffle=True, drop_last=alone)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the validation part."""
@@ -65,10 +70,36 @@ class GeneratedSamples(AnsweredSamples):
             self.local.setup("test")
 
 
-def samples_of(loader: DataLoader[Any]) -> Tensor:
-    """All x (N, ...) of a loader's dataset, in its order."""
+def samples_of(loader: DataLoader[Any], name: str) -> Tensor:
+    """All x (N, ...) that a loader of local samples gives, in the order of its dataset.
+
+    Args:
+        loader: its batches are x, or begin with it.
+        name: of the user's method that returned it.
+
+    Raises:
+        UserError: batches of another form, or x that is another one at each reading.
+    """
+    check_dataset(paired(loader, labels=None), name)
+    loader = only_given(loader, name)
     data: Any = loader.dataset
-    return torch.cat([loader.collate_fn([data[number]])[0] for number in range(len(data))])
+    rows = [_x_of(loader.collate_fn([data[number]]), name) for number in range(len(data))]
+    if not all(same_x(rows[n], _x_of(loader.collate_fn([data[n]]), name)) for n in spread(len(rows))):
+        raise UserError(
+            f"Expected x of `{name}()` to be the same at each reading, as a restart would query the API about it "
+            "again, got random augmentation. Leave it out of the local samples."
+        )
+    return torch.cat(rows)
+
+
+def _x_of(batch: Any, name: str) -> Tensor:
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(x, Tensor):
+        raise UserError(
+            f"Expected batches of `{name}()` to be x (B, ...), or to begin with it, got a {type(x).__name__}. Give the "
+            "loader of the local samples a collate function that returns such batches."
+        )
+    return x
 
 
 def repeated(samples: Tensor, others: int, share: float) -> Tensor:

@@ -101,6 +101,7 @@ def run_stage(
     `seed` is that of the order of samples. Returns the best epoch, its score, and the number of epochs.
 
     Raises:
+        UserError: the Trainer does not validate after each epoch.
         RunError: the fit was interrupted, or an epoch ended with NaN.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +111,7 @@ def run_stage(
         rank_zero_info(f"MEKD, {folder.name}{resumed}: training (max_epochs={epochs}) …")
         keeper = StageKeeper(folder)
         trainer = make_trainer(callbacks=[keeper], max_epochs=epochs, default_root_dir=str(folder))
+        _check_validation(trainer)
         with indexed_loaders(data, seed_of(seed, folder.name)):
             trainer.fit(stage, data, ckpt_path=str(last) if last.exists() else None)
         if trainer.interrupted:
@@ -120,6 +122,16 @@ def run_stage(
     load_weights(stage.trained, folder / "best.safetensors", f"the {folder.name} of this run")
     stage.cpu().eval()
     return dict(json.loads(done.read_text()))
+
+
+def _check_validation(trainer: pl.Trainer) -> None:
+    """Raises UserError for a Trainer that ends some epochs without a validation."""
+    every, batches = trainer.check_val_every_n_epoch, trainer.limit_val_batches
+    if every != 1 or batches == 0:
+        raise UserError(
+            "Expected the Trainer of MEKD to validate after each epoch, as its stages keep the best one, got "
+            f"check_val_every_n_epoch={every} and limit_val_batches={batches}. Leave both out."
+        )
 
 
 def show_samples(trainer: pl.Trainer, samples: Tensor, path: Path) -> None:

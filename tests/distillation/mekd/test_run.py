@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from helpers.mekd_toys import (
+    CLASSES,
     HELD_OUT,
     LOCAL,
     SHAPE,
+    SMALL,
     Local,
     Model,
     answer,
@@ -22,10 +25,11 @@ from helpers.mekd_toys import (
 from helpers.toys import Hook, in_child, make_trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from bdistil import UserError
 from bdistil.distillation.mekd.run import Emulation, Mekd
-from bdistil.distillation.mekd.samples import GeneratedSamples, open_generated, repeated
+from bdistil.distillation.mekd.samples import AnsweredSamples, GeneratedSamples, open_generated, repeated
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +142,100 @@ def test_other_settings_and_too_few_queries_are_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"The teacher gives L=3 outputs, the student L=2"):
         emulate(tmp_path).run(lambda _: nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
     assert not (tmp_path / "mekd" / "stage1").exists()
+
+
+# ---- local data
+
+
+class Alone(Dataset):
+    """x without y."""
+
+    def __init__(self, x, noise=0.0):
+        self.x, self.noise = x, noise
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index] + self.noise * torch.randn(()) if self.noise else self.x[index]
+
+
+class Parts(L.LightningDataModule):
+    """Loaders of any kind."""
+
+    def __init__(self, train, val):
+        super().__init__()
+        self.loaders = train, val
+
+    def train_dataloader(self):
+        return self.loaders[0]
+
+    def val_dataloader(self):
+        return self.loaders[1]
+
+
+def emulation_of(folder, train, val, trainer=make_trainer, model=None, **settings):
+    make = trainer
+    return Emulation(
+        Mekd(**{**SMALL, **settings}), teacher_of(folder, model or Model()), Parts(train, val), folder / "mekd",
+        make_trainer=lambda max_epochs, callbacks, **options: make(*callbacks, epochs=max_epochs, **options),
+    )  # fmt: skip
+
+
+def loader_of(x, **options):
+    return DataLoader(Alone(x), batch_size=8, **options)
+
+
+def test_local_samples_may_be_x_alone(tmp_path):
+    x, held_out = images(LOCAL, 1)[0], images(HELD_OUT, 2)[0]
+    found = emulation_of(tmp_path, loader_of(x), loader_of(held_out))
+    assert torch.equal(found.samples, x)
+    assert torch.equal(found.held_out, held_out)
+    mappings = DataLoader([{"x": x[0]}] * 4)
+    with pytest.raises(UserError, match=r"to be x \(B, ...\), or to begin with it, got a dict"):
+        emulation_of(tmp_path / "mapping", mappings, loader_of(held_out))
+
+
+def test_samplers_choose_the_local_samples(tmp_path):
+    x = images(40, 1)[0]
+    train, val = (loader_of(x, sampler=SubsetRandomSampler(rows)) for rows in (range(30), range(30, 40)))
+    found = emulation_of(tmp_path, train, val)
+    assert torch.equal(found.samples, x[:30])
+    assert torch.equal(found.held_out, x[30:])
+
+
+@pytest.mark.parametrize("part", ["train_dataloader", "val_dataloader"])
+def test_local_samples_that_are_random_are_refused(tmp_path, part):
+    x, model = images(LOCAL, 1)[0], Model()
+    random = DataLoader(Alone(x, noise=0.1), batch_size=8)
+    parts = (random, loader_of(x)) if part.startswith("train") else (loader_of(x), random)
+    with pytest.raises(UserError, match=rf"`{part}\(\)` to be the same at each reading"):
+        emulation_of(tmp_path, *parts, model=model)
+    assert not model.asked
+
+
+def test_one_held_out_sample_is_refused(tmp_path):
+    x = images(LOCAL, 1)[0]
+    with pytest.raises(UserError, match=r"`val_dataloader\(\)` to give two held-out samples or more.*got 1"):
+        emulation_of(tmp_path, loader_of(x), loader_of(x[:1]))
+
+
+@pytest.mark.parametrize("options", [{"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}], ids=str)
+def test_a_trainer_that_does_not_validate_each_epoch_is_refused(tmp_path, options):
+    x = images(LOCAL, 1)[0]
+    run = emulation_of(tmp_path, loader_of(x), loader_of(x), trainer=partial(make_trainer, **options))
+    with pytest.raises(UserError, match="to validate after each epoch"):
+        run.run(make_student)
+    assert not list((tmp_path / "mekd" / "stage1").glob("*.ckpt"))
+
+
+def test_no_batch_has_one_sample(tmp_path):
+    """Batch norm fails on it, after all queries are spent."""
+    x = images(33, 1)[0]
+    y = torch.zeros(33, CLASSES)
+    for size, sizes in ((16, [16, 16]), (33, [33]), (32, [32]), (8, [8] * 4), (1, [1] * 33), (5, [5] * 6 + [3])):
+        loader = AnsweredSamples((x, y), (x, y), size).train_dataloader()
+        assert [len(batch[0]) for batch in loader] == sizes
 
 
 # ---- restarts
