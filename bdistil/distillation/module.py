@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -155,8 +154,8 @@ class Distillation(pl.LightningModule):
         """
         if self.sample_weights is not None and (self.unbiased or self.distillation_weight == "auto"):
             raise UserError(
-                "Expected `unbiased` and `distillation_weight: auto` to be off beside LossMixing, whose weights replace "
-                f"the weight of the distillation, got {self.unbiased} and {self.distillation_weight!r}."
+                "Expected `unbiased` and `distillation_weight: auto` to be off beside LossMixing, whose weights "
+                f"replace that of the distillation, got {self.unbiased} and {self.distillation_weight!r}."
             )
         if self.unbiased:
             check_precision(str(self.trainer.precision))
@@ -167,8 +166,8 @@ class Distillation(pl.LightningModule):
         check_dataset(paired(loader, self.labels), LOADERS[0])
         if not (reads_all(loader) or isinstance(loader.sampler, DistributedSampler)):
             raise UserError(
-                f"Expected the sampler of `{LOADERS[0]}()` to read each sample once an epoch, as `unbiased` adds a mean "
-                f"over all of them, got {type(loader.sampler).__name__}. Give a torch.utils.data.Subset, or leave out "
+                f"Expected the sampler of `{LOADERS[0]}()` to read each sample once an epoch, as `unbiased` adds a "
+                f"mean over all of them, got {type(loader.sampler).__name__}. Give a torch.utils.data.Subset, or leave out "
                 "`unbiased`."
             )
 

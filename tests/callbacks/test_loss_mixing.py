@@ -181,10 +181,10 @@ def test_a_fit_that_goes_on_is_the_one_that_was_not_stopped(noisy, tmp_path):
 def test_weights_of_other_data_are_refused(noisy, tmp_path):
     callback = LossMixing(SOON, folder=tmp_path)
     fit(Own(noisy[1]), callback, Gaussians(train=600), epochs=2).save_checkpoint(tmp_path / "last.ckpt")
-    callback = LossMixing(SOON, folder=tmp_path)
+    trainer = make_trainer(LossMixing(SOON, folder=tmp_path), epochs=3, limit_val_batches=0)
+    options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
     with pytest.raises(RunError, match="learned weights of 2000 samples with 1 columns, got 600 numbers"):
-        fit_options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
-        make_trainer(callback, epochs=3, limit_val_batches=0).fit(Own(noisy[1]), datamodule=noisy[0], **fit_options)
+        trainer.fit(Own(noisy[1]), datamodule=noisy[0], **options)
 
 
 def test_a_second_fit_of_an_instance_starts_anew(noisy, tmp_path):

@@ -130,7 +130,7 @@ def unbiased_fit(student, loader, *callbacks, **options):
     ],
 )
 def test_a_mean_over_samples_that_are_not_drawn_alike_is_refused(loader):
-    with pytest.raises(UserError, match="to read each sample once an epoch.*unbiased"):
+    with pytest.raises(UserError, match=r"to read each sample once an epoch.*unbiased"):
         unbiased_fit(nn.Linear(6, 4), loader(data_of()))
 
 
@@ -179,7 +179,7 @@ def test_frozen_parameters_need_no_control_variate():
 
 
 def test_precisions_that_convert_weights_have_no_control_variate():
-    with pytest.raises(UserError, match="`precision` of the Trainer.*got 'bf16-true'"):
+    with pytest.raises(UserError, match=r"`precision` of the Trainer.*got 'bf16-true'"):
         unbiased_fit(nn.Linear(6, 4), DataLoader(data_of(), 8, shuffle=True), precision="bf16-true")
 
 

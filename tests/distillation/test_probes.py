@@ -6,9 +6,16 @@ import pytest
 import torch
 from helpers.toys import TRAIN, Hook, Noisy, Toys, boost, make_teacher, make_trainer, settings_for
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler, random_split
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    random_split,
+)
 
-from bdistil import Rung, Student, UserError
+from bdistil import Rung, UserError
 from bdistil.callbacks import GradientNoise, LossMixing
 from bdistil.distillation import Distillation, MixingSettings
 from bdistil.distillation.gradient_noise import spread_batches
@@ -66,13 +73,19 @@ def test_x_of_a_probe_is_the_one_that_its_target_and_error_are_of(tmp_path, sett
     data = Toys(noisy=True)
     data.val_dataloader = lambda: DataLoader(Noisy(*data.parts["val"]), batch_size=32)
     boost(
-        tmp_path, data, teacher=teacher, callbacks=lambda: [Hook(on_train_start=look)], settings=settings_for(2, **settings)
+        tmp_path,
+        data,
+        teacher=teacher,
+        callbacks=lambda: [Hook(on_train_start=look)],
+        settings=settings_for(2, **settings),
     )
     assert seen == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    "settings", [{"loss": "prefix_kl"}, {"loss": "prefix_kl+game"}, {"loss": "residual"}, {"independent": True}], ids=str
+    "settings",
+    [{"loss": "prefix_kl"}, {"loss": "prefix_kl+game"}, {"loss": "residual"}, {"independent": True}],
+    ids=str,
 )
 def test_the_noise_of_a_round_is_that_of_the_loss_it_is_trained_with(tmp_path, settings):
     seen = []
@@ -127,7 +140,7 @@ def test_samples_are_those_that_the_training_sampler_gives(callback):
 def test_a_sampler_that_chooses_anew_is_refused(callback):
     with pytest.raises(UserError, match=r"`train_dataloader\(\)` to give the same samples at each reading"):
         fit(Data(sampler=WeightedRandomSampler(torch.arange(96.0), 60)), callback)
-    fit(Data(sampler=torch.utils.data.RandomSampler(X, num_samples=40)), callback)  # each sample is as likely
+    fit(Data(sampler=RandomSampler(X, num_samples=40)), callback)  # each sample is as likely
 
 
 # ---- what comes between loader and student
@@ -144,9 +157,9 @@ class HookedModule(Distillation):
 
 
 def test_hooks_that_change_batches_are_refused(callback):
-    with pytest.raises(UserError, match="`Hooked.on_after_batch_transfer` changes batches"):
+    with pytest.raises(UserError, match=r"`Hooked\.on_after_batch_transfer` changes batches"):
         fit(Hooked(), callback)
-    with pytest.raises(UserError, match="`HookedModule.on_after_batch_transfer` changes batches"):
+    with pytest.raises(UserError, match=r"`HookedModule\.on_after_batch_transfer` changes batches"):
         fit(Data(), callback, module=HookedModule(nn.Linear(6, 3), nn.Linear(6, 3)))
 
 
