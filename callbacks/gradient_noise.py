@@ -33,8 +33,8 @@ class GradientNoise(pl.Callback):
 
     In distillation (`bdistil.distillation.Distilling`) it compares label and teacher gradient, and suggests a
     distillation weight, which a `Distillation` with ``distillation_weight="auto"`` uses. In a boosting run it reports
-    the gradient noise of each round, without the game (lambda = 0 of the curve) and with it (lambda = 1). A
-    measurement changes no weight, buffer or random state.
+    the gradient noise of each round: of the squared error alone (lambda = 0 of the curve), and of the round's loss, the
+    game by default (lambda = 1). A measurement changes no weight, buffer or random state.
 
     Args:
         every: epochs between two measurements; there is one more at the end of a fit.

@@ -36,7 +36,7 @@ class NoiseEstimate(NamedTuple):
     """One measurement of the gradient noise.
 
     Attributes:
-        moments: of label and teacher gradient; in a boosting round of its gradient without the game and with it.
+        moments: of label and teacher gradient; in a boosting round of the squared error alone and of the round's loss.
         entropy: mean cross entropy of the labels.
         curvature: mu of the last layer in the direction of the teacher's pull; None in a boosting round.
     """
@@ -101,9 +101,9 @@ def check_full(probe: Probe, module: pl.LightningModule) -> None:
             sample_gradients(module, x, y, torch.zeros_like(module(x)), temperature=1.0)
         except Exception as error:
             raise UserError(
-                "Expected `full` and `cosine` of GradientNoise to be off for a student, or x, of which torch.func.vmap "
-                f"gives no gradient for each sample (recurrent layers have none), got {type(error).__name__}: {error}. "
-                "Leave them out: the last layer is measured."
+                "Expected `full` and `cosine` of GradientNoise to be off where torch.func.vmap gives no gradient of a "
+                f"sample (nn.GRU, nn.RNN), got {type(error).__name__}: {error}. Leave them out: the last layer is "
+                "measured."
             ) from error
 
 

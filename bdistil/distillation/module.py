@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bdistil.boosting.trainer_checks import check_precision
 from bdistil.data.loaders import LOADERS, Index, PairCollate, check_dataset, paired, single_loader
-from bdistil.data.loaders.order import reads_all
+from bdistil.data.loaders.order import own_batches, reads_all
 from bdistil.distillation.last_layer import last_layers
 from bdistil.errors import UserError
 from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
@@ -167,8 +167,8 @@ class Distillation(pl.LightningModule):
         if not (reads_all(loader) or isinstance(loader.sampler, DistributedSampler)):
             raise UserError(
                 f"Expected the sampler of `{LOADERS[0]}()` to read each sample once an epoch, as `unbiased` adds a "
-                f"mean over all of them, got {type(loader.sampler).__name__}. Give a torch.utils.data.Subset, or leave out "
-                "`unbiased`."
+                f"mean over all of them, got {type(own_batches(loader) or loader.sampler).__name__}. Give a "
+                "torch.utils.data.Subset, or leave out `unbiased`."
             )
 
     def on_train_epoch_start(self) -> None:

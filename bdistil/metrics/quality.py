@@ -254,7 +254,7 @@ def precision_figures(answers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _ranks(logits: Tensor) -> Tensor:
-    """Ranks (N, L) of each output, in (0, 1): precision depends on them alone, and the sigmoid of a logit of 17 is 1."""
+    """Ranks (N, L) of each output, in (0, 1): precision depends on them alone, and the sigmoid of 17 is 1."""
     ranks = [column.unique(return_inverse=True)[1] for column in logits.unbind(1)]
     return (torch.stack(ranks, 1).double() + 1) / (len(logits) + 2)
 

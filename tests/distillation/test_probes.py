@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
+    RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
