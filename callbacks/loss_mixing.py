@@ -131,17 +131,16 @@ class LossMixing(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the weights of the checkpoint or of the round before, or initialises them."""
-        if isinstance(pl_module, BoostingRound):  # not earlier: those of the fit before may read closed files
-            self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
+        folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing").expanduser(), 0
         with eval_mode(pl_module), torch.no_grad(), isolate_rng():
+            if isinstance(pl_module, BoostingRound):
+                folder, self._round = pl_module.run_dir / "mixing", pl_module.number
+                # Not earlier: loaders of the fit before may read closed files.
+                self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
+                self._labels, _ = map(_class_numbers, self._loaders, LOADERS)  # the weights are learned on the latter
             self.probe = probe_of(pl_module, self._loaders)
             first = next(self.probe.batches([[0]]))
             teachers = len(self.probe.mixing(first).residuals) - 1
-        folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing").expanduser(), 0
-        if isinstance(pl_module, BoostingRound):
-            folder, self._round = pl_module.run_dir / "mixing", pl_module.number
-            self._labels = _class_numbers(self._loaders[0], LOADERS[0])
-            _class_numbers(self._loaders[1], LOADERS[1])  # the weights are learned on them
         self._file = folder / f"mixing.{self._round:03d}.f32"
         start = start_mix(self.probe.samples, teachers, self.settings.mode, self.seed)
         found = self.mix if self.mix is not None else read_mix(self._file)

@@ -108,7 +108,7 @@ def check_full(probe: Probe, module: pl.LightningModule) -> None:
 
 
 def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
-    """Figures of a measurement by name, for logs; for a boosting round the noise without the game and with it."""
+    """Figures of a measurement by name, for logs; for a boosting round of the squared error and of its loss."""
     moments, figures = estimate.moments, {"label_loss": estimate.entropy}
     if estimate.curvature is None:
         for name, weight in (("plain", 0.0), ("game", 1.0)):

@@ -287,6 +287,13 @@ def test_independent_students_have_no_error_to_mix_labels_into(tmp_path):
         boost(tmp_path, settings=settings, callbacks=lambda: [LossMixing(SOON)])
 
 
+def test_a_first_sample_without_a_label_is_named_at_the_start(tmp_path):
+    data = Toys()
+    data.parts["train"] = (data.parts["train"][0], torch.where(torch.arange(192) == 0, -100, data.parts["train"][1]))
+    with pytest.raises(UserError, match=r"sample 0 of `train_dataloader\(\)` has none"):
+        boost(tmp_path, data, settings=settings_for(1), callbacks=lambda: [LossMixing(SOON)])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
