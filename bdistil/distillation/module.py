@@ -186,7 +186,7 @@ class Distillation(pl.LightningModule):
         given: Any = single_loader(self.trainer.train_dataloader)
         loader: DataLoader[Any] = DataLoader(
             given.dataset, batch_size=given.batch_size or 1, collate_fn=given.collate_fn, drop_last=given.drop_last,
-            shuffle=True, generator=torch.Generator(),
+            shuffle=True, generator=torch.Generator().manual_seed(self.current_epoch),
         )  # fmt: skip
         parameters, samples = self._trained(), 0
         total = [torch.zeros_like(p) for p in parameters]
