@@ -18,6 +18,7 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.data.loaders import LOADERS, Index, Views, check_dataset, largest_batch, rows_loader
 from bdistil.data.loaders.order import given_rows
 from bdistil.distillation.last_layer import capture_last_layer, last_layers
+from bdistil.errors import UserError
 from bdistil.functional.boosting import prefix_error
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
@@ -96,14 +97,12 @@ class Probe(ABC):
 
 
 def training_rows(loader: DataLoader[Any]) -> Sequence[int]:
-    """Numbers of the samples that a training loader gives.
-
-    Raises:
-        UserError: they are chosen anew in each epoch, and some more often than others.
-    """
+    """Numbers of the samples that a training loader gives; all where they are chosen anew in each epoch."""
     samples: int = len(loader.dataset)  # type: ignore[arg-type]
-    alike = type(loader.sampler) is RandomSampler  # where it chooses anew, each sample is as likely
-    return (None if alike else given_rows(loader, LOADERS[0])) or range(samples)
+    try:
+        return (None if type(loader.sampler) is RandomSampler else given_rows(loader, LOADERS[0])) or range(samples)
+    except UserError:
+        return range(samples)
 
 
 class DistillationProbe(Probe):
