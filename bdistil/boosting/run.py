@@ -53,7 +53,8 @@ from bdistil.utils.seeding import reseed, seed_of
 # Configuration keys that may differ between two starts of one run: they do not change what it computes.
 FREE_KEYS = (
     "run_dir", "config", "tracking", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
-    "trainer.logger", "trainer.enable_", "trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.profiler",
+    "trainer.logger", "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "trainer.enable_autolog_hparams", "trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.profiler",
 )  # fmt: skip
 # Keys that may be raised to go on with a finished run: earlier students do not depend on them.
 GROWING_KEYS = ("boosting.rounds", "model.boosting.rounds")

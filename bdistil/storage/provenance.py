@@ -60,10 +60,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
     """Lists the differences of two nested configurations, one line per key; "" where they are the same.
 
-    Keys that begin with one of the dotted prefixes in `ignore` may differ.
+    The dotted keys in `ignore`, and all below them, may differ.
+
+    >>> differences({"tracking": {"tags": 1}}, {"tracking": {"tags": 2}, "tracking_loss": 3}, ["tracking"])
+    "  tracking_loss: '(absent)' there, 3 now"
     """
-    old, new = flatten(there), flatten(now)
-    keys = sorted(key for key in old | new if not key.startswith(tuple(ignore)) and old.get(key) != new.get(key))
+    old, new, sections = flatten(there), flatten(now), tuple(f"{key}." for key in ignore)
+    keys = sorted(
+        key for key in old | new if not f"{key}.".startswith(sections) and old.get(key) != new.get(key)
+    )
     lines = (f"  {key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} now" for key in keys)
     return "\n".join(lines)
 

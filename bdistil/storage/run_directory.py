@@ -172,7 +172,7 @@ class RunDirectory:
 
         Args:
             config: nested plain values.
-            ignore: dotted prefixes of keys that may differ between two starts of the same run.
+            ignore: dotted keys that may differ, with all below them, between two starts of the same run.
             growing: dotted keys that may differ, too; the new value is written.
             complete: adds options that a configuration of an earlier version lacks, with their defaults.
 
