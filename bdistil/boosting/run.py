@@ -171,7 +171,7 @@ class Boosting:
             check_student(student, [], pair)
         check_rounds(student, settings.rounds)
         test = self._test_loader(datamodule)
-        self._check_table(parts, test)
+        self._check_table(parts, val.dataset, test)
         recomputed = settings.state == "recompute"
         outputs = declared_outputs(self.teacher) or check_outputs(
             self.teacher, student, pair, settings.task, recomputed=recomputed
@@ -198,8 +198,8 @@ class Boosting:
             return None
         return test_loader_of(datamodule, self.settings)
 
-    def _check_table(self, parts: Parts, test: Any) -> None:
-        """Checks a table of logits that stands for the teacher, if there is one."""
+    def _check_table(self, parts: Parts, val: Any, test: Any) -> None:
+        """Checks a table of logits that stands for the teacher, if there is one; `val` is the user's dataset."""
         if (table := table_of(self.teacher)) is None:
             return
         if self.settings.state == "recompute" or any(parts.plans):
@@ -208,7 +208,9 @@ class Boosting:
                 "random, or the settings have state='recompute'. Leave that out, or give the teacher itself."
             )
         sized = {} if test is None or not hasattr(test.dataset, "__len__") else {"test": len(test.dataset)}
-        table.check({"train": parts.train.samples, "val": parts.val.samples, **sized})
+        given: Any = parts.val.loader.dataset
+        chosen = {} if given is val else {"val": given.indices}  # by a sampler
+        table.check({"train": parts.train.samples, "val": len(val), **sized}, chosen)
 
     def _check_samples(self, datamodule: pl.LightningDataModule, parts: Parts, test: Any, outputs: int) -> InputSpec:
         """Structure and shape of x, after a look at every label of all parts, in the first process, once in a run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ PARTS = ("train", "val", "test")
 class OfflineTeacher(nn.Module):
     """Logits of all samples in place of a teacher; row i is the answer to sample i of the dataset of a loader.
 
+    Where a sampler chooses the samples of a part, rows are still those of the whole dataset.
+
     A run reads them by sample number: x must not be augmented at random, as there is no teacher to answer other inputs.
     The cost of the teacher is unknown and written as 0.
 
@@ -35,7 +37,7 @@ class OfflineTeacher(nn.Module):
         test: those of the test part; without them the run reports no test figures of the teacher.
 
     Raises:
-        UserError: a table cannot be read, is not (N, L), or has another L than the others.
+        UserError: a table cannot be read, is not (N, L), or has another L than the others; `test` without `val`.
 
     Example:
         >>> teacher = OfflineTeacher(torch.zeros(3, 2), torch.ones(2, 2))
@@ -48,11 +50,17 @@ class OfflineTeacher(nn.Module):
     def __init__(self, train: Table, val: Table | None = None, test: Table | None = None) -> None:
         super().__init__()
         self.tables = {"train": read_table(train, "train")}
+        self._chosen: Mapping[str, Sequence[int]] = {}
         if val is None and _holds(train, "val"):
             val, test = train, test if test is not None or not _holds(train, "test") else train
         for name, table in (("val", val), ("test", test)):
             if table is not None:
                 self.tables[name] = read_table(table, name)
+        if val is None and test is not None:
+            raise UserError(
+                "Expected `val` of an OfflineTeacher, logits of the validation part, got `train` and `test` alone. "
+                "Give `val`, or one table of all parts as `train`."
+            )
         widths = {name: table.shape[1] for name, table in self.tables.items()}
         if len(set(widths.values())) > 1:
             raise UserError(f"Expected logits of the same L outputs in all parts, got {_listed(widths)}.")
@@ -71,23 +79,24 @@ class OfflineTeacher(nn.Module):
             digest.update(np.ascontiguousarray(table).view(np.uint8).data)
         return digest.hexdigest()
 
-    def check(self, samples: Mapping[str, int]) -> None:
+    def check(self, samples: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None = None) -> None:
         """Compares the number of rows with the number of samples of each part; takes a table of all parts apart.
 
         Args:
-            samples: by name of the part; the test part may be missing.
+            samples: of the dataset, by name of the part; the test part may be missing.
+            chosen: numbers of the samples that a sampler gives, of a part for which it does not give all.
 
         Raises:
             UserError: they differ.
         """
-        names = [name for name in PARTS if name in samples]
+        names, self._chosen = [name for name in PARTS if name in samples], chosen or {}
         rows = {name: len(table) for name, table in self.tables.items()}
         if "val" not in self.tables:
             (whole,) = self.tables.values()
-            for chosen in (names, [name for name in names if name != "test"]):
-                if len(whole) == sum(samples[name] for name in chosen):
-                    ends = np.cumsum([samples[name] for name in chosen])[:-1]
-                    self.tables = dict(zip(chosen, np.split(whole, ends), strict=True))
+            for parts in (names, [name for name in names if name != "test"]):
+                if len(whole) == sum(samples[name] for name in parts):
+                    ends = np.cumsum([samples[name] for name in parts])[:-1]
+                    self.tables = dict(zip(parts, np.split(whole, ends), strict=True))
                     return
             raise UserError(
                 f"Expected logits of all parts in the teacher's table, {_listed(samples)}, got {len(whole)} rows. Give "
@@ -100,7 +109,8 @@ class OfflineTeacher(nn.Module):
             )
 
     def rows(self, part: str, index: np.ndarray[Any, Any]) -> Tensor:
-        """Logits (B, L) float32 of samples of a part."""
+        """Logits (B, L) float32 of samples of a part, by their number among those that are given."""
+        index = np.asarray(self._chosen[part])[index] if part in self._chosen else index
         return torch.from_numpy(np.asarray(self.tables[part][index], np.float32))
 
     def forward(self, x: Any) -> Tensor:

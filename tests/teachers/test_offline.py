@@ -18,6 +18,7 @@ from helpers.toys import (
 )
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from bdistil import OfflineTeacher, UserError
 from bdistil.teachers.wrappers import FrozenTeacher
@@ -108,6 +109,7 @@ def test_without_logits_of_the_test_part_the_teacher_has_no_test_figure(tmp_path
         (lambda t: {**t, "val": "val.txt"}, r"\.npy or \.safetensors file, got val\.txt"),
         (lambda t: {**t, "val": "nowhere.npy"}, "nowhere.npy to hold teacher logits, but it cannot be read"),
         (lambda t: {**t, "val": "nowhere.safetensors"}, "nowhere.safetensors to hold teacher logits"),
+        (lambda t: {"train": t["train"], "test": t["test"]}, "Expected `val` of an OfflineTeacher.*Give `val`"),
         (lambda t: list(t.values()), "`teacher` to be a torch.nn.Module, or its logits.* got list"),
         (lambda t: {"training": t["train"]}, "got dict"),
     ],
@@ -138,6 +140,22 @@ def test_inputs_that_change_have_no_logits(tmp_path, logits, options):
         boost(tmp_path, Toys(noisy="views" in options), teacher=logits, settings=settings_for(1, **options))
     with pytest.raises(UserError, match="no answer to other inputs"):
         OfflineTeacher(logits["train"])(torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("form", ["parts", "whole"])
+def test_where_a_sampler_chooses_rows_are_those_of_the_dataset(tmp_path, logits, form):
+    chosen = [41, 3, 17, 60, 8]
+
+    class Sampled(Toys):
+        def val_dataloader(self):
+            return DataLoader(TensorDataset(*self.parts["val"]), 2, sampler=SubsetRandomSampler(chosen))
+
+    table = logits if form == "parts" else OfflineTeacher(torch.cat(list(logits.values())))
+    boost(tmp_path / "table", Sampled(), teacher=table, **ONE)
+    boost(tmp_path / "module", Sampled(), **ONE)
+    assert result(tmp_path / "table") == result(tmp_path / "module")
+    with pytest.raises(UserError, match=r"64 of 'val', 64 of 'test', got 5 of 'val'.*sample i of the dataset"):
+        boost(tmp_path / "few", Sampled(), teacher={**logits, "val": logits["val"][chosen]}, **ONE)
 
 
 def test_half_precision_and_bfloat16(logits):
