@@ -12,9 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bdistil.data.loaders import single_loader, with_dataset
+from bdistil.data.readers.images import ArrayImages
 from bdistil.errors import UserError
 
 Noise = Literal["symmetric", "asymmetric"]
+FORWARDED = (
+    "prepare_data", "val_dataloader", "test_dataloader", "teardown",
+    "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
+)  # fmt: skip
 
 
 def flip_labels(
@@ -25,16 +30,18 @@ def flip_labels(
     seed: int,
     kind: Noise = "symmetric",
     to: Mapping[int, int] | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Makes a share of the labels wrong.
 
     Args:
-        labels: class numbers (N,).
+        labels: class numbers (N,); those of samples without a label are negative, or `ignore_index`, and stay so.
         rate: share of wrong labels, in 0 … 1: exactly that share, rounded, of the labels that can change.
         classes: L.
         seed: seed of the choice.
         kind: `symmetric` replaces a label by any other class, `asymmetric` by the one in `to`.
         to: the class that replaces each class; by default the next one. Classes that are left out do not change.
+        ignore_index: class number of a sample without a label, where it is not negative.
 
     Returns:
         New labels (N,), and whether each is wrong, (N,) bool.
@@ -55,12 +62,20 @@ def flip_labels(
         wrong = to if to is not None else {label: (label + 1) % classes for label in range(classes)}
         table[list(wrong)] = torch.tensor(list(wrong.values()))
     shift = torch.randint(1, classes, (len(labels),), generator=generator)
-    goal = (labels + shift) % classes if kind == "symmetric" else table[labels]
+    given = has_label(labels, ignore_index)
+    known = labels.where(given, 0)
+    goal = labels.where(~given, (known + shift) % classes if kind == "symmetric" else table[known])
     able = (goal != labels).nonzero().flatten()
     chosen = able[torch.randperm(len(able), generator=generator)[: round(rate * len(able))]]
     flipped = torch.zeros(len(labels), dtype=torch.bool)
     flipped[chosen] = True
     return torch.where(flipped, goal, labels), flipped
+
+
+def has_label(labels: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Whether each of some class numbers (N,) is the label of a sample, (N,) bool."""
+    given = labels >= 0
+    return given if ignore_index is None else given & (labels != ignore_index)
 
 
 def _check(rate: float, kind: str) -> None:
@@ -78,6 +93,7 @@ class NoisyLabels(Dataset[Any]):
         rate: share of wrong labels.
         classes: L; by default the largest label plus one.
         seed: seed of the choice.
+        ignore_index: class number of a sample without a label, where it is not negative.
         noise: `kind` and `to`, as for `flip_labels`.
 
     Attributes:
@@ -87,11 +103,19 @@ class NoisyLabels(Dataset[Any]):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], rate: float, *, classes: int | None = None, seed: int = 0, **noise: Any
+        self,
+        dataset: Dataset[Any],
+        rate: float,
+        *,
+        classes: int | None = None,
+        seed: int = 0,
+        ignore_index: int | None = None,
+        **noise: Any,
     ) -> None:
         self.dataset, self.rate, self.seed, clean = dataset, rate, seed, labels_of(dataset)
-        classes = classes or int(clean.max()) + 1
-        self.labels, self.flipped = flip_labels(clean, rate, classes=classes, seed=seed, **noise)
+        classes = classes or int(clean[has_label(clean, ignore_index)].max()) + 1
+        noise |= {"classes": classes, "seed": seed, "ignore_index": ignore_index}
+        self.labels, self.flipped = flip_labels(clean, rate, **noise)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,10 +125,14 @@ class NoisyLabels(Dataset[Any]):
 
 
 def labels_of(dataset: Dataset[Any]) -> Tensor:
-    """Labels (N,) of a dataset that yields (x, y)."""
-    known = dataset.tensors[1] if isinstance(dataset, TensorDataset) else getattr(dataset, "labels", None)
-    if isinstance(known, Tensor):
-        return known
+    """Labels (N,) of a dataset that yields (x, y), as its items have them.
+
+    An attribute of another dataset may be of other samples, or of labels that are changed when an item is read.
+    """
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
+        return dataset.tensors[1]
+    if isinstance(dataset, ArrayImages):  # which need not be decoded
+        return dataset.labels
     return torch.tensor([int(dataset[index][1]) for index in range(len(cast(Sized, dataset)))])
 
 
@@ -117,6 +145,8 @@ def flipped_labels(dataset: Any) -> Tensor | None:
 class LabelNoise(pl.LightningDataModule):
     """A data module with wrong labels in its training part; validation and test part do not change.
 
+    Hooks and public attributes are those of the data module.
+
     Args:
         data: any data module.
         rate: share of wrong labels.
@@ -124,6 +154,7 @@ class LabelNoise(pl.LightningDataModule):
         seed: seed of the choice.
         classes: L; by default the largest label plus one.
         to: the class that replaces each class, for asymmetric noise; by default the next one.
+        ignore_index: class number of a sample without a label, as in the settings of a run, where it is not negative.
     """
 
     def __init__(
@@ -134,16 +165,23 @@ class LabelNoise(pl.LightningDataModule):
         seed: int = 0,
         classes: int | None = None,
         to: dict[int, int] | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         _check(rate, kind)
         self.data = data
         self.noisy: NoisyLabels | None = None
         self.noise: dict[str, Any] = {"rate": rate, "kind": kind, "seed": seed, "classes": classes, "to": to}
+        self.noise["ignore_index"] = ignore_index
+        for method in FORWARDED:  # Lightning, and the checks of a run, then see which of them the data module has
+            if getattr(type(self), method) is getattr(pl.LightningDataModule, method):  # not of a subclass
+                setattr(self, method, getattr(data, method))
 
-    def prepare_data(self) -> None:
-        """As of the data module."""
-        self.data.prepare_data()
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that other code asks a data module for, such as `labels`, `normalisation`, `check_outputs`."""
+        if name == "data" or name.startswith("_"):  # of an object that is being made
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.data, name)
 
     def setup(self, stage: str | None = None) -> None:
         """As of the data module."""
@@ -158,11 +196,3 @@ class LabelNoise(pl.LightningDataModule):
             wrong, kind, seed = int(self.noisy.flipped.sum()), self.noise["kind"], self.noise["seed"]
             rank_zero_info(f"{wrong:,} of {len(self.noisy):,} training labels made wrong ({kind}, seed {seed}).")
         return with_dataset(loader, self.noisy)
-
-    def val_dataloader(self) -> Any:
-        """The clean validation part."""
-        return self.data.val_dataloader()
-
-    def test_dataloader(self) -> Any:
-        """The clean test part."""
-        return self.data.test_dataloader()

@@ -1,5 +1,6 @@
 """LossMixing in real fits: weights that tell flipped labels and survive a kill, in any module and in a boosting run."""
 
+import copy
 import json
 
 import lightning as L
@@ -9,7 +10,7 @@ import torch
 from helpers.gaussians import Gaussians, mlp, trained_teacher
 from helpers.toys import Hook, Toys, boost, control, digests, make_student, make_teacher, make_trainer, settings_for
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bdistil import RunError, Rung, UserError
 from bdistil.callbacks import LossMixing, RoundController
@@ -78,6 +79,85 @@ def test_only_the_training_part_gets_noise():
 def test_noise_names_what_is_wrong(options, message):
     with pytest.raises(UserError, match=message):
         LabelNoise(Toys(), **options)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("unlabelled", [-100, -1, 255])
+def test_samples_without_a_label_stay_without_one(kind, unlabelled):
+    labels = torch.tensor([0, 1, 2, unlabelled] * 25)
+    known = {"ignore_index": unlabelled} if unlabelled > 0 else {}
+    data = LabelNoise(Toys(train=100), rate=0.4, kind=kind, **known)
+    data.data.parts["train"] = (data.data.parts["train"][0], labels)
+    noisy = data.train_dataloader().dataset
+    assert torch.equal(noisy.labels == unlabelled, labels == unlabelled)
+    assert noisy.labels.unique().tolist() == labels.unique().tolist()  # 255 adds no classes
+    assert int(noisy.flipped.sum()) == 30  # of the 75 that have a label
+
+
+class Remapped(TensorDataset):
+    """Two classes of the four in the file."""
+
+    def __init__(self, x, labels):
+        super().__init__(x, labels)
+        self.labels = labels
+
+    def __getitem__(self, index):
+        return self.tensors[0][index], int(self.labels[index]) % 2
+
+
+class Half(Dataset):
+    """Every other sample of a file, whose labels are an attribute."""
+
+    def __init__(self, x, labels):
+        self.x, self.labels = x, labels
+
+    def __len__(self):
+        return len(self.x) // 2
+
+    def __getitem__(self, index):
+        return self.x[2 * index], self.labels[2 * index]
+
+
+@pytest.mark.parametrize("kind", [Remapped, Half])
+def test_labels_are_those_of_the_items(kind):
+    dataset = kind(*Toys().parts["train"])
+    noisy = NoisyLabels(dataset, 0.0)
+    assert len(noisy) == len(dataset)
+    assert noisy.labels.tolist() == [int(dataset[index][1]) for index in range(len(dataset))]
+
+
+class Hooked(Toys):
+    """Normalises on the device, and knows its classes."""
+
+    labels, closed = ["a", "b", "c", "d"], False
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (batch[0] - 3, *batch[1:])
+
+    def teardown(self, stage):
+        self.closed = True
+
+
+class Untested(L.LightningDataModule):
+    """Has no test part."""
+
+    def train_dataloader(self):
+        return Toys().train_dataloader()
+
+    def val_dataloader(self):
+        return Toys().val_dataloader()
+
+
+def test_hooks_and_attributes_are_those_of_the_data_module(tmp_path):
+    data = LabelNoise(Hooked(), rate=0.3)
+    with pytest.raises(UserError, match="on_after_batch_transfer` changes batches"):
+        boost(tmp_path / "hooked", data, settings=settings_for(1))
+    data.teardown("fit")
+    assert data.data.closed
+    assert data.labels == Hooked.labels
+    assert not hasattr(data, "normalisation")
+    assert copy.deepcopy(data).labels == Hooked.labels
+    assert len(boost(tmp_path / "untested", LabelNoise(Untested(), rate=0.3), settings=settings_for(1)).ensemble) == 1
 
 
 # ---- files

@@ -54,7 +54,8 @@ def run(tmp_path_factory):
 def test_the_guides_file_mixes_and_measures_in_every_round(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["init_args"] | {"data": None} == {
-        "data": None, "rate": 0.4, "kind": "symmetric", "seed": 0, "classes": None, "to": None
+        "data": None, "rate": 0.4, "kind": "symmetric", "seed": 0, "classes": None, "to": None,
+        "ignore_index": None,
     }  # fmt: skip
     names = {path.name for path in (run / "mixing").iterdir()}
     assert names == {"mixing.000.f32", "mixing.001.f32", "mixing.png"}
