@@ -77,15 +77,14 @@ class LocalApi:
 
     Args:
         network: maps x to logits (B, L).
-        checkpoint: file of its weights; trained and written there if it is missing.
+        checkpoint: file of its weights; trained and written there if it is missing. Recorded answers are found by its
+            path: give other weights another file.
         data: training and validation data.
         answers: kind of the answers, as of the ApiTeacher.
         epochs: number of epochs of the training.
         lr: learning rate of the training.
         seed: seed of the training.
     """
-
-    name = "local"
 
     def __init__(
         self,
@@ -101,6 +100,12 @@ class LocalApi:
         self.checkpoint = user_path(checkpoint, "checkpoint")
         self.epochs, self.lr, self.seed = epochs, lr, seed
         self._ask: HttpEndpoint | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells its answers from those of another network; the same in every start, also before the training."""
+        training = f"seed {self.seed}, {self.epochs} epochs, lr {self.lr:g}"
+        return f"local {type(self.network).__name__} in {self.checkpoint}, {training}"
 
     def __call__(self, batch: np.ndarray) -> Any:
         """Answers to a batch (B, ...), over HTTP."""

@@ -15,6 +15,8 @@ from bdistil.errors import UserError
 from bdistil.functional.mekd import kernel_distance
 from bdistil.models.convnets import StridedConvNet
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.storage.weights import save_weights
+from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.http_endpoint import HttpEndpoint
 from bdistil.teachers.local_api import LocalApi, ModelServer
 
@@ -99,6 +101,23 @@ def test_the_network_behind_the_api_is_trained_once(tmp_path):
     again = LocalApi(StridedConvNet((4, 8)), str(tmp_path / "net.safetensors"), Digits(), answers="labels")
     assert again(x) == answers
     assert (tmp_path / "net.safetensors").read_bytes() == written
+
+
+def test_answers_of_another_network_behind_the_api_are_not_taken(tmp_path):
+    """The name is known before there are weights, and is the same in the next start."""
+    first, x = StridedConvNet((4, 8)), torch.zeros(2, 1, 28, 28)
+
+    def teacher(network, checkpoint, **options):
+        api = LocalApi(network, str(tmp_path / checkpoint), Digits(batch_size=500), epochs=1, **options)
+        return ApiTeacher(api, 10, tmp_path / "answers.sqlite", answers="probabilities")
+
+    answers = teacher(first, "first.safetensors")(x)
+    save_weights(StridedConvNet((4, 8)), tmp_path / "second.safetensors")
+    assert torch.equal(teacher(StridedConvNet((4, 8)), "first.safetensors")(x), answers)
+    others = ("second.safetensors", {}), ("first.safetensors", {"seed": 1})
+    for checkpoint, options in others:
+        with pytest.raises(UserError, match=r"answers\.sqlite are of another API"):
+            teacher(StridedConvNet((4, 8)), checkpoint, **options)
 
 
 def test_an_address_with_a_secret_leaves_no_trace(tmp_path, capfd):
