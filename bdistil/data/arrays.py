@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class Arrays(TensorParts):
 
     The file has `x` and `y`, or `x_train`, `y_train` and the same with `_val` and `_test`. A part that is not there is
     split off the training samples by seed, of class labels with the same share of every class; every class keeps
-    training samples. Labels may be integers or names; real numbers are for `task: regression`.
+    training samples. Whole numbers of which some are too rare for that, and others between them are missing, are taken
+    for a quantity, and split at random as real numbers are. Labels may be integers or names; real numbers are for `task: regression`.
 
     Real numbers become float32, and integers int64, as ids of tokens. Images of integers need `standardise`.
 
@@ -113,8 +115,8 @@ class Arrays(TensorParts):
         return torch.from_numpy(np.ascontiguousarray(x if x.dtype.kind == "f" else x.astype(np.int64)))
 
     def _split(self, x: Tensor, y: Tensor, missing: dict[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
-        classes = y if y.ndim == 1 and not y.is_floating_point() else torch.zeros(len(y))
-        rows = share_split(classes, [*missing.values()], self.split_seed)
+        shares = [*missing.values()]
+        rows = share_split(torch.zeros(len(y)) if _is_quantity(y, shares) else y, shares, self.split_seed)
         if empty := [part for part, chosen in zip(("train", *missing), rows, strict=True) if not len(chosen)]:
             raise UserError(
                 f"Expected samples in every part of {self.file}, got none in {', '.join(empty)}: {len(x)} training "
@@ -169,3 +171,12 @@ def _labels(y: Array, part: str) -> Tensor:
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 and y.dtype.kind in "biu" else y
     whole = y.dtype.kind in "biu" and y.ndim == 1
     return torch.from_numpy(np.ascontiguousarray(y.astype(np.int64 if whole else np.float32)))
+
+
+def _is_quantity(y: Tensor, shares: Sequence[float]) -> bool:
+    """Whether y is no class number: its rare values, often the extreme ones, would all be training samples."""
+    if y.ndim != 1 or y.is_floating_point():
+        return True
+    values, counts = y.unique(return_counts=True)
+    rare = int(counts.min()) * min(shares, default=1.0) < 1
+    return rare and int(values[-1]) - int(values[0]) >= len(values)

@@ -42,6 +42,18 @@ def test_x_and_y_are_split_by_seed_with_the_same_share_of_every_class(path):
     assert not torch.equal(other.parts["val"].tensors[0], module.parts["val"].tensors[0])
 
 
+def test_whole_numbers_of_a_regression_are_split_at_random(path):
+    """Split by their value, all rare ones, the largest among them, would be training samples."""
+    y = np.random.default_rng(0).gamma(2, 30, 1000).astype(int)
+    variances = []
+    for seed in range(30):
+        module = opened(path, arrays={"x": np.zeros((1000, 2)), "y": y}, split_seed=seed)
+        variances.append([float(data.tensors[1].double().var()) for data in module.parts.values()])
+    np.testing.assert_allclose(np.mean(variances, 0), y.var(), rtol=0.1)
+    assert sizes(module) == {"train": 700, "val": 150, "test": 150}
+    assert module.parts["train"].tensors[1].dtype is torch.int64
+
+
 def test_parts_that_are_there_are_taken_and_the_others_split_off(path):
     """As of keras: `x_train`, `y_train`, `x_test`, `y_test`."""
     arrays = {"x_train": X[:40], "y_train": Y[:40], "x_test": X[40:], "y_test": Y[40:]}
