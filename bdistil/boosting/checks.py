@@ -6,16 +6,16 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from bdistil.boosting.batch_checks import check_hooks, close
 from bdistil.boosting.settings import RECOMPUTE, BoostingSettings
@@ -107,6 +107,25 @@ def check_batches(loader: Any) -> Any:
                 "a smaller `batch_size`, or drop_last=False."
             )
     return loader
+
+
+def warn_of_undrawn(loader: DataLoader[Any]) -> None:
+    """Warns where the sampler of a training loader is a list of some samples of its dataset.
+
+    They are not cut out of the dataset: a curriculum gives other lists in later epochs, which nobody knows yet.
+    """
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    rows = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
+    if not isinstance(rows, Sequence | Tensor | np.ndarray):
+        return
+    drawn, samples = len(np.unique(np.asarray(rows))), len(cast(Sized, loader.dataset))
+    if drawn < samples:
+        rank_zero_warn(
+            f"The sampler of `train_dataloader()` gives {drawn:,} of the {samples:,} samples of its dataset, but the "
+            f"teacher is asked about all {samples:,}, and the game weighs all of them. If the others are never drawn, "
+            "as those of validation and test, give the loader torch.utils.data.Subset(dataset, indices) and "
+            "shuffle=True."
+        )
 
 
 def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bool:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bdistil.boosting.checks import check_augmentation
+from bdistil.boosting.checks import check_augmentation, warn_of_undrawn
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import CANONICAL, LOADERS, ViewPlan, check_dataset, is_random, only_given
@@ -52,6 +52,7 @@ class Parts:
         """
         check_dataset(train, "train_dataloader")
         check_dataset(val, "val_dataloader")
+        warn_of_undrawn(train)
         val = only_given(val, "val_dataloader")
         augments, val_augments = check_augmentation(train, settings, seed), is_random(val.dataset)
         views = settings.views if augments else None

@@ -1,5 +1,8 @@
 """Batches in which a sample is not what it is alone, hooks that change them, and a fit on other data."""
 
+import re
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -20,7 +23,14 @@ from helpers.toys import (
 )
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from torch.utils.data import TensorDataset as Tensors
 
 from bdistil import Student, UserError
@@ -340,6 +350,29 @@ def test_torchs_batch_sampler_is_that_of_an_ordinary_loader(tmp_path):
     ensemble = boost(tmp_path / "given", given, **SHORT).ensemble
     x = torch.randn(5, FEATURES)
     assert torch.equal(plain(x), ensemble(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn"),
+    [
+        ({"sampler": SubsetRandomSampler(range(9, 159))}, 150),
+        ({"sampler": SubsetRandomSampler(torch.tensor([*range(50), 1, 1]))}, 50),
+        ({"sampler": [*range(100), *range(100)]}, 100),
+        ({"batch_sampler": BatchSampler(SubsetRandomSampler(range(64)), 4, False)}, 64),
+        ({"sampler": SubsetRandomSampler(range(TRAIN))}, None),
+        ({"sampler": WeightedRandomSampler(torch.ones(TRAIN), 64)}, None),
+        ({"sampler": RandomSampler(range(TRAIN), num_samples=64)}, None),
+    ],
+    ids=["subset", "tensor", "list", "batches", "all", "weighted", "some of all"],
+)
+def test_training_samples_that_are_not_drawn_are_a_warning(tmp_path, options, drawn):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(boost(tmp_path, Loaders(**options), settings=settings_for(1)).ensemble) == 1
+    found = [str(one.message) for one in caught if "The sampler of `train_dataloader()`" in str(one.message)]
+    assert len(found) == (drawn is not None)
+    if found:
+        assert re.search(rf"gives {drawn} of the 192 samples .* asked about all 192.*Subset\(dataset", found[0])
 
 
 CHOSEN = range(3, VAL, 5)

@@ -111,6 +111,7 @@ def test_a_curriculum_of_datasets_is_refused(tmp_path, grows, message):
         boost(tmp_path, Curriculum(grows), trainer={"epochs": 2, "reload_dataloaders_every_n_epochs": 1})
 
 
+@pytest.mark.filterwarnings("ignore:The sampler of `train_dataloader")
 def test_a_curriculum_of_samplers_works(tmp_path):
     class Sampled(Parts):
         def train_dataloader(self):
