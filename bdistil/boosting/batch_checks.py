@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,6 +30,9 @@ HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch
 READ, COMPARED = 16, 4  # samples whose sizes are looked at, and smallest and largest ones that are compared
 # Largest change of a logit, relative to the largest logit, that counts as rounding.
 ROUNDING = 1e-3
+# Training samples about which a teacher is asked again when a run goes on, and the largest rms of the differences, in
+# units of the ledger, that counts as rounding: the run may go on on another device, or in bfloat16.
+ASKED, UNCHANGED = 8, 0.02
 
 
 def check_hooks(owner: pl.LightningDataModule | pl.LightningModule, loader: Any, *, indexed: bool = True) -> None:
@@ -133,6 +137,35 @@ def _batches_of(loader: DataLoader[Any], items: Any) -> list[_Twice]:
     with suppress(UserError):  # a batch of which no sample can be cut out
         return [_Twice(alone[number], take_rows(together, slice(row, row + 1))) for row, number in enumerate(chosen)]
     return []
+
+
+@torch.no_grad()
+def check_teacher(teacher: nn.Module, part: Part) -> None:
+    """Compares the teacher's answers to some samples with those in the ledger: its weights do not decide them alone.
+
+    A teacher that answers at random is not compared.
+
+    Raises:
+        UserError: they differ by more than rounding.
+    """
+    device = next((weight.device for weight in teacher.parameters()), torch.device("cpu"))
+    numbers = spread(part.samples, ASKED)
+
+    def ask() -> Tensor:
+        items = ([part.items[number]] * min(2, part.batch_size) for number in numbers)  # many networks need two
+        batches = (move_data_to_device(part.loader.collate_fn(pair)[0], device) for pair in items)
+        return part.ledger.units.inward(torch.cat([teacher(x)[:1].float().cpu() for x in batches]))
+
+    with as_written(teacher):
+        now = ask()
+        off = float((now - part.ledger.answers(np.asarray(numbers))).square().mean().sqrt())
+        if off <= UNCHANGED or float((ask() - now).square().mean().sqrt()) > UNCHANGED:
+            return
+    raise UserError(
+        f"Expected the teacher that the run in {part.ledger.folder.parent} was started with, got one of the same "
+        f"weights whose answers differ by {off:.0%} of their rms: an attribute, a function or the preprocessing has "
+        "changed. Give that teacher, or choose another `run_dir`."
+    )
 
 
 @torch.no_grad()

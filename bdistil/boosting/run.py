@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from bdistil.boosting.batch_checks import check_independence
+from bdistil.boosting.batch_checks import check_independence, check_teacher
 from bdistil.boosting.checks import (
     TEST,
     check_outputs,
@@ -30,6 +30,7 @@ from bdistil.boosting.checks import (
 from bdistil.boosting.costs import Uncounted, is_api, student_cost, teacher_row
 from bdistil.boosting.labels import all_batches, check_samples
 from bdistil.boosting.optimization import Optimization
+from bdistil.boosting.part import Part
 from bdistil.boosting.parts import Parts
 from bdistil.boosting.round import BoostingRound, Game
 from bdistil.boosting.settings import BoostingSettings
@@ -261,6 +262,7 @@ class Boosting:
                 part.ledger.open(part.samples, fingerprint)
         if self.run.scratch is None:
             plan.parts.compare_stored()
+            self._compare_teacher(plan.parts.train)
         last, started = plan.student, False
         while (this := self._plan_round(plan, fingerprint)) is not None:
             if this.module.student is last:
@@ -277,6 +279,11 @@ class Boosting:
             if self._ends_here(this.module, before, new):
                 return
             gc.collect()  # a Trainer lingers in reference cycles
+
+    def _compare_teacher(self, part: Part) -> None:
+        """Compares answers of a teacher with those that it gave; an API is billed, and a table is its answers."""
+        if part.ledger.exists and self.settings.state == "cached" and declared_outputs(self.teacher) is None:
+            check_teacher(self.teacher, part)
 
     def _announce(self, student: nn.Module, new: bool) -> None:
         """Says what students of this kind cannot do, so that nobody expects it."""

@@ -52,9 +52,11 @@ class FrozenTeacher(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over everything that decides the logits; equal for equal teachers.
+        """Sha256 over the state of a teacher; equal for equal teachers.
 
-        That is all weights and buffers, other state such as packed weights of int8, code and constants of scripted
+        Attributes and functions are not part of it: when a run goes on, its answers are compared, too.
+
+        State is all weights and buffers, other state such as packed weights of int8, code and constants of scripted
         modules, and the attribute `identity` of modules that have one. A compiled module equals the plain one.
         """
         digest = hashlib.sha256()

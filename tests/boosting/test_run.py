@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.toys import (
     BATCH,
     BODY,
@@ -37,6 +38,7 @@ from helpers.toys import (
 )
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
+from torch import nn
 
 from bdistil import ProgressiveEnsemble, RunError, Rung, UserError
 from bdistil.boosting import commit
@@ -332,6 +334,42 @@ def test_another_run_is_refused(tmp_path):
     refused(r"training dataset has 160 samples.*started with\s+192", Toys(train=160))
     refused(r"validation dataset has 32 samples.*started with\s+64", Toys(val=32))
     boost(tmp_path, settings=settings_for(1))
+
+
+class Shifted(nn.Module):
+    """A teacher with a number and a function that are no weights."""
+
+    def __init__(self, shift=0.0, function=torch.relu, noise=0.0):
+        super().__init__()
+        self.net, self.shift, self.function, self.noise = make_teacher(), shift, function, noise
+
+    def forward(self, x):
+        answers = self.function(self.net(x - self.shift))
+        return answers + self.noise * torch.randn(answers.shape)
+
+
+@pytest.mark.parametrize(
+    ("options", "datamodule"),
+    [({}, {}), ({"storage": "float16"}, {}), ({"views": 2}, {"noisy": True})],
+    ids=["float32", "float16", "views"],
+)
+def test_a_teacher_of_the_same_weights_that_answers_otherwise_is_refused(tmp_path, options, datamodule):
+    def run(rounds, teacher):
+        return boost(tmp_path, Toys(**datamodule), settings=settings_for(rounds, **options), teacher=teacher)
+
+    run(1, Shifted())
+    before = everything(tmp_path)
+    for teacher in (Shifted(shift=2.0), Shifted(function=F.gelu)):
+        with pytest.raises(UserError, match=r"got one of the same weights whose answers differ by \d+% .*`run_dir`"):
+            run(1, teacher)
+        assert everything(tmp_path) == before
+    run(2, Shifted(function=lambda x: torch.relu(x).bfloat16()))  # rounding, as of another device
+    assert len(run(2, Shifted()).ensemble) == 2
+
+
+def test_a_teacher_that_answers_at_random_is_not_compared(tmp_path):
+    for rounds in (1, 2):
+        assert len(boost(tmp_path, settings=settings_for(rounds), teacher=Shifted(noise=0.5)).ensemble) == rounds
 
 
 @pytest.mark.parametrize("accept", ["margin", "progress"])
