@@ -26,7 +26,8 @@ class Arrays(TensorParts):
     The file has `x` and `y`, or `x_train`, `y_train` and the same with `_val` and `_test`. A part that is not there is
     split off the training samples by seed, of class labels with the same share of every class; every class keeps
     training samples. Whole numbers of which some are too rare for that, and others between them are missing, are taken
-    for a quantity, and split at random as real numbers are. Labels may be integers or names; real numbers are for `task: regression`.
+    for a quantity, and split at random as real numbers are. Labels may be integers or names; real numbers are for
+    `task: regression`.
 
     Real numbers become float32, and integers int64, as ids of tokens. Images of integers need `standardise`.
 

@@ -66,9 +66,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any], ignore: Sequen
     "  tracking_loss: '(absent)' there, 3 now"
     """
     old, new, sections = flatten(there), flatten(now), tuple(f"{key}." for key in ignore)
-    keys = sorted(
-        key for key in old | new if not f"{key}.".startswith(sections) and old.get(key) != new.get(key)
-    )
+    keys = sorted(key for key in old | new if not f"{key}.".startswith(sections) and old.get(key) != new.get(key))
     lines = (f"  {key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} now" for key in keys)
     return "\n".join(lines)
 
