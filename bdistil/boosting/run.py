@@ -29,6 +29,7 @@ from bdistil.boosting.checks import (
 )
 from bdistil.boosting.costs import Uncounted, is_api, student_cost, teacher_row
 from bdistil.boosting.labels import all_batches, check_samples
+from bdistil.boosting.ledger.samples import check_stored, store_samples
 from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.part import Part
 from bdistil.boosting.parts import Parts
@@ -191,6 +192,7 @@ class Boosting:
         optimization = self.optimization.describe(student, settings)
         if distributed.early_rank() == 0:
             run.freeze(self.config(optimization), self.free_keys, GROWING_KEYS, self.complete)
+            self._keep_test(test)
         return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 
     def _test_loader(self, datamodule: pl.LightningDataModule) -> Any:
@@ -198,6 +200,13 @@ class Boosting:
         if self.run.committed() and table_of(self.teacher) is None:
             return None
         return test_loader_of(datamodule, self.settings)
+
+    def _keep_test(self, test: Any) -> None:
+        """Compares the test part with that of earlier starts, or keeps what later commands compare theirs with."""
+        # A scratch disk may hold the files of another run until the first round.
+        if test is not None and hasattr(test.dataset, "__len__") and self.run.scratch is None:
+            check_stored(self.run.ledger / "test", TEST, test.dataset)
+            store_samples(self.run.ledger / "test", test.dataset)
 
     def _check_table(self, parts: Parts, val: Any, test: Any) -> None:
         """Checks a table of logits that stands for the teacher, if there is one; `val` is the user's dataset."""
@@ -455,6 +464,7 @@ class Boosting:
             return None
         figures = partial(prefix_accuracies, loader=loader, device=device, task=settings.task, teacher=asked)
         try:
+            check_stored(self.run.ledger / "test", TEST, loader.dataset)
             teacher: list[float | None] = [None if table is None else table_figure(table, loader, settings.task)]
             if asked is not None:
                 teacher = [*figures(ProgressiveEnsemble([asked], task=settings.task).to(device))]

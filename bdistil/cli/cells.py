@@ -45,8 +45,10 @@ class CellCLI(BoostCLI):
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains what the cell needs, as far as it is missing."""
         run = RunDirectory(self._get(self.config, "run_dir"))
-        self.fit_run(model, datamodule, run)
-        write_figures(run, ProgressiveEnsemble.load(run.root, student=model.make_student), prefix_costs(run))
+        datamodule = self.fit_run(model, datamodule, run)
+        write_figures(
+            run, ProgressiveEnsemble.load(run.root, student=model.make_student), prefix_costs(run), datamodule
+        )
 
 
 def prefix_costs(run: RunDirectory) -> list[Row]:
@@ -62,9 +64,11 @@ def prefix_costs(run: RunDirectory) -> list[Row]:
     return costs
 
 
-def write_figures(run: RunDirectory, ensemble: ProgressiveEnsemble, costs: list[Row]) -> None:
-    """Evaluates the prefixes on the validation and the test part, and writes ``figures.json``."""
-    val, test = (part_figures(ensemble, loader_of(run, part)) for part in PARTS)
+def write_figures(
+    run: RunDirectory, ensemble: ProgressiveEnsemble, costs: list[Row], datamodule: LightningDataModule
+) -> None:
+    """Evaluates the prefixes on the parts of the data that they were trained with, and writes ``figures.json``."""
+    val, test = (part_figures(ensemble, loader_of(run, part, datamodule)) for part in PARTS)
     run.write("figures", prefix_rows(costs, val, test))
 
 
@@ -81,14 +85,17 @@ class TeacherCLI(BoostCLI):
         self._teach(model, datamodule, controller)
         teacher = controller.boosting.teacher
         if (table := table_of(teacher)) is not None:
-            val, test = (table_figures(table, part, loader_of(run, part), model.boosting.task) for part in PARTS)
+            loaders = ((part, loader_of(run, part, datamodule)) for part in PARTS)
+            val, test = (table_figures(table, part, loader, model.boosting.task) for part, loader in loaders)
             row = {"macs": 0, "params": 0, "train_macs": 0, "seconds": 0.0}
             run.write("figures", prefix_rows([row], val, test))
             return datamodule
         cost = measure_cost(teacher.cpu(), (plan.example,), uncounted="record")
         seconds = time.perf_counter() - started
         row = {"macs": cost.macs, "params": cost.params, "train_macs": 0, "seconds": seconds}
-        write_figures(run, ProgressiveEnsemble([teacher], macs=[cost.macs], task=model.boosting.task), [row])
+        write_figures(
+            run, ProgressiveEnsemble([teacher], macs=[cost.macs], task=model.boosting.task), [row], datamodule
+        )
         return datamodule
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
@@ -129,7 +136,7 @@ class JointCLI(TeacherCLI):
             {"macs": macs, "params": count, "train_macs": whole, "seconds": time.perf_counter() - started}
             for macs, count in zip(accumulate(ensemble.macs), params, strict=True)
         ]
-        write_figures(run, ensemble, costs)
+        write_figures(run, ensemble, costs, datamodule)
         shutil.rmtree(run.work(0), ignore_errors=True)
         return datamodule
 

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from bdistil.boosting.ledger.samples import check_stored
-from bdistil.data.loaders import paired, single_loader, with_trainer
+from bdistil.data.loaders import only_given, paired, single_loader, with_trainer
 from bdistil.distillation.mekd.samples import open_generated
 from bdistil.errors import UserError
 from bdistil.metrics.quality import UNLABELLED
@@ -38,32 +38,43 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
 
 
 @contextmanager
-def run_data(run: RunDirectory) -> Iterator[LightningDataModule]:
+def run_data(run: RunDirectory, datamodule: LightningDataModule | None = None) -> Iterator[LightningDataModule]:
     """Context with the data module of a run, set up for a fit, with a Trainer, and with the samples of the run.
+
+    Args:
+        run: the run.
+        datamodule: that the run was trained on, where it is at hand; by default a new one.
 
     Raises:
         UserError: the run was not started by a recipe, or the validation part holds other samples than in the run.
     """
-    datamodule = datamodule_of(run)
+    datamodule = datamodule_of(run) if datamodule is None else datamodule
     with with_trainer(datamodule):
         datamodule.prepare_data()
         datamodule.setup("fit")
         loader: Any = single_loader(datamodule.val_dataloader())
-        check_stored(run.ledger / "val", "val_dataloader", loader.dataset)
+        check_stored(run.ledger / "val", "val_dataloader", only_given(loader, "val_dataloader").dataset)
         yield datamodule
 
 
-def loader_of(run: RunDirectory, part: Split) -> Any:
+def loader_of(run: RunDirectory, part: Split, datamodule: LightningDataModule | None = None) -> Any:
     """The loader of a part of the data of a run, in the order of its samples; its batches are (x, y).
+
+    Args:
+        run: the run.
+        part: of the data.
+        datamodule: as in `run_data`.
 
     Raises:
         UserError: as `run_data`.
     """
     name = f"{part}_dataloader"
-    with run_data(run) as datamodule:
+    with run_data(run, datamodule) as data:
         if part == "test":
-            datamodule.setup("test")
-        loader = getattr(datamodule, name)()
+            data.setup("test")
+        loader = single_loader(getattr(data, name)())
+        if part == "test":
+            check_stored(run.ledger / "test", name, loader.dataset)
     return pairs_loader(run, loader, name)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.run_data import Asking, Drawn
-from helpers.toys import CLASSES, boost, settings_for
+from helpers.run_data import Asking, Drawn, DrawnTest, Sampled
+from helpers.toys import CLASSES, boost, control, settings_for
 from torch.utils.data import TensorDataset
 
 from bdistil import UserError
@@ -28,6 +28,28 @@ def test_parts_that_are_drawn_anew_are_refused(tmp_path):
     with pytest.raises(UserError, match="seed it"):
         export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_test_part_that_is_drawn_anew_is_refused(tmp_path):
+    run = run_of(tmp_path, DrawnTest)
+    torch.manual_seed(0)
+    assert len(loader_of(run, "test").dataset) == 64
+    torch.manual_seed(1)
+    assert len(loader_of(run, "val").dataset) == 64
+    with pytest.raises(UserError, match=r"of `test_dataloader\(\)` has another x .*than in the run.* seed it"):
+        loader_of(run, "test")
+
+
+def test_a_start_with_another_test_part_is_refused_before_training(tmp_path):
+    torch.manual_seed(0)
+    first = control(tmp_path)
+    first.boosting.check(DrawnTest())
+    with pytest.raises(UserError, match=r"of `test_dataloader\(\)` has another x .*than in the run.* seed it"):
+        first.boosting.check(DrawnTest())
+
+
+def test_samples_of_a_validation_sampler_are_those_of_the_run(tmp_path):
+    assert sum(len(y) for _, y in loader_of(run_of(tmp_path, Sampled), "val")) == 32
 
 
 def test_an_export_sets_the_data_up_as_other_commands_do(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Data modules of a user that a configuration names: `helpers.run_data.NAME`."""
 
 from helpers.toys import BATCH, Toys, samples
-from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
 
 
 class Drawn(Toys):
@@ -20,6 +20,25 @@ class Drawn(Toys):
 
     def test_dataloader(self):
         return DataLoader(self.drawn["test"], BATCH)
+
+
+class DrawnTest(Toys):
+    """Draws its test part alone by the global generator; training and validation part are always the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.test, _ = random_split(TensorDataset(*samples(128, 14)), (64, 64))
+
+    def test_dataloader(self):
+        return DataLoader(self.test, BATCH)
+
+
+class Sampled(Toys):
+    """Chooses its validation samples by a sampler."""
+
+    def val_dataloader(self):
+        data = TensorDataset(*self.parts["val"])
+        return DataLoader(data, BATCH, sampler=SubsetRandomSampler(range(1, len(data), 2)))
 
 
 class Asking(Toys):

@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers.run_data import Drawn
 from helpers.toys import CLASSES, FEATURES, Toys
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -102,6 +103,17 @@ def test_joint_training_keeps_the_best_epoch_if_the_recipe_does(recipe, tmp_path
     assert best is not epochs[-1], "the last epoch is the best: this shows nothing"
     assert best["val_accuracy"] != epochs[-1]["val_accuracy"]
     assert run.read("figures")[-1]["val_accuracy"] == pytest.approx(float(best["val_accuracy"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [TeacherCLI, CellCLI, JointCLI])
+def test_figures_are_those_of_the_parts_that_a_cell_was_trained_with(recipe, tmp_path, kind):
+    """A data module that splits in its constructor would draw others, were it made again after the training."""
+    seen, made = [], Drawn.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drawn, "__init__", lambda data: (seen.append(data), made(data))[1])
+        run = cell(kind, recipe, tmp_path / "run", "--data", "helpers.run_data.Drawn")
+    assert len(seen) == 1
+    assert 0 <= run.read("figures")[-1]["test_accuracy"] <= 1
 
 
 def test_parameters_of_joint_prefixes_are_those_of_a_run(recipe, tmp_path):

@@ -63,7 +63,7 @@ WAY = (
 
 
 def check_stored(folder: Path, name: str, items: Items) -> None:
-    """Compares some samples of a finished run with those of a dataset, up to those that it draws at random.
+    """Compares some samples of a run with those of a dataset, see `check_known`.
 
     Args:
         folder: of the ledger of a part; a run without one is not checked.
@@ -74,14 +74,41 @@ def check_stored(folder: Path, name: str, items: Items) -> None:
         UserError: one differs.
     """
     file = folder / "samples.json"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    known = {int(number): _from_json(found) for number, found in stored.items()}
-    if known and max(known) >= len(items):
-        raise UserError(f"`{name}()` gives a dataset of {len(items)} samples, the run had {max(known) + 1}. {PARTS}")
+    if file.exists():
+        check_known(read_known(json.loads(file.read_text(encoding="utf-8"))), name, items, "in the run", PARTS)
+
+
+def store_samples(folder: Path, items: Items) -> None:
+    """Keeps the digests of some samples of a part for `check_stored`, unless they are there."""
+    if not (file := folder / "samples.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(stable_digests(items, spread(len(items)))))
+
+
+def read_known(stored: Mapping[str, Any]) -> dict[int, Digests]:
+    """Digests of samples by number, as JSON has kept them."""
+    return {int(number): _from_json(found) for number, found in stored.items()}
+
+
+def check_known(known: Mapping[int, Digests], name: str, items: Items, where: str, way: str) -> None:
+    """Compares some samples with those of a dataset, up to what one of both draws at random.
+
+    Args:
+        known: digests of samples that are spread over a dataset, its last one among them.
+        name: of the user's method that returned the loader.
+        items: its dataset.
+        where: the samples are known from, for the message.
+        way: out, for the message.
+
+    Raises:
+        UserError: one differs, or there are more or fewer.
+    """
+    if known and max(known) + 1 != len(items):
+        raise UserError(f"`{name}()` gives a dataset of {len(items)} samples, not {max(known) + 1} as {where}. {way}")
     now = stable_digests(items, list(known))
     for number, found in known.items():
         if names := changed(found, now[number]):
-            raise UserError(f"Sample {number} of `{name}()` has another {_and(names)} than in the run. {PARTS}")
+            raise UserError(f"Sample {number} of `{name}()` has another {_and(names)} than {where}. {way}")
 
 
 class _Compared(NamedTuple):
