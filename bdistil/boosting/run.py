@@ -36,7 +36,7 @@ from bdistil.boosting.parts import Parts
 from bdistil.boosting.round import BoostingRound, Game
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.boosting.student_checks import check_factory, check_ladder, check_reads, check_student
-from bdistil.data.loaders import LOADERS, indexed_loaders
+from bdistil.data.loaders import LOADERS, indexed_loaders, is_indexed
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import Cost
@@ -204,7 +204,7 @@ class Boosting:
     def _keep_test(self, test: Any) -> None:
         """Compares the test part with that of earlier starts, or keeps what later commands compare theirs with."""
         # A scratch disk may hold the files of another run until the first round.
-        if test is not None and hasattr(test.dataset, "__len__") and self.run.scratch is None:
+        if test is not None and is_indexed(test.dataset) and self.run.scratch is None:
             check_stored(self.run.ledger / "test", TEST, test.dataset)
             store_samples(self.run.ledger / "test", test.dataset)
 

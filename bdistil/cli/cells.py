@@ -22,6 +22,7 @@ from bdistil.cli.guard import guarded
 from bdistil.comparison.figures import Row, part_figures, prefix_rows, table_figures
 from bdistil.comparison.joint import Opening, joint_ensemble, plan_joint
 from bdistil.comparison.methods import Kind
+from bdistil.comparison.origin import check_split, parts_of, read_origin
 from bdistil.data.loaders import indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.evaluation.run_data import Split, loader_of
@@ -36,11 +37,21 @@ PARTS: tuple[Split, ...] = ("val", "test")
 CELL_KEYS = (*FREE_KEYS, "model.teacher.checkpoint")
 
 
-class CellCLI(BoostCLI):
-    """Trains the rounds of a recipe; ``figures.json`` in the run directory then has a row for each prefix."""
+class ComparedCLI(BoostCLI):
+    """A training in the folder `runs` of a comparison, whose teacher was trained on the same parts."""
 
     free_keys = CELL_KEYS
     reads_test = False  # the comparison does, once
+
+    def fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
+        """Trains, after a look at the samples."""
+        if (origin := read_origin(run.root.parent.parent)) is not None:
+            check_split(origin, parts_of(datamodule, model.boosting))
+        return super().fit_run(model, datamodule, run)
+
+
+class CellCLI(ComparedCLI):
+    """Trains the rounds of a recipe; ``figures.json`` in the run directory then has a row for each prefix."""
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains what the cell needs, as far as it is missing."""
@@ -72,10 +83,8 @@ def write_figures(
     run.write("figures", prefix_rows(costs, val, test))
 
 
-class TeacherCLI(BoostCLI):
+class TeacherCLI(ComparedCLI):
     """Trains the teacher of a recipe, if it has no weights yet, and evaluates it."""
-
-    free_keys = CELL_KEYS
 
     def _fit_rounds(
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
-from bdistil.boosting.checks import loaders_of, test_loader_of
+from bdistil.boosting.checks import TEST
 from bdistil.boosting.costs import is_api
 from bdistil.callbacks import LossMixing
 from bdistil.cli.commands import find_recipe
@@ -21,10 +21,11 @@ from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.parser import Parser
 from bdistil.comparison.forms import Forms, latencies, plan_forms, with_widths
 from bdistil.comparison.methods import METHODS, TEACHER, Cell, Method, cells_of, check_methods
+from bdistil.comparison.origin import FILE, Origin, check_split, check_start, origin_of, parts_of, read_origin
 from bdistil.comparison.report import TextTable, Unit, difference_table, summary_table, write_comparison
 from bdistil.comparison.running import CellRunner
 from bdistil.comparison.tables import classes_of, gather
-from bdistil.data.loaders import check_dataset
+from bdistil.data.loaders import LOADERS, check_dataset
 from bdistil.errors import UserError
 from bdistil.reporting.tables import format_table
 from bdistil.reporting.tracking import make_logger
@@ -79,16 +80,27 @@ class PlanCLI(BoostCLI):
             )
         if is_api(model.teacher.network):
             raise UserError("Expected a teacher at hand, got one behind an API, whose queries are for training.")
-        train, _ = loaders_of(datamodule, model.boosting)
-        check_dataset(train, "train_dataloader")
-        if model.boosting.labels is None or test_loader_of(datamodule, model.boosting) is None:
+        self.parts = parts_of(datamodule, model.boosting)
+        train = self.parts[LOADERS[0]]
+        for name in LOADERS:
+            check_dataset(self.parts[name], name)
+        if model.boosting.labels is None or self.parts[TEST] is None:
             lacks = "labels (model.boosting.labels is null)" if model.boosting.labels is None else "a test_dataloader"
             raise UserError(f"Expected data with labels and a test part, by which methods are compared; {lacks} lacks.")
         # The MACs of a run are those of this sample.
         self.model_planned, self.x = model, train.collate_fn([train.dataset[0]])[0]
         self.tracking = self._get(self.config_init, "tracking")
         self.mixes = any(isinstance(callback, LossMixing) for callback in self.callbacks())
+        self.origin = origin_of(self.parts, model.teacher)
         self.trains_teacher = not (comes_trained(model.teacher.network) or model.teacher.checkpoint)
+
+
+class PartsCLI(BoostCLI):
+    """Sets up the data of a recipe as a training with another seed would."""
+
+    def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
+        """Takes the loaders."""
+        self.parts = parts_of(datamodule, model.boosting)
 
 
 def run_compare(args: Sequence[str]) -> None:
@@ -143,7 +155,9 @@ def _check_options(own: Sequence[str], options: Sequence[str]) -> None:
 def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, options: Sequence[str]) -> None:
     text = recipe.read_text(encoding="utf-8")
     _check_same(output, text, options)
-    planned: Any = run_fit(["--config", str(recipe), *options, "--trainer.logger=false"], PlanCLI)
+    planned = _plan(recipe, options, given.seeds)
+    if _begun(output):
+        check_start(output, planned.parts, planned.origin)
     model, x = planned.model_planned, planned.x
     settings = model.boosting
     alone = [method for method in methods if method in ("resched", "joint")]
@@ -153,7 +167,7 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
             f"{', '.join(alone)}. Leave them out."
         )
     forms = plan_forms(model.make_student, settings, x, widths="no_resched" in methods)
-    fixed = ["--config", str(_freeze(output, text, options)), *options]
+    fixed = ["--config", str(_freeze(output, text, options, planned.origin)), *options]
     message = f"The comparison in {output} was interrupted. Give the same command again: it goes on from there."
     with StopSignals(lambda: message) as signals:
         try:
@@ -179,6 +193,16 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         differences = format_table(*difference_table(rows, methods[0], settings.task))
         print(f"\n{methods[0]} against the others{Unit.of(settings.task).of_differences}:\n{differences}")
     print(f"\n{page}")
+
+
+def _plan(recipe: Path, options: Sequence[str], seeds: int) -> Any:
+    """The plan of a comparison, after a look at its data with two seeds: the teacher has one."""
+    command = ["--config", str(recipe), *options, "--trainer.logger=false"]
+    planned: Any = run_fit([*command, f"--seed_everything={TEACHER.seed}"], PlanCLI)
+    if seeds > 1:
+        other: Any = run_fit([*command, f"--seed_everything={TEACHER.seed + 1}"], PartsCLI)
+        check_split(planned.origin, other.parts)
+    return planned
 
 
 class Training(NamedTuple):
@@ -230,15 +254,22 @@ def _check_same(output: Path, text: str, options: Sequence[str]) -> None:
     copy, kept = output / "recipe.yaml", output / "options.json"
     if (output / "rounds").exists():
         raise UserError(f"`output` {output} is the folder of a run, whose report would be lost. Choose another folder.")
-    if copy.exists() and (copy.read_text(encoding="utf-8"), json.loads(kept.read_text())) != (text, list(options)):
+    if not copy.exists() or not _begun(output):
+        return
+    if (copy.read_text(encoding="utf-8"), json.loads(kept.read_text())) != (text, list(options)):
         raise UserError(
             f"`output` {output} holds a comparison of another recipe or with other options "
             f"({' '.join(json.loads(kept.read_text())) or 'none'}). Choose another folder, or give those."
         )
 
 
-def _freeze(output: Path, text: str, options: Sequence[str]) -> Path:
-    """Keeps the recipe and the options of a comparison; returns the copy that its trainings read.
+def _begun(output: Path) -> bool:
+    """Whether a training has passed its checks: until then, recipe and options may be corrected."""
+    return any((output / "runs").glob("*/config.yaml"))
+
+
+def _freeze(output: Path, text: str, options: Sequence[str], origin: Origin) -> Path:
+    """Keeps recipe, options and origin of a comparison; returns the copy of the recipe that its trainings read.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -248,6 +279,8 @@ def _freeze(output: Path, text: str, options: Sequence[str]) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, json.dumps(list(options)))
         write_atomically(copy, text)
+        if not _begun(output) or read_origin(output) is None:
+            write_atomically(output / FILE, json.dumps(origin))
     except OSError as error:
         raise UserError(f"`output` {output} cannot be written to: {error.strerror or error}.") from error
     return copy

@@ -1,5 +1,8 @@
 """Data modules of a user that a configuration names: `helpers.run_data.NAME`."""
 
+import os
+
+import torch
 from helpers.toys import BATCH, Toys, samples
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
 
@@ -20,6 +23,15 @@ class Drawn(Toys):
 
     def test_dataloader(self):
         return DataLoader(self.drawn["test"], BATCH)
+
+
+class BySeed(Drawn):
+    """Splits by the seed of the run: the same parts in every process with that seed."""
+
+    def __init__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(int(os.environ["PL_GLOBAL_SEED"]))
+            super().__init__()
 
 
 class DrawnTest(Toys):

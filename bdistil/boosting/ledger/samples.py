@@ -48,8 +48,8 @@ SEED = (
 )
 PARTS = (
     "Its parts would be mixed: samples that the students were trained on would be among those of the figures. Where "
-    "the data module splits at random, seed it: random_split(dataset, lengths, "
-    "generator=torch.Generator().manual_seed(0))."
+    "the data module splits at random, seed it: "
+    "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0))."
 )
 RANDOM = (
     f"Give {RECOMPUTE} to evaluate the teacher on every batch, or BoostingSettings(views=K) (model.boosting.views) to "

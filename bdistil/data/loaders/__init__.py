@@ -1,7 +1,15 @@
 """DataLoaders that carry each sample's index, checks of datasets, and fixed random views."""
 
 from bdistil.data.loaders.batches import PairCollate, as_labels, paired, pairs_of
-from bdistil.data.loaders.checks import check_dataset, distinct_samples, first_samples, is_random, same_x, single_loader
+from bdistil.data.loaders.checks import (
+    check_dataset,
+    distinct_samples,
+    first_samples,
+    is_indexed,
+    is_random,
+    same_x,
+    single_loader,
+)
 from bdistil.data.loaders.early_trainer import with_trainer
 from bdistil.data.loaders.indexing import (
     LOADERS,
@@ -32,6 +40,7 @@ __all__ = [
     "distinct_samples",
     "first_samples",
     "indexed_loaders",
+    "is_indexed",
     "is_random",
     "largest_batch",
     "only_given",

@@ -36,6 +36,11 @@ def first_samples(loader: Any, count: int, labels: str | None = "labels") -> Any
     return take_rows(joined_rows(batches), slice(count))
 
 
+def is_indexed(dataset: Any) -> bool:
+    """Whether a dataset has numbered samples, not a stream."""
+    return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+
 def check_dataset(loader: Any, name: str) -> int:
     """Number of samples of a loader that a user's method `name` returned; its dataset is indexed, its batches (x, y).
 
@@ -56,7 +61,7 @@ def check_dataset(loader: Any, name: str) -> int:
             "dataset or the collate function, and keep workers between epochs by persistent_workers=True."
         )
     dataset = loader.dataset
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if not is_indexed(dataset):
         raise UserError(
             f"Expected the dataset of `{name}()` to be map-style (with __len__ and __getitem__), got the iterable "
             f"{type(dataset).__name__}. The ledger addresses samples by index: read the data into a map-style dataset."

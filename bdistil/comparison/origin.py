@@ -1,0 +1,82 @@
+"""What all trainings and starts of a comparison have in common: the samples of each part, and the teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from bdistil.boosting.checks import TEST, loaders_of, test_loader_of
+from bdistil.boosting.ledger.samples import check_known, read_known
+from bdistil.boosting.settings import BoostingSettings
+from bdistil.data.loaders import LOADERS, is_indexed
+from bdistil.data.loaders.fingerprints import spread, stable_digests
+from bdistil.errors import UserError
+from bdistil.storage.weights import load_weights
+from bdistil.teachers.training import TeacherSpec
+from bdistil.teachers.wrappers import FrozenTeacher, comes_trained
+
+FILE = "origin.json"
+ONE_SPLIT = (
+    "A comparison has one teacher, whose training samples may be among those that this training validates and tests "
+    "with. Split with a fixed seed, not with that of the run: "
+    "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0))."
+)
+Origin = Mapping[str, Any]
+Parts = Mapping[str, Any]  # loaders by name of the method
+
+
+def parts_of(datamodule: LightningDataModule, settings: BoostingSettings) -> Parts:
+    """The loaders of a data module by the method that returns them; None for a test part that it lacks."""
+    train, val = loaders_of(datamodule, settings)
+    return {**dict(zip(LOADERS, (train, val), strict=True)), TEST: test_loader_of(datamodule, settings)}
+
+
+def _datasets(parts: Parts) -> dict[str, Any]:
+    return {name: loader.dataset for name, loader in parts.items() if loader is not None and is_indexed(loader.dataset)}
+
+
+def origin_of(parts: Parts, spec: TeacherSpec) -> Origin:
+    """Digests of some samples of each part, and the fingerprint of a teacher that the comparison does not train."""
+    samples = {name: stable_digests(items, spread(len(items))) for name, items in _datasets(parts).items()}
+    return {"samples": samples, "teacher": _fingerprint(spec)}
+
+
+def _fingerprint(spec: TeacherSpec) -> str | None:
+    if spec.checkpoint:
+        load_weights(spec.network, Path(spec.checkpoint), "model.teacher.network")
+    elif not comes_trained(spec.network):
+        return None
+    return FrozenTeacher(spec.network).fingerprint
+
+
+def read_origin(output: Path) -> Origin | None:
+    """What the first start of a comparison has kept; None where there is none."""
+    file = output / FILE
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
+def check_split(origin: Origin, parts: Parts) -> None:
+    """Raises UserError where a training would have other parts than the teacher."""
+    _check_samples(origin, parts, "in another training of this comparison", ONE_SPLIT)
+
+
+def check_start(output: Path, parts: Parts, now: Origin) -> None:
+    """Raises UserError where a comparison was begun with other data or another teacher."""
+    if (before := read_origin(output)) is None:
+        return
+    way = f"Put the data back, or choose another `output` than {output}."
+    _check_samples(before, parts, "at the first start of this comparison", way)
+    if before["teacher"] != now["teacher"]:
+        raise UserError(
+            f"Expected `model.teacher` to be the teacher of the comparison in {output}, got other weights. Put the "
+            "weights back, or choose another `output`."
+        )
+
+
+def _check_samples(origin: Origin, parts: Parts, where: str, way: str) -> None:
+    for name, items in _datasets(parts).items():
+        check_known(read_known(origin["samples"].get(name, {})), name, items, where, way)
