@@ -86,6 +86,13 @@ def with_widths(forms: Forms, make: Make, x: Any, reached: Sequence[int] = ()) -
     return replace(forms, prefixes=prefixes, widths=found, oracle=tuple(map(macs_of, found)))
 
 
+def shared_forms(forms: Forms) -> str:
+    """Says which prefixes have equal students beside them, as their widths are rounded; empty where none have."""
+    groups = [[n for n, macs in enumerate(forms.oracle, 1) if macs == own] for own in dict.fromkeys(forms.oracle)]
+    shared = [f"prefixes {', '.join(map(str, group))}" for group in groups if len(group) > 1]
+    return f"Students of no_resched have equal MACs beside {'; '.join(shared)}: widths are rounded." if shared else ""
+
+
 def planned_classes(make: Make, settings: BoostingSettings) -> Classes:
     """The class that each round tries first. Builds a student to see whether it takes links."""
     links = isinstance(build_student(make, 0, [], Rung(0)), Student)

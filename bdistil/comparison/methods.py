@@ -19,7 +19,8 @@ METHODS: tuple[Method, ...] = get_args(Method)[:-1]  # the teacher is in every t
 MEANING: dict[str, str] = {
     "bdistil": "the recipe",
     "no_resched": "for each prefix one student of as many MACs, trained for as many epochs as one of its students "
-    "(the oracle); of the recipe's loss and the game the one that is better on the validation part",
+    "(the oracle); of the recipe's loss and the game the one that is better on the validation part, "
+    "with the training costs of both",
     "resched": "students of the first one's form, distilled independently of each other, and averaged",
     "links_only": "the recipe's students and links without correction: the game with kappa = 0",
     "residual": "the recipe's students and links, each trained on the squared error to g - S",

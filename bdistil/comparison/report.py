@@ -68,6 +68,8 @@ class Unit(NamedTuple):
 
     def difference(self, found: Difference, seeds: int) -> str:
         """A difference with its interval, which one seed does not have, and the number of seeds if some lack it."""
+        if math.isnan(found.mean):
+            return "–"
         low, high = self.text(found.low, "+"), self.text(found.high, "+")
         interval = "" if math.isnan(found.low) else f" [{low}, {high}]"
         return self.text(found.mean, "+") + interval + _seeds(found.seeds, seeds)

@@ -13,7 +13,7 @@ from scipy.stats import t
 
 from bdistil.comparison.forms import Classes
 from bdistil.comparison.methods import Cell
-from bdistil.metrics.curve import area_under_curve, violations_of_monotony
+from bdistil.metrics.curve import area_under_curve, merge_points, violations_of_monotony
 from bdistil.models.student import Rung
 from bdistil.storage.run_directory import RunDirectory
 
@@ -37,6 +37,8 @@ def gather(
 ) -> list[dict[str, Any]]:
     """The rows of all finished cells. Of students that differ in the loss, the better one on validation counts.
 
+    What both have cost is the cost of the better one, which the other was trained to find.
+
     Args:
         output: folder of the comparison.
         cells: of it.
@@ -54,8 +56,10 @@ def gather(
                 "method": cell.method, "seed": cell.seed, "cell": cell.name, **row, "prefix": number,
                 "latency_ms": latency,
             }  # fmt: skip
-            if key not in found or new["val_accuracy"] > found[key]["val_accuracy"]:
-                found[key] = new
+            if (old := found.get(key)) is not None:
+                spent = {name: old[name] + new[name] for name in ("train_macs", "seconds")}
+                new = {**(new if new["val_accuracy"] > old["val_accuracy"] else old), **spent}
+            found[key] = new
     return list(found.values())
 
 
@@ -132,7 +136,8 @@ def height_at(points: Sequence[Point], macs: float) -> float | None:
     first, last = points[0][0], points[-1][0]
     if not first * (1 - SLACK) <= macs <= last * (1 + SLACK):
         return None
-    return round(float(np.interp(np.log(macs), np.log([x for x, _ in points]), [y for _, y in points])), 12)
+    costs, heights = merge_points(points)  # students of some widths have equal MACs
+    return round(float(np.interp(np.log(macs), np.log(costs), heights)), 12)
 
 
 class Difference(NamedTuple):
@@ -165,7 +170,7 @@ def differences(rows: Sequence[Row], method: str, other: str, y: str = "test_acc
 
 
 def _half_interval(values: Sequence[float]) -> float:
-    if len(values) < 2:
+    if len(values) < 2 or any(map(math.isnan, values)):  # `statistics` fails
         return math.nan
     return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
 
@@ -189,9 +194,9 @@ def area(points: Sequence[Point], low: float, high: float) -> float:
         >>> round(area([(1, 0.5), (100, 0.7)], 10, 100), 3)
         0.65
     """
-    inside = [low, *(x for x, _ in points if low < x < high), high]
-    heights = np.interp(np.log(inside), np.log([x for x, _ in points]), [y for _, y in points])
-    return area_under_curve(inside, heights.tolist())
+    costs, heights = merge_points(points)
+    inside = [low, *(x for x in costs if low < x < high), high]
+    return area_under_curve(inside, np.interp(np.log(inside), np.log(costs), heights).tolist())
 
 
 class Summary(NamedTuple):
@@ -212,7 +217,7 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
     """Figures of each method: those of its largest prefix, its area, the falls of its curve, and what training cost.
 
     A fall is a prefix that is less accurate than the one before. Training costs are those of all its prefixes: for
-    `no_resched` the sum over its students.
+    `no_resched` the sum over its students, with those whose loss was worse.
     """
     shared = common_range(rows)
     return [_summary(rows, method, shared) for method in methods_of(rows)]

@@ -1,11 +1,13 @@
 """Forms of the students of a comparison: MACs of the prefixes as a run has them, and widths of single students."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.toys import FEATURES, boost, make_plain, make_student, settings_for
 
 from bdistil import Rung
-from bdistil.comparison.forms import latencies, plan_forms, width_for, with_widths
+from bdistil.comparison.forms import latencies, plan_forms, shared_forms, width_for, with_widths
 from bdistil.comparison.tables import TOLERANCE
 from bdistil.errors import UserError
 from bdistil.models import ConvStudent
@@ -44,6 +46,13 @@ def test_students_without_a_width_are_refused_for_the_oracle_only():
     assert len(plan_forms(make_plain, settings, X, widths=False).prefixes) == 2
     with pytest.raises(UserError, match="Expected a student that takes `width`, for the method no_resched"):
         plan_forms(make_plain, settings, X, widths=True)
+
+
+def test_prefixes_that_share_a_student_are_told():
+    forms = plan_forms(make_conv, DEEP, IMAGE, widths=True)
+    assert not shared_forms(forms)
+    said = "Students of no_resched have equal MACs beside prefixes 2, 3: widths are rounded."
+    assert shared_forms(replace(forms, oracle=(5, 8, 8))) == said
 
 
 def test_planning_draws_no_random_numbers():

@@ -8,6 +8,7 @@ import pytest
 
 from bdistil import Rung
 from bdistil.comparison.methods import TEACHER, Cell
+from bdistil.comparison.report import difference_table
 from bdistil.comparison.tables import area, bands, common_range, differences, gather, height_at, summaries, unequal
 from bdistil.storage.run_directory import FORMAT, RunDirectory
 
@@ -87,6 +88,23 @@ def test_methods_without_a_common_range_have_no_area(rows):
     assert all(math.isnan(figure) for summary in summaries(apart) for figure in summary.area)
 
 
+def test_prefixes_of_equal_macs_are_one_point(rows):
+    """As students have whose widths are rounded: to a multiple of 8, or to heads."""
+    equal = [{**r, "method": "no_resched", "prefix": 3} for r in rows if (r["method"], r["prefix"]) == ("joint", 2)]
+    oracle = [{**r, "method": "no_resched"} for r in rows if r["method"] == "joint"]
+    twice = [*rows, *oracle, *({**r, "macs": 300, "prefix": n} for r in equal for n in (3, 4))]
+    found = {s.method: s for s in summaries(twice)}
+    assert 0 < found["no_resched"].area[0] < 1
+    assert area([(10, 0.4), (10, 0.6), (1000, 0.7)], 10, 1000) == pytest.approx(0.6)
+    assert height_at([(10, 0.4), (10, 0.6), (1000, 0.7)], 10) == pytest.approx(0.5)
+
+
+def test_a_figure_that_is_not_a_number_has_no_difference(rows):
+    lost = [{**r, "test_accuracy": math.nan} if (r["method"], r["seed"]) == ("joint", 1) else r for r in rows]
+    assert all(math.isnan(d.mean) and math.isnan(d.low) for d in differences(lost, "bdistil", "joint"))
+    assert [line[1] for line in difference_table(lost, "bdistil")[1]] == ["–", "–"]
+
+
 def test_a_seed_that_stopped_early_goes_on_flat_in_the_area(rows):
     early = [r for r in rows if (r["method"], r["seed"], r["prefix"]) != ("bdistil", 0, 2)]
     assert common_range(early) == (100, 1000)
@@ -107,10 +125,13 @@ def finish(cell, output, rungs, figures):
 def test_of_two_losses_the_one_that_is_better_on_validation_counts(tmp_path):
     cells = [Cell("no_resched", 0, name, 1, prefix=2) for name in ("no_resched-2", "no_resched-2-game")]
     wide = (Rung(0, width=2.0),)
+    costs = {"prefix": 1, "macs": 5, "train_macs": 50, "seconds": 1.5}
     for cell, val, test in zip(cells, (0.5, 0.6), (0.9, 0.1), strict=True):
-        finish(cell, tmp_path, wide, [{"prefix": 1, "macs": 5, "val_accuracy": val, "test_accuracy": test}])
-    (kept,) = gather(tmp_path, cells, (), {wide: 2.0})
-    assert (kept["cell"], kept["prefix"], kept["latency_ms"]) == ("no_resched-2-game", 2, 2.0)
+        finish(cell, tmp_path, wide, [{**costs, "val_accuracy": val, "test_accuracy": test}])
+    for order in (cells, cells[::-1]):
+        (kept,) = gather(tmp_path, order, (), {wide: 2.0})
+        assert (kept["cell"], kept["prefix"], kept["latency_ms"]) == ("no_resched-2-game", 2, 2.0)
+        assert (kept["train_macs"], kept["seconds"]) == (100, 3.0)  # of both
 
 
 def test_latencies_are_those_of_the_classes_that_a_run_took(tmp_path):
