@@ -19,8 +19,8 @@ from bdistil.callbacks import LossMixing
 from bdistil.cli.commands import find_recipe
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.parser import Parser
-from bdistil.comparison.forms import Forms, latencies, plan_forms, with_widths
-from bdistil.comparison.methods import METHODS, TEACHER, Cell, Method, cells_of, check_methods
+from bdistil.comparison.forms import Forms, latencies, plan_forms, shared_forms, with_widths
+from bdistil.comparison.methods import MEANING, METHODS, TEACHER, Cell, Method, cells_of, check_methods
 from bdistil.comparison.origin import FILE, Origin, check_split, check_start, origin_of, parts_of, read_origin
 from bdistil.comparison.report import TextTable, Unit, difference_table, summary_table, write_comparison
 from bdistil.comparison.running import CellRunner
@@ -37,6 +37,7 @@ from bdistil.utils.paths import user_path
 from bdistil.utils.signals import StopSignals
 
 EXAMPLE = "bdistil compare --config digits --methods bdistil no_resched joint --seeds 3 --output compare-digits"
+METHODS_HELP = ". ".join(f"{method}: {meaning}" for method, meaning in MEANING.items())
 OWN = ("config", "output", "methods", "seeds", "workers", "help")
 # What each training gets from the comparison, and the option that decides it.
 SET = {"run_dir": "output", "seed_everything": "seeds"}
@@ -111,7 +112,8 @@ def run_compare(args: Sequence[str]) -> None:
     parser = Parser(
         prog="bdistil compare",
         description=summary,
-        epilog=f"All other options are those of `bdistil fit`, and hold for every training. Example: {EXAMPLE}",
+        epilog=f"All other options are those of `bdistil fit`, and hold for every training. Methods: {METHODS_HELP}. "
+        f"Example: {EXAMPLE}",
     )
     parser.add_function_arguments(compare, as_positional=False, as_group=False)
     given = parser.instantiate(parser.parse_args(own))
@@ -167,6 +169,8 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
             f"{', '.join(alone)}. Leave them out."
         )
     forms = plan_forms(model.make_student, settings, x, widths="no_resched" in methods)
+    if shared := shared_forms(forms):
+        print(shared)
     fixed = ["--config", str(_freeze(output, text, options, planned.origin)), *options]
     message = f"The comparison in {output} was interrupted. Give the same command again: it goes on from there."
     with StopSignals(lambda: message) as signals:

@@ -15,6 +15,7 @@ from helpers.wandb_offline import finished_runs
 
 from bdistil.cli.app import main
 from bdistil.cli.compare import split_options
+from bdistil.comparison.methods import MEANING
 from bdistil.ensemble.budget import Budget
 from bdistil.evaluation.evaluate import evaluate_budgets
 from bdistil.storage.run_directory import RunDirectory
@@ -149,6 +150,13 @@ def test_wrong_options_are_refused_before_anything_is_trained(root, tmp_path, ca
         assert main(command(root, tmp_path / "out", *options)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # the right command finds a folder of nobody
+
+
+def test_the_help_says_what_the_methods_mean(capsys):
+    with suppress(SystemExit):
+        main(["compare", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{method}: {meaning}" in said for method, meaning in MEANING.items())
 
 
 def test_options_are_split_between_compare_and_fit():
