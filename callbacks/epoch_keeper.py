@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,24 @@ class EpochKeeper(Checkpoint):
     def __init__(self, path: Path, *key: object) -> None:
         self.path, self.key = path, key
         self.epochs, self._first, self._trained = 0, True, False
+        self._before, self._started = 0.0, time.perf_counter()
 
     @property
     def ckpt_path(self) -> str | None:
         """The checkpoint of a fit that was killed, where there is one."""
         return str(self.path) if self.path.exists() else None
 
+    def elapsed(self) -> float:
+        """Wall seconds since this callback was made, and those of earlier starts up to their last epoch."""
+        return self._before + time.perf_counter() - self._started
+
     def state_dict(self) -> dict[str, Any]:
-        """Number of finished epochs."""
-        return {"epochs": self.epochs}
+        """Number of finished epochs, and seconds."""
+        return {"epochs": self.epochs, "seconds": self.elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the number of finished epochs."""
-        self.epochs = int(state_dict["epochs"])
+        """Restores the number of finished epochs, and seconds."""
+        self.epochs, self._before = int(state_dict["epochs"]), float(state_dict.get("seconds", 0.0))
 
     def _reseed(self, trainer: pl.Trainer) -> None:
         reseed(*self.key, self.epochs, trainer.global_rank)

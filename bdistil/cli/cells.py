@@ -118,7 +118,7 @@ class JointCLI(TeacherCLI):
     def _fit_rounds(
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
-        run, settings, started = controller.run, model.boosting, time.perf_counter()
+        run, settings = controller.run, model.boosting
         seed, config = controller.boosting.seed, controller.boosting.config({})
         checked = controller.boosting.check(datamodule)
         self._teach(model, datamodule, controller)
@@ -134,6 +134,7 @@ class JointCLI(TeacherCLI):
                 logger=self._loggers(run, config), default_root_dir=str(run.work(0)),
             )  # fmt: skip
             trainer.fit(plan.module, datamodule, ckpt_path=keeper.ckpt_path)
+        seconds = keeper.elapsed()
         if plan.module.best is not None:  # the recipe keeps the best epoch
             plan.module.best.restore(plan.module.student)
         ensemble = joint_ensemble(plan)
@@ -142,7 +143,7 @@ class JointCLI(TeacherCLI):
         whole = training_macs(student=plan.cost.macs, samples_seen=seen, teacher=asked, teacher_samples=seen)
         params = accumulate(sum(p.numel() for p in student.parameters()) for student in ensemble.students)
         costs: list[Row] = [
-            {"macs": macs, "params": count, "train_macs": whole, "seconds": time.perf_counter() - started}
+            {"macs": macs, "params": count, "train_macs": whole, "seconds": seconds}
             for macs, count in zip(accumulate(ensemble.macs), params, strict=True)
         ]
         write_figures(run, ensemble, costs, datamodule)

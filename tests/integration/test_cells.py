@@ -1,6 +1,7 @@
 """Single cells of `bdistil compare` on toys, in this process: their figures, and what the plan reads of a recipe."""
 
 import csv
+import time
 
 import lightning as L
 import numpy as np
@@ -114,6 +115,26 @@ def test_figures_are_those_of_the_parts_that_a_cell_was_trained_with(recipe, tmp
         run = cell(kind, recipe, tmp_path / "run", "--data", "helpers.run_data.Drawn")
     assert len(seen) == 1
     assert 0 <= run.read("figures")[-1]["test_accuracy"] <= 1
+
+
+class Broken(L.Callback):
+    """Ends a training after a slow first epoch, once."""
+
+    armed = True
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1 and Broken.armed:
+            Broken.armed = False
+            raise KeyboardInterrupt
+        time.sleep(5 * (trainer.current_epoch == 0))
+
+
+def test_seconds_of_joint_training_are_those_of_all_starts(recipe, tmp_path):
+    options = ["--run_dir", str(tmp_path / "run"), "--trainer.callbacks", f"{__name__}.Broken"]
+    Broken.armed = True
+    assert guarded(lambda: run_fit(["--config", str(recipe), *options], JointCLI)) == 1
+    run = cell(JointCLI, recipe, tmp_path / "run", *options[2:])
+    assert run.read("figures")[0]["seconds"] > 5
 
 
 def test_parameters_of_joint_prefixes_are_those_of_a_run(recipe, tmp_path):
