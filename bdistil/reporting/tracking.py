@@ -148,13 +148,24 @@ def make_logger(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> 
         return None
 
 
+def _is_copy(folder: Path) -> bool:
+    """Whether the run directory in which the W&B run was started last is still there beside this one."""
+    try:
+        origin = Path((folder / "wandb_place.txt").read_text(encoding="utf-8"))
+        ids = [(place / "wandb_id.txt").read_text() for place in (folder, origin)]
+        return ids[0] == ids[1] and not origin.samefile(folder)
+    except OSError:  # it was moved, or is of an earlier version
+        return False
+
+
 @rank_zero_only
 def _start(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> Any:
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
-    if not (id_file := folder / "wandb_id.txt").exists():
+    if not (id_file := folder / "wandb_id.txt").exists() or _is_copy(folder):
         write_atomically(id_file, uuid4().hex[:8])
+    write_atomically(folder / "wandb_place.txt", str(folder.resolve()))
     root = os.environ.get("WANDB_DIR", str(folder))
 
     def init(mode: Literal["online", "offline", "disabled"]) -> Any:

@@ -1,6 +1,7 @@
 """The W&B logger of a run directory, where W&B works offline, and where it does not work."""
 
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -88,7 +89,26 @@ def test_wandb_dir_is_where_wandb_writes(fresh, tmp_path):
     logger = make_logger(Tracking(), tmp_path / "run", {})
     assert started_offline(logger)
     assert len(offline_runs(tmp_path / "wandb")) == 1
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["wandb_id.txt"]
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"wandb_id.txt", "wandb_place.txt"}
+
+
+def test_a_copy_of_a_run_directory_is_a_run_of_its_own_and_a_moved_one_goes_on(fresh, tmp_path):
+    def start(folder):
+        logger = make_logger(Tracking(mode="offline"), folder, {})
+        found = logger.experiment.id
+        logger.finish(0)
+        return found
+
+    first, copy, moved = (tmp_path / name for name in ("first", "copy", "moved"))
+    own = start(first)
+    shutil.copytree(first, copy)
+    other = start(copy)
+    assert other != own
+    assert (start(first), start(copy)) == (own, other)
+    first.rename(moved)
+    assert start(moved) == own
+    first.symlink_to(moved)
+    assert start(first) == own
 
 
 @pytest.mark.parametrize(("mode", "variable"), [("disabled", None), ("online", "disabled")])
