@@ -52,8 +52,8 @@ def run_data(run: RunDirectory, datamodule: LightningDataModule | None = None) -
     with with_trainer(datamodule):
         datamodule.prepare_data()
         datamodule.setup("fit")
-        loader: Any = single_loader(datamodule.val_dataloader())
-        check_stored(run.ledger / "val", "val_dataloader", only_given(loader, "val_dataloader").dataset)
+        loader: Any = only_given(single_loader(datamodule.val_dataloader()), "val_dataloader")
+        check_stored(run.ledger / "val", "val_dataloader", loader.dataset)
         yield datamodule
 
 

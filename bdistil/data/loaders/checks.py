@@ -60,7 +60,7 @@ def check_dataset(loader: Any, name: str) -> int:
             "with an `__iter__` of its own, which could change batches after they are read. Change samples in the "
             "dataset or the collate function, and keep workers between epochs by persistent_workers=True."
         )
-    dataset = loader.dataset
+    dataset: Any = loader.dataset
     if not is_indexed(dataset):
         raise UserError(
             f"Expected the dataset of `{name}()` to be map-style (with __len__ and __getitem__), got the iterable "
