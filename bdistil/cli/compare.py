@@ -25,7 +25,7 @@ from bdistil.comparison.origin import FILE, Origin, check_split, check_start, or
 from bdistil.comparison.report import TextTable, Unit, difference_table, summary_table, write_comparison
 from bdistil.comparison.running import CellRunner
 from bdistil.comparison.tables import classes_of, gather
-from bdistil.data.loaders import LOADERS, check_dataset
+from bdistil.data.loaders import LOADERS
 from bdistil.errors import UserError
 from bdistil.reporting.tables import format_table
 from bdistil.reporting.tracking import make_logger
@@ -83,8 +83,6 @@ class PlanCLI(BoostCLI):
             raise UserError("Expected a teacher at hand, got one behind an API, whose queries are for training.")
         self.parts = parts_of(datamodule, model.boosting)
         train = self.parts[LOADERS[0]]
-        for name in LOADERS:
-            check_dataset(self.parts[name], name)
         if model.boosting.labels is None or self.parts[TEST] is None:
             lacks = "labels (model.boosting.labels is null)" if model.boosting.labels is None else "a test_dataloader"
             raise UserError(f"Expected data with labels and a test part, by which methods are compared; {lacks} lacks.")

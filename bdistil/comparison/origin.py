@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from bdistil.boosting.checks import TEST, loaders_of, test_loader_of
 from bdistil.boosting.ledger.samples import check_known, read_known
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import LOADERS, is_indexed
+from bdistil.data.loaders import LOADERS, check_dataset, is_indexed, only_given
 from bdistil.data.loaders.fingerprints import spread, stable_digests
 from bdistil.errors import UserError
 from bdistil.storage.weights import load_weights
@@ -31,8 +31,11 @@ Parts = Mapping[str, Any]  # loaders by name of the method
 
 def parts_of(datamodule: LightningDataModule, settings: BoostingSettings) -> Parts:
     """The loaders of a data module by the method that returns them; None for a test part that it lacks."""
-    train, val = loaders_of(datamodule, settings)
-    return {**dict(zip(LOADERS, (train, val), strict=True)), TEST: test_loader_of(datamodule, settings)}
+    found = dict(zip(LOADERS, loaders_of(datamodule, settings), strict=True))
+    for name, loader in found.items():
+        check_dataset(loader, name)
+    found[LOADERS[1]] = only_given(found[LOADERS[1]], LOADERS[1])
+    return {**found, TEST: test_loader_of(datamodule, settings)}
 
 
 def _datasets(parts: Parts) -> dict[str, Any]:

@@ -34,6 +34,14 @@ class BySeed(Drawn):
             super().__init__()
 
 
+class SampledBySeed(Toys):
+    """Chooses its validation samples by the seed of the run."""
+
+    def val_dataloader(self):
+        data, seed = TensorDataset(*self.parts["val"]), int(os.environ["PL_GLOBAL_SEED"])
+        return DataLoader(data, BATCH, sampler=SubsetRandomSampler(range(seed, seed + 32)))
+
+
 class DrawnTest(Toys):
     """Draws its test part alone by the global generator; training and validation part are always the same."""
 

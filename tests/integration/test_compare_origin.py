@@ -90,8 +90,9 @@ def test_the_same_samples_and_teacher_go_on(done, capsys, nothing_trained):
     assert "would be trained" in capsys.readouterr().err
 
 
-def test_a_split_by_the_seed_of_the_run_is_refused_before_anything_is_trained(tmp_path, capsys):
-    recipe = write_recipe(tmp_path, "helpers.run_data.BySeed", 4)
+@pytest.mark.parametrize("data", ["BySeed", "SampledBySeed"])
+def test_a_split_by_the_seed_of_the_run_is_refused_before_anything_is_trained(tmp_path, capsys, data):
+    recipe = write_recipe(tmp_path, f"helpers.run_data.{data}", 4)
     assert start(recipe, tmp_path / "out", seeds=2) == 2
     assert SPLIT in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
