@@ -191,7 +191,7 @@ X, Y = samples(16, 1)
         (loader(Items(X[0])), r"to be \(x, y\), got Tensor"),
         ([loader(TensorDataset(X, Y))] * 2, "`train_dataloader.*to return one torch DataLoader, got list"),
         ({"a": loader(TensorDataset(X, Y))}, "`train_dataloader.*to return one torch DataLoader, got dict"),
-        ([(X, Y)], "`train_dataloader.*to return one torch DataLoader, got tuple"),
+        ([(X, Y)], "`train_dataloader.*to return one torch DataLoader, got list"),
     ],
     ids=["empty", "iterable", "three values", "dictionary", "no label", "two loaders", "named loaders", "batches"],
 )
