@@ -62,12 +62,16 @@ def done(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def nothing_trained(monkeypatch):
+def train_nothing(monkeypatch):
     def run(self, chains):
         raise RunError("would be trained")
 
     monkeypatch.setattr(CellRunner, "run", run)
+
+
+@pytest.fixture
+def nothing_trained(monkeypatch):
+    train_nothing(monkeypatch)
 
 
 @pytest.mark.parametrize("change", [{"flip": True}, {"more": 100}])
@@ -108,12 +112,14 @@ def test_a_cell_with_other_parts_than_its_comparison_is_refused_before_training(
     assert not (runs / "bdistil-seed1").exists()
 
 
-def test_a_command_may_be_corrected_until_a_training_has_begun(done, capsys, tmp_path):
+def test_a_command_may_be_corrected_until_a_training_has_begun(done, capsys, tmp_path, monkeypatch):
     """The first command asks for students of three outputs beside a teacher of two."""
     output = tmp_path / "out"
     assert start(done / "recipe.yaml", output, "--model.student.outputs", "3") == 1
     assert "The teacher gives L=2 outputs, the student L=3" in capsys.readouterr().err
-    assert start(done / "recipe.yaml", output) == 0
+    train_nothing(monkeypatch)
+    assert start(done / "recipe.yaml", output) == 1
+    assert "would be trained" in capsys.readouterr().err
     assert json.loads((output / "options.json").read_text()) == []
-    assert start(done / "recipe.yaml", output, "--trainer.max_epochs", "2") == 2
+    assert start(done / "recipe.yaml", done / "out", "--trainer.max_epochs", "2") == 2
     assert "with other options (none)" in capsys.readouterr().err
