@@ -21,7 +21,7 @@ from bdistil.distillation.gradient_noise import (
     teacher_cosine,
 )
 from bdistil.distillation.last_layer import distilling_loaders
-from bdistil.distillation.probes import probe_of, training_rows
+from bdistil.distillation.probes import probe_of
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
 from bdistil.reporting.round_tracker import logger_step
@@ -114,7 +114,6 @@ class GradientNoise(pl.Callback):
         self.history = []  # of the fit before; a checkpoint of this one is loaded later
         if not isinstance(pl_module, BoostingRound):
             self._loaders = distilling_loaders(trainer, pl_module, "GradientNoise")
-            training_rows(self._loaders[0])
         elif self.full or self.cosine:
             raise UserError(
                 "Expected `full` and `cosine` of GradientNoise to be off in a boosting run, got one of them on."

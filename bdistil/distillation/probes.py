@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.round import BoostingRound
@@ -100,7 +100,7 @@ def training_rows(loader: DataLoader[Any]) -> Sequence[int]:
     """Numbers of the samples that a training loader gives; all where they are chosen anew in each epoch."""
     samples: int = len(loader.dataset)  # type: ignore[arg-type]
     try:
-        return (None if type(loader.sampler) is RandomSampler else given_rows(loader, LOADERS[0])) or range(samples)
+        return given_rows(loader, LOADERS[0]) or range(samples)
     except UserError:
         return range(samples)
 

@@ -116,8 +116,8 @@ def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path, *, cons
         name: {0: "batch", **{axis: f"{name}_{axis}" for axis in _varying(segment, name)}}
         for name in (*segment.reads, *segment.gives)
     }
-    with warnings.catch_warnings(record=True) as told, _silent_stdout():  # its deprecation, and that it records one run
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as told, _silent_stdout():
+        warnings.simplefilter("always")  # one that was raised before would be left out
         torch.onnx.export(
             segment, tuple(example), str(path), dynamo=False, opset_version=OPSET,
             input_names=segment.reads, output_names=segment.gives, dynamic_axes=dynamic,

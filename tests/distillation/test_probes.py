@@ -243,6 +243,8 @@ def test_labels_have_the_key_of_the_module(callback):
     data = Data(Mappings)
     data.val_dataloader = lambda: DataLoader(Mappings(), batch_size=32)
     fit(data, callback, module=Distillation(Read(), Read(), labels="target"))
+    assert len(callback.probe.rows) == 96
+    assert callback.history
 
 
 def test_samples_without_a_label_have_no_label_gradient(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import venv
 
@@ -14,9 +15,11 @@ from helpers.toys import Toys
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Student, UserError
-from bdistil.export.run import ExportOptions, export_run
+from bdistil.ensemble.calibration import Calibration, ExitFigures, Promise, save_calibration
+from bdistil.export.run import ExportOptions, export_run, export_summary
 from bdistil.runner import BatchTimes, ExportedEnsemble, StageClock
 from bdistil.runner import Budget as RunnerBudget
+from bdistil.storage.run_directory import RunDirectory
 
 QUICK = (("mlp", mlp_student, (6,)), ("gru", *KINDS["gru"]), ("segments", *KINDS["segments"]))
 
@@ -74,6 +77,18 @@ def test_int8_stands_beside_float(run, kind, tmp_path):
     assert sorted(path.name for path in (tmp_path / "int8").iterdir()) == sorted(
         ["manifest.json", "runner", *(stage["file"] for stage in manifest["stages"])]
     )
+
+
+def test_an_int8_export_states_neither_promise_nor_parity_of_the_float_graphs_as_its_own(run, tmp_path):
+    shutil.copytree(run.root, tmp_path / "run")
+    own, promise = RunDirectory(tmp_path / "run"), Promise(1.0, 0.1, True, 100, 80, 0, 0.5, 90, None)
+    exits = ExitFigures("max_prob", (0.9,) * 4, "", (0.25,) * 4, 0.9, 0.9, 200.0, promise=promise)
+    save_calibration(own, Calibration(4, exits))
+    for kind, words in ((None, "\nDifferences to PyTorch"), ("dynamic", "\nThe float graphs' differences to PyTorch")):
+        manifest = export_run(own, tmp_path / f"{kind}", ExportOptions(quantise=kind))
+        assert (manifest["exits"]["promise"] is None) == (kind is not None)
+        assert list(manifest["exits"]["thresholds"]) == [0.9] * 4
+        assert words in export_summary(manifest, tmp_path)
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path):

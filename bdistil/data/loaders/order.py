@@ -185,7 +185,7 @@ def given_rows(loader: DataLoader[Any], name: str) -> Sequence[int] | None:
     if not np.array_equal(first, second):
         raise UserError(
             f"Expected the sampler of `{name}()` to give the same samples at each reading, got a {kind} that gives "
-            "others. What is measured on them is compared: give SubsetRandomSampler(indices), or a "
+            "others. Figures are compared only on the same samples: give SubsetRandomSampler(indices), or a "
             "torch.utils.data.Subset of the dataset."
         )
     if not len(first):
