@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from bdistil.boosting.run import FREE_KEYS
+from bdistil.boosting.plan import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, RoundController
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.guard import guarded
@@ -119,7 +119,7 @@ class JointCLI(TeacherCLI):
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
         run, settings = controller.run, model.boosting
-        seed, config = controller.boosting.seed, controller.boosting.config({})
+        seed, config = controller.boosting.seed, controller.boosting.planner.config({})
         checked = controller.boosting.check(datamodule)
         self._teach(model, datamodule, controller)
         plan = plan_joint(controller.boosting, checked)

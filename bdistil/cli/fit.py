@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from bdistil.boosting.run import FREE_KEYS, GROWING_KEYS, complete
+from bdistil.boosting.plan import FREE_KEYS, GROWING_KEYS, complete
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.boosting.trainer_checks import check_strategy, check_trainer
 from bdistil.callbacks import EpochKeeper, LossMixing, RoundController, RoundProgressBar
@@ -225,7 +225,7 @@ class BoostCLI(LightningCLI):
             run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config,
             optimizer=model.optimizer, lr_scheduler=model.lr_scheduler, lr_interval=model.lr_interval,
         )  # fmt: skip
-        controller.boosting.complete, controller.boosting.free_keys = self._complete, self.free_keys
+        controller.boosting.planner.complete, controller.boosting.planner.free_keys = self._complete, self.free_keys
         controller.boosting.reads_test = self.reads_test
         try:
             with controller.signals, controller.run.in_use():
@@ -252,7 +252,7 @@ class BoostCLI(LightningCLI):
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
         """Trains the teacher and all rounds; returns the data of the rounds."""
-        run, config = controller.run, controller.boosting.config({})
+        run, config = controller.run, controller.boosting.planner.config({})
         over = run.committed() >= model.boosting.rounds or run.stopped
         rehearsed = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         loggers: list[Logger] | None = [] if over or rehearsed else None

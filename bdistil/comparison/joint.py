@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bdistil.boosting.costs import student_cost
+from bdistil.boosting.plan import RunPlan
 from bdistil.boosting.round import BoostingRound
-from bdistil.boosting.run import Boosting, RoundPlan, RunPlan
+from bdistil.boosting.run import Boosting, RoundPlan
 from bdistil.comparison.forms import build_students, planned_classes
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.models.student import Rung, run_all

@@ -1,0 +1,220 @@
+"""The checks before training: configuration, data, teacher and students of a run, in this order.
+
+Whatever can fail because of what a user gave fails here, before an hour of training is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from bdistil.boosting.batch_checks import check_independence
+from bdistil.boosting.checks import (
+    TEST,
+    check_outputs,
+    check_rounds,
+    check_task,
+    check_widths,
+    loaders_of,
+    test_loader_of,
+)
+from bdistil.boosting.labels import check_samples
+from bdistil.boosting.ledger.samples import check_stored, store_samples
+from bdistil.boosting.optimization import Optimization
+from bdistil.boosting.parts import Parts
+from bdistil.boosting.settings import BoostingSettings
+from bdistil.boosting.student_checks import check_factory, check_ladder, check_reads, check_student
+from bdistil.data.loaders import LOADERS, is_indexed
+from bdistil.errors import UserError
+from bdistil.models.inputs import InputSpec
+from bdistil.models.student import Rung, build_student
+from bdistil.storage.run_directory import Complete, RunDirectory
+from bdistil.teachers.checks import some_inputs, warn_of_inputs
+from bdistil.teachers.offline import declared_outputs, table_of
+from bdistil.teachers.wrappers import FrozenTeacher
+from bdistil.utils import distributed
+
+# Configuration keys that may differ between two starts of one run: they do not change what it computes.
+FREE_KEYS = (
+    "run_dir", "config", "tracking", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "trainer.logger", "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "trainer.enable_autolog_hparams", "trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.profiler",
+)  # fmt: skip
+# Keys that may be raised to go on with a finished run: earlier students do not depend on them.
+GROWING_KEYS = ("boosting.rounds", "model.boosting.rounds")
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with all settings: those that came later had the value that is the default now."""
+    sections, model = dict(config), config.get("model")
+    if isinstance(model, Mapping):
+        sections["model"] = {"lr_interval": "epoch", **complete(model)}
+    if isinstance(given := config.get("boosting"), Mapping):
+        settings = BoostingSettings().to_dict() | dict(given)
+        sections["boosting"] = settings | {"ladder": [asdict(Rung()) | dict(rung) for rung in settings["ladder"]]}
+    return sections
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Result of the checks before training.
+
+    Attributes:
+        parts: training, validation and view parts.
+        example: x of one training sample, as a batch.
+        inputs: structure and shape of x in all parts.
+        outputs: L.
+        student: an unlinked student that the checks built; not trained.
+        optimization: the user's optimizer and schedule as plain values; empty for the default.
+    """
+
+    parts: Parts
+    example: Any
+    inputs: InputSpec
+    outputs: int
+    student: nn.Module
+    optimization: Mapping[str, Any]
+
+
+class Planner:
+    """Checks what a run was given, and keeps what it found in the data, which are read once.
+
+    Args:
+        run: its directory.
+        teacher: frozen.
+        make: makes the student of a round.
+        settings: of the boosting.
+        seed: of the run.
+        optimization: optimizer and schedule.
+        config: content of config.yaml; None for settings, seed and optimizer.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        teacher: FrozenTeacher,
+        make: Callable[..., nn.Module],
+        settings: BoostingSettings,
+        seed: int,
+        optimization: Optimization,
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        check_factory(make)
+        self.run, self.teacher, self.make, self.settings, self.seed = run, teacher, make, settings, seed
+        self.optimization, self._config = optimization, dict(config) if config else None
+        self.complete: Complete = complete  # a configuration of an earlier version
+        self.free_keys: Sequence[str] = FREE_KEYS
+        self._checked: tuple[pl.LightningDataModule, InputSpec] | None = None
+
+    def check(self, datamodule: pl.LightningDataModule) -> RunPlan:
+        """Validates run directory, data, teacher and students before training.
+
+        Raises:
+            UserError: names the argument, what was allowed, what came, and how to fix it.
+            RunError: a committed round is torn.
+        """
+        run, settings = self.run, self.settings
+        if distributed.early_rank() == 0:
+            run.prepare()
+            if run.config.exists() or run.committed():
+                free = (*self.free_keys, *GROWING_KEYS, "optimizer", "lr_scheduler")
+                run.compare(self.config({}), free, self.complete)
+        self._check_rounds()
+        train, val = loaders_of(datamodule, settings)
+        parts = Parts.of(train, val, run.ledger, settings, self.seed)
+        check_task(settings.task, self.teacher.module)
+        check_widths(self.make, settings.ladder)
+        pair, _ = train.collate_fn([train.dataset[0], train.dataset[parts.train.samples - 1]])
+        with torch.random.fork_rng():
+            student = build_student(self.make, 0, [], Rung(0))
+            check_student(student, [], pair)
+        check_rounds(student, settings.rounds)
+        test = self._test_loader(datamodule)
+        self._check_table(parts, val.dataset, test)
+        recomputed = settings.state == "recompute"
+        outputs = declared_outputs(self.teacher) or check_outputs(
+            self.teacher, student, pair, settings.task, recomputed=recomputed
+        )
+        inputs = self._check_samples(datamodule, parts, test, outputs)
+        if declared_outputs(self.teacher) is not None:  # an API is billed, so that labels are checked first
+            check_outputs(self.teacher, student, pair, settings.task)
+        if run.committed() < settings.rounds:
+            check_ladder(self.make, settings, pair, outputs)
+        for loader, name in ((parts.val.loader, LOADERS[1]), (test, TEST)):
+            check_reads(student, loader, name)
+        if settings.state == "cached":
+            nets = {"teacher": self.teacher} if table_of(self.teacher) is None else {}
+            check_independence((parts.train, parts.val), {**nets, "student": student})
+        warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
+        optimization = self.optimization.describe(student, settings)
+        if distributed.early_rank() == 0:
+            run.freeze(self.config(optimization), self.free_keys, GROWING_KEYS, self.complete)
+            self._keep_test(test)
+        return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
+
+    def _test_loader(self, datamodule: pl.LightningDataModule) -> Any:
+        """The loader of the test part where the checks need it: before training, and for a table of logits."""
+        if self.run.committed() and table_of(self.teacher) is None:
+            return None
+        return test_loader_of(datamodule, self.settings)
+
+    def _keep_test(self, test: Any) -> None:
+        """Compares the test part with that of earlier starts, or keeps what later commands compare theirs with."""
+        # A scratch disk may hold the files of another run until the first round.
+        if test is not None and is_indexed(test.dataset) and self.run.scratch is None:
+            check_stored(self.run.ledger / "test", TEST, test.dataset)
+            store_samples(self.run.ledger / "test", test.dataset)
+
+    def _check_table(self, parts: Parts, val: Any, test: Any) -> None:
+        """Checks a table of logits that stands for the teacher, if there is one; `val` is the user's dataset."""
+        if (table := table_of(self.teacher)) is None:
+            return
+        if self.settings.state == "recompute" or any(parts.plans):
+            raise UserError(
+                "The teacher is a table of logits, which belong to the samples as they are, but x is augmented at "
+                "random, or the settings have state='recompute'. Leave that out, or give the teacher itself."
+            )
+        sized = {} if test is None or not hasattr(test.dataset, "__len__") else {"test": len(test.dataset)}
+        given: Any = parts.val.loader.dataset
+        chosen = {} if given is val else {"val": given.indices}  # by a sampler
+        table.check({"train": parts.train.samples, "val": len(val), **sized}, chosen)
+
+    def _check_samples(self, datamodule: pl.LightningDataModule, parts: Parts, test: Any, outputs: int) -> InputSpec:
+        """Structure and shape of x, after a look at every label of all parts, in the first process, once in a run."""
+        if hasattr(datamodule, "check_outputs"):  # a data module that knows its classes
+            datamodule.check_outputs(outputs)
+        if self.run.committed():
+            return InputSpec.of(self.run.record(0))
+        if self._checked is not None and self._checked[0] is datamodule:
+            return self._checked[1]
+        if distributed.early_rank() != 0:
+            return InputSpec()  # the first process commits
+        loaders = zip((*LOADERS, TEST), (parts.train.loader, parts.val.loader, test), strict=True)
+        task = self.settings.task
+        specs = [check_samples(loader, name, task, outputs) for name, loader in loaders if loader is not None]
+        inputs = reduce(InputSpec.joined, specs)
+        self._checked = (datamodule, inputs)
+        return inputs
+
+    def config(self, optimization: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Content of config.yaml: as given, or settings, seed and the user's optimizer."""
+        if self._config is not None:
+            return self._config
+        return {"boosting": self.optimization.settings_used(self.settings), "seed": self.seed, **optimization}
+
+    def _check_rounds(self) -> None:
+        """Raises UserError for more committed rounds than `rounds`, RunError for one that is torn."""
+        committed = self.run.committed()
+        if committed > self.settings.rounds:
+            raise UserError(
+                f"Expected `rounds` of the boosting settings to be at least {committed}, as many as `run_dir` "
+                f"{self.run.root} holds, got {self.settings.rounds}. Choose another `run_dir` for a shorter run."
+            )
+        for number in range(committed):
+            self.run.weights(number)
