@@ -82,18 +82,23 @@ def _no_orphans():
             kill(pid)
 
 
-@pytest.fixture(scope="module")
-def no_pictures():
-    """Pictures take as long as a whole run of toys; one test has them drawn."""
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures(request):
+    """Pictures take as long as a whole run of toys: only files that are marked `pictures` have them drawn."""
+    if request.node.get_closest_marker("pictures"):
+        yield
+        return
     from bdistil.callbacks import round_controller
+    from bdistil.cli import fit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_controller, "write_report", lambda run: run.report)
+        for module in (round_controller, fit):
+            patch.setattr(module, "write_report", lambda run: run.report)
         yield
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, no_pictures):
+def finished(tmp_path_factory):
     """A whole run of toys, with what was seen of it after each round."""
     from helpers.toys import finished_run
 

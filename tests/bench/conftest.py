@@ -18,6 +18,11 @@ def pytest_configure(config):
     config.stash[RATIOS] = {}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures():
+    """Overrides that of all tests: what is measured is what users get."""
+
+
 @pytest.fixture
 def record(request):
     """Keeps a ratio for bench.json: `record("epoch of a round / plain epoch", 1.08)`.

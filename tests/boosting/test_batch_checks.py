@@ -36,7 +36,6 @@ from torch.utils.data import TensorDataset as Tensors
 from bdistil import Student, UserError
 from bdistil.storage.run_directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
 SHORT = {"settings": settings_for(2), "trainer": {"epochs": 1}}
 
 

@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 
 from bdistil import UserError
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 # Learning rates at which the error rises and falls from epoch to epoch.
 SETTINGS = {"lr": 0.3, "schedule": "constant"}
 

@@ -15,8 +15,6 @@ from bdistil import UserError
 from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.settings import BoostingSettings
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 STEPS = TRAIN // BATCH  # of an epoch
 
 

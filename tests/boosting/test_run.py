@@ -47,9 +47,6 @@ from bdistil.boosting.commit import decide
 from bdistil.boosting.round import BoostingRound
 from bdistil.functional.boosting import margins
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
 # ---- a committed stage never changes
 
 

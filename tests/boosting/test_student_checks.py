@@ -22,8 +22,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil import ProgressiveEnsemble, Student, UserError
 from bdistil.callbacks import RoundController
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 class Extra(nn.Linear):
     """Has a state that is no tensor."""

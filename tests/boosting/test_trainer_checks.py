@@ -40,8 +40,6 @@ from torch.utils.data import DataLoader
 from bdistil import ProgressiveEnsemble, UserError
 from bdistil.distillation import Distillation
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def refused(tmp_path):

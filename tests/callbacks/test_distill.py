@@ -23,8 +23,6 @@ from torch.optim import SGD
 
 from bdistil import UserError, distill
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
 
 

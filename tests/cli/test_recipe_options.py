@@ -12,7 +12,6 @@ from torch import nn
 
 from bdistil import ProgressiveEnsemble
 from bdistil.boosting import round as rounds
-from bdistil.callbacks import round_controller
 from bdistil.cli.app import main
 from bdistil.cli.fit import Distiller
 from bdistil.errors import UserError
@@ -20,14 +19,6 @@ from bdistil.metrics.cost import as_written, measure_cost
 from bdistil.models.cifar import CifarResNet
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.training import TeacherSpec, TeacherTraining
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_controller, "write_report", lambda run: run.report)
-        yield
-
 
 SMALL = ["--config", "cifar10-resnet56", "--data.partial", "true", "--data.num_workers", "0", "--data.validation", "10",
          "--data.batch_size", "16", "--model.teacher.network.depth", "8",

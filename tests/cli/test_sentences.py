@@ -9,7 +9,6 @@ import yaml
 from safetensors.torch import save_file
 from torch import rand
 
-from bdistil.callbacks import round_controller
 from bdistil.cli.app import main
 from bdistil.storage.run_directory import RunDirectory
 
@@ -24,13 +23,6 @@ RECIPE = {
     "tracking": {"mode": "disabled"},
     "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_controller, "write_report", lambda run: run.report)
-        yield
 
 
 def fit(folder, *options, recipe=RECIPE):

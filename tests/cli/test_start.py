@@ -154,13 +154,12 @@ def test_a_broken_pipe_that_is_not_of_stdout_is_an_error(monkeypatch):
         main(["recipes"])
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_of_another_encoding_gets_what_it_can_show(encoding):
+def test_a_terminal_of_another_encoding_gets_what_it_can_show():
     done = subprocess.run(
-        [*PROGRAM, "--help"], env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False
+        [*PROGRAM, "--help"], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert "fit " in done.stdout.decode(encoding)
+    assert "fit " in done.stdout.decode("ascii")
 
 
 def test_a_recipe_that_the_terminals_encoding_would_change_is_refused():

@@ -4,7 +4,6 @@ import pytest
 import yaml
 from helpers.toys import digests
 
-from bdistil.callbacks import round_controller
 from bdistil.cli.app import main
 from bdistil.storage.run_directory import RunDirectory
 
@@ -19,13 +18,6 @@ SGD = [
     "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size", "2",
     "--model.lr_interval", "step",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_controller, "write_report", lambda run: run.report)
-        yield
 
 
 def fit(folder, *options):

@@ -2,14 +2,11 @@
 
 import json
 import os
-import sys
-from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import BUSY, started
+from helpers.toys import on_ranks
 
 from bdistil import ErrorLedger
 from bdistil.boosting.ledger import rows as row_files
@@ -58,9 +55,7 @@ def two_rounds(folder, storage):
 def script(folder, storage):
     """What each of the processes runs."""
     row_files.LARGE = 0
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=int(os.environ["RANK"]), world_size=2
-    )
+    torch.distributed.init_process_group("gloo")
     said = two_rounds(folder / "two", storage)
     (folder / f"rank{os.environ['RANK']}").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
@@ -68,11 +63,7 @@ def script(folder, storage):
 
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_each_rank_reads_and_writes_its_own_rows_of_the_ledger(tmp_path, monkeypatch, storage):
-    command = [sys.executable, __file__, str(tmp_path), storage]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with ExitStack() as stack:
-        ranks = [stack.enter_context(started(command, env={**environment, "RANK": str(rank)})) for rank in range(2)]
-        assert [rank.wait(BUSY) for rank in ranks] == [0, 0]
+    assert on_ranks(tmp_path, script, tmp_path, storage) == [0, 0], (tmp_path / "rank0.log").read_text()[-5000:]
     first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
     monkeypatch.setattr(row_files, "LARGE", 0)
     evidence, log_z, _ = two_rounds(tmp_path / "one", storage)
@@ -84,7 +75,3 @@ def test_each_rank_reads_and_writes_its_own_rows_of_the_ledger(tmp_path, monkeyp
         assert sum(high - low for low, high in first[2][what]) % border == 0
     for file in sorted((tmp_path / "one").iterdir()):
         assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
-
-
-if __name__ == "__main__":
-    script(Path(sys.argv[1]), sys.argv[2])

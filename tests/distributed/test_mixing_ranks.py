@@ -1,15 +1,26 @@
 """Mixing on two real processes: the weights of one, each process writes its rows, and a kill costs nothing."""
 
-import socket
+import os
+import signal
 
 import numpy as np
 import pytest
-from helpers.job import ROUNDS, TRAIN, finish, run, start
-from helpers.toys import digests
+from helpers.job import ROUNDS, TRAIN, run
+from helpers.toys import digests, on_ranks
 
 from bdistil import ProgressiveEnsemble
 
-pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("no_pictures")]
+pytestmark = pytest.mark.distributed
+
+
+def mixed(run_dir, nodes=1, **options):
+    """What each process runs."""
+    run(run_dir, 2, nodes, strategy="ddp", mixing=True, **options)
+
+
+def killed(run_dir):
+    """The same; the second process ends in the second round."""
+    mixed(run_dir, at=(1, 1, 2), doing=lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def shares(run_dir):
@@ -20,10 +31,9 @@ def shares(run_dir):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two") / "run"
-    status, log = finish(start(folder, 2, mixing=True))
-    assert status == 0, log[-5000:]
-    return folder
+    folder = tmp_path_factory.mktemp("two")
+    assert on_ranks(folder, mixed, folder / "run") == [0, 0], (folder / "rank0.log").read_text()[-5000:]
+    return folder / "run"
 
 
 def test_two_processes_learn_the_weights_of_one(two, tmp_path):
@@ -39,28 +49,18 @@ def test_two_processes_learn_the_weights_of_one(two, tmp_path):
 
 
 def test_a_process_that_is_killed_costs_no_weight(two, tmp_path):
-    status, _ = finish(start(tmp_path / "run", 2, mixing=True, at=(1, 1, 2), die=True))
-    assert status != 0
+    assert -signal.SIGKILL in on_ranks(tmp_path, killed, tmp_path / "run")
     assert list(digests(tmp_path / "run")) == ["000"]
-    status, log = finish(start(tmp_path / "run", 2, mixing=True))
-    assert status == 0, log[-5000:]
+    assert on_ranks(tmp_path, mixed, tmp_path / "run") == [0, 0], (tmp_path / "rank0.log").read_text()[-5000:]
     assert digests(tmp_path / "run") == digests(two)
     for mine, theirs in zip(shares(tmp_path / "run"), shares(two), strict=True):
         assert np.array_equal(mine, theirs)
 
 
 def test_nodes_with_a_ledger_on_a_disk_each_share_the_weights(two, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    jobs = []
-    for node in ("0", "1"):
-        words = ["--nnodes", "2", "--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port]
-        env = {"BDISTIL_SCRATCH": str(tmp_path / f"disk{node}")}
-        jobs.append(start(tmp_path / "run", 2, nodes=2, words=words, env=env, mixing=True))
-    for job in jobs:
-        status, log = finish(job)
-        assert status == 0, log[-5000:]
+    disks = {rank: {"BDISTIL_SCRATCH": str(tmp_path / f"disk{rank}")} for rank in range(2)}
+    found = on_ranks(tmp_path, mixed, tmp_path / "run", 2, nodes=2, own=disks)
+    assert found == [0, 0], (tmp_path / "rank0.log").read_text()[-5000:]
     assert digests(tmp_path / "run") == digests(two)
     for mine, theirs in zip(shares(tmp_path / "run"), shares(two), strict=True):
         assert np.array_equal(mine, theirs)

@@ -9,8 +9,6 @@ from helpers.toys import boost, digests, settings_for
 
 from bdistil.storage.run_directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def disk(tmp_path, monkeypatch):

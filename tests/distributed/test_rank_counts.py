@@ -13,7 +13,7 @@ from helpers.toys import curve, digests, in_child, ledger, samples
 from bdistil import ProgressiveEnsemble
 from bdistil.functional.boosting import game_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("no_pictures")]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 @pytest.fixture(scope="module")

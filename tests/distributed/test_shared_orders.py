@@ -2,16 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.processes import BUSY, started
-from helpers.toys import CLASSES, FEATURES, TRAIN, VAL, Toys, boost, samples, settings_for
+from helpers.toys import CLASSES, FEATURES, TRAIN, VAL, Toys, boost, on_ranks, samples, settings_for
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SubsetRandomSampler, TensorDataset
 
@@ -99,15 +95,7 @@ def script(folder):
 def seen(tmp_path_factory):
     """Folder of the runs, and for each kind the (epoch, samples) of the steps of both processes."""
     folder = tmp_path_factory.mktemp("orders")
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, folder]
-    environment, log = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}, folder / "log"
-    with open(log, "w") as file, started(command, env=environment, stdout=file, stderr=file) as process:
-        try:
-            process.wait(BUSY)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"the ranks hang:\n{log.read_text()[-5000:]}")
-    assert process.returncode == 0, log.read_text()[-5000:]
+    assert on_ranks(folder, script, folder) == [0, 0], (folder / "rank0.log").read_text()[-5000:]
     return folder, {kind: [json.loads((folder / f"{kind}.{rank}").read_text()) for rank in (0, 1)] for kind in ALL}
 
 
@@ -151,8 +139,3 @@ def test_processes_with_other_samples_are_refused(seen):
 def test_a_sampler_chooses_the_validation_samples_on_two_ranks(seen, kind):
     ledger = json.loads((seen[0] / kind / "ledger/val/ledger.json").read_text())
     assert ledger["samples"] == len(CHOSEN)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    script(Path(sys.argv[1]))

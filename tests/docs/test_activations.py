@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import lightning as L
-import pytest
 import torch
 from helpers.toys import boost, curve
 from torch import nn
@@ -27,7 +26,6 @@ class Images(L.LightningDataModule):
         return DataLoader(self.parts[1], batch_size=32)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_its_block_describes_a_run(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
     made = {}

@@ -11,7 +11,7 @@ from bdistil.evaluation.run_data import loader_of
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, no_pictures):
+def run(tmp_path_factory):
     return run_of_sentences(tmp_path_factory.mktemp("sentences")).run
 
 

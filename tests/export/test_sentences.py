@@ -24,7 +24,7 @@ from bdistil.storage.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, no_pictures):
+def run(tmp_path_factory):
     return run_of_sentences(tmp_path_factory.mktemp("sentences"), rounds=3).run
 
 

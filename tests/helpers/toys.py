@@ -5,14 +5,18 @@ import gc
 import hashlib
 import multiprocessing
 import os
+import socket
 import sys
+import time
 import traceback
+from multiprocessing import connection
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import torch
 from helpers.processes import BUSY
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -175,18 +179,53 @@ class Hook(L.Callback):
 
 def in_child(log, function, *args):
     """Calls a function in a process of its own: 0, 1 for an exception, -9 for a kill. What it says is in the log."""
+    return in_children({log: {}}, function, args)[0]
+
+
+def on_ranks(folder, function, *args, count=2, nodes=1, own=None):
+    """Calls a function in processes that stand to each other like those of torchrun; their statuses by rank.
+
+    If one fails, the others are killed, as by torchrun, whose own start would take as long as the tests. What they say
+    is in `rank0.log` and so on. `own` gives the variables of the environment of each rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = count // nodes
+    group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+             "TORCHELASTIC_RUN_ID": "tests"}  # fmt: skip
+    places = [{"RANK": rank, "LOCAL_RANK": rank % here, "GROUP_RANK": rank // here} for rank in range(count)]
+    logs = {folder / f"rank{rank}.log": group | place | (own or {}).get(rank, {}) for rank, place in enumerate(places)}
+    return in_children(logs, function, args)
+
+
+def in_children(logs, function, args):
+    """Calls a function in a process for each log, with the environment that is given for it; their statuses."""
     context = multiprocessing.get_context("forkserver")  # a new interpreter, which imports torch once for all children
     context.set_forkserver_preload(["bdistil.callbacks"])
-    child = context.Process(target=_child, args=(log, function, args))
-    child.start()
-    child.join(BUSY)
-    if child.exitcode is None:
+    children = [
+        context.Process(target=_child, args=(log, environment, function, args)) for log, environment in logs.items()
+    ]
+    for child in children:
+        child.start()
+    waits = {child.sentinel: child for child in children}
+    end = time.monotonic() + BUSY
+    while waits and time.monotonic() < end:
+        for sentinel in connection.wait(waits, end - time.monotonic()):
+            waits.pop(sentinel).join()
+        if any(child.exitcode for child in children):  # the others would wait for it
+            break
+    for child in waits.values():
         child.kill()
-        raise AssertionError(f"the process hangs:\n{Path(log).read_text()[-5000:]}")
-    return child.exitcode
+        child.join()
+    if waits and not any(child.exitcode for child in children if child not in waits.values()):
+        raise AssertionError("\n".join(f"{log} hangs:\n{Path(log).read_text()[-5000:]}" for log in logs))
+    return [child.exitcode for child in children]
 
 
-def _child(log, function, args):
+def _child(log, environment, function, args):
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    rank_zero_only.rank = environment.get("RANK", 0)  # read from the environment when Lightning is imported
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -31,8 +31,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from bdistil import BoostingSettings, ErrorLedger, ProgressiveEnsemble, RunError, Rung, Student, UserError
 from bdistil.boosting import round as rounds
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def refused(tmp_path):

@@ -20,8 +20,6 @@ from bdistil.ensemble.timing import BATCHES
 from bdistil.evaluation import ExitTarget, fit_anytime, profile_run
 from bdistil.utils.trees import take_rows
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 WIDTH = 6
 LAYER, HEAD = FEATURES * WIDTH, WIDTH * CLASSES  # multiply-adds of a student without links
 

@@ -23,8 +23,6 @@ from lightning.pytorch.loggers import CSVLogger
 
 from bdistil.reporting.tracking import Tracking, make_logger
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def test_callbacks_of_the_user_are_fresh_in_each_round(tmp_path):
     made = []

@@ -35,8 +35,6 @@ from bdistil.callbacks import ComputeCost, MetricCurves
 from bdistil.metrics.cost import measure_cost
 from bdistil.metrics.curve import area_under_curve
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 FIXED_COLUMNS = [
     "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",
     "seconds", "accepted_class", "margin_share", "reason",

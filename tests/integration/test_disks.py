@@ -19,7 +19,6 @@ from helpers.toys import (
 from bdistil import ProgressiveEnsemble, UserError
 
 INTACT = "Every round committed before is intact."
-pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def mount(folder, options):

@@ -11,8 +11,6 @@ from torchmetrics.functional.classification import multilabel_average_precision
 from bdistil import ApiTeacher, Budget, ProgressiveEnsemble, UserError
 from bdistil.evaluation import fit_anytime
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 ONE = {"settings": settings_for(1), "trainer": {"epochs": 1}}
 
 

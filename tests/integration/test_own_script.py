@@ -39,8 +39,6 @@ import bdistil.storage.run_directory
 from bdistil import BoostingSettings
 from bdistil.callbacks import RoundController, round_controller
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 # What Lightning and torch say of its defaults: a logger in files, memory that is pinned for a GPU.
 defaults = pytest.mark.filterwarnings("ignore:Starting from v1.9.0", "ignore:'pin_memory' argument is set as true")
 

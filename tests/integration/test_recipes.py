@@ -18,7 +18,6 @@ from helpers.paper_files import (
 )
 
 from bdistil import ProgressiveEnsemble
-from bdistil.callbacks import round_controller
 from bdistil.cli.app import main
 from bdistil.cli.commands import recipes, summary
 from bdistil.storage.run_directory import RunDirectory
@@ -106,8 +105,7 @@ SLOW = {"cifar100-wrn40-2", "cifar100-resnet32x4", "tiny-imagenet-resnet50"}
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in sorted({*recipes()} - ELSEWHERE)],
 )
-def test_one_batch_of_it(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(round_controller, "write_report", lambda run: run.report)
+def test_one_batch_of_it(name, tmp_path):
     write, options = ON_FIXTURES.get(name, (None, []))
     if write is not None:
         write(tmp_path)

@@ -246,10 +246,12 @@ def test_the_recipe_runs_and_says_r2_and_rms(tmp_path, capsys):
     assert "%" not in out.splitlines()[3].split()[4]
     teacher = float(run.read_curve()[0]["val_accuracy"])
     assert teacher > 0.2  # it was trained on the labels, in their units
+    assert main(["report", "--run_dir", str(run.root)]) == 0
     page = run.report.read_text(encoding="utf-8")
     assert "validation R²" in page
     assert "rms error on labels" in page
     assert "accuracy of each prefix" not in page
+    capsys.readouterr()
     assert main(["evaluate", "--run_dir", str(run.root), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     data = Diabetes()

@@ -30,8 +30,6 @@ import bdistil.reporting.report
 import bdistil.storage.run_directory
 from bdistil.storage.run_directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def script(run_dir, point=None):
     """A run of a process of its own that kills itself at a point."""

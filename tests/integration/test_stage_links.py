@@ -35,7 +35,6 @@ from bdistil.runner import ExportedEnsemble
 from bdistil.storage.run_directory import RunDirectory
 
 LADDERS = {"deep": Rung(1, "deep"), "start": Rung(1, "start", at=1), "both": Rung(1, "deep", at=1)}
-pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def make(round, width=1.0):

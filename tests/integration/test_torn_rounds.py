@@ -25,8 +25,6 @@ from bdistil import RunError
 from bdistil.boosting import commit
 from bdistil.callbacks import round_controller
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture(scope="module")
 def two_rounds(tmp_path_factory):
@@ -108,7 +106,7 @@ def called_safe_to_delete():
 
 
 @pytest.fixture(scope="module")
-def blank_reports(no_pictures):
+def blank_reports():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(round_controller, "write_report", lambda run: run.report.write_text("without pictures"))
         yield

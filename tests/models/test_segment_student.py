@@ -17,7 +17,6 @@ from bdistil.models.segment_student import SegmentStudent
 from bdistil.models.student import build_student, linked_activations, run_student
 
 M, C, L, H, T = 13, 3, 4, 5, 4
-pytestmark = pytest.mark.usefixtures("no_pictures")
 
 CELLS = {"gru": (nn.GRU, 3, 1), "lstm": (nn.LSTM, 4, 2), "rnn": (nn.RNN, 1, 1)}
 ENDS = [3, 6, 9, 13]  # of 13 steps in 4 segments

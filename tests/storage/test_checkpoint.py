@@ -10,8 +10,6 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from bdistil.storage import files
 from bdistil.storage.files import save_epoch
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def test_the_checkpoint_of_an_epoch_is_one_of_lightning(tmp_path):
     seen = []

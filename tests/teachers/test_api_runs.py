@@ -32,7 +32,7 @@ class CountingApi:
 
 
 @pytest.fixture(scope="module")
-def api_run(tmp_path_factory, no_pictures):
+def api_run(tmp_path_factory):
     """The run of toys, with the teacher behind an API; and the same run with the module."""
     folder = tmp_path_factory.mktemp("api")
     ask = CountingApi()
@@ -72,7 +72,7 @@ def test_the_fingerprint_is_of_the_api(api_run, tmp_path):
     assert FrozenTeacher(other).fingerprint != FrozenTeacher(teacher).fingerprint
 
 
-def test_a_budget_that_is_too_small_stops_the_run_and_more_goes_on(tmp_path, no_pictures):
+def test_a_budget_that_is_too_small_stops_the_run_and_more_goes_on(tmp_path):
     ask = CountingApi()
     few = ApiTeacher(ask, 4, tmp_path / "answers", budget=200)
     with pytest.raises(

@@ -23,8 +23,6 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from bdistil import OfflineTeacher, UserError
 from bdistil.teachers.wrappers import FrozenTeacher
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 ONE = {"settings": settings_for(1), "trainer": {"epochs": 1}}
 COUNTS = {"train": TRAIN, "val": VAL, "test": TEST}
 

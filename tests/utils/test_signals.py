@@ -19,8 +19,6 @@ from bdistil.cli.app import main
 from bdistil.errors import UserError
 from bdistil.utils.signals import Interrupted, StopSignals
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def script(run_dir, number=None):
     """A run of a process of its own; a signal comes in the second epoch of its second round."""

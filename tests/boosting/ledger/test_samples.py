@@ -12,7 +12,6 @@ from bdistil import UserError
 from bdistil.boosting.ledger import samples
 from bdistil.storage.run_directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
 SEED = r"generator=torch\.Generator\(\)\.manual_seed\(0\)"
 SHORT = {"settings": settings_for(2), "trainer": {"epochs": 2}}
 

@@ -30,7 +30,6 @@ from bdistil import ProgressiveEnsemble, UserError
 from bdistil.data.loaders import Views
 from bdistil.utils.seeding import reseed
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
 K = 2
 
 
