@@ -210,6 +210,8 @@ def table(bench, sizes, seeds):
             rows = {"plain, local": [bench.on_local(size, kind, seed) for seed in seeds]}
             for queries in QUERIES:
                 rows[f"MEKD {queries}"] = [bench.mekd(size, kind, seed, queries) for seed in seeds]
+            half = [bench.mekd(size, kind, seed, QUERIES[0], "half local", local_share=0.5) for seed in seeds]
+            rows[f"MEKD {QUERIES[0]}, half of the samples local"] = half
             for name, results in rows.items():
                 print(f"| {size} | {kind} | {name} | {shown(results)} |", flush=True)
 

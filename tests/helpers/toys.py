@@ -225,6 +225,7 @@ def in_children(logs, function, args):
 
 def _child(log, environment, function, args):
     os.environ.update({key: str(value) for key, value in environment.items()})
+    os.environ.pop("WANDB_SERVICE", None)  # of the test process, if a test of it has started one
     rank_zero_only.rank = environment.get("RANK", 0)  # read from the environment when Lightning is imported
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)

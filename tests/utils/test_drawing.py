@@ -28,9 +28,8 @@ def test_only_a_backend_that_is_not_installed_is_dropped(monkeypatch, given, lef
     monkeypatch.setenv("MPLBACKEND", given)  # for the guard against leaks
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"])
-def test_the_program_starts_with_a_backend_of_another_environment(backend):
-    environ = {**os.environ, "MPLBACKEND": backend}
+def test_the_program_starts_with_a_backend_of_another_environment():
+    environ = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run(
         [sys.executable, "-m", "bdistil.cli", "recipes"], env=environ, capture_output=True, text=True, check=False
     )
