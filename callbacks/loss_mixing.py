@@ -168,8 +168,9 @@ class LossMixing(pl.Callback):
         log_weights(trainer.loggers, weights, self.history[-1], logger_step(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the learned numbers, and a histogram of the label weights."""
+        """Writes the learned numbers and a histogram of the label weights; a later fit of the module has no weights."""
         assert self.mix is not None
+        vars(pl_module).pop("sample_weights", None)
         save_mix(self._file, self.mix)
         if trainer.is_global_zero and self.history:
             draw_weights(self._file.with_name("mixing.png"), self.weights(), self.flipped)

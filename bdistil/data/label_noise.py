@@ -96,6 +96,9 @@ class NoisyLabels(Dataset[Any]):
         ignore_index: class number of a sample without a label, where it is not negative.
         noise: `kind` and `to`, as for `flip_labels`.
 
+    Raises:
+        UserError: no sample has a label.
+
     Attributes:
         rate, seed: as given.
         labels: the new labels, (N,).
@@ -113,7 +116,13 @@ class NoisyLabels(Dataset[Any]):
         **noise: Any,
     ) -> None:
         self.dataset, self.rate, self.seed, clean = dataset, rate, seed, labels_of(dataset)
-        classes = classes or int(clean[has_label(clean, ignore_index)].max()) + 1
+        labelled = clean[has_label(clean, ignore_index)]
+        if not len(labelled):
+            raise UserError(
+                f"Expected samples with a label, of which some are made wrong, got none among {len(clean)} samples: "
+                "every label is negative or `ignore_index`. Leave out the label noise, or give the labels."
+            )
+        classes = classes or int(labelled.max()) + 1
         noise |= {"classes": classes, "seed": seed, "ignore_index": ignore_index}
         self.labels, self.flipped = flip_labels(clean, rate, **noise)
 

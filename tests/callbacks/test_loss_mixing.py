@@ -94,6 +94,14 @@ def test_samples_without_a_label_stay_without_one(kind, unlabelled):
     assert int(noisy.flipped.sum()) == 30  # of the 75 that have a label
 
 
+def test_samples_of_which_none_has_a_label_are_named():
+    dataset = TensorDataset(torch.zeros(3, 2), torch.tensor([-100, -1, 9]))
+    with pytest.raises(
+        UserError, match="Expected samples with a label, of which some are made wrong, got none among 3"
+    ):
+        NoisyLabels(dataset, 0.5, ignore_index=9)
+
+
 class Remapped(TensorDataset):
     """Two classes of the four in the file."""
 
@@ -265,6 +273,18 @@ def test_weights_of_other_data_are_refused(noisy, tmp_path):
     options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
     with pytest.raises(RunError, match="learned weights of 2000 samples with 1 columns, got 600 numbers"):
         trainer.fit(Own(noisy[1]), datamodule=noisy[0], **options)
+
+
+def test_a_fit_without_the_callback_has_no_weights_of_a_fit_before(noisy, tmp_path):
+    """They are those of other samples, if the data are others."""
+    module = Distillation(mlp(16), noisy[1])
+    fit(
+        module,
+        LossMixing(SOON, folder=tmp_path),
+        noisy[0],
+        Hook(on_train_batch_start=lambda _, m: m.sample_weights([0])),
+    )
+    assert module.sample_weights is None
 
 
 def test_a_second_fit_of_an_instance_starts_anew(noisy, tmp_path):
