@@ -28,6 +28,19 @@ MIXING = {
     "ALM-KD": {"mode": "convex", "warmup": 2, "every": 2},
     "AMAL": {"mode": "independent", "warmup": 2, "every": 2},
 }
+# What might be why mixing is not better: each a change of one choice.
+VARIANTS = {
+    "ALM-KD, outer loss on val alone": {**MIXING["ALM-KD"], "train_share": 0.0},
+    "ALM-KD, the same, rate 0.2": {**MIXING["ALM-KD"], "train_share": 0.0, "rate": 0.2},
+    "AMAL, rate 0.2": {**MIXING["AMAL"], "rate": 0.2},
+    "AMAL, every epoch": {"mode": "independent", "warmup": 1, "every": 1},
+    "AMAL, the authors' step": {**MIXING["AMAL"], "look_ahead": "lr", "normalise": False, "rate": 1.0},
+}
+KNOWN = {
+    "right labels and teacher, else teacher": ((0.5, 0.5), (0.0, 1.0)),
+    "right labels, else teacher": ((1.0, 0.0), (0.0, 1.0)),
+    "right labels alone": ((1.0, 0.0), (0.0, 0.0)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +57,28 @@ def parts():
     return {name: ((x / 255 - mean) / std, y) for name, (x, y) in found.items()}
 
 
-@pytest.mark.parametrize("rate", RATES)
-def test_mixing_under_wrong_labels(parts, rate):
-    bench = NoisyBench(
+@pytest.fixture(scope="module")
+def bench(parts):
+    return NoisyBench(
         RESULTS, parts, lambda: ConvStudent((16, 32, 64), in_channels=3).to(memory_format=torch.channels_last),
         lambda: StridedConvNet((64, 128, 256), in_channels=3).to(memory_format=torch.channels_last), epochs=EPOCHS,
-        teacher_options={"epochs": 6, "lr": 3e-3}, mixing=MIXING, one_noise=True,
+        teacher_options={"epochs": 6, "lr": 3e-3}, mixing={**MIXING, **VARIANTS}, known=KNOWN, one_noise=True,
     )  # fmt: skip
-    runs = [bench.figures(rate, seed) for seed in SEEDS]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_mixing_under_wrong_labels(bench, rate):
+    runs = [bench.figures(rate, seed, MIXING) for seed in SEEDS]
     show(rate, runs)
-    for name in MIXING:  # the claim of the table: mixing never costs a point
-        assert statistics.mean(gains(runs, name)) > -1.0, (rate, name, gains(runs, name))
+    assert statistics.mean(gains(runs, "AMAL")) > -1.0  # it never costs a point; ALM-KD does
+
+
+def test_what_limits_it(bench):
+    """Seed 0 at 40 %: who knew the wrong labels would be better."""
+    logits, _ = bench.teacher(0.4, 0)
+    found = {name: bench.method(name, 0.4, 0, logits) for name in (*VARIANTS, *KNOWN)}
+    for name, figures in found.items():
+        auc = f", auc {figures['auc']:.2f}" if "auc" in figures else ""
+        print(f"{name}: last {figures['last']:.1f}, selected {figures['selected']:.1f}{auc}")
+    best = "right labels and teacher, else teacher"
+    assert found[best]["selected"] > max(found[name]["selected"] for name in VARIANTS) + 1.0

@@ -72,10 +72,15 @@ def answers(teacher, part):
     return torch.cat([teacher.eval()(x) for x in part.tensors[0].split(500)])
 
 
-def train(student, teacher_answers, data, seed, *callbacks, epochs, **options):
-    """Fits a student; its accuracies at the last epoch and at the best on the validation part."""
+def train(student, teacher_answers, data, seed, *callbacks, epochs, weights=None, **options):
+    """Fits a student; its accuracies at the last epoch and at the best on the validation part.
+
+    `weights` (N, 2) of the label loss and the teacher loss of each sample replace those of the options.
+    """
     module, best = Cached(student, torch.nn.Identity(), **options), Best()
     module.answers = teacher_answers
+    if weights is not None:
+        module.sample_weights = lambda index: weights[torch.from_numpy(index)]
     mixing = [callback for callback in callbacks if isinstance(callback, LossMixing)]
     trainer = make_trainer(best, *callbacks, epochs=epochs, enable_checkpointing=False, num_sanity_val_steps=0)
     if mixing:
@@ -110,14 +115,17 @@ class NoisyBench:
         epochs: of students.
         teacher_options: of the teacher's training, with its epochs.
         mixing: of MixingSettings, by name of the method.
+        known: weights of the two losses for samples with a right and with a wrong label, by name of the method; what
+            nobody knows but the bench.
         grid: weights of KD that are tried.
         one_noise: wrong labels and teacher are the same for all seeds, and the weight of KD is chosen on seed 0.
     """
 
     def __init__(
-        self, folder, parts, make_student, make_teacher, *, epochs, teacher_options, mixing, grid=(0.5, 0.9, 1.0),
-        one_noise=False,
+        self, folder, parts, make_student, make_teacher, *, epochs, teacher_options, mixing, known=None,
+        grid=(0.5, 0.9, 1.0), one_noise=False,
     ):  # fmt: skip
+        self.known = known or {}
         self.folder, self.parts, self.make_student, self.make_teacher = folder, parts, make_student, make_teacher
         self.epochs, self.teacher_options, self.mixing, self.grid = epochs, teacher_options, mixing, grid
         self.one_noise = one_noise
@@ -153,6 +161,10 @@ class NoisyBench:
                 settings = MixingSettings(**self.mixing[name])
                 callback = LossMixing(settings, folder=self.folder / f"mixing-{name}-{rate:g}-{seed}", seed=seed)
                 return train(student, logits, data, seed, callback, epochs=self.epochs)
+            if name in self.known:
+                right, wrong = map(torch.tensor, self.known[name])
+                weights = torch.where(data.flipped[:, None], wrong, right)
+                return train(student, logits, data, seed, epochs=self.epochs, weights=weights)
             weight = 0.0 if name.startswith("CE") else float(name.removeprefix("KD ").removesuffix("+val"))
             return train(student, logits, data, seed, epochs=self.epochs, distillation_weight=weight)
 
@@ -163,11 +175,11 @@ class NoisyBench:
         seed = 0 if self.one_noise else seed
         return max(self.grid, key=lambda weight: self.method(f"KD {weight}", rate, seed, logits)["val"])
 
-    def figures(self, rate, seed):
-        """Figures by method."""
+    def figures(self, rate, seed, mixing=None):
+        """Figures by method; of the mixing methods, all or those that are named."""
         logits, figures = self.teacher(rate, seed)
         weight = self.best_weight(rate, seed, logits)
-        rows = {"CE": "CE", "KD, best weight": f"KD {weight}", **{name: name for name in self.mixing}}
+        rows = {"CE": "CE", "KD, best weight": f"KD {weight}", **{name: name for name in mixing or self.mixing}}
         rows |= {"CE, also on val": "CE+val", "KD, also on val": f"KD {weight}+val"}
         found = {row: self.method(name, rate, seed, logits) for row, name in rows.items()}
         return {"teacher": figures, **found, "KD, best weight": found["KD, best weight"] | {"weight": weight}}
