@@ -11,9 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from bdistil.boosting.checks.trainer import check_strategy, check_trainer
 from bdistil.boosting.optimization import LRSchedulerCallable, OptimizerCallable
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.trainer_checks import check_strategy, check_trainer
 from bdistil.callbacks.round_controller import RoundController
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError

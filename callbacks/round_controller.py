@@ -12,14 +12,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from bdistil.boosting.batch_checks import check_fit, indexed
-from bdistil.boosting.commit import close_round
-from bdistil.boosting.costs import Uncounted
-from bdistil.boosting.optimization import LRSchedulerCallable, Optimization, OptimizerCallable
-from bdistil.boosting.round import BoostingRound, RoundState
-from bdistil.boosting.run import Boosting, RoundPlan
-from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.trainer_checks import (
+from bdistil.boosting.checks.batches import check_fit, indexed
+from bdistil.boosting.checks.trainer import (
     SharedCallbacks,
     check_trained,
     check_trainer,
@@ -27,6 +21,12 @@ from bdistil.boosting.trainer_checks import (
     check_unused,
     equal_parameters,
 )
+from bdistil.boosting.commit import close_round
+from bdistil.boosting.costs import Uncounted
+from bdistil.boosting.optimization import LRSchedulerCallable, Optimization, OptimizerCallable
+from bdistil.boosting.round import BoostingRound, RoundState
+from bdistil.boosting.run import Boosting, RoundPlan
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import begin_epoch, check_drawn, distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError

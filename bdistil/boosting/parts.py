@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bdistil.boosting.checks import check_augmentation, warn_of_undrawn
+from bdistil.boosting.checks.data import check_augmentation, warn_of_undrawn
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import CANONICAL, LOADERS, ViewPlan, check_dataset, is_random, only_given

@@ -14,8 +14,8 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from bdistil.boosting.batch_checks import check_independence
-from bdistil.boosting.checks import (
+from bdistil.boosting.checks.batches import check_independence
+from bdistil.boosting.checks.data import (
     TEST,
     check_outputs,
     check_rounds,
@@ -24,12 +24,12 @@ from bdistil.boosting.checks import (
     loaders_of,
     test_loader_of,
 )
+from bdistil.boosting.checks.students import check_factory, check_ladder, check_reads, check_student
 from bdistil.boosting.labels import check_samples
 from bdistil.boosting.ledger.samples import check_stored, store_samples
 from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.parts import Parts
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.student_checks import check_factory, check_ladder, check_reads, check_student
 from bdistil.data.loaders import LOADERS, is_indexed
 from bdistil.errors import UserError
 from bdistil.models.inputs import InputSpec

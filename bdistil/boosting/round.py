@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bdistil.boosting.batch_checks import indexed
 from bdistil.boosting.best_epoch import BestEpoch
+from bdistil.boosting.checks.batches import indexed
 from bdistil.boosting.ledger.ledger import ErrorLedger
 from bdistil.boosting.optimization import Optimization
 from bdistil.boosting.part import Part

@@ -17,8 +17,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from bdistil.boosting.batch_checks import check_teacher
-from bdistil.boosting.checks import TEST, test_loader_of
+from bdistil.boosting.checks.batches import check_teacher
+from bdistil.boosting.checks.data import TEST, test_loader_of
+from bdistil.boosting.checks.students import check_student
 from bdistil.boosting.costs import Uncounted, is_api, student_cost, teacher_row
 from bdistil.boosting.labels import all_batches
 from bdistil.boosting.ledger.samples import check_stored
@@ -27,7 +28,6 @@ from bdistil.boosting.part import Part
 from bdistil.boosting.plan import Planner, RunPlan
 from bdistil.boosting.round import BoostingRound, Game
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.student_checks import check_student
 from bdistil.data.loaders import indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
 from bdistil.errors import RunError, UserError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
-from bdistil.boosting.checks import TEST
+from bdistil.boosting.checks.data import TEST
 from bdistil.boosting.costs import is_api
 from bdistil.callbacks import LossMixing
 from bdistil.cli.commands import find_recipe

@@ -21,9 +21,9 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from bdistil.boosting.checks.trainer import check_strategy, check_trainer
 from bdistil.boosting.plan import FREE_KEYS, GROWING_KEYS, complete
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.boosting.trainer_checks import check_strategy, check_trainer
 from bdistil.callbacks import EpochKeeper, LossMixing, RoundController, RoundProgressBar
 from bdistil.cli.commands import find_recipe, print_curve
 from bdistil.cli.parser import Parser

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from bdistil.boosting.checks import TEST, loaders_of, test_loader_of
+from bdistil.boosting.checks.data import TEST, loaders_of, test_loader_of
 from bdistil.boosting.ledger.samples import check_known, read_known
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import LOADERS, check_dataset, is_indexed, only_given

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bdistil.boosting.batch_checks import check_hooks
-from bdistil.boosting.trainer_checks import check_precision
+from bdistil.boosting.checks.batches import check_hooks
+from bdistil.boosting.checks.trainer import check_precision
 from bdistil.data.loaders import LOADERS, Index, check_dataset, paired, single_loader
 from bdistil.data.loaders.fingerprints import changed, spread, stable_digests
 from bdistil.data.loaders.order import SEEDED

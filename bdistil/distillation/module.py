@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bdistil.boosting.trainer_checks import check_precision
+from bdistil.boosting.checks.trainer import check_precision
 from bdistil.data.loaders import LOADERS, Index, PairCollate, check_dataset, paired, single_loader
 from bdistil.data.loaders.order import own_batches, reads_all
 from bdistil.distillation.last_layer import last_layers

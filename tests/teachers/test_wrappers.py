@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
-from bdistil.boosting.checks import check_outputs
+from bdistil.boosting.checks.data import check_outputs
 from bdistil.cli.app import main
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.timm import TimmTeacher

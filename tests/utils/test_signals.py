@@ -14,7 +14,7 @@ from helpers.toys import Hook, boost, control, digests, fit, in_child, settings_
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 
-from bdistil.boosting.trainer_checks import check_strategy
+from bdistil.boosting.checks.trainer import check_strategy
 from bdistil.cli.app import main
 from bdistil.errors import UserError
 from bdistil.utils.signals import Interrupted, StopSignals

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from bdistil.boosting.checks import check_outputs, loaders_of
+from bdistil.boosting.checks.data import check_outputs, loaders_of
 from bdistil.data.loaders import LOADERS, single_loader
 from bdistil.distillation.mekd.deprivatization import Deprivatization
 from bdistil.distillation.mekd.mapping_emulation import MappingEmulation, Optimizer

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
-from bdistil.boosting.batch_checks import check_hooks, close
+from bdistil.boosting.checks.batches import check_hooks, close
 from bdistil.boosting.settings import RECOMPUTE, BoostingSettings
 from bdistil.data.loaders import LOADERS, Views, is_random, paired, same_x, single_loader, with_trainer
 from bdistil.errors import UserError

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import IterableDataset
 
-from bdistil.boosting.batch_checks import close
-from bdistil.boosting.checks import check_repeatable, device_of
+from bdistil.boosting.checks.batches import close
+from bdistil.boosting.checks.data import check_repeatable, device_of
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import check_dataset
 from bdistil.errors import UserError

@@ -1,0 +1,1 @@
+"""Validation of what a user gives, before anything is trained."""
