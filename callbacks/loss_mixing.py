@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,11 @@ class LossMixing(pl.Callback):
         self._open.enter_context(indexed_loaders(datamodule, order, names=LOADERS[:1], labels=key))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restores the loaders of the data module."""
+        """Restores the loaders of the data module, and the attribute of the module."""
         self._open.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restores the loaders of the data module."""
+        """Restores the loaders of the data module, and the attribute of the module."""
         self._open.close()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,6 +152,7 @@ class LossMixing(pl.Callback):
             )
         self.mix = start if found is None else found.view(start.shape)
         self.flipped = flipped_labels(self._loaders[0].dataset)
+        self._open.enter_context(_restored(pl_module))
         self._attach(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -168,9 +169,8 @@ class LossMixing(pl.Callback):
         log_weights(trainer.loggers, weights, self.history[-1], logger_step(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the learned numbers and a histogram of the label weights; a later fit of the module has no weights."""
+        """Writes the learned numbers, and a histogram of the label weights."""
         assert self.mix is not None
-        vars(pl_module).pop("sample_weights", None)
         save_mix(self._file, self.mix)
         if trainer.is_global_zero and self.history:
             draw_weights(self._file.with_name("mixing.png"), self.weights(), self.flipped)
@@ -187,6 +187,17 @@ class LossMixing(pl.Callback):
             mix_round(module, self.mix, self._labels)
         else:
             module.sample_weights = lambda index: self.weights(index).to(module.device)
+
+
+@contextmanager
+def _restored(module: pl.LightningModule) -> Iterator[None]:
+    """At its end a module has its own `sample_weights` again, or none: a later fit may have other samples."""
+    own = {key: value for key, value in vars(module).items() if key == "sample_weights"}
+    try:
+        yield
+    finally:
+        vars(module).pop("sample_weights", None)
+        vars(module).update(own)
 
 
 def _class_numbers(loader: Any, name: str, rows: Sequence[int] | None = None) -> Tensor:

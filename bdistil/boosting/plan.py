@@ -1,6 +1,6 @@
 """The checks before training: configuration, data, teacher and students of a run, in this order.
 
-Whatever can fail because of what a user gave fails here, before an hour of training is spent.
+What a user gave is tried here, so that it does not fail after hours of training.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from bdistil.boosting.checks.batches import check_independence
 from bdistil.boosting.checks.data import (
     TEST,
     check_outputs,
-    check_rounds,
     check_task,
-    check_widths,
     loaders_of,
     test_loader_of,
 )
-from bdistil.boosting.checks.students import check_factory, check_ladder, check_reads, check_student
+from bdistil.boosting.checks.students import (
+    check_factory,
+    check_ladder,
+    check_reads,
+    check_rounds,
+    check_student,
+    check_widths,
+)
 from bdistil.boosting.labels import check_samples
 from bdistil.boosting.ledger.samples import check_stored, store_samples
 from bdistil.boosting.optimization import Optimization

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import lightning as L
 import numpy as np
@@ -275,16 +276,22 @@ def test_weights_of_other_data_are_refused(noisy, tmp_path):
         trainer.fit(Own(noisy[1]), datamodule=noisy[0], **options)
 
 
-def test_a_fit_without_the_callback_has_no_weights_of_a_fit_before(noisy, tmp_path):
-    """They are those of other samples, if the data are others."""
-    module = Distillation(mlp(16), noisy[1])
-    fit(
-        module,
-        LossMixing(SOON, folder=tmp_path),
-        noisy[0],
-        Hook(on_train_batch_start=lambda _, m: m.sample_weights([0])),
-    )
-    assert module.sample_weights is None
+@pytest.mark.parametrize("own", [{}, {"sample_weights": None}], ids=str)
+@pytest.mark.parametrize("ends", [True, False])
+def test_weights_end_with_their_fit(noisy, tmp_path, own, ends):
+    """They are those of its samples, and the next fit may have others."""
+    module, seen = Own(noisy[1]), []
+    vars(module).update(own)
+
+    def look(_, module):
+        seen.append(module.sample_weights([0]))
+        if not ends:
+            raise ZeroDivisionError
+
+    with nullcontext() if ends else pytest.raises(ZeroDivisionError):
+        fit(module, LossMixing(SOON, folder=tmp_path), noisy[0], Hook(on_train_batch_start=look), epochs=1)
+    assert seen
+    assert {key: value for key, value in vars(module).items() if key == "sample_weights"} == own
 
 
 def test_a_second_fit_of_an_instance_starts_anew(noisy, tmp_path):

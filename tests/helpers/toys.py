@@ -185,8 +185,8 @@ def in_child(log, function, *args):
 def on_ranks(folder, function, *args, count=2, nodes=1, own=None):
     """Calls a function in processes that stand to each other like those of torchrun; their statuses by rank.
 
-    If one fails, the others are killed, as by torchrun, whose own start would take as long as the tests. What they say
-    is in `rank0.log` and so on. `own` gives the variables of the environment of each rank.
+    The start of torchrun itself would take as long as the tests. What they say is in `rank0.log` and so on. `own` gives
+    variables of the environment to a rank.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -200,7 +200,10 @@ def on_ranks(folder, function, *args, count=2, nodes=1, own=None):
 
 
 def in_children(logs, function, args):
-    """Calls a function in a process for each log, with the environment that is given for it; their statuses."""
+    """Calls a function in a process for each log, with the environment that is given for it; their statuses.
+
+    When one fails, the others are killed; their status is None.
+    """
     context = multiprocessing.get_context("forkserver")  # a new interpreter, which imports torch once for all children
     context.set_forkserver_preload(["bdistil.callbacks"])
     children = [
@@ -215,12 +218,13 @@ def in_children(logs, function, args):
             waits.pop(sentinel).join()
         if any(child.exitcode for child in children):  # the others would wait for it
             break
+    failed = any(child.exitcode for child in children)
     for child in waits.values():
         child.kill()
         child.join()
-    if waits and not any(child.exitcode for child in children if child not in waits.values()):
+    if waits and not failed:
         raise AssertionError("\n".join(f"{log} hangs:\n{Path(log).read_text()[-5000:]}" for log in logs))
-    return [child.exitcode for child in children]
+    return [None if child in waits.values() else child.exitcode for child in children]
 
 
 def _child(log, environment, function, args):

@@ -1,9 +1,8 @@
-"""Validation before training: data, teacher and students."""
+"""Validation of the data and of the teacher before training."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, cast
@@ -23,7 +22,6 @@ from bdistil.data.loaders import LOADERS, Views, is_random, paired, same_x, sing
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.quality import Task
-from bdistil.models.student import Rung, Student
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.offline import table_of
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
@@ -160,27 +158,6 @@ class _Collated(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.loader.collate_fn([self.dataset[index]])
-
-
-def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:
-    """Raises UserError where the ladder has wider rungs but `student` takes no `width`."""
-    wider = [rung.width for rung in ladder if rung.width != 1]
-    parameters = inspect.signature(make).parameters.values()
-    if wider and not any(p.name == "width" or p.kind is p.VAR_KEYWORD for p in parameters):
-        raise UserError(
-            f"The ladder has students of width x{wider[0]:g}, but `student` takes no `width`. "
-            "Write make_student(round, width=1.0), or leave such rungs out."
-        )
-
-
-def check_rounds(student: nn.Module, rounds: int) -> None:
-    """Raises UserError where there are more rounds than segments that the students read."""
-    most = student.most_rounds if isinstance(student, Student) else None
-    if most is not None and rounds > most:
-        raise UserError(
-            f"Expected `rounds` of the boosting settings to be at most {most}, as many as {type(student).__name__} has "
-            f"segments to read, got {rounds}. Give it more `segments`, or fewer rounds."
-        )
 
 
 @torch.no_grad()

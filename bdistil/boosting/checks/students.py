@@ -43,6 +43,27 @@ def check_factory(make: Any) -> None:
         return
 
 
+def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:
+    """Raises UserError where the ladder has wider rungs but `student` takes no `width`."""
+    wider = [rung.width for rung in ladder if rung.width != 1]
+    parameters = inspect.signature(make).parameters.values()
+    if wider and not any(p.name == "width" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise UserError(
+            f"The ladder has students of width x{wider[0]:g}, but `student` takes no `width`. "
+            "Write make_student(round, width=1.0), or leave such rungs out."
+        )
+
+
+def check_rounds(student: nn.Module, rounds: int) -> None:
+    """Raises UserError where there are more rounds than segments that the students read."""
+    most = student.most_rounds if isinstance(student, Student) else None
+    if most is not None and rounds > most:
+        raise UserError(
+            f"Expected `rounds` of the boosting settings to be at most {most}, as many as {type(student).__name__} has "
+            f"segments to read, got {rounds}. Give it more `segments`, or fewer rounds."
+        )
+
+
 def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any, outputs: int | None = None) -> None:
     """Checks a new student, and gives its lazy layers their sizes.
 
