@@ -1,9 +1,24 @@
 """The two kinds of failure a user can meet; everything else is a bug."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(ValueError):
-    """What the user gave cannot be used. The message names it, what was allowed, and the way out; exit status 2."""
+    """Invalid input. The message names the argument, what was allowed, what was given and the fix; exit status 2."""
 
 
 class RunError(RuntimeError):
     """A run that had started cannot go on. What was committed before it is intact; exit status 1."""
+
+
+def listed(names: Iterable[Any], shown: int = 3) -> str:
+    """The first names of a list and the number of the others, for a message.
+
+    >>> listed(["a", "b", "c", "d"], shown=2)
+    'a, b and 2 more'
+    """
+    every = [str(name) for name in names]
+    return ", ".join(every[:shown]) + (f" and {len(every) - shown:,} more" if len(every) > shown else "")

@@ -9,10 +9,10 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bdistil.errors import UserError
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
+from bdistil.utils.trees import leaves_of, map_tensors
 
 
 class ComputeCost(Callback):
@@ -116,13 +116,13 @@ class ComputeCost(Callback):
                 "ComputeCost(inputs=...), or the module's `example_input_array`."
             )
         if self.inputs is None:
-            x = tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.dim() else leaf, x)
+            x = map_tensors(x, lambda leaf: leaf[:1] if leaf.dim() else leaf)
         return move_data_to_device(x if isinstance(x, tuple) else (x,), pl_module.device)
 
 
 def _rows(batch: Any) -> int:
     """Samples in a batch: the rows of its first tensor."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    return next((len(leaf) for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def _log(trainer: Trainer, figures: dict[str, Any]) -> None:

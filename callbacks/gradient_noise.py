@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ class GradientNoise(pl.Callback):
             title = "without and with the game"
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / f"{name}.json", json.dumps(self.history, indent=1))
+            rows = [{key: _plain(value) for key, value in row.items()} for row in self.history]
+            write_atomically(folder / f"{name}.json", json.dumps(rows, indent=1, allow_nan=False))
             draw_noise(folder / f"{name}.png", moments, title)
 
     # ---- measurements
@@ -173,3 +175,8 @@ class GradientNoise(pl.Callback):
             logger.log_metrics(row, step=logger_step(trainer))
         self.history.append({"epoch": trainer.current_epoch, **figures})
         return estimate.moments
+
+
+def _plain(value: Any) -> Any:
+    """None in place of NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from bdistil.data.loaders import LOADERS, as_labels, rows_loader
+from bdistil.data.loaders.fingerprints import spread
 from bdistil.errors import UserError
 from bdistil.metrics.quality import UNLABELLED, Task
 from bdistil.models.inputs import InputSpec
@@ -62,12 +63,8 @@ def _alone(loader: DataLoader[Any]) -> list[InputSpec]:
     """Structure and shape of some samples in batches of their own: padding may hide that lengths differ."""
     if isinstance(loader.dataset, IterableDataset):
         return []
-    rows = _spread(len(loader.dataset))  # type: ignore[arg-type]
+    rows = spread(len(loader.dataset), PROBES)  # type: ignore[arg-type]
     return [reduce(InputSpec.joined, (InputSpec.of_batch(loader.collate_fn([loader.dataset[r]])[0]) for r in rows))]
-
-
-def _spread(samples: int) -> list[int]:
-    return sorted(set(np.linspace(0, samples - 1, PROBES).astype(int).tolist()))
 
 
 def _check_some(labels: Sequence[Tensor], name: str, task: Task) -> None:
@@ -128,7 +125,7 @@ def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
     found = as_labels(found, collate.ignore_index)
     if type(loader.dataset) is TensorDataset:
         return found
-    rows = _spread(len(found))
+    rows = spread(len(found), PROBES)
     _, given = collate([loader.dataset[row] for row in rows])
     same = given is not None and given.shape == found[rows].shape and bool((given == found[rows]).all())
     return found if same else None

@@ -11,7 +11,7 @@ from functools import reduce
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from bdistil.boosting.checks.batches import check_independence
@@ -136,7 +136,7 @@ class Planner:
         check_task(settings.task, self.teacher.module)
         check_widths(self.make, settings.ladder)
         pair, _ = train.collate_fn([train.dataset[0], train.dataset[parts.train.samples - 1]])
-        with torch.random.fork_rng():
+        with isolate_rng(include_cuda=False):
             student = build_student(self.make, 0, [], Rung(0))
             check_student(student, [], pair)
         check_rounds(student, settings.rounds)

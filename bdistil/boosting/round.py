@@ -138,20 +138,7 @@ class RoundState:
             setattr(self, field.name, values[field.name])
 
 
-class _FastHookName(pl.LightningModule):
-    """Stores the name of the current hook without the search for parameters and buffers.
-
-    Lightning sets it some 40 times a step, which takes as long as the arithmetic of the game: 2 % of a step of 5 ms.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-
-class BoostingRound(_FastHookName):
+class BoostingRound(pl.LightningModule):
     """Trains student t. The teacher and the earlier students are outside its module tree.
 
     They are in no checkpoint, receive no gradient, and DDP does not reduce them.

@@ -55,7 +55,7 @@ class CellCLI(ComparedCLI):
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains what the cell needs, as far as it is missing."""
-        run = RunDirectory(self._get(self.config, "run_dir"))
+        run = RunDirectory(self.config.fit.run_dir)
         datamodule = self.fit_run(model, datamodule, run)
         write_figures(
             run, ProgressiveEnsemble.load(run.root, student=model.make_student), prefix_costs(run), datamodule
@@ -109,7 +109,7 @@ class TeacherCLI(ComparedCLI):
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains and evaluates the teacher."""
-        self.fit_run(model, datamodule, RunDirectory(self._get(self.config, "run_dir")))
+        self.fit_run(model, datamodule, RunDirectory(self.config.fit.run_dir))
 
 
 class JointCLI(TeacherCLI):

@@ -88,7 +88,7 @@ class PlanCLI(BoostCLI):
             raise UserError(f"Expected data with labels and a test part, by which methods are compared; {lacks} lacks.")
         # The MACs of a run are those of this sample.
         self.model_planned, self.x = model, train.collate_fn([train.dataset[0]])[0]
-        self.tracking = self._get(self.config_init, "tracking")
+        self.tracking = self.config_init.fit.tracking
         self.mixes = any(isinstance(callback, LossMixing) for callback in self.callbacks())
         self.origin = origin_of(self.parts, model.teacher)
         self.trains_teacher = not (comes_trained(model.teacher.network) or model.teacher.checkpoint)

@@ -153,13 +153,13 @@ class BoostCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Checks a strategy given by name before Lightning looks for its devices."""
-        strategy = self._get(self.config, "trainer").strategy
+        strategy = self.config.fit.trainer.strategy
         if isinstance(strategy, str):
             check_strategy(strategy)
 
     def new_trainer(self, *callbacks: Callback, **changed: Any) -> Trainer:
         """A Trainer with the settings of the recipe and these callbacks."""
-        settings, given = self._get(self.config_init, "trainer"), list(callbacks)
+        settings, given = self.config_init.fit.trainer, list(callbacks)
         if settings.enable_progress_bar is not False and sys.stderr.isatty():
             given.append(RoundProgressBar())
         else:
@@ -176,12 +176,12 @@ class BoostCLI(LightningCLI):
 
     def callbacks(self) -> list[Callback]:
         """The callbacks of the recipe."""
-        given = self._get(self.config_init, "trainer").callbacks
+        given = self.config_init.fit.trainer.callbacks
         return list(given) if isinstance(given, list) else [given] if given else []
 
     def _strategy(self) -> Strategy | str:
         """A new strategy as the recipe defines it: a strategy cannot be shared between Trainers."""
-        given = self._get(self.config, "trainer").strategy
+        given = self.config.fit.trainer.strategy
         if isinstance(given, str):
             return given
         module, _, name = given.class_path.rpartition(".")
@@ -202,7 +202,7 @@ class BoostCLI(LightningCLI):
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains the teacher if it is missing, then the rounds, then writes the report."""
         self.check(model)
-        run = RunDirectory(self._get(self.config, "run_dir"))
+        run = RunDirectory(self.config.fit.run_dir)
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             datamodule = self.fit_run(model, datamodule, run)
             _fit_anytime(run, datamodule)
@@ -219,7 +219,7 @@ class BoostCLI(LightningCLI):
     def fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
         """Trains the teacher if it is missing, then the rounds; returns the data of the rounds."""
         config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_unset=False))
-        seed = int(self._get(self.config, "seed_everything"))
+        seed = int(self.config.fit.seed_everything)
         network = model.teacher.network
         controller = RoundController(
             run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config,
@@ -292,8 +292,8 @@ class BoostCLI(LightningCLI):
 
     def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
         """The loggers of the recipe and the W&B logger of `tracking`."""
-        given = self._get(self.config_init, "trainer").logger
-        tracked = make_logger(self._get(self.config_init, "tracking"), run.root, config)
+        given = self.config_init.fit.trainer.logger
+        tracked = make_logger(self.config_init.fit.tracking, run.root, config)
         return [*(given if isinstance(given, list) else [given] if given else []), *([tracked] if tracked else [])]
 
     def _teach(self, model: Distiller, datamodule: LightningDataModule, controller: RoundController) -> None:

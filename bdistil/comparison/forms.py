@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from bdistil.boosting.costs import student_cost, student_latency
@@ -54,7 +55,7 @@ def plan_forms(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) 
         UserError: `make` takes no width.
     """
     first = next((rung for rung in settings.ladder if rung.links == 0), Rung(0))
-    with torch.random.fork_rng():
+    with isolate_rng(include_cuda=False):
         rungs = planned_classes(make, settings)
     students = build_students(make, rungs, x)
     costs = [student_cost(s, students[:n], x, "record").macs for n, s in enumerate(students)]
@@ -102,7 +103,7 @@ def planned_classes(make: Make, settings: BoostingSettings) -> Classes:
 def build_students(make: Make, rungs: Classes, x: Any) -> list[nn.Module]:
     """Untrained students of these classes, in eval mode."""
     students: list[nn.Module] = []
-    with torch.random.fork_rng():
+    with isolate_rng(include_cuda=False):
         for number, rung in enumerate(rungs):
             students.append(build_student(make, number, students, rung, x).train(False))
     return students

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from bdistil.data.readers.files import Array, Source, listed
+from bdistil.data.readers.files import Array, Source
 from bdistil.data.readers.images import ArrayImages, normalised
 from bdistil.data.readers.preparation import moments, validation_split
-from bdistil.errors import UserError
+from bdistil.errors import UserError, listed
 from bdistil.utils.paths import user_path
 
 PARTS = ("train", "val", "test")

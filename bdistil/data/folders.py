@@ -13,8 +13,7 @@ from torchvision.transforms import v2
 
 from bdistil.data.base import PARTS, PartsModule
 from bdistil.data.readers import GreyFiles, ImageFiles, encoded, image_size, normalised, pad_crop_flip, share_split
-from bdistil.data.readers.files import listed
-from bdistil.errors import UserError
+from bdistil.errors import UserError, listed
 from bdistil.utils.paths import user_path
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0 … 1, as most teachers expect

@@ -12,8 +12,7 @@ from torchvision.transforms import v2
 
 from bdistil.data.base import ImageModule, Images
 from bdistil.data.readers import ImageFiles, Source, encoded, pad_crop_flip
-from bdistil.data.readers.files import listed
-from bdistil.errors import UserError
+from bdistil.errors import UserError, listed
 
 
 def read_folders(folder: Path, source: Source) -> tuple[Images, list[str]]:

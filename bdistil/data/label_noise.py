@@ -17,7 +17,8 @@ from bdistil.errors import UserError
 
 Noise = Literal["symmetric", "asymmetric"]
 FORWARDED = (
-    "prepare_data", "val_dataloader", "test_dataloader", "teardown",
+    "prepare_data", "val_dataloader", "test_dataloader", "predict_dataloader", "teardown",
+    "state_dict", "load_state_dict", "on_exception",
     "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
 )  # fmt: skip
 
@@ -179,6 +180,7 @@ class LabelNoise(pl.LightningDataModule):
         super().__init__()
         _check(rate, kind)
         self.data = data
+        self.prepare_data_per_node = data.prepare_data_per_node
         self.noisy: NoisyLabels | None = None
         self.noise: dict[str, Any] = {"rate": rate, "kind": kind, "seed": seed, "classes": classes, "to": to}
         self.noise["ignore_index"] = ignore_index

@@ -65,8 +65,9 @@ def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = Fals
     population = len(probe.rows)
     with eval_mode(module), torch.no_grad(), isolate_rng():
         seen = [probe.noise(batch) for batch in spread_batches(probe, samples)]
-        activations, logits = torch.cat([s.activations for s in seen]), torch.cat([s.logits for s in seen])
-        g, k = torch.cat([s.residuals for s in seen], 1)
+        # On the CPU, as the moments are in float64, which not all devices have.
+        activations, logits = torch.cat([s.activations for s in seen]).cpu(), torch.cat([s.logits for s in seen]).cpu()
+        g, k = torch.cat([s.residuals for s in seen], 1).cpu()
         entropy = sum(s.entropy * len(s.logits) for s in seen) / len(logits)
         curvature = None if isinstance(probe, RoundProbe) else pull_curvature(activations, logits, g, k)
         if not full:
@@ -77,7 +78,7 @@ def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = Fals
             teachers = teachers if teachers.ndim == 3 else teachers[None]
             pairs = [sample_gradients(module, x, y, z, temperature=module.temperature) for z in teachers]
             gradients.append((pairs[0][0], torch.stack([k for _, k in pairs]).mean(0)))
-        labels, pulls = (torch.cat(part) for part in zip(*gradients, strict=True))
+        labels, pulls = (torch.cat(part).cpu() for part in zip(*gradients, strict=True))
         return NoiseEstimate(gradient_moments(labels, pulls, population), entropy, curvature)
 
 

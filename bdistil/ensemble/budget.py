@@ -6,10 +6,9 @@ the threshold of that stage; the last stage decides all that are left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from bdistil.errors import UserError
 from bdistil.runner import confidence
+from bdistil.runner.budget import check_limits, stages_within
 from bdistil.runner.confidence import Array
 
 Rule = Literal["max_prob", "margin", "entropy", "agreement"]
@@ -90,11 +90,7 @@ class Budget:
     rule: Rule | None = None
 
     def __post_init__(self) -> None:
-        _check_number("stages", self.stages, Integral, "a whole number >= 1", lambda value: value >= 1)
-        for name in ("macs", "seconds"):
-            _check_number(name, getattr(self, name), Real, "a number > 0", lambda value: value > 0)
-        if self.confidence != "fitted":
-            _check_number("confidence", self.confidence, Real, "in (0, 1] or 'fitted'", lambda value: 0 < value <= 1)
+        check_limits(self, UserError)
         if self.rule is not None and self.rule not in RULES:
             raise UserError(f"Expected `rule` of a budget to be one of {', '.join(RULES)}, got {self.rule!r}.")
 
@@ -104,10 +100,7 @@ class Budget:
         Args:
             macs: cumulative MACs per sample, one value per stage.
         """
-        allowed = len(macs) if self.stages is None else min(self.stages, len(macs))
-        if self.macs is not None:
-            allowed = min(allowed, sum(cost <= self.macs for cost in macs))
-        return max(allowed, 1)
+        return stages_within(macs, self.stages, self.macs)
 
     def check_rule(self) -> None:
         """Checks that a rule comes with a confidence; in a sweep over confidences it is added later.
@@ -120,12 +113,6 @@ class Budget:
                 f"`rule` of a budget defines how `confidence` is computed, got rule={self.rule!r} without confidence. "
                 "Give confidence=0.9, for example, or leave the rule out."
             )
-
-
-def _check_number(name: str, value: Any, kind: type, allowed: str, within: Callable[[Any], bool]) -> None:
-    """Checks a limit of a budget; None is no limit. NumPy's numbers are numbers, True is none."""
-    if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or not within(value)):
-        raise UserError(f"Expected `{name}` of a budget to be {allowed}, got {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -304,7 +305,7 @@ def _made_again(
 ) -> nn.Module:  # fmt: skip
     """The student of a committed round by `make_student`, with its weights. Raises UserError where it is another."""
     record = run.record(number)
-    with torch.random.fork_rng():
+    with isolate_rng(include_cuda=False):
         student = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
     try:
         student.load_state_dict(_once(student, tensors), strict=False)

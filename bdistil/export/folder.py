@@ -15,9 +15,8 @@ from torch import Tensor
 from bdistil import runner
 from bdistil.errors import RunError, UserError
 from bdistil.export.graphs import Segment
+from bdistil.runner.graphs import FORMAT
 from bdistil.storage.files import atomic, digest
-
-FORMAT, VERSION = "bdistil-export", 1
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from bdistil.errors import UserError
-from bdistil.export.folder import FORMAT, VERSION, check_output, new_folder
+from bdistil.export.folder import check_output, new_folder
 from bdistil.export.formats import FORMATS
 from bdistil.export.job import Export, ExportOptions, to_list
 from bdistil.reporting.tables import format_table
+from bdistil.runner.graphs import FORMAT, VERSION
 from bdistil.storage.run_directory import RunDirectory
 
 __all__ = ["ExportOptions", "export_run", "export_summary"]

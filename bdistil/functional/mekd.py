@@ -70,8 +70,8 @@ def balance(labels: Tensor, counts: Tensor) -> Tensor:
         >>> balance(torch.tensor([0, 1]), torch.tensor([3, 1]))
         tensor([0.6667, 2.0000])
     """
-    counts = counts.double().clamp_min(1e-12)
-    return (counts.sum() / (len(counts) * counts)).clamp_max(10.0).float()[labels]
+    counts = counts.clamp_min(1e-12)
+    return (counts.sum() / (len(counts) * counts)).clamp_max(10.0)[labels]
 
 
 def statistics(answers: Tensor) -> tuple[Tensor, Tensor]:

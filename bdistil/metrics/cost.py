@@ -230,7 +230,7 @@ def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.
     if not isinstance(inputs, tuple):
         raise UserError(f"Expected `inputs` to be a tuple of positional arguments, such as (x,), got {type(inputs)}.")
     tables = [(t, dict(t)) for m in module.modules() for t in (vars(m), *vars(m).values()) if isinstance(t, dict)]
-    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
+    buffers = [(b, b.detach().clone()) for b in module.buffers() if not (b.is_inference() or b.is_meta)]
     devices = {t.device for t in _tensors(module, inputs)} - {torch.device("cpu"), torch.device("meta")}
     mps = torch.mps.get_rng_state() if any(d.type == "mps" for d in devices) else None
     try:
@@ -242,8 +242,8 @@ def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.
         for table, items in tables:  # in place: hook handles hold on to these dictionaries
             table.clear()
             table.update(items)
-        for buffer, version, value in buffers:
-            if buffer._version != version:
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
                 buffer.detach().copy_(value)
         if mps is not None:
             torch.mps.set_rng_state(mps)

@@ -41,11 +41,7 @@ class Budget:
     rule: str | None = None
 
     def __post_init__(self) -> None:
-        _check_number("stages", self.stages, Integral, "a whole number >= 1", lambda value: value >= 1)
-        for name in ("macs", "seconds"):
-            _check_number(name, getattr(self, name), Real, "a number > 0", lambda value: value > 0)
-        if self.confidence != "fitted":
-            _check_number("confidence", self.confidence, Real, "in (0, 1] or 'fitted'", lambda value: 0 < value <= 1)
+        check_limits(self, ExportError)
         if self.rule is not None and (self.rule not in RULES or self.confidence is None):
             raise ExportError(
                 f"Expected `rule` of a budget to be one of {', '.join(RULES)}, with a confidence, got {self.rule!r} "
@@ -58,16 +54,41 @@ class Budget:
         Args:
             macs: cumulative multiply-adds per sample, one value per stage.
         """
-        allowed = len(macs) if self.stages is None else min(self.stages, len(macs))
-        if self.macs is not None:
-            allowed = min(allowed, sum(cost <= self.macs for cost in macs))
-        return max(allowed, 1)
+        return stages_within(macs, self.stages, self.macs)
 
 
-def _check_number(name: str, value: Any, kind: type, allowed: str, within: Callable[[Any], bool]) -> None:
-    """Checks a limit of a budget; None is no limit. NumPy's numbers are numbers, True is none."""
-    if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or not within(value)):
-        raise ExportError(f"Expected `{name}` of a budget to be {allowed}, got {value!r}.")
+def check_limits(budget: Any, error: type[Exception]) -> None:
+    """Checks the numbers of a budget; None is no limit. NumPy's numbers are numbers, True is none.
+
+    Args:
+        budget: has the limits of `Budget`.
+        error: class of what is raised where one is out of its range.
+    """
+
+    def check(name: str, kind: type, allowed: str, within: Callable[[Any], bool]) -> None:
+        value = getattr(budget, name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or not within(value)):
+            raise error(f"Expected `{name}` of a budget to be {allowed}, got {value!r}.")
+
+    check("stages", Integral, "a whole number >= 1", lambda value: value >= 1)
+    check("macs", Real, "a number > 0", lambda value: value > 0)
+    check("seconds", Real, "a number > 0", lambda value: value > 0)
+    if budget.confidence != "fitted":
+        check("confidence", Real, "in (0, 1] or 'fitted'", lambda value: 0 < value <= 1)
+
+
+def stages_within(costs: Sequence[int], stages: int | None, macs: float | None) -> int:
+    """Number of stages that the limits on stages and MACs allow, at least 1.
+
+    Args:
+        costs: cumulative multiply-adds per sample, one value per stage.
+        stages: limit on the stages.
+        macs: limit on the multiply-adds.
+    """
+    allowed = len(costs) if stages is None else min(stages, len(costs))
+    if macs is not None:
+        allowed = min(allowed, sum(cost <= macs for cost in costs))
+    return max(allowed, 1)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bdistil.errors import UserError
+from bdistil.errors import UserError, listed
 
 # Entries in which scripts keep the weights; averaged ones first, as timm and torchvision evaluate those.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")
@@ -172,9 +172,3 @@ def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
         return f"no tensors by name, but the entries {listed(content, 5)}" if content else "an empty dict"
     return f"a {type(content).__name__}"
-
-
-def listed(names: Iterable[Any], shown: int = 3) -> str:
-    """The first names, and the number of the others."""
-    every = [str(name) for name in names]
-    return ", ".join(every[:shown]) + (f" and {len(every) - shown} more" if len(every) > shown else "")

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bdistil.errors import UserError
-from bdistil.storage.checkpoint_files import State, listed, read_state
+from bdistil.errors import UserError, listed
+from bdistil.storage.checkpoint_files import State, read_state
 from bdistil.storage.files import atomic
 
 # Names that wrappers put into those of the weights: torch.compile, FSDP, activation checkpointing.

@@ -96,7 +96,8 @@ class TeacherTraining(pl.LightningModule):
         if self.task == "regression":
             self._score.update((answers - y.reshape(answers.shape)).square().mean(-1))
         elif self.task == "multilabel":
-            self._score.update(((answers > 0) == (y.reshape(answers.shape) > 0)).float())
+            labels = y.reshape(answers.shape)
+            self._score.update(((answers > 0) == (labels > 0))[labels >= 0].float())
         else:
             right, _, samples = class_sums(answers, y)
             self._score.update(right / samples.clamp(min=1), weight=samples)

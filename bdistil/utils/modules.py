@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -46,6 +47,11 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         for name, buffer in module.named_buffers():
             buffer.copy_(kept[name])
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Device of a module's weights; the CPU if it has none."""
+    return next((weight.device for weight in module.parameters()), torch.device("cpu"))
 
 
 def structure_of(module: nn.Module) -> dict[str, str]:

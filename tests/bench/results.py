@@ -1,7 +1,7 @@
 """Measures what docs/results.md says and writes it: results.py [--output runs/results] [--data ROOT] [--only NAME ...].
 
-Each part is a `bdistil compare`, which goes on where it was interrupted. With --only, the sections of other parts stay
-as they are on the page; parts that it lacks are named there.
+Each part is a `bdistil compare`, which goes on where it was interrupted; the page is written when all of them are
+complete. With --only, the sections of other parts stay as they are on the page; parts that it lacks are named there.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import torch
@@ -34,6 +35,10 @@ PARTS = (
         f"--data.root {{data}} --model.teacher.checkpoint {HERE}/cifar10-teacher.safetensors",
     ),
 )  # fmt: skip
+LONG = (
+    "cifar10-tiny",
+)  # these take hours: the figures of their cells are kept, so that another machine goes on with them
+CELLS = HERE / "cells"
 MISSING = "Not measured:"
 HEAD = """# Results
 
@@ -53,22 +58,38 @@ and [other packages](peers.md).
 """
 
 
-def measure(part, output, data):
-    """Runs one comparison; its section of the page."""
-    name, heading, recipe, seeds, methods, options = part
-    folder = output / name
+def measure(part, output, data, seeds):
+    """Runs one comparison, as far as it has not been run; its figures are kept in CELLS if it takes hours."""
+    name, _, recipe, _, methods, options = part
+    folder, kept = output / name, CELLS / f"{name}.tar.gz"
     command = [sys.executable, "-m", "bdistil.cli", "compare", "--config", recipe, "--output", str(folder)]
     command += ["--seeds", str(seeds), "--methods", *methods.split(), *options.format(data=data).split()]
-    subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "disabled"})
-    return section(heading, recipe, folder)
+    if kept.exists() and not folder.exists():
+        with tarfile.open(kept) as archive:
+            archive.extractall(folder, filter="data")
+    try:
+        subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "disabled"})
+    finally:
+        if name in LONG:
+            keep(folder, kept)
+
+
+def keep(folder, kept):
+    """Packs what a comparison needs to go on without the weights: the small files of its finished cells."""
+    done = [file.parent for file in sorted(folder.glob("runs/*/figures.json"))]
+    files = [*folder.glob("*.json"), folder / "recipe.yaml"]
+    files += [
+        file for cell in done for file in (cell / "config.yaml", cell / "figures.json", *cell.glob("rounds/*/*.json"))
+    ]
+    with tarfile.open(kept, "w:gz") as archive:
+        for file in files:
+            archive.add(file, file.relative_to(folder))
 
 
 def minutes(folder):
-    """Minutes of training of all cells."""
+    """Minutes of training of all cells; the rows of a cell are in the order of its prefixes, the last has its time."""
     with (folder / "compare.csv").open() as file:
-        whole = {
-            (row["method"], row["seed"]): float(row["seconds"]) for row in csv.DictReader(file)
-        }  # of the last prefix
+        whole = {(row["cell"], row["seed"]): float(row["seconds"]) for row in csv.DictReader(file)}
     return sum(whole.values()) / 60
 
 
@@ -96,12 +117,14 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
     parser.add_argument("--data", default="data")
     parser.add_argument("--only", nargs="*", help="names of parts; the sections of the others stay as they are")
+    parser.add_argument("--seeds", type=int, help="fewer than the part has")
     given = parser.parse_args()
-    found = sections()
-    for part in PARTS:
-        if given.only is None or part[0] in given.only:
-            found[part[1]] = measure(part, given.output, given.data)
-            write_page(found)
+    parts = [part for part in PARTS if given.only is None or part[0] in given.only]
+    for part in parts:
+        measure(part, given.output, given.data, given.seeds or part[3])
+    write_page(
+        sections() | {heading: section(heading, recipe, given.output / name) for name, heading, recipe, *_ in parts}
+    )
 
 
 def write_page(found):

@@ -12,6 +12,7 @@ from helpers.gaussians import Gaussians, mlp, trained_teacher
 from helpers.toys import Hook, Toys, boost, digests, make_student, make_trainer, settings_for
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing
@@ -235,6 +236,34 @@ def test_one_instance_for_all_rounds_reports_each_by_itself(tmp_path):
     for number in range(2):
         rows = json.loads((tmp_path / f"noise/noise.{number:03d}.json").read_text())
         assert [row["epoch"] for row in rows] == [0, 1]
+
+
+class Unlabelled(Toys):
+    """x alone."""
+
+    def train_dataloader(self):
+        return DataLoader(self.parts["train"][0], batch_size=32)
+
+    def val_dataloader(self):
+        return DataLoader(self.parts["val"][0], batch_size=32)
+
+    def test_dataloader(self):
+        return DataLoader(self.parts["test"][0], batch_size=32)
+
+
+def test_the_file_is_json_also_where_a_figure_is_undefined(tmp_path):
+    """Without labels there is no loss against them; Python alone reads NaN."""
+    noise = GradientNoise(every=5, samples=32)
+    boost(
+        tmp_path, Unlabelled(), callbacks=lambda: [noise], settings=settings_for(1, labels=None), trainer={"epochs": 1}
+    )
+    assert noise.history[0]["label_loss"] != noise.history[0]["label_loss"]
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    rows = json.loads((tmp_path / "noise/noise.000.json").read_text(), parse_constant=refuse)
+    assert rows[0]["label_loss"] is None
 
 
 def test_a_boosting_run_has_the_last_layer_only(tmp_path):

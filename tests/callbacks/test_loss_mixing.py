@@ -146,6 +146,12 @@ class Hooked(Toys):
     def teardown(self, stage):
         self.closed = True
 
+    def state_dict(self):
+        return {"drawn": 3}
+
+    def load_state_dict(self, state_dict):
+        self.drawn = state_dict["drawn"]
+
 
 class Untested(L.LightningDataModule):
     """Has no test part."""
@@ -163,6 +169,8 @@ def test_hooks_and_attributes_are_those_of_the_data_module(tmp_path):
         boost(tmp_path / "hooked", data, settings=settings_for(1))
     data.teardown("fit")
     assert data.data.closed
+    data.load_state_dict(data.state_dict())  # of a checkpoint
+    assert data.data.drawn == 3
     assert data.labels == Hooked.labels
     assert not hasattr(data, "normalisation")
     assert copy.deepcopy(data).labels == Hooked.labels

@@ -22,7 +22,7 @@ from bdistil.data.loaders.checks import same_x
 from bdistil.data.loaders.fingerprints import leaves, spread
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
-from bdistil.utils.modules import eval_mode
+from bdistil.utils.modules import eval_mode, module_device
 from bdistil.utils.trees import take_rows
 
 TRIES = 8  # of a hook that changes some batches at random
@@ -148,7 +148,7 @@ def check_teacher(teacher: nn.Module, part: Part) -> None:
     Raises:
         UserError: they differ by more than rounding.
     """
-    device = next((weight.device for weight in teacher.parameters()), torch.device("cpu"))
+    device = module_device(teacher)
     numbers = spread(part.samples, ASKED)
 
     def ask() -> Tensor:
@@ -171,7 +171,7 @@ def check_teacher(teacher: nn.Module, part: Part) -> None:
 @torch.no_grad()
 def _sees_the_batch(net: nn.Module, rows: Sequence[_Twice]) -> bool:
     """Whether the logits of samples differ between both forms; without drawing a random number."""
-    device = next((weight.device for weight in net.parameters()), torch.device("cpu"))
+    device = module_device(net)
     with as_written(net), eval_mode(net):
         for row in rows:
             first, second = (net(move_data_to_device(x, device)) for x in row)

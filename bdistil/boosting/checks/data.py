@@ -25,6 +25,7 @@ from bdistil.metrics.quality import Task
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.offline import table_of
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
+from bdistil.utils.modules import module_device
 
 TEST = "test_dataloader"
 
@@ -177,11 +178,11 @@ def check_outputs(
         UserError: another shape, two different L, or a teacher that does not give the same answer again.
     """
     with as_written(teacher, student):
-        answer = student.eval()(move_data_to_device(example, device_of(student)))
+        answer = student.eval()(move_data_to_device(example, module_device(student)))
         if (table := table_of(teacher)) is not None:
             goal = table.rows("train", np.arange(2))
         else:
-            x = move_data_to_device(example, device_of(teacher))
+            x = move_data_to_device(example, module_device(teacher))
             goal = check_repeatable(teacher, "the teacher", x) if recomputed else teacher(copy.deepcopy(x))
     for name, logits in (("teacher", goal), ("student", answer)):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
@@ -232,8 +233,3 @@ def check_task(task: Task, teacher: nn.Module) -> None:
             f"Expected an average of the outputs of several teachers for task={task!r}, got AveragedTeacher(..., "
             "of='probabilities'). Give of='logits'."
         )
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Device of a module's weights; the CPU if it has none."""
-    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -8,20 +8,21 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import IterableDataset
 
 from bdistil.boosting.checks.batches import close
-from bdistil.boosting.checks.data import check_repeatable, device_of
+from bdistil.boosting.checks.data import check_repeatable
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import check_dataset
 from bdistil.errors import UserError
-from bdistil.metrics.cost import as_written
+from bdistil.metrics.cost import as_written, is_compiled
 from bdistil.models.inputs import InputSpec, takes_parts
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import Rung, Student, build_student, linked_activations, run_student
-from bdistil.utils.modules import eval_mode
+from bdistil.utils.modules import eval_mode, module_device
 from bdistil.utils.trees import leaves_of, row_count, take_rows
 
 
@@ -117,7 +118,7 @@ def check_reads(student: nn.Module, loader: Any, name: str) -> None:
     x, _ = loader.collate_fn([loader.dataset[0]])
     try:
         with as_written(student), torch.no_grad(), eval_mode(student):
-            run_student(student, [], move_data_to_device(x, device_of(student)))
+            run_student(student, [], move_data_to_device(x, module_device(student)))
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"Expected x of `{name}()` in the form of the training part, got {_form(x)}, on which the student fails "
@@ -144,7 +145,7 @@ def check_ladder(make: Callable[..., nn.Module], settings: BoostingSettings, x: 
     """
     earlier: list[nn.Module] = []
     rungs: list[Rung] = []
-    with torch.random.fork_rng():
+    with isolate_rng(include_cuda=False):
         for number in range(settings.rounds):
             links = not earlier or isinstance(earlier[0], Student)
             classes = settings.rungs(number, links=links)
@@ -197,7 +198,7 @@ def _check_outputs(student: nn.Module, answer: Any, outputs: int) -> None:
 
 def _check_parts(student: Student, earlier: Sequence[nn.Module], example: Any, answer: Any) -> None:
     """Raises UserError where a `forward` of the user's own does not do what its parts do, which run alone later."""
-    x = move_data_to_device(example, device_of(student))
+    x = move_data_to_device(example, module_device(student))
     linked = linked_activations(student, earlier, x)
     by_parts: Any = student.answer(student.activations(x, linked)[FEATURES], linked)
     if isinstance(answer, Tensor) and isinstance(by_parts, Tensor) and not close(answer, by_parts):
@@ -209,7 +210,7 @@ def _check_parts(student: Student, earlier: Sequence[nn.Module], example: Any, a
 
 
 def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> Any:
-    x = move_data_to_device(example, device_of(student))
+    x = move_data_to_device(example, module_device(student))
     try:
         return check_repeatable(lambda x: run_student(student, earlier, x), "the student", x)
     except RuntimeError as error:
@@ -225,7 +226,7 @@ def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) ->
 
 def _check_alone(student: nn.Module, earlier: Sequence[nn.Module], example: Any, answer: Any) -> None:
     """Raises UserError where a sample gets another answer alone, as at an early exit, than in a batch of several."""
-    x = move_data_to_device(example, device_of(student))
+    x = move_data_to_device(example, module_device(student))
     try:
         first, samples = take_rows(x, slice(0, 1)), row_count(x)
     except UserError:  # no sample can be cut out
@@ -262,7 +263,7 @@ def _refuse_compiled(student: nn.Module) -> None:
             "faster."
         )
     for name, module in student.named_modules():
-        if [child for child, _ in module.named_children()] == ["_orig_mod"]:
+        if is_compiled(module):
             raise UserError(
                 f"Expected a student that is compiled in place, got the result of torch.compile(network) as "
                 f"{f'`{name}`' if name else 'the student'}. Write network.compile(), with the same options."

@@ -14,10 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from bdistil.errors import UserError
+from bdistil.errors import UserError, listed
 from bdistil.utils.paths import user_path
-
-SHOWN = 3  # names of missing files in a message
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -78,13 +76,6 @@ class Source:
                 f"{self.name} has {published:,} {what}, but {found:,} are in {place.absolute()}: it was unpacked in "
                 f"part, or is another version. Get it again from {self.url}, or give partial=true to use what is there."
             )
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first names, and the number of the others."""
-    every = list(names)
-    more = f" and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
 
 
 def packaged_file(package: str, path: str, sha256: str) -> Path:

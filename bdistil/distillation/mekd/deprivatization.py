@@ -170,7 +170,8 @@ class Deprivatization(EmulationStage):
         """Logs the distance between generated and held-out local samples."""
         held_out, self._held_out = torch.cat(self._held_out), []
         distance = narrow_distance if held_out.ndim == 3 else kernel_distance
-        self.log("mekd/distance", distance(self.preview(PREVIEWS), held_out).float(), prog_bar=True)
+        # On the CPU, as it is computed in float64, which not all devices have.
+        self.log("mekd/distance", distance(self.preview(PREVIEWS).cpu(), held_out.cpu()).float(), prog_bar=True)
 
     @torch.no_grad()
     def preview(self, count: int) -> Tensor:

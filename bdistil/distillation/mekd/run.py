@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from bdistil.boosting.checks.data import check_outputs, loaders_of
@@ -171,7 +172,7 @@ class Emulation:
         """
         reseed(self.seed, "student of stage 2")
         student = make_student(0)
-        with torch.random.fork_rng():
+        with isolate_rng(include_cuda=False):
             check_outputs(self.teacher, make_student(0), self.held_out[[0, -1]])
         generator = self.generator()
         train, val = self.answered(generator)
