@@ -41,7 +41,7 @@ class EpochKeeper(Checkpoint):
         return str(self.path) if self.path.exists() else None
 
     def elapsed(self) -> float:
-        """Wall seconds since this callback was made, and those of earlier starts up to their last epoch."""
+        """Wall seconds since the training began, and those of earlier starts up to their last epoch."""
         return self._before + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,6 +62,10 @@ class EpochKeeper(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the first epoch, before its loader is made."""
         self._reseed(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the epochs after the first, and their order."""

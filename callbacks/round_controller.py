@@ -228,6 +228,7 @@ class RoundController(Checkpoint):
         self.device = pl_module.device
         with disk_errors(f"the ledger of round {self.number}", self.run.root):
             self.boosting.open(self.plan)
+        self.state.restart_clock()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.tracker.start(trainer, self.number)
         self._reseed(trainer)

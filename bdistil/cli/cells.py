@@ -20,7 +20,7 @@ from bdistil.callbacks import EpochKeeper, RoundController
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.guard import guarded
 from bdistil.comparison.figures import Row, part_figures, prefix_rows, table_figures
-from bdistil.comparison.joint import Opening, joint_ensemble, plan_joint
+from bdistil.comparison.joint import JointLedger, joint_ensemble, plan_joint
 from bdistil.comparison.methods import Kind
 from bdistil.comparison.origin import check_split, parts_of, read_origin
 from bdistil.data.loaders import indexed_loaders
@@ -123,23 +123,22 @@ class JointCLI(TeacherCLI):
         checked = controller.boosting.check(datamodule)
         self._teach(model, datamodule, controller)
         plan = plan_joint(controller.boosting, checked)
-        keeper = EpochKeeper(run.checkpoint(0), seed, "joint")
-        opening = Opening(controller.boosting, plan)
+        loggers = controller.tracker.loggers = self._loggers(run, config)
+        keeper, ledger = EpochKeeper(run.checkpoint(0), seed, "joint"), JointLedger(controller.boosting, plan)
         with indexed_loaders(
             datamodule, seed_of(seed, "joint"), *checked.parts.plans, labels=settings.labels,
             ignore_index=settings.ignore_index, prepare=checked.parts.renew,
         ):  # fmt: skip
             trainer = self.new_trainer(
-                *copy.deepcopy(self.callbacks()), opening, controller.signals, keeper,
-                logger=self._loggers(run, config), default_root_dir=str(run.work(0)),
+                *copy.deepcopy(self.callbacks()), ledger, controller.signals, keeper,
+                logger=loggers, default_root_dir=str(run.work(0)),
             )  # fmt: skip
             trainer.fit(plan.module, datamodule, ckpt_path=keeper.ckpt_path)
         seconds = keeper.elapsed()
         if plan.module.best is not None:  # the recipe keeps the best epoch
             plan.module.best.restore(plan.module.student)
         ensemble = joint_ensemble(plan)
-        seen = keeper.epochs * checked.parts.train.samples
-        asked = run.rows()[0]["macs"] if settings.state == "recompute" else 0
+        asked, seen = run.rows()[0]["macs"] if settings.state == "recompute" else 0, ledger.samples_seen
         whole = training_macs(student=plan.cost.macs, samples_seen=seen, teacher=asked, teacher_samples=seen)
         params = accumulate(sum(p.numel() for p in student.parameters()) for student in ensemble.students)
         costs: list[Row] = [
@@ -147,6 +146,8 @@ class JointCLI(TeacherCLI):
             for macs, count in zip(accumulate(ensemble.macs), params, strict=True)
         ]
         write_figures(run, ensemble, costs, datamodule)
+        for row in run.read("figures"):
+            controller.tracker.log_round(row, row["prefix"], trainer.global_step)
         shutil.rmtree(run.work(0), ignore_errors=True)
         return datamodule
 

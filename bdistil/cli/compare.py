@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from bdistil.utils.signals import StopSignals
 EXAMPLE = "bdistil compare --config digits --methods bdistil no_resched joint --seeds 3 --output compare-digits"
 METHODS_HELP = ". ".join(f"{method}: {meaning}" for method, meaning in MEANING.items())
 OWN = ("config", "output", "methods", "seeds", "workers", "help")
+FILES = ("recipe.yaml", "options.json", "compare.csv", "compare.md", "report.html")  # in the folder of a comparison
 # What each training gets from the comparison, and the option that decides it.
 SET = {"run_dir": "output", "seed_everything": "seeds"}
 
@@ -133,7 +135,7 @@ def split_options(args: Sequence[str]) -> tuple[list[str], list[str]]:
     for name, *values in groups:
         key = "help" if name == "-h" else name.removeprefix("--")
         if key == "methods":
-            own += [name, json.dumps([m for value in values for m in value.strip("[]").replace(",", " ").split()])]
+            own += [name, json.dumps([m for value in values for m in re.findall(r"\w+", value)])]
         elif key in OWN:
             own += [name, *values]
         else:
@@ -180,13 +182,12 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
             raise
     times = latencies(model.make_student, {classes_of(output, cell, forms.rungs): None for cell in cells}, x)
     rows = gather(output, cells, forms.rungs, times)
-    start = describe_start()
     facts = {
         "recipe": recipe.stem,
         "options": shlex.join(options) or "none",
         "seeds": given.seeds,
-        "commit": start["revision"] or "none",  # with a + where files differ from it
-        "system": start["system"],
+        "commit": ", ".join(_revisions(output, cells)) or "none",
+        "system": describe_start()["system"],
     }
     page = write_comparison(output, rows, settings.task, text, facts)
     _track(planned.tracking, output, summary_table(rows, settings.task))
@@ -195,6 +196,12 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         differences = format_table(*difference_table(rows, methods[0], settings.task))
         print(f"\n{methods[0]} against the others{Unit.of(settings.task).of_differences}:\n{differences}")
     print(f"\n{page}")
+
+
+def _revisions(output: Path, cells: Sequence[Cell]) -> list[str]:
+    """Commits of the code at which cells were started, in their order; with a + where files differed from it."""
+    starts = chain.from_iterable(RunDirectory(cell.folder(output)).read("environment") or [] for cell in cells)
+    return list(dict.fromkeys(start["revision"] for start in starts if start["revision"]))
 
 
 def _plan(recipe: Path, options: Sequence[str], seeds: int) -> Any:
@@ -234,7 +241,13 @@ def _train(training: Training) -> list[Cell]:
     print(f"{len(cells)} trainings: {', '.join(methods)}; {training.seeds} seeds, in {output}.", flush=True)
     CellRunner(output, options, 1, cells).run([[TEACHER]])
     if training.planned.trains_teacher:
-        options += ["--model.teacher.checkpoint", str(TEACHER.folder(output) / "teacher.safetensors")]
+        weights = TEACHER.folder(output) / "teacher.safetensors"
+        if not weights.exists():
+            raise UserError(
+                f"Expected {weights}, the weights of the teacher of this comparison, got no such file. Put it back, or "
+                "choose another `output`."
+            )
+        options += ["--model.teacher.checkpoint", str(weights)]
     if {"bdistil", "no_resched"} <= set(methods):
         first = training.chains(["bdistil"], forms)
         CellRunner(output, options, workers, cells).run(first)
@@ -247,7 +260,7 @@ def _train(training: Training) -> list[Cell]:
 
 def _reached(training: Training, cell: Cell) -> Forms:
     """The forms beside a finished run of bdistil: rounds that were rejected have taken wider classes than planned."""
-    reached = [row["macs"] for row in RunDirectory(cell.folder(training.output)).rows()[1:]]
+    reached = [row["macs"] for row in RunDirectory(cell.folder(training.output)).read("figures")]
     return with_widths(training.forms, training.planned.model_planned.make_student, training.planned.x, reached)
 
 
@@ -256,8 +269,15 @@ def _check_same(output: Path, text: str, options: Sequence[str]) -> None:
     copy, kept = output / "recipe.yaml", output / "options.json"
     if (output / "rounds").exists():
         raise UserError(f"`output` {output} is the folder of a run, whose report would be lost. Choose another folder.")
-    if not copy.exists() or not _begun(output):
+    if not _begun(output):
+        if read_origin(output) is None and (own := [name for name in FILES if (output / name).exists()]):
+            raise UserError(f"`output` {output} has a file {own[0]}, which would be replaced. Choose another folder.")
         return
+    if lost := [name for name in (copy.name, kept.name, FILE) if not (output / name).exists()]:
+        raise UserError(
+            f"`output` {output} holds a comparison without its {lost[0]}, so nothing shows whether recipe, options and "
+            "data are still the same. Put the file back, or choose another folder."
+        )
     if (copy.read_text(encoding="utf-8"), json.loads(kept.read_text())) != (text, list(options)):
         raise UserError(
             f"`output` {output} holds a comparison of another recipe or with other options "
@@ -279,10 +299,10 @@ def _freeze(output: Path, text: str, options: Sequence[str], origin: Origin) -> 
     copy, kept = output / "recipe.yaml", output / "options.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if not _begun(output):  # first, as it shows that the other files are those of a comparison
+            write_atomically(output / FILE, json.dumps(origin))
         write_atomically(kept, json.dumps(list(options)))
         write_atomically(copy, text)
-        if not _begun(output) or read_origin(output) is None:
-            write_atomically(output / FILE, json.dumps(origin))
     except OSError as error:
         raise UserError(f"`output` {output} cannot be written to: {error.strerror or error}.") from error
     return copy

@@ -7,6 +7,7 @@ import shutil
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,15 @@ class Distiller(LightningModule):
         teacher.network.to(memory_format=self.layout)
 
     def make_student(self, number: int, width: float = 1.0) -> nn.Module:
-        """The student of a round, counted from 0; `width` is passed on only if a rung sets it."""
+        """The student of a round, counted from 0.
+
+        Args:
+            number: of the round.
+            width: factor on the width that the recipe gives its students; passed on where it is not 1.
+        """
         make: Callable[..., nn.Module] = self.make
-        student = make() if width == 1 else make(width=width)
+        own = make.keywords.get("width", 1.0) if isinstance(make, partial) else 1.0
+        student = make() if width == 1 else make(width=own * width)
         return student.to(memory_format=self.layout)
 
     def speed_up(self, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +19,7 @@ from bdistil.errors import UserError
 from bdistil.models.student import Rung, Student, build_student
 
 WIDEST = 64.0
+TURNS = 5  # in which latencies are measured, so that a busy moment is not that of one network
 
 Make = Callable[..., nn.Module]
 Classes = tuple[Rung, ...]  # of the students of an ensemble, in order
@@ -52,12 +54,17 @@ def plan_forms(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) 
         widths: whether the widths are needed.
 
     Raises:
-        UserError: `make` takes no width.
+        UserError: `make` takes no width, or students read segments of x, and widths are needed.
     """
     first = next((rung for rung in settings.ladder if rung.links == 0), Rung(0))
     with isolate_rng(include_cuda=False):
         rungs = planned_classes(make, settings)
     students = build_students(make, rungs, x)
+    if widths and isinstance(students[0], Student) and students[0].most_rounds is not None:
+        raise UserError(
+            f"Expected students that read all of x, for the method no_resched, got {type(students[0]).__name__}: a "
+            "single one reads the first segment only, whatever its width. Leave the method out of `methods`."
+        )
     costs = [student_cost(s, students[:n], x, "record").macs for n, s in enumerate(students)]
     forms = Forms(rungs, tuple(accumulate(costs)), (), (), first)
     return with_widths(forms, make, x) if widths else forms
@@ -146,16 +153,23 @@ def width_for(target: int, macs_of: Callable[[float], int], start: float = 1.0) 
 def latencies(make: Make, ensembles: Iterable[Classes], x: Any) -> dict[Classes, float]:
     """Milliseconds of untrained ensembles and of their prefixes for one sample, on the CPU.
 
+    All students are measured in turns; the fastest turn of each counts.
+
     Args:
         make: of the recipe.
         ensembles: the classes of the students of each.
         x: a batch (B, ...) as an example.
     """
-    found: dict[Classes, float] = {(): 0.0}
+    chains: dict[Classes, list[nn.Module]] = {}
     for rungs in ensembles:
         students = build_students(make, rungs, x)
-        for number, student in enumerate(students):
-            if rungs[: number + 1] not in found:
-                own = student_latency(student, students[:number], x, torch.device("cpu"))
-                found[rungs[: number + 1]] = found[rungs[:number]] + own
+        for count in range(1, len(rungs) + 1):
+            chains.setdefault(rungs[:count], students[:count])
+    own = dict.fromkeys(chains, math.inf)
+    for _ in range(TURNS):
+        for rungs, (*earlier, student) in chains.items():
+            own[rungs] = min(own[rungs], student_latency(student, earlier, x, torch.device("cpu")))
+    found: dict[Classes, float] = {(): 0.0}
+    for rungs in chains:
+        found[rungs] = found[rungs[:-1]] + own[rungs]
     return found

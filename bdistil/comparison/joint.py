@@ -46,15 +46,40 @@ class JointRound(BoostingRound):
         return torch.stack([super(JointRound, self).loss(prefix, error, target) for prefix in deviation]).sum()
 
 
-class Opening(pl.Callback):
-    """Opens the ledger of a joint run, for which the teacher is evaluated on all samples, when the fit starts."""
+class JointLedger(pl.Callback):
+    """Opens the ledger of a joint run when the fit starts, and counts the samples that the fit reads.
+
+    The teacher is evaluated on all samples for the ledger.
+
+    Attributes:
+        samples_seen: in all finished epochs, also those before a restart.
+    """
 
     def __init__(self, boosting: Boosting, plan: RoundPlan) -> None:
         self.boosting, self.plan = boosting, plan
+        self.samples_seen, self._read = 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of samples."""
+        return {"samples_seen": self.samples_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the number of samples."""
+        self.samples_seen = int(state_dict["samples_seen"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the ledger on the device of the module."""
         self.boosting.open(self.plan)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the samples of a batch."""
+        self._read += len(batch[-1])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adds those of the epoch, before its checkpoint is saved."""
+        self.samples_seen, self._read = self.samples_seen + self._read, 0
 
 
 def plan_joint(boosting: Boosting, plan: RunPlan) -> RoundPlan:

@@ -12,6 +12,7 @@ import numpy as np
 from bdistil.comparison.methods import MEANING
 from bdistil.comparison.tables import (
     TOLERANCE,
+    Band,
     Difference,
     Row,
     bands,
@@ -86,10 +87,10 @@ def _figure(rows: Sequence[Row], x: str, y: str, title: str, size: tuple[float, 
 
     figure, (axes,) = panels_figure(*size, {title: 1})
     for method in methods_of(rows):
-        points = bands(rows, method, x, y)
+        points = sorted(bands(rows, method, x, y), key=lambda band: band.x)
         if not points:
             continue
-        xs, means, spread, _ = zip(*points, strict=True)
+        _, xs, means, spread, _ = zip(*points, strict=True)
         colour = METHOD_COLOURS[method]
         low, high = np.array(means) - np.nan_to_num(spread), np.array(means) + np.nan_to_num(spread)
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -152,17 +153,16 @@ def summary_table(rows: Sequence[Row], task: Task = "classification") -> TextTab
 
 def prefix_table(rows: Sequence[Row], task: Task = "classification") -> TextTable:
     """Test score and MACs of every prefix of every method, mean ± sd over the seeds that have it."""
-    curves = {method: bands(rows, method, "macs", "test_accuracy") for method in methods_of(rows)}
-    count, unit, seeds = max(map(len, curves.values()), default=0), Unit.of(task), seeds_of(rows)
-    cells = [
-        [
-            method,
-            *(f"{unit.pm((p.mean, p.sd))} @ {format_count(p.x)}{_seeds(p.seeds, seeds)}" for p in points),
-            *["–"] * (count - len(points)),
-        ]
-        for method, points in curves.items()
-    ]
-    return ["method", *map(str, range(1, count + 1))], cells
+    found = {method: {b.prefix: b for b in bands(rows, method, "macs", "test_accuracy")} for method in methods_of(rows)}
+    prefixes, unit, seeds = sorted({prefix for own in found.values() for prefix in own}), Unit.of(task), seeds_of(rows)
+
+    def text(band: Band | None) -> str:
+        if band is None:
+            return "–"
+        return f"{unit.pm((band.mean, band.sd))} @ {format_count(band.x)}{_seeds(band.seeds, seeds)}"
+
+    cells = [[method, *(text(own.get(prefix)) for prefix in prefixes)] for method, own in found.items()]
+    return ["method", *map(str, prefixes)], cells
 
 
 def difference_table(rows: Sequence[Row], method: str, task: Task = "classification") -> TextTable:

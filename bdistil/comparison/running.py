@@ -75,7 +75,7 @@ class CellRunner:
 
     def _run_chain(self, chain: Sequence[Cell]) -> None:
         for cell in chain:
-            if cell in self._open:
+            if not is_done(cell.folder(self.output)):
                 self._share_teacher(cell, chain)
                 self._run_cell(cell)
 

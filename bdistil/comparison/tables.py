@@ -94,8 +94,9 @@ def curves(rows: Sequence[Row], method: str, x: str = "macs", y: str = "test_acc
 
 
 class Band(NamedTuple):
-    """A prefix over the seeds that have it: mean x, mean y, and sd of y."""
+    """A prefix over the seeds that have it: its number, mean x, mean y, and sd of y."""
 
+    prefix: int
     x: float
     mean: float
     sd: float
@@ -103,14 +104,14 @@ class Band(NamedTuple):
 
 
 def bands(rows: Sequence[Row], method: str, x: str, y: str) -> list[Band]:
-    """The band of every prefix of a method, in rising order of x."""
+    """The band of every prefix of a method, in their order."""
     groups: dict[int, list[Point]] = {}
     for row in rows:
         if row["method"] == method and row.get(x) and row.get(y) is not None:
             groups.setdefault(row["prefix"], []).append((row[x], row[y]))
     return sorted(
-        Band(statistics.fmean(a for a, _ in points), *mean_sd([b for _, b in points]), len(points))
-        for points in groups.values()
+        Band(prefix, statistics.fmean(a for a, _ in points), *mean_sd([b for _, b in points]), len(points))
+        for prefix, points in groups.items()
     )
 
 
@@ -156,16 +157,18 @@ def differences(rows: Sequence[Row], method: str, other: str, y: str = "test_acc
 
     The interval is that of Student's t-distribution for the mean of the differences of the seeds.
     """
-    ours, theirs, found = curves(rows, method, y=y), curves(rows, other, y=y), []
-    for number in range(max((len(points) for points in ours.values()), default=0)):
-        reached = [(points[number], theirs[s]) for s, points in ours.items() if s in theirs and number < len(points)]
-        heights = [(macs, accuracy, height_at(line, macs)) for (macs, accuracy), line in reached]
-        pairs = [(macs, accuracy - height) for macs, accuracy, height in heights if height is not None]
-        if pairs:
-            gaps = [gap for _, gap in pairs]
-            mean, half = statistics.fmean(gaps), _half_interval(gaps)
-            macs = statistics.fmean(cost for cost, _ in pairs)
-            found.append(Difference(number + 1, macs, mean, mean - half, mean + half, len(pairs)))
+    theirs, pairs = curves(rows, other, y=y), dict[int, list[Point]]()
+    for row in rows:
+        if row["method"] == method and row["seed"] in theirs and row.get(y) is not None:
+            height = height_at(theirs[row["seed"]], row["macs"])
+            if height is not None:
+                pairs.setdefault(row["prefix"], []).append((row["macs"], row[y] - height))
+    found = []
+    for prefix, points in sorted(pairs.items()):
+        gaps = [gap for _, gap in points]
+        mean, half = statistics.fmean(gaps), _half_interval(gaps)
+        macs = statistics.fmean(cost for cost, _ in points)
+        found.append(Difference(prefix, macs, mean, mean - half, mean + half, len(points)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,7 @@ from bdistil.boosting import commit
 from bdistil.boosting import part as scoring
 from bdistil.boosting.commit import decide
 from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.run import Boosting
 from bdistil.functional.boosting import margins
 
 # ---- a committed stage never changes
@@ -414,6 +416,14 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
 
 
 # ---- what is logged
+
+
+def test_seconds_of_a_round_are_those_of_its_student(tmp_path, monkeypatch):
+    """Without the pass of the teacher over all samples, for which the ledger of the first round is opened."""
+    original = Boosting.open
+    monkeypatch.setattr(Boosting, "open", lambda self, plan: (time.sleep(4), original(self, plan)))
+    run = boost(tmp_path, settings=settings_for(1), trainer={"epochs": 1}).run
+    assert 0 < run.rows()[1]["seconds"] < 4
 
 
 def test_the_training_loss_is_logged_as_the_mean_over_samples(tmp_path):

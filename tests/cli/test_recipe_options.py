@@ -1,5 +1,6 @@
 """Options of a recipe that make it faster, and the training of a missing teacher: same run, same files."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from bdistil.cli.app import main
 from bdistil.cli.fit import Distiller
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written, measure_cost
+from bdistil.models import ConvStudent
 from bdistil.models.cifar import CifarResNet
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.training import TeacherSpec, TeacherTraining
@@ -106,6 +108,12 @@ def test_the_model_is_compiled_and_channels_last(root):
     unchanged = Distiller(TeacherSpec(network), lambda: student)
     unchanged.speed_up(plain := nn.Linear(2, 2))
     assert plain._compiled_call_impl is None
+
+
+def test_the_width_of_a_rung_is_a_factor_on_that_of_the_recipe():
+    model = Distiller(TeacherSpec(nn.Identity()), partial(ConvStudent, channels=[8, 16], width=0.5))
+    sizes = [[p.shape for p in model.make_student(0, width).parameters()] for width in (1.0, 2.0)]
+    assert sizes == [[p.shape for p in ConvStudent(channels).parameters()] for channels in ((4, 8), (8, 16))]
 
 
 @pytest.mark.slow

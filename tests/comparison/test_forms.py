@@ -10,7 +10,7 @@ from bdistil import Rung
 from bdistil.comparison.forms import latencies, plan_forms, shared_forms, width_for, with_widths
 from bdistil.comparison.tables import TOLERANCE
 from bdistil.errors import UserError
-from bdistil.models import ConvStudent
+from bdistil.models import ConvStudent, RecurrentSegmentStudent
 
 X = torch.zeros(1, FEATURES)
 DEEP = settings_for(3, ladder=[Rung(0), Rung(1, "deep", at=1)])
@@ -46,6 +46,16 @@ def test_students_without_a_width_are_refused_for_the_oracle_only():
     assert len(plan_forms(make_plain, settings, X, widths=False).prefixes) == 2
     with pytest.raises(UserError, match="Expected a student that takes `width`, for the method no_resched"):
         plan_forms(make_plain, settings, X, widths=True)
+
+
+def test_students_that_read_segments_have_no_single_one_beside_them():
+    def make_early(round, width=1.0):
+        return RecurrentSegmentStudent(3, 5, segments=2, width=width)
+
+    x = torch.zeros(1, 20, 3)
+    assert len(plan_forms(make_early, settings_for(2), x, widths=False).prefixes) == 2
+    with pytest.raises(UserError, match="a single one reads the first segment only"):
+        plan_forms(make_early, settings_for(2), x, widths=True)
 
 
 def test_prefixes_that_share_a_student_are_told():

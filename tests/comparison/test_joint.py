@@ -6,7 +6,7 @@ from helpers.toys import FEATURES, Toys, control, make_student, make_trainer, se
 
 from bdistil import ProgressiveEnsemble, Rung
 from bdistil.comparison.forms import build_students, planned_classes
-from bdistil.comparison.joint import Chain, Opening, joint_ensemble, plan_joint
+from bdistil.comparison.joint import Chain, JointLedger, joint_ensemble, plan_joint
 from bdistil.data.loaders import indexed_loaders
 
 SETTINGS = settings_for(3, ladder=[Rung(0), Rung(2)])
@@ -43,7 +43,7 @@ def test_gradients_of_a_later_student_reach_the_first_one_through_its_links(chai
     assert chain.students[0].body[0].weight.grad.abs().sum() > 0
 
 
-def train(tmp_path, **settings):
+def train(tmp_path, *, batches=6, **settings):
     controller, data = control(tmp_path, settings=settings_for(3, ladder=[Rung(0), Rung(2)], **settings)), Toys()
     boosting = controller.boosting
     plan = plan_joint(boosting, boosting.check(data))
@@ -51,8 +51,15 @@ def train(tmp_path, **settings):
     original = type(plan.module).training_step
     with indexed_loaders(data, 0, *plan.run.parts.plans, prepare=plan.run.parts.renew):
         plan.module.training_step = lambda *a: losses.append(original(plan.module, *a)) or losses[-1]
-        make_trainer(Opening(boosting, plan), epochs=8, enable_checkpointing=False).fit(plan.module, data)
+        ledger = JointLedger(boosting, plan)
+        options = {"epochs": 8, "enable_checkpointing": False, "limit_train_batches": batches}
+        make_trainer(ledger, **options).fit(plan.module, data)
+    assert ledger.samples_seen == 8 * batches * 32
     return plan, [float(loss.detach()) for loss in losses]
+
+
+def test_samples_are_those_that_were_read(tmp_path):
+    train(tmp_path, batches=2)
 
 
 @pytest.mark.parametrize("loss", ["game", "prefix_kl"])

@@ -8,7 +8,7 @@ import pytest
 
 from bdistil import Rung
 from bdistil.comparison.methods import TEACHER, Cell
-from bdistil.comparison.report import difference_table
+from bdistil.comparison.report import difference_table, prefix_table
 from bdistil.comparison.tables import area, bands, common_range, differences, gather, height_at, summaries, unequal
 from bdistil.storage.run_directory import FORMAT, RunDirectory
 
@@ -79,7 +79,22 @@ def test_falls_are_counted(rows):
 
 def test_bands_are_means_and_deviations_of_each_prefix(rows):
     first, *_ = bands(rows, "bdistil", "macs", "test_accuracy")
-    assert first == (100, pytest.approx(0.62), pytest.approx(0.02645751), 3)
+    assert first == (1, 100, pytest.approx(0.62), pytest.approx(0.02645751), 3)
+
+
+def test_prefixes_keep_their_numbers_where_one_seed_took_a_wider_class():
+    """Seed 0 stops after a second student that costs more than the three of seed 1."""
+    points = {0: [(100, 0.5), (400, 0.7)], 1: [(100, 0.5), (200, 0.6), (280, 0.65)]}
+    rows = [
+        row("bdistil", seed, number, *point) for seed, own in points.items() for number, point in enumerate(own, 1)
+    ] + [row("joint", seed, number, macs, 0.4) for seed in points for number, macs in ((1, 100), (2, 400))]
+    header, (ours, _) = prefix_table(rows)
+    assert header == ["method", "1", "2", "3"]
+    assert ours[2].endswith("@ 300")
+    assert ours[3] == "65.00 @ 280 (1 of 2 seeds)"
+    assert [(d.prefix, d.seeds, round(d.mean, 3)) for d in differences(rows, "bdistil", "joint")] == [
+        (1, 2, 0.1), (2, 2, 0.25), (3, 1, 0.25)
+    ]  # fmt: skip
 
 
 def test_methods_without_a_common_range_have_no_area(rows):

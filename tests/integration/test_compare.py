@@ -2,23 +2,29 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.paper_files import write_cifar10
 from helpers.processes import BUSY, started
+from helpers.toys import settings_for
 from helpers.wandb_offline import finished_runs
 
 from bdistil.cli.app import main
-from bdistil.cli.compare import split_options
-from bdistil.comparison.methods import MEANING
+from bdistil.cli.compare import Training, _reached, split_options
+from bdistil.comparison.forms import plan_forms
+from bdistil.comparison.methods import MEANING, Cell
 from bdistil.ensemble.budget import Budget
 from bdistil.evaluation.evaluate import evaluate_budgets
-from bdistil.storage.run_directory import RunDirectory
+from bdistil.models import ConvStudent
+from bdistil.storage.run_directory import FORMAT, RunDirectory
 
 SMALL = [
     "--config", "cifar10-resnet56", "--data.partial", "true", "--data.num_workers", "0", "--data.validation", "10",
@@ -27,10 +33,15 @@ SMALL = [
     "--model.boosting.rounds", "2", "--model.boosting.accept", "margin", "--model.boosting.margin_share", "0",
     "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
 ]  # fmt: skip
+CONV, IMAGE = settings_for(3), torch.zeros(1, 1, 28, 28)
 INDEPENDENT, CONVEX = (
     [{"class_path": "bdistil.callbacks.LossMixing", "init_args": {"settings": {"mode": mode}}}]
     for mode in ("independent", "convex")
 )
+
+
+def make_conv(round, width=1.0):
+    return ConvStudent((8, 16), width=width)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +135,41 @@ def test_other_options_are_refused_in_the_same_folder(done, root, capsys):
     assert "holds a comparison of another recipe or with other options" in capsys.readouterr().err
 
 
+def test_a_file_of_somebody_else_is_not_replaced(root, tmp_path, capsys):
+    (tmp_path / "report.html").write_text("mine")
+    assert main(command(root, tmp_path, "--methods", "bdistil")) == 2
+    assert "has a file report.html, which would be replaced. Choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("recipe.yaml", "holds a comparison without its recipe.yaml"),
+        ("options.json", "holds a comparison without its options.json"),
+        ("origin.json", "holds a comparison without its origin.json"),
+        ("runs/teacher-seed0/teacher.safetensors", "the weights of the teacher of this comparison"),
+    ],
+)
+def test_a_comparison_without_one_of_its_files_is_refused(done, root, tmp_path, capsys, file, message):
+    output = shutil.copytree(done, tmp_path / "small")
+    (output / file).unlink()
+    assert main(command(root, output, "--methods", "bdistil", "joint", "--seeds", "1")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_widths_beside_a_run_need_only_the_small_files_of_its_cells(tmp_path):
+    """Those that an archive keeps: the row of the teacher is not among them."""
+    forms = plan_forms(make_conv, CONV, IMAGE, widths=True)
+    cell = Cell("bdistil", 0, "bdistil", 0)
+    run, rows = RunDirectory(cell.folder(tmp_path)), [{"macs": macs} for macs in forms.prefixes]
+    run.write("figures", rows)
+    for number, row in enumerate(rows):
+        run.write(f"rounds/{number:03d}/round", {"format": FORMAT, "curve": row})
+    planned = SimpleNamespace(model_planned=SimpleNamespace(make_student=make_conv), x=IMAGE)
+    assert _reached(Training(tmp_path, [], [], 1, 1, planned, forms), cell) == forms
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -160,7 +206,9 @@ def test_the_help_says_what_the_methods_mean(capsys):
 
 
 def test_options_are_split_between_compare_and_fit():
-    own, others = split_options(["--methods", "a,b", "c", "--seeds=2", "--trainer.max_epochs", "3", "--output", "o"])
+    own, others = split_options(
+        ["--methods", '["a","b"]', "c", "--seeds=2", "--trainer.max_epochs", "3", "--output", "o"]
+    )
     assert own == ["--methods", '["a", "b", "c"]', "--seeds", "2", "--output", "o"]
     assert others == ["--trainer.max_epochs", "3"]
 
@@ -168,10 +216,9 @@ def test_options_are_split_between_compare_and_fit():
 @pytest.mark.slow
 def test_a_cell_that_fails_is_named_and_the_command_goes_on_afterwards(root, tmp_path, capsys):
     output = tmp_path / "out"
+    assert main(command(root, output, "--methods", "bdistil", "--seeds", "1")) == 0
     blocked = output / "runs" / "joint-seed0"
-    blocked.parent.mkdir(parents=True)
-    (blocked / "work").parent.mkdir()
-    (blocked / "config.yaml").mkdir()  # nothing can be written there
+    (blocked / "config.yaml").mkdir(parents=True)  # nothing can be written there
     assert main(command(root, output, "--methods", "bdistil", "joint", "--seeds", "1")) == 1
     assert f"joint, seed 0, failed; its log is {blocked / 'log.txt'}" in capsys.readouterr().err
     (blocked / "config.yaml").rmdir()
