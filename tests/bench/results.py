@@ -35,9 +35,8 @@ PARTS = (
         f"--data.root {{data}} --model.teacher.checkpoint {HERE}/cifar10-teacher.safetensors",
     ),
 )  # fmt: skip
-LONG = (
-    "cifar10-tiny",
-)  # these take hours: the figures of their cells are kept, so that another machine goes on with them
+# These take hours: the figures of their cells are kept, so that another machine goes on with them.
+LONG = ("fsdd-start", "mnist", "cifar10-tiny")
 CELLS = HERE / "cells"
 MISSING = "Not measured:"
 HEAD = """# Results
@@ -75,12 +74,11 @@ def measure(part, output, data, seeds):
 
 
 def keep(folder, kept):
-    """Packs what a comparison needs to go on without the weights: the small files of its finished cells."""
+    """Packs what a comparison needs to go on: the teacher, and the small files of the cells that are done."""
     done = [file.parent for file in sorted(folder.glob("runs/*/figures.json"))]
-    files = [*folder.glob("*.json"), folder / "recipe.yaml"]
-    files += [
-        file for cell in done for file in (cell / "config.yaml", cell / "figures.json", *cell.glob("rounds/*/*.json"))
-    ]
+    names = ("config.yaml", "figures.json", "environment.json", "rounds/*/*.json")
+    files = [*folder.glob("*.json"), folder / "recipe.yaml", *folder.glob("runs/teacher-seed0/teacher.safetensors")]
+    files += [file for cell in done for name in names for file in cell.glob(name)]
     with tarfile.open(kept, "w:gz") as archive:
         for file in files:
             archive.add(file, file.relative_to(folder))
