@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -160,28 +160,13 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
     planned = _plan(recipe, options, given.seeds)
     if _begun(output):
         check_start(output, planned.parts, planned.origin)
-    model, x = planned.model_planned, planned.x
-    settings = model.boosting
-    alone = [method for method in methods if method in ("resched", "joint")]
-    if planned.mixes and alone:
-        raise UserError(
-            f"Expected `methods` that correct an error, into which LossMixing of the recipe mixes labels, got "
-            f"{', '.join(alone)}. Leave them out."
-        )
-    forms = plan_forms(model.make_student, settings, x, widths="no_resched" in methods)
+    _check_mixing(planned, methods)
+    model = planned.model_planned
+    forms = plan_forms(model.make_student, model.boosting, planned.x, widths="no_resched" in methods)
     if shared := shared_forms(forms):
         print(shared)
     fixed = ["--config", str(_freeze(output, text, options, planned.origin)), *options]
-    message = f"The comparison in {output} was interrupted. Give the same command again: it goes on from there."
-    with StopSignals(lambda: message) as signals:
-        try:
-            cells = _train(Training(output, fixed, methods, given.seeds, given.workers, planned, forms))
-        except BaseException as end:
-            if signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
-                raise signals.interruption() from end
-            raise
-    times = latencies(model.make_student, {classes_of(output, cell, forms.rungs): None for cell in cells}, x)
-    rows = gather(output, cells, forms.rungs, times)
+    cells = _train_interruptibly(Training(output, fixed, methods, given.seeds, given.workers, planned, forms))
     facts = {
         "recipe": recipe.stem,
         "options": shlex.join(options) or "none",
@@ -189,12 +174,32 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         "commit": ", ".join(_revisions(output, cells)) or "none",
         "system": describe_start()["system"],
     }
-    page = write_comparison(output, rows, settings.task, text, facts)
-    _track(planned.tracking, output, summary_table(rows, settings.task))
-    print(format_table(*summary_table(rows, settings.task)))
-    if len(methods) > 1:
-        differences = format_table(*difference_table(rows, methods[0], settings.task))
-        print(f"\n{methods[0]} against the others{Unit.of(settings.task).of_differences}:\n{differences}")
+    _publish(output, cells, planned, forms, methods[0] if len(methods) > 1 else None, text, facts)
+
+
+def _check_mixing(planned: Any, methods: Sequence[Method]) -> None:
+    alone = [method for method in methods if method in ("resched", "joint")]
+    if planned.mixes and alone:
+        raise UserError(
+            f"Expected `methods` that correct an error, into which LossMixing of the recipe mixes labels, got "
+            f"{', '.join(alone)}. Leave them out."
+        )
+
+
+def _publish(
+    output: Path, cells: Sequence[Cell], planned: Any, forms: Forms, against: str | None, text: str,
+    facts: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Writes the report of a finished comparison, logs it to W&B and prints its tables."""
+    make, task = planned.model_planned.make_student, planned.model_planned.boosting.task
+    times = latencies(make, {classes_of(output, cell, forms.rungs): None for cell in cells}, planned.x)
+    rows = gather(output, cells, forms.rungs, times)
+    page = write_comparison(output, rows, task, text, facts)
+    _track(planned.tracking, output, summary_table(rows, task))
+    print(format_table(*summary_table(rows, task)))
+    if against is not None:
+        differences = format_table(*difference_table(rows, against, task))
+        print(f"\n{against} against the others{Unit.of(task).of_differences}:\n{differences}")
     print(f"\n{page}")
 
 
@@ -231,6 +236,20 @@ class Training(NamedTuple):
         return [
             [c for method in methods for c in cells_of(method, seed, settings, own)] for seed, own in enumerate(forms)
         ]
+
+
+def _train_interruptibly(training: Training) -> list[Cell]:
+    """Trains all cells; an interruption prints how to resume."""
+    message = (
+        f"The comparison in {training.output} was interrupted. Give the same command again: it goes on from there."
+    )
+    with StopSignals(lambda: message) as signals:
+        try:
+            return _train(training)
+        except BaseException as end:
+            if signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
+                raise signals.interruption() from end
+            raise
 
 
 def _train(training: Training) -> list[Cell]:

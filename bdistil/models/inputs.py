@@ -102,46 +102,45 @@ class InputSpec:
     @property
     def known(self) -> bool:
         """Whether all shapes are known."""
-        if self.parts is None:
-            return self.shape is not None
-        parts = self.parts.values() if isinstance(self.parts, Mapping) else self.parts
-        return all(part.known for part in parts)
+        return self.shape is not None if self.parts is None else all(part.known for _, part in self._items())
+
+    def _items(self) -> Iterable[tuple[Any, InputSpec]]:
+        """The parts by key or place."""
+        return self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts or ())
+
+    def _arranged(self, values: Iterable[Any]) -> Any:
+        """Values of the parts, in their order, as a dictionary or a tuple."""
+        return dict(zip(self.parts, values, strict=True)) if isinstance(self.parts, Mapping) else tuple(values)
 
     def tensors(self, name: str = "x") -> dict[str, InputSpec]:
         """The tensors of x by name: ``x`` alone, ``x_ids`` of the key ids, ``x_0`` of the first of a tuple."""
         if self.parts is None:
             return {name: self}
-        items = self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts)
-        return {key: spec for place, part in items for key, spec in part.tensors(f"{name}_{place}").items()}
+        return {key: spec for place, part in self._items() for key, spec in part.tensors(f"{name}_{place}").items()}
 
     def paths(self) -> list[list[str | int]]:
         """The keys and places by which each of the tensors is found in x, in the order of `tensors`."""
         if self.parts is None:
             return [[]]
-        items = self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts)
-        return [[place, *rest] for place, part in items for rest in part.paths()]
+        return [[place, *rest] for place, part in self._items() for rest in part.paths()]
 
     def take_apart(self, x: Any, name: str = "x") -> dict[str, Any]:
         """The tensors of a batch x, by the names of `tensors`."""
         if self.parts is None:
             return {name: x}
-        items = self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts)
-        return {key: t for place, part in items for key, t in part.take_apart(x[place], f"{name}_{place}").items()}
+        parts = (part.take_apart(x[place], f"{name}_{place}") for place, part in self._items())
+        return {key: tensor for found in parts for key, tensor in found.items()}
 
     def put_together(self, tensors: Mapping[str, Any], name: str = "x") -> Any:
         """Inverse of `take_apart`: a tensor, a dictionary or a tuple."""
-        if isinstance(self.parts, Mapping):
-            return {key: part.put_together(tensors, f"{name}_{key}") for key, part in self.parts.items()}
-        if self.parts is not None:
-            return tuple(part.put_together(tensors, f"{name}_{place}") for place, part in enumerate(self.parts))
-        return tensors[name]
+        if self.parts is None:
+            return tensors[name]
+        return self._arranged(part.put_together(tensors, f"{name}_{place}") for place, part in self._items())
 
     def in_type(self, dtype: torch.dtype) -> InputSpec:
         """The same with real numbers of another type."""
-        if isinstance(self.parts, Mapping):
-            return InputSpec(parts={key: part.in_type(dtype) for key, part in self.parts.items()})
         if self.parts is not None:
-            return InputSpec(parts=tuple(part.in_type(dtype) for part in self.parts))
+            return InputSpec(parts=self._arranged(part.in_type(dtype) for _, part in self._items()))
         real = self.dtype is not None and getattr(torch, self.dtype).is_floating_point
         return InputSpec(self.shape, str(dtype).removeprefix("torch.") if real else self.dtype)
 
@@ -175,10 +174,8 @@ class InputSpec:
         return self._random(count, torch.Generator().manual_seed(0), 0 if smallest else 1)
 
     def _random(self, count: int, generator: torch.Generator, end: int) -> Any:
-        if isinstance(self.parts, Mapping):
-            return {key: part._random(count, generator, end) for key, part in self.parts.items()}
         if self.parts is not None:
-            return tuple(part._random(count, generator, end) for part in self.parts)
+            return self._arranged(part._random(count, generator, end) for _, part in self._items())
         assert self.shape is not None
         dtype = getattr(torch, self.dtype or "float32")
         sizes = [size[end] if isinstance(size, tuple) else size for size in self.shape]
