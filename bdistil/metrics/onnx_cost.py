@@ -1,4 +1,4 @@
-"""Cost of an ONNX graph, from the file, without running it."""
+"""Cost of an ONNX graph, read from the file without running it."""
 
 from __future__ import annotations
 
