@@ -23,10 +23,10 @@ from bdistil.utils.paths import user_path
 class Arrays(TensorParts):
     """Samples x (N, ...) and y (N,) or (N, L) from a .npz file, for recipes that need no Python code.
 
-    The file has `x` and `y`, or `x_train`, `y_train` and the same with `_val` and `_test`. A missing part is
-    split off the training samples by seed: class labels are stratified, and every class keeps training samples; real
-    numbers are split at random, and so are integers with gaps between them of which some are too rare to stratify, as
-    they are taken for a quantity. Labels may be integers or names; real numbers are for `task: regression`.
+    The file has `x` and `y`, or `x_train`, `y_train` and the same with `_val` and `_test`. A missing part is split
+    off the training samples by seed: class labels are stratified, and every class keeps training samples; real numbers
+    are split at random. Integers with gaps, some of them too rare to stratify, are treated as a quantity and split at
+    random, too. Labels may be integers or names; real numbers are for `task: regression`.
 
     Real numbers become float32, integers int64, for example token ids. Integer images need `standardise`.
 

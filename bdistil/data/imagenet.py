@@ -128,7 +128,7 @@ class ImageNet(ImageFolders):
 class TinyImageNet(ImageFolders):
     """Tiny-ImageNet-200, 64x64: `train/n01443537/images/*.JPEG`, `val/images/*.JPEG` with `val/val_annotations.txt`.
 
-    Images are scaled to `size` where it is not 64; with `augment` they are padded by an eighth, cropped and flipped.
+    Images are scaled to `size` if it is not 64; with `augment` they are padded by an eighth, cropped and flipped.
     Arguments as for `ImageFolders`.
     """
 

@@ -60,7 +60,7 @@ def confidence(answers: Tensor) -> Tensor:
 def balance(labels: Tensor, counts: Tensor) -> Tensor:
     """Weights (m,) that are larger for rarer teacher labels; they replace `confidence` for hard answers.
 
-    weight_i = n / (L · n_label) with n = sum of counts, at most 10: 1 for all where the classes are balanced.
+    weight_i = n / (L · n_label) with n = sum of counts, at most 10; all are 1 if the classes are balanced.
 
     Args:
         labels: top-1 classes (m,).

@@ -327,7 +327,7 @@ def activations_of(
     """Detached activations of a student by key, computed after those of earlier students that its body reads.
 
     Args:
-        students: in order.
+        students: all students in order.
         number: position of the student, from 0.
         x: a batch (B, ...).
         made: activations already computed on x, by number; new ones are added.

@@ -244,7 +244,7 @@ def _allowed_path(value: Any, home: str) -> str:
 
 
 def _is_public(module: str, name: str) -> bool:
-    """Whether a module is public and exports the name: by `__all__`, or where it has none, by no underscore."""
+    """Whether a module is public and exports the name: in `__all__` or, without one, by no leading underscore."""
     listed = getattr(sys.modules.get(module), "__all__", None)
     exported = not name.startswith("_") if listed is None else name.partition(".")[0] in listed
     return exported and not any(part.startswith("_") for part in module.split("."))

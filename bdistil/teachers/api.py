@@ -108,7 +108,7 @@ class ApiTeacher(nn.Module):
 
         Raises:
             RunError: the API does not answer or its answers are invalid; the budget is spent.
-            UserError: x is no tensor, or contains NaN or infinity.
+            UserError: x is not a tensor, or contains NaN or infinity.
         """
         batch = _as_batch(x)
         keys = [_key(sample) for sample in batch]

@@ -83,7 +83,7 @@ def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
 
 
 def _x_of(item: Any) -> Any:
-    """An item without its label, where it is a pair."""
+    """An item without its label, if it is a pair."""
     return item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
 
 
