@@ -7,15 +7,15 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Invalid input. The message names the argument, what was allowed, what was given and the fix; exit status 2."""
+    """Invalid input. The message names the argument, the expected and given values, and the fix; exit status 2."""
 
 
 class RunError(RuntimeError):
-    """A run that had started cannot go on. What was committed before it is intact; exit status 1."""
+    """A failure after a run has started. Committed rounds stay intact; exit status 1."""
 
 
 def listed(names: Iterable[Any], shown: int = 3) -> str:
-    """The first names of a list and the number of the others, for a message.
+    """Text for an error message: the first `shown` names and the number of the others.
 
     >>> listed(["a", "b", "c", "d"], shown=2)
     'a, b and 2 more'

@@ -11,7 +11,7 @@ __all__ = ["Arrays", "ImageFolder"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a data module at its first use: the loaders in this folder are needed without torchvision."""
+    """Imports a data module on first use, so that the loaders in this folder work without torchvision."""
     homes = {"Arrays": "arrays", "ImageFolder": "folders"}
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

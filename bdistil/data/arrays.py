@@ -1,4 +1,4 @@
-"""Arrays of one's own, in a .npz file."""
+"""The user's own arrays, in a .npz file."""
 
 from __future__ import annotations
 
@@ -21,34 +21,33 @@ from bdistil.utils.paths import user_path
 
 
 class Arrays(TensorParts):
-    """Samples x (N, ...) and y (N,) or (N, L) of a .npz file; a recipe for one's own arrays needs no Python.
+    """Samples x (N, ...) and y (N,) or (N, L) from a .npz file, for recipes that need no Python code.
 
-    The file has `x` and `y`, or `x_train`, `y_train` and the same with `_val` and `_test`. A part that is not there is
-    split off the training samples by seed, of class labels with the same share of every class; every class keeps
-    training samples. Whole numbers of which some are too rare for that, and others between them are missing, are taken
-    for a quantity, and split at random as real numbers are. Labels may be integers or names; real numbers are for
-    `task: regression`.
+    The file has `x` and `y`, or `x_train`, `y_train` and the same with `_val` and `_test`. A missing part is split
+    off the training samples by seed: class labels are stratified, and every class keeps training samples; real numbers
+    are split at random. Integers with gaps, some of them too rare to stratify, are treated as a quantity and split at
+    random, too. Labels may be integers or names; real numbers are for `task: regression`.
 
-    Real numbers become float32, and integers int64, as ids of tokens. Images of integers need `standardise`.
+    Real numbers become float32, integers int64, for example token ids. Integer images need `standardise`.
 
     Args:
         file: the .npz file, as `numpy.savez` writes it.
-        standardise: x as float32 with mean 0 and sd 1 over the training part, for each index of `axis`.
-        axis: of the channels, or features, in a batch.
+        standardise: convert x to float32 with mean 0 and sd 1 over the training part, for each index of `axis`.
+        axis: axis of the channels or features in a batch.
         channels_last: move the last axis of x to `axis` 1, for images (N, H, W, C).
-        shape: of one sample, to which x is reshaped first; for example [1, 28, 28] for images (N, 28, 28).
-        validation: share of the training samples for a validation part that is not there.
-        test: share for a test part that is not there.
+        shape: shape of one sample, to which x is reshaped first: [1, 28, 28] for images (N, 28, 28), for example.
+        validation: share of the training samples for a missing validation part.
+        test: share of the training samples for a missing test part.
         split_seed: seed of the split, independent of the seed of a run.
         options: as for `PartsModule`.
 
     Attributes:
-        labels: names of the classes, after `setup`, where y has names.
+        labels: names of the classes, after `setup`, if y holds names.
         normalisation: mean and standard deviation, after `setup` with `standardise`.
 
     Raises:
-        UserError: a value outside of its range. In `setup`: no such file, or arrays that do not go together, of another
-            type, or with NaN; the array is named.
+        UserError: a value outside of its range. In `setup`: the file is missing, or arrays have mismatched shapes, an
+            unsupported type, or NaN; the array is named.
     """
 
     def __init__(
@@ -137,10 +136,10 @@ class Arrays(TensorParts):
 
 
 def read_arrays(file: Path) -> dict[str, tuple[Array, Array]]:
-    """x and y of each part in a .npz file, of which `x` and `y` alone are the training part.
+    """x and y of each part in a .npz file; `x` and `y` without a suffix are the training part.
 
     Raises:
-        UserError: there is no such file, an array is missing, or x and y differ in length.
+        UserError: the file or an array is missing, or x and y differ in length.
     """
     if not file.is_file():
         raise UserError(f"Expected `file` of Arrays to be a .npz file, got {str(file)!r}, which is not there.")
@@ -175,7 +174,7 @@ def _labels(y: Array, part: str) -> Tensor:
 
 
 def _is_quantity(y: Tensor, shares: Sequence[float]) -> bool:
-    """Whether y is no class number: its rare values, often the extreme ones, would all be training samples."""
+    """Whether y is a quantity, not a class: stratified, its rare, often extreme values would all go to training."""
     if y.ndim != 1 or y.is_floating_point():
         return True
     values, counts = y.unique(return_counts=True)

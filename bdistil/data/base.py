@@ -31,7 +31,7 @@ class PartsModule(pl.LightningDataModule):
 
     Args:
         batch_size: samples in a training step.
-        num_workers: processes that read and augment.
+        num_workers: worker processes that read and augment.
 
     Raises:
         UserError: a value outside of its range.
@@ -57,7 +57,7 @@ class PartsModule(pl.LightningDataModule):
         self.parts = self.parts or self.make_parts()
 
     def check_outputs(self, outputs: int) -> None:
-        """Compares the L of a teacher with the number of classes, where they have names: the attribute `labels`.
+        """Compares a teacher's L with the number of class names in the attribute `labels`, if there is one.
 
         Raises:
             UserError: the numbers differ.
@@ -102,16 +102,16 @@ class FeatureModule(PartsModule):
     """Sequences (N, steps, C) in three parts; each feature has mean 0 and sd 1 over the steps of the training part.
 
     Args:
-        root: folder of the data set, or the one above.
+        root: folder of the data set, or its parent.
         batch_size: samples in a training step.
-        cache: folder in which the features are kept; `features` in `root` by default.
+        cache: folder for the computed features; `features` in `root` by default.
         partial: accept fewer samples than were published.
 
     Raises:
         UserError: a value outside of its range.
     """
 
-    pad_to = 0  # steps after padding with zeros before the sequences
+    pad_to = 0  # length to which sequences are zero-padded at the start; 0: no padding
 
     def __init__(
         self, root: str = "data", *, batch_size: int = 128, cache: str | None = None, partial: bool = False
@@ -142,8 +142,8 @@ class ImageModule(PartsModule):
     """Images of an archive; the validation part is taken from its training part.
 
     Args:
-        root: holds the folder of the archive, or is that folder.
-        validation: images of the validation part, the same share of each class.
+        root: folder of the archive, or its parent.
+        validation: number of validation images, stratified by class.
         augment: random crop and flip of the training images; needs `boosting.state: recompute`.
         split_seed: seed of the split, independent of the seed of a run.
         partial: accept fewer images or classes than were published.
@@ -155,7 +155,7 @@ class ImageModule(PartsModule):
 
     SOURCE: ClassVar[Source]
     CLASSES: ClassVar[int]
-    MEAN: ClassVar[tuple[float, ...]]  # of the pixels of the training images, in 0 … 1, as in the literature
+    MEAN: ClassVar[tuple[float, ...]]  # pixel mean of the training images, in 0 … 1, as in the literature
     STD: ClassVar[tuple[float, ...]]
     DATASET: ClassVar[type[ArrayImages]] = ArrayImages
 

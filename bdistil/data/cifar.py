@@ -26,7 +26,7 @@ def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tens
     The file is a pickle of Python 2 with the labels under `key`; nothing in it is executed.
 
     Raises:
-        UserError: the file is damaged, or another one.
+        UserError: the file is damaged or not the expected one.
     """
     try:
         with file.open("rb") as opened:
@@ -50,8 +50,8 @@ class Cifar10(ImageModule):
     """CIFAR-10, 32x32 colour images of 10 classes, from `cifar-10-batches-py`.
 
     Args:
-        padding: pixels by which `augment` moves training images at most, padding and cropping them; it also flips them.
-            Tiny students, which have little capacity to spare, learn more from 2 than from the usual 4.
+        padding: largest shift of training images in pixels when `augment` pads and crops; it also flips them. Tiny
+            students, which have little capacity to spare, learn more from 2 than from the usual 4.
         options: as for `ImageModule`.
     """
 
@@ -72,7 +72,7 @@ class Cifar10(ImageModule):
         self.padding = padding
 
     def transforms(self, augment: bool) -> list[v2.Transform]:
-        """The augmentation of CIFAR, or nothing."""
+        """The CIFAR augmentation, or no transforms."""
         return pad_crop_flip(SIDE, self.padding) if augment else []
 
     def read(self) -> tuple[Images, Images]:

@@ -83,7 +83,7 @@ class LocalDigits(Digits):
     The local labels are -1, so that nothing can use them.
 
     Args:
-        share: number of local digits, as a share of the training part of `Digits`.
+        share: size of the local set relative to the training part of `Digits`.
         held_out: share of the local digits that is held out, for choosing the best epoch.
         source: `mnist`, from the training part of `Digits`; `other`, another set of digits (a domain gap).
         batch_size: samples in a training step.

@@ -32,11 +32,11 @@ class Dsa19(FeatureModule):
     """DSA-19: sequences (125, 45) of body-worn sensors, 19 activities, parts by subject.
 
     Args:
-        root: holds `dsa/data`, or is the folder of a01 … a19.
+        root: parent of `dsa/data`, or the folder with a01 … a19.
         train: subjects of the training part, from 1 … 8.
         validation: subjects of the validation part.
         test: subjects of the test part.
-        pad_to: steps after padding with zeros before the 125. Some papers use 129 steps without giving the method.
+        pad_to: length after zero-padding before the 125 steps. Some papers use 129 steps without saying how.
         options: as for `FeatureModule`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Images of one's own, in one folder for each class."""
+"""The user's own images, in one folder per class."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from bdistil.errors import UserError, listed
 from bdistil.utils.paths import user_path
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0 … 1, as most teachers expect
-GREY_MEAN, GREY_STD = 0.449, 0.226  # their means
+GREY_MEAN, GREY_STD = 0.449, 0.226  # means over the channels
 
 Files = dict[str, list[Path]]  # by class
 
 
 class ImageFolder(PartsModule):
-    """Images in one folder for each class, in three parts; a recipe for one's own images needs no Python.
+    """Images in one folder per class, in three parts, for recipes that need no Python code.
 
-    Either `root/train/CLASS/*` with `root/val` and `root/test` like it, or `root/CLASS/*`. A part that is not there is
-    split off the training images by seed, with the same share of every class; every class keeps training images.
-    Classes are numbered in the order of their names. Images are turned as their EXIF orientation says; those of 16 bits
-    keep their range. The header of every image is read at the start, and one that cannot be read is named.
+    The layout is `root/train/CLASS/*`, with `root/val` and `root/test` alike, or `root/CLASS/*`. A missing part is
+    split off the training images by seed, stratified by class; every class keeps training images. Classes are numbered
+    in the order of their names. Images are rotated by their EXIF orientation; 16-bit images keep their range. The
+    headers of all images are read at the start; an unreadable image is named.
 
     Args:
-        root: the folder.
-        size: side of the images, whose shorter side is scaled to it before the middle is cropped; or [height, width],
-            to which they are scaled. None for images that have one size.
+        root: folder of the images.
+        size: side of the images, which are scaled by their shorter side and centre-cropped; or [height, width], to
+            which they are scaled. None if all images have the same size.
         channels: 3 for RGB, 1 for grey.
-        validation: share of the training images for a validation part that is not there.
-        test: share for a test part that is not there.
+        validation: share of the training images for a missing validation part.
+        test: share of the training images for a missing test part.
         augment: pad by an eighth, crop and flip the training images; needs `boosting.state: recompute`.
-        mean: of the pixels in 0 … 1, subtracted; those of ImageNet by default. For each channel, or one number.
-        std: likewise; the pixels are divided by it.
+        mean: mean of the pixels in 0 … 1, per channel or one number; ImageNet's by default.
+        std: standard deviation of the pixels, likewise.
         split_seed: seed of the split, independent of the seed of a run.
         options: as for `PartsModule`.
 
@@ -147,7 +147,7 @@ def _per_channel(values: float | list[float] | None, default: Sequence[float], c
 
 
 def find_parts(root: Path) -> dict[str, Files]:
-    """Paths of images by part and class: of `root/train` and others beside it, or of `root` as `train` alone.
+    """Image paths by part and class: of `root/train` and the parts beside it, or of `root` as `train` alone.
 
     Raises:
         UserError: there is no folder or no image, a class of the training part has none, or a part has another name.

@@ -16,12 +16,12 @@ from bdistil.data.readers import Source, cached_features
 from bdistil.data.readers.files import Array
 from bdistil.errors import UserError
 
-RATE = 16_000  # samples a second
-SAMPLES = 16_000  # of a clip
+RATE = 16_000  # samples per second
+SAMPLES = 16_000  # per clip
 WINDOW, HOP = 400, 160  # samples: 25 ms, 10 ms
 FFT, FILTERS = 512, 32
 EMPHASIS = 0.97
-STEPS = 99  # 98 whole windows, and one that zeros complete
+STEPS = 99  # 98 full windows, and one completed with zeros
 SPEC = {"version": 1, "kind": "log-mel energies", "rate": RATE, "samples": SAMPLES, "padding": "left", "window": WINDOW,
         "hop": HOP, "fft": FFT, "filters": FILTERS, "emphasis": EMPHASIS, "steps": STEPS}  # fmt: skip
 
@@ -47,7 +47,7 @@ def read_wav(path: Path) -> Array:
     """Samples (n,) int16 of a clip: up to a second, mono, 16 kHz, 16 bits, PCM.
 
     Raises:
-        UserError: another content; names the file.
+        UserError: another format; the file is named.
     """
     try:
         with wave.open(str(path), "rb") as file:
@@ -97,7 +97,7 @@ def clip_features(path: Path) -> Array:
     """Log-mel energies (99, 32) of a clip; a shorter one is padded with zeros on the left.
 
     Raises:
-        UserError: not a clip of up to a second at 16 kHz; names the file.
+        UserError: not a clip of up to a second at 16 kHz; the file is named.
     """
     clip = read_wav(path)
     return log_mel(np.pad(clip, (SAMPLES - len(clip), 0)))
@@ -125,7 +125,7 @@ def read_split(folder: Path) -> dict[str, list[str]]:
 class Google13(FeatureModule):
     """Google-13: log-mel energies (99, 32) of a second of speech, twelve keywords and one class for other words.
 
-    Arguments as for `FeatureModule`; `root` holds `speech_commands_v0.01`, or is that folder.
+    Arguments as for `FeatureModule`; `root` is the folder `speech_commands_v0.01` or its parent.
     """
 
     def read(self) -> dict[str, Samples]:

@@ -33,7 +33,7 @@ class Har6(FeatureModule):
     """HAR-6: sequences (128, 9) of accelerometer and gyroscope, 6 activities, parts by subject.
 
     Args:
-        root: holds `UCI HAR Dataset`, or is that folder.
+        root: folder `UCI HAR Dataset`, or its parent.
         validation: subjects of the official training part that form the validation part; the default was drawn once.
         options: as for `FeatureModule`.
 

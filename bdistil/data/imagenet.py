@@ -18,7 +18,7 @@ from bdistil.errors import UserError, listed
 def read_folders(folder: Path, source: Source) -> tuple[Images, list[str]]:
     """Paths and labels of images in one folder for each class, at any depth, and the classes.
 
-    Classes are numbered in the order of their names. Files with other extensions than those of images are ignored.
+    Classes are numbered in the order of their names. Files without an image extension are ignored.
 
     Raises:
         UserError: there is no folder, or a class has no image.
@@ -42,8 +42,8 @@ class ImageFolders(ImageModule):
     The official validation part, whose labels are public, is the test part here and read once, at the end of a run.
 
     Args:
-        root: holds the folder of the archive, or is that folder.
-        validation: images of the validation part, the same share of each class.
+        root: folder of the archive, or its parent.
+        validation: number of validation images, stratified by class.
         size: side of the images after scaling.
         num_workers: processes that read, decode and augment.
         options: as for `ImageModule`.
@@ -52,7 +52,7 @@ class ImageFolders(ImageModule):
         UserError: a value outside of its range.
     """
 
-    IMAGES: ClassVar[tuple[int, int]]  # of the training part and of the test part
+    IMAGES: ClassVar[tuple[int, int]]  # numbers in the training part and in the test part
     NEEDED: ClassVar[list[str]] = ["train", "val"]
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     DATASET = ImageFiles
@@ -84,8 +84,8 @@ class ImageFolders(ImageModule):
 class ImageNet(ImageFolders):
     """ImageNet-1k: `train/n01440764/*.JPEG` and `val/n01440764/*.JPEG`, 1,000 folders each.
 
-    Images are scaled to a shorter side of 256 / 224 of `size` and cropped in the middle; with `augment` a random
-    crop of random shape is scaled to `size`, and half of the images are mirrored. Arguments as for `ImageFolders`.
+    Images are scaled to a shorter side of 256 / 224 times `size` and centre-cropped; with `augment` a random crop
+    of random shape is scaled to `size`, and half of the images are mirrored. Arguments as for `ImageFolders`.
     """
 
     SOURCE = Source(
@@ -104,7 +104,7 @@ class ImageNet(ImageFolders):
         super().__init__(root, batch_size=batch_size, size=size, num_workers=num_workers, **options)
 
     def transforms(self, augment: bool) -> list[v2.Transform]:
-        """A random or the middle crop, scaled."""
+        """A random or centre crop, scaled."""
         if augment:
             return [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
         return [v2.Resize(round(self.size * 256 / 224), antialias=True), v2.CenterCrop(self.size)]
@@ -128,7 +128,7 @@ class ImageNet(ImageFolders):
 class TinyImageNet(ImageFolders):
     """Tiny-ImageNet-200, 64x64: `train/n01443537/images/*.JPEG`, `val/images/*.JPEG` with `val/val_annotations.txt`.
 
-    Images are scaled to `size` where it is not 64; with `augment` they are padded by an eighth, cropped and flipped.
+    Images are scaled to `size` if it is not 64; with `augment` they are padded by an eighth, cropped and flipped.
     Arguments as for `ImageFolders`.
     """
 

@@ -36,13 +36,13 @@ def flip_labels(
     """Makes a share of the labels wrong.
 
     Args:
-        labels: class numbers (N,); those of samples without a label are negative, or `ignore_index`, and stay so.
-        rate: share of wrong labels, in 0 … 1: exactly that share, rounded, of the labels that can change.
+        labels: class numbers (N,); negative ones and `ignore_index` mark unlabelled samples and are kept.
+        rate: share of wrong labels among those that can change, in 0 … 1; met exactly, up to rounding.
         classes: L.
         seed: seed of the choice.
         kind: `symmetric` replaces a label by any other class, `asymmetric` by the one in `to`.
         to: the class that replaces each class; by default the next one. Classes that are left out do not change.
-        ignore_index: class number of a sample without a label, where it is not negative.
+        ignore_index: class number of unlabelled samples, if it is not negative.
 
     Returns:
         New labels (N,), and whether each is wrong, (N,) bool.
@@ -74,7 +74,7 @@ def flip_labels(
 
 
 def has_label(labels: Tensor, ignore_index: int | None = None) -> Tensor:
-    """Whether each of some class numbers (N,) is the label of a sample, (N,) bool."""
+    """Whether each class number (N,) is a label rather than the mark of an unlabelled sample, (N,) bool."""
     given = labels >= 0
     return given if ignore_index is None else given & (labels != ignore_index)
 
@@ -94,7 +94,7 @@ class NoisyLabels(Dataset[Any]):
         rate: share of wrong labels.
         classes: L; by default the largest label plus one.
         seed: seed of the choice.
-        ignore_index: class number of a sample without a label, where it is not negative.
+        ignore_index: class number of unlabelled samples, if it is not negative.
         noise: `kind` and `to`, as for `flip_labels`.
 
     Raises:
@@ -135,27 +135,27 @@ class NoisyLabels(Dataset[Any]):
 
 
 def labels_of(dataset: Dataset[Any]) -> Tensor:
-    """Labels (N,) of a dataset that yields (x, y), as its items have them.
+    """Labels (N,) of a dataset that yields (x, y), read from its items.
 
-    An attribute of another dataset may be of other samples, or of labels that are changed when an item is read.
+    Label attributes of arbitrary datasets are not used: they may belong to other samples, or change on access.
     """
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
         return dataset.tensors[1]
-    if isinstance(dataset, ArrayImages):  # which need not be decoded
+    if isinstance(dataset, ArrayImages):  # without decoding the images
         return dataset.labels
     return torch.tensor([int(dataset[index][1]) for index in range(len(cast(Sized, dataset)))])
 
 
 def flipped_labels(dataset: Any) -> Tensor | None:
-    """`flipped` of a dataset such as `NoisyLabels`, (N,) bool; None of any other."""
+    """The attribute `flipped`, (N,) bool, of a dataset such as `NoisyLabels`; None for any other dataset."""
     flipped = getattr(dataset, "flipped", None)
     return flipped if isinstance(flipped, Tensor) and len(flipped) == len(dataset) else None
 
 
 class LabelNoise(pl.LightningDataModule):
-    """A data module with wrong labels in its training part; validation and test part do not change.
+    """Wraps a data module and makes a share of its training labels wrong; validation and test part do not change.
 
-    Hooks and public attributes are those of the data module.
+    Hooks and public attributes are forwarded to the wrapped data module.
 
     Args:
         data: any data module.
@@ -164,7 +164,7 @@ class LabelNoise(pl.LightningDataModule):
         seed: seed of the choice.
         classes: L; by default the largest label plus one.
         to: the class that replaces each class, for asymmetric noise; by default the next one.
-        ignore_index: class number of a sample without a label, as in the settings of a run, where it is not negative.
+        ignore_index: class number of unlabelled samples, as in the settings of a run, if it is not negative.
     """
 
     def __init__(
@@ -184,19 +184,19 @@ class LabelNoise(pl.LightningDataModule):
         self.noisy: NoisyLabels | None = None
         self.noise: dict[str, Any] = {"rate": rate, "kind": kind, "seed": seed, "classes": classes, "to": to}
         self.noise["ignore_index"] = ignore_index
-        for method in FORWARDED:  # Lightning, and the checks of a run, then see which of them the data module has
-            if getattr(type(self), method) is getattr(pl.LightningDataModule, method):  # not of a subclass
+        for method in FORWARDED:  # lets Lightning and the checks of a run see which of them `data` overrides
+            if getattr(type(self), method) is getattr(pl.LightningDataModule, method):  # not overridden in a subclass
                 setattr(self, method, getattr(data, method))
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that other code asks a data module for, such as `labels`, `normalisation`, `check_outputs`."""
-        if name == "data" or name.startswith("_"):  # of an object that is being made
+        if name == "data" or name.startswith("_"):  # asked during construction or unpickling
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.data, name)
 
     def setup(self, stage: str | None = None) -> None:
-        """As of the data module."""
-        self.data.trainer = self.trainer  # Lightning gives it to the outer one alone
+        """Sets up the wrapped data module."""
+        self.data.trainer = self.trainer  # Lightning sets it on the wrapper only
         self.data.setup(stage)  # type: ignore[arg-type]
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -31,14 +31,14 @@ SOURCE = Source(
     + " ".join(f"-O {MIRROR}/{file}" for files in FILES.values() for file in files),
     "mnist",
 )
-BYTES = 8  # the type of an idx file of bytes
+BYTES = 8  # type code of bytes in an idx file
 
 
 def read_idx(file: Path, dimensions: int) -> Tensor:
     """Array uint8 of an idx file, packed by gzip: two zeros, type, number of dimensions, each size, all big-endian.
 
     Raises:
-        UserError: the file is damaged, or another one.
+        UserError: the file is damaged or not the expected one.
     """
     try:
         content = gzip.decompress(file.read_bytes())
@@ -57,7 +57,7 @@ def read_mnist(root: str, part: str, partial: bool = False) -> tuple[Tensor, Ten
     """Images (N, 1, 28, 28) float32 with mean 0 and sd 1 over all pixels of the training set, labels (N,) int64.
 
     Args:
-        root: folder `mnist`, or the one above.
+        root: folder `mnist`, or its parent.
         part: `train` or `test`.
         partial: accept fewer images than were published.
 
@@ -79,9 +79,9 @@ class Mnist(TensorParts):
     """MNIST, 28x28 grey images of ten digits, in memory; the official test part is the test part.
 
     Args:
-        root: holds the folder `mnist` with the four files, or is that folder.
+        root: folder `mnist` with the four files, or its parent.
         batch_size: samples in a training step.
-        validation: images of the validation part, the same share of each class, taken from the training images.
+        validation: number of validation images, taken from the training images and stratified by class.
         split_seed: seed of the split, independent of the seed of a run.
         partial: accept fewer images than were published.
 
@@ -119,7 +119,7 @@ class LocalMnist(Mnist):
 
     Args:
         root: as for `Mnist`.
-        share: number of local images, as a share of the training images.
+        share: size of the local set relative to the training images.
         held_out: share of the local images that is held out, for choosing the best epoch.
         batch_size: samples in a training step.
         options: as for `Mnist`, whose validation part is not used.

@@ -45,15 +45,15 @@ class Watch(TensorParts):
 
     Args:
         batch_size: windows in a training step.
-        split: within the recordings, or by subject.
+        split: `time` within the recordings, or by `subject`.
         validation: share of each recording, before the test piece; `split: time` only.
         test: share of each recording, at its end; `split: time` only.
-        validation_subjects: some of 1 … 10; `split: subject` only.
-        test_subjects: some of 1 … 10; `split: subject` only. The others are in the training part.
+        validation_subjects: subjects of the validation part, from 1 … 10; `split: subject` only.
+        test_subjects: subjects of the test part, likewise; the others are in the training part.
         seconds: length of a window.
         hop: seconds between the starts of two windows.
         train_hop: `hop` of the training part, if it differs.
-        stride: one of `stride` steps of the 50 Hz is kept.
+        stride: keep every `stride`-th step of the 50 Hz.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Watch(TensorParts):
         return parts
 
     def _by_subject(self, series: Sequence[Tensor], subjects: Tensor) -> dict[str, list[Tensor]]:
-        """Each recording in the part of its subject, and an empty piece of it in the others."""
+        """Assigns each recording to the part of its subject, and an empty piece of it to the others."""
         return {
             name: [x if int(s) in chosen else x[:0] for x, s in zip(series, subjects, strict=True)]
             for name, chosen in self.subjects.items()

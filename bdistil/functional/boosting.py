@@ -29,7 +29,7 @@ def log_normaliser(error: Tensor, eta: float, dtype: torch.dtype | None = None) 
         dtype: dtype of the sum; that of `error` by default.
 
     Returns:
-        Shape (L,). Parts of the rows are joined with ``torch.logaddexp`` or ``torch.logsumexp``.
+        Shape (L,). Values for parts of the rows combine by ``torch.logaddexp`` or ``torch.logsumexp``.
 
     Example:
         >>> log_normaliser(torch.zeros(5, 2), eta=0.5).exp()
@@ -106,7 +106,7 @@ def margins(error: Tensor, deviation: Tensor, eta: float) -> Tensor:
 
 
 def prefix_error(answer: Tensor, target: Tensor, error: Tensor, earlier: int) -> Tensor:
-    """Error of the prefix that ends with a new student: the mean of its students less g, (S + f - g) / (t + 1).
+    """Error of the prefix that ends with a new student: the mean of its students minus g, (S + f - g) / (t + 1).
 
     Adding g gives the logits of that prefix.
 
@@ -173,7 +173,7 @@ def log_barrier_loss(
 
 
 class _RoundLoss(torch.autograd.Function):
-    """Value and gradient of `round_loss` in closed form, in half of the time that autograd takes."""
+    """Value and gradient of `round_loss` in closed form, in half the time of autograd."""
 
     @staticmethod
     def forward(
@@ -209,18 +209,18 @@ def round_loss(
 ) -> Tensor:
     """`log_barrier_loss` with the weights of `game_rows`, differentiable with respect to the deviation only.
 
-    The barrier is a logarithm of a sum over the batch. Where several processes share a batch, each needs the sum
-    over all of it: otherwise the game would depend on the number of processes.
+    The barrier is the logarithm of a sum over the batch. If several processes share a batch, each needs the sum over
+    the whole batch; otherwise the game would depend on the number of processes.
 
     Args:
-        deviation: d = f - g on the batch, shape (B, L); one in half precision is computed in float32.
+        deviation: d = f - g on the batch, shape (B, L); half precision is converted to float32.
         error: rows of S, shape (B, L).
         log_z: `log_normaliser` of all N rows, shape (L,).
         eta: step size of the game.
         population: N.
         bound: b = 2 max|g|.
         gamma: weight of the squared error against the barrier.
-        across: mean over the processes that share a batch, each with as many of its rows; None for one process.
+        across: mean over the processes that share a batch in equal parts; None for one process.
 
     Returns:
         The loss, shape (). With `across`, the mean of the processes' gradients is the gradient of the whole batch.
@@ -248,7 +248,7 @@ def prefix_kl_loss(
     temperature: float = 2.0,
     residual: float = 0.1,
 ) -> Tensor:
-    """Divergence of the whole prefix from the teacher, instead of the error of the new student alone.
+    """KL divergence of the whole prefix from the teacher, instead of the error of the new student alone.
 
     With p = g + (S + d) / (t + 1), the logits of the prefix that ends with the student, in the teacher's units,
     loss = (t + 1) tau^2 KL(softmax(g / tau) || softmax(p / tau)) + residual * mean((f - (g - S))^2).
@@ -287,7 +287,7 @@ def gamma_of(eta: float, kappa: float, bound: float) -> float:
 
     Args:
         eta: step size of the game.
-        kappa: correction strength; 0 is plain averaging (gamma is infinite), 1 repairs the whole error.
+        kappa: correction strength; 0 is plain averaging (gamma is infinite), 1 corrects the whole error.
         bound: b = 2 max|g|.
 
     Example:

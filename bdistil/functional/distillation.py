@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def centre(logits: Tensor) -> Tensor:
-    """Logits (B, L) less their mean over the outputs, which softmax does not depend on.
+    """Logits (B, L) minus their mean over the outputs, to which softmax is invariant.
 
     Example:
         >>> centre(torch.tensor([[3.0, 1.0]])).tolist()
@@ -20,7 +20,7 @@ def centre(logits: Tensor) -> Tensor:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """The same values, as float32 where they have 16 bits, which are too coarse for softmax and sums.
+    """Converts 16-bit values, which are too coarse for softmax and sums, to float32; others are unchanged.
 
     Example:
         >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
@@ -30,7 +30,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 class KDTerms(NamedTuple):
-    """Losses of each sample and their gradients with respect to the logits, as `kd_terms` returns them.
+    """Per-sample losses and their gradients with respect to the logits, returned by `kd_terms`.
 
     Attributes:
         ce: cross entropy of the labels, (B,).
@@ -46,7 +46,7 @@ class KDTerms(NamedTuple):
 
 
 def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> KDTerms:
-    """Label loss and teacher loss of each sample, with the gradients of both with respect to the logits.
+    """Per-sample label loss and teacher loss, with their gradients with respect to the logits.
 
     Convention: the teacher's loss has the factor tau^2 (Hinton et al., arXiv 1503.02531, section 2), so that its
     gradient keeps its size at any temperature.
@@ -75,7 +75,7 @@ def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, 
 
 
 def _label_residual(answers: Tensor, target: Tensor) -> Tensor:
-    """softmax(z) - y (B, L), 0 where cross entropy leaves a sample out."""
+    """softmax(z) - y (B, L), 0 for samples that cross entropy ignores."""
     if target.is_floating_point():
         return answers - target
     classes = torch.arange(answers.shape[-1], device=target.device)

@@ -4,8 +4,8 @@ The gradient (1 - lambda) grad CE + lambda grad KL is the label gradient with th
 knowledge distillation as partial variance reduction (arXiv 2305.17581). Three second moments give its noise at any
 lambda; those of the last linear layer need no backward pass.
 
-Letters: n measured samples, D inputs of the last layer, P parameters, L outputs; of a sample g is the label gradient,
-k the teacher gradient, h = g - k.
+Letters: n measured samples, D inputs of the last layer, P parameters, L outputs; for one sample, g is the label
+gradient, k the teacher gradient and h = g - k.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bdistil.errors import UserError
 
-# alpha mu / B for which the best weight is reported, and the one behind a suggestion; see `best_weight`.
+# Values of alpha mu / B for which the best weight is reported, and the default of `suggest`; see `best_weight`.
 REPORTED_STEPS = (1e-3, 1e-2, 1e-1)
 USUAL_STEP = 1e-2
 # Below this mean cross entropy a student fits its labels, and no noise is left to reduce.
@@ -28,13 +28,13 @@ INTERPOLATED = 0.01
 
 @dataclass(frozen=True)
 class GradientMoments:
-    """Second moments of the label gradient g and the teacher gradient k of single samples.
+    """Second moments of the per-sample label gradient g and teacher gradient k.
 
     Attributes:
         samples: n.
         gg: mean over the samples of `<g_i, g_i>`.
-        kk: that of `<k_i, k_i>`.
-        gk: that of `<g_i, k_i>`.
+        kk: mean of `<k_i, k_i>`.
+        gk: mean of `<g_i, k_i>`.
         mean_gg: `<mean g, mean g>`.
         mean_kk: `<mean k, mean k>`.
         mean_gk: `<mean g, mean k>`.
@@ -57,14 +57,14 @@ class GradientMoments:
 
     @property
     def variance(self) -> tuple[float, float, float]:
-        """V_gg, V_kk, V_gk: unbiased (co)variances of single samples."""
+        """V_gg, V_kk, V_gk: unbiased per-sample variances and covariance."""
         n, pairs = self.samples, ((self.gg, self.mean_gg), (self.kk, self.mean_kk), (self.gk, self.mean_gk))
         gg, kk, gk = ((second - mean) * n / (n - 1) for second, mean in pairs)
         return gg, kk, gk
 
     @property
     def mean_square(self) -> tuple[float, float, float]:
-        """Unbiased `<mean u, mean v>` of gg, kk, gk: without the part due to noise, so a value may be below 0."""
+        """Unbiased `<mean u, mean v>` for gg, kk and gk: the noise term is subtracted, so a value may be negative."""
         gg, kk, gk = (self.unseen * v / self.samples for v in self.variance)
         return self.mean_gg - gg, self.mean_kk - kk, self.mean_gk - gk
 
@@ -99,7 +99,7 @@ def last_layer_moments(
 def gradient_moments(
     label_gradients: Tensor, teacher_gradients: Tensor, population: int | None = None
 ) -> GradientMoments:
-    """Moments of the gradients of single samples, both (n, P), of a training part of `population` samples.
+    """Moments of per-sample gradients, both (n, P), from a training part of `population` samples.
 
     Raises:
         UserError: fewer than two samples.
@@ -143,7 +143,7 @@ def variance_at(moments: GradientMoments, weight: float) -> float:
 
 
 def noise_to_signal(moments: GradientMoments, weight: float) -> float:
-    """NSR(lambda) = Var / Mean^2 of one sample; infinite where the mean gradient is not distinguishable from 0.
+    """NSR(lambda) = Var / Mean^2 of one sample; infinite if the mean gradient is indistinguishable from 0.
 
     Unlike the variance, it can be compared across temperatures.
 
@@ -157,7 +157,7 @@ def noise_to_signal(moments: GradientMoments, weight: float) -> float:
 
 
 def least_variance_weight(moments: GradientMoments) -> float:
-    """lambda_minvar = (V_gg - V_gk) / V_hh, in 0 … 1: the weight of least variance.
+    """lambda_minvar = (V_gg - V_gk) / V_hh, in 0 … 1: the weight with the least variance.
 
     Example:
         >>> moments = gradient_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 0.0], [2.0, 2.0]]))
@@ -189,10 +189,10 @@ def _control(moments: GradientMoments) -> tuple[float, float, float]:
 
 
 def best_weight(moments: GradientMoments, step: float) -> float:
-    """`lambda* = E<g,h> / (E|h|^2 + |mean h|^2 / step)`, in 0 … 1: the best weight near convergence, by the theory.
+    """`lambda* = E<g,h> / (E|h|^2 + |mean h|^2 / step)`, in 0 … 1: theoretical optimum near convergence.
 
     Args:
-        moments: measured at the point where training settles.
+        moments: measured where training converges.
         step: alpha mu / B, for step size alpha and batches of B samples: a batch has B times less noise than a sample
             and the same bias from the teacher's errors. mu is that of f - f* = mu |x - x*|^2 in the direction of this
             bias, see `pull_curvature`. With it the formula is exact to first order; with mu of strong convexity it
@@ -212,7 +212,7 @@ def neighbourhood(moments: GradientMoments, weight: float, step: float) -> float
     """N(lambda) / N(0): distance from the optimum at which SGD settles, relative to that with the labels alone.
 
     N(lambda) is the sum of the noise alpha / 4B E|g - lambda h|^2 and the bias to the teacher, lambda^2 |mean h|^2 /
-    4 mu. At lambda* the ratio is 1 - rho^2 / (1 + beta) of arXiv 2305.17581. Moments and step are those of
+    4 mu. At lambda* the ratio is 1 - rho^2 / (1 + beta) of arXiv 2305.17581. Arguments as for
     `best_weight`.
 
     Example:
@@ -230,8 +230,8 @@ def pull_curvature(
 ) -> float:
     """mu in the direction of the teacher's bias: |m|^2 / (2 m^T H^-1 m), with m the mean of h, H the Hessian of CE.
 
-    Both are those of the last layer, near its optimum. The system is solved by conjugate gradients, so directions that
-    are much flatter than the others, in which training hardly moves either, are left out when the iterations end.
+    Both are those of the last layer, near its optimum. The system is solved by conjugate gradients. Directions much
+    flatter than the others, along which training hardly moves either, are left out when the iterations end.
 
     Logits are (n, L), the other tensors those of `last_layer_moments`. mu is 0 where m is 0.
 
@@ -277,7 +277,7 @@ def suggest(
 ) -> Suggestion:
     """The distillation weight for the next steps: `best_weight`, but not above `least_variance_weight`.
 
-    A weight that is too large is much worse than one that is too small: no step size removes its bias to the teacher's
+    Too large a weight is much worse than too small a one: no step size removes its bias towards the teacher's
     errors.
 
     Args:
@@ -308,7 +308,7 @@ def suggest(
 
 
 def scheduled_weight(start: float, factor: float, epoch: int) -> float:
-    """Distillation weight of an epoch, in 0 … 1: multiplied by `factor` in each epoch.
+    """Distillation weight of an epoch, in 0 … 1; it is multiplied by `factor` every epoch.
 
     Example:
         >>> [scheduled_weight(0.8, 0.5, epoch) for epoch in range(3)]

@@ -41,7 +41,7 @@ def mixed_loss(terms: KDTerms, weights: Tensor) -> Tensor:
     """Mean over the batch of the weighted losses, shape ().
 
     Args:
-        terms: from `kd_terms`, of one teacher or of M.
+        terms: result of `kd_terms` for one or M teachers.
         weights: (B, K), the label loss first.
 
     Example:
@@ -73,7 +73,7 @@ class OuterLoss(NamedTuple):
         logits: (n, L).
         target: class numbers (n,).
         share: weight of each sample (n,), with sum 1.
-        gain: rise of the logits when the last layer's output rises by one.
+        gain: change of the logits per unit change of the last layer's output.
 
     Example:
         >>> inputs, target = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1])
@@ -89,7 +89,7 @@ class OuterLoss(NamedTuple):
     gain: float = 1.0
 
     def slope(self, shift: Tensor) -> Tensor:
-        """Gradient (L, D) with respect to the last layer's weights, after they have moved by `shift` (L, D)."""
+        """Gradient (L, D) with respect to the last layer's weights, at the weights plus `shift` (L, D)."""
         logits = self.logits + self.gain * self.activations @ shift.T
         one_hot = torch.nn.functional.one_hot(self.target, logits.shape[1])
         residual = logits.softmax(-1) - one_hot
@@ -123,11 +123,11 @@ def meta_gradient(
     sample i has the gradient `-(step/B) <R_k,i, G a_i>`. The K sums over validation samples are one product with G.
 
     Args:
-        mix: (B, C).
+        mix: learned numbers (B, C).
         residuals: gradients of the K losses with respect to the last layer's output, (K, B, L).
         activations: (B, D), with a column of ones where the layer has a bias.
         outer: the outer loss.
-        mode: mode of the weights.
+        mode: see `MixingSettings`.
         step: size of the look-ahead step.
 
     Returns:
@@ -170,8 +170,8 @@ def label_target(target: Tensor, outputs: int) -> Tensor:
 def mixed_target(target: Tensor, error: Tensor, labels: Tensor, share: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     """Target and running error of a boosting round whose target is a mix of labels and teacher.
 
-    With g' = (1 - lambda) h + lambda g the error after t rounds is S' = S + t (g - g'). So the ledger only keeps S, the
-    error to the teacher, whatever lambda was in earlier rounds.
+    With g' = (1 - lambda) h + lambda g the error after t rounds is S' = S + t (g - g'). So the ledger stores only S,
+    the error relative to the teacher, independent of lambda in earlier rounds.
 
     Args:
         target: g, (B, L).
@@ -197,9 +197,9 @@ def round_residuals(
 ) -> Tensor:
     """Gradients (2, B, L) of a round's loss for the labels alone and for the teacher alone as target.
 
-    To the first order of the game the aim of a student is u - kappa S'(u), with target u and S'(u) as in
-    `mixed_target`, so the gradient of the squared error to it is linear in u, which mixing requires. `answer` is f,
-    (B, L), and kappa the correction strength; the other arguments are those of `mixed_target`.
+    To first order in the game, a student aims at u - kappa S'(u), with target u and S'(u) as in `mixed_target`. The
+    gradient of the squared error to it is therefore linear in u, as mixing requires. `answer` is f, (B, L), and kappa
+    the correction strength; other arguments as for `mixed_target`.
 
     Example:
         >>> g, s, h = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5]]), torch.tensor([[-1.0, 1.0]])
@@ -216,7 +216,7 @@ def round_residuals(
 
 @dataclass(frozen=True)
 class MixingSettings:
-    """Settings of the updates of the weights.
+    """Settings of the loss weights and their updates.
 
     Attributes:
         mode: `convex` (ALM-KD) weights the labels by 1 - lambda and the teacher by lambda, or several teachers by their
@@ -225,11 +225,11 @@ class MixingSettings:
         every: epochs between two updates.
         inner: steps of an update on each block of samples; by default 10 for `convex`, 5 for `independent`.
         rate: change of the average weight in an inner step.
-        look_ahead: size of the look-ahead step, as a share of the step that would remove a whole residual; `lr` takes
+        look_ahead: size of the look-ahead step, as a share of the step that would remove a whole residual; `lr` uses
             the student's learning rate, as the papers do. Without `normalise` the updates are then proportional to it,
             so the weights freeze when it decays.
-        normalise: divide the gradient by its mean size over the block, so that `rate` means the same for any
-            network. Without it `rate` multiplies B times the gradient.
+        normalise: divide the gradient by its mean magnitude over the block, so that `rate` means the same for
+            any network. Without it `rate` multiplies B times the gradient.
         train_share: share of the training part in the outer loss; by default 0.25 for `convex`, 0 for `independent`.
 
     Raises:
@@ -281,9 +281,9 @@ def _require(settings: MixingSettings, name: str, holds: bool, allowed: str) -> 
 
 
 def start_mix(samples: int, teachers: int, mode: Mode, seed: int) -> Tensor:
-    """First numbers (N, C) for N samples and M teachers, as in the papers.
+    """Initial learned numbers (N, C) for N samples and M teachers, as in the papers.
 
-    They are U(0, 1), with a seed, for `convex`; 0.1 for labels and 0.9 for teachers for `independent`.
+    `convex` draws them from U(0, 1) by seed; `independent` starts at 0.1 for labels and 0.9 for teachers.
 
     Example:
         >>> start_mix(samples=1, teachers=2, mode="independent", seed=0)
@@ -309,9 +309,10 @@ def move_mix(mix: Tensor, gradient: Tensor, settings: MixingSettings) -> Tensor:
 def learn_mix(
     mix: Tensor, residuals: Tensor, activations: Tensor, outer: OuterLoss, settings: MixingSettings, lr: float
 ) -> Tensor:
-    """All inner steps of an update on a block of samples, (B, C); arguments as for `meta_gradient`, lr of the student.
+    """Runs all inner steps of an update on a block of samples; returns its learned numbers (B, C).
 
-    With `look_ahead` = 1 the look-ahead step moves the logits of a typical sample by the size of its residual.
+    With `look_ahead` = 1 the look-ahead step moves the logits of a typical sample by the size of its residual. `lr` is
+    the student's learning rate; other arguments as for `meta_gradient`.
 
     Example:
         >>> inputs, target = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1])

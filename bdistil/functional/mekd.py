@@ -1,4 +1,4 @@
-"""Losses of the two stages of MEKD, for soft and hard answers, and distances of generated samples to real ones.
+"""Losses of the two stages of MEKD, for soft and hard answers, and distances between generated and real samples.
 
 Source: "Aligning Logits Generatively for Principled Black-Box Knowledge Distillation" (MEKD, arXiv 2205.10490).
 Letters: m samples of a batch, L outputs. All functions are differentiable in the outputs of the networks.
@@ -58,9 +58,9 @@ def confidence(answers: Tensor) -> Tensor:
 
 
 def balance(labels: Tensor, counts: Tensor) -> Tensor:
-    """Weights (m,) that grow with the rarity of the teacher's label; they replace `confidence` for hard answers.
+    """Weights (m,) that are larger for rarer teacher labels; they replace `confidence` for hard answers.
 
-    weight_i = n / (L · n_label) with n = sum of counts, at most 10: 1 for all where the classes are balanced.
+    weight_i = n / (L · n_label) with n = sum of counts, at most 10; all are 1 if the classes are balanced.
 
     Args:
         labels: top-1 classes (m,).
@@ -75,7 +75,7 @@ def balance(labels: Tensor, counts: Tensor) -> Tensor:
 
 
 def statistics(answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sd (L,) of centred answers (N, L), which standardise the answers of a teacher.
+    """Mean and sd (L,) of a teacher's centred logits (N, L), used to standardise them.
 
     Example:
         >>> statistics(torch.tensor([[2.0, 0.0], [0.0, 2.0], [4.0, 0.0]]))
@@ -127,23 +127,23 @@ def soft_emulation(
     tau: float,
     kl: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of the loss of stage 2 with soft answers.
+    """The two terms of the stage-2 loss for soft answers.
 
     The first is the mean of |G(z_S) - G(z_T)|, with z from `soft_latent` in place of the paper's y/tau, which should be
     distributed as N(0, I). The second is kl · tau · KL(softmax(y_T/tau) || softmax(y_S/tau)), with the factor tau of
     MEKD and not tau².
 
     Args:
-        generator: G, frozen; None leaves out the first part.
+        generator: G, frozen; None omits the first term.
         student: logits y_S (m, L).
         teacher: logits y_T (m, L).
         mean: mean of the teacher's centred logits, (L,).
-        sd: standard deviation of the same, (L,).
+        sd: their standard deviation, (L,).
         tau: temperature.
-        kl: weight of the second part.
+        kl: weight of the second term.
 
     Returns:
-        Both parts, shape () each; the loss is their sum.
+        Both terms, shape () each; the loss is their sum.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
@@ -178,7 +178,7 @@ def kernel_distance(first: Tensor, second: Tensor) -> Tensor:
         second: (k, ...), k >= 2, samples of the same shape.
 
     Returns:
-        Shape (): around 0, and possibly below, for two sets of one distribution.
+        Shape (): near 0, possibly negative, for two sets from the same distribution.
 
     Example:
         >>> kernel_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]]))
@@ -191,10 +191,9 @@ def kernel_distance(first: Tensor, second: Tensor) -> Tensor:
 def narrow_distance(first: Tensor, second: Tensor) -> Tensor:
     """`kernel_distance` with the kernel exp(-4 |x - y|² / median), with the median of |x - y|² in the second set.
 
-    It is meant for sequences of any phase, whose mean is near 0. For them `kernel_distance` prefers a constant sequence
-    to waves of some of the classes. This kernel is 1/50 at the median, so samples unlike any other do not count, and
-    each further class that is generated reduces the distance. It does not depend on the scale of the values, and is at
-    most 2.
+    Meant for sequences of arbitrary phase, whose mean is near 0: there `kernel_distance` prefers a constant sequence to
+    waves of some of the classes. This kernel is 1/50 at the median, so samples far from all others do not count, and
+    each further class that is generated reduces the distance. It is invariant to scale and at most 2.
 
     Example:
         >>> narrow_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [4.0]]))

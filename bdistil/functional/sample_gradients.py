@@ -1,4 +1,4 @@
-"""Gradients of all parameters for each sample, by `torch.func`, in place of those of the last layer alone."""
+"""Per-sample gradients of all parameters by `torch.func`, instead of those of the last layer alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sample_gradients(
     chunk: int = 64,
     parameters: Collection[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the label loss and of the teacher's loss with respect to P parameters, for each sample.
+    """Per-sample gradients of the label loss and the teacher loss with respect to P parameters.
 
     Args:
         student: maps x to logits; in eval mode, so that samples do not depend on each other.
@@ -33,7 +33,7 @@ def sample_gradients(
         teacher_logits: (n, L).
         temperature: tau.
         chunk: samples computed at once.
-        parameters: names of the parameters; by default of all that are trained.
+        parameters: names of the parameters; by default all trainable ones.
 
     Returns:
         Both (n, P).
@@ -72,12 +72,12 @@ def trained_names(student: nn.Module) -> list[str]:
 def control_cosine(student: nn.Module, teacher: nn.Module, x: Any, target: Tensor, *, temperature: float) -> float:
     """Mean cosine between grad KL at the student and grad CE(student) - grad CE(teacher), each at its own weights.
 
-    The theory of arXiv 2305.17581 takes the two as equal, so a value near 1 supports its use for a network. It is 1 for
-    linear models at temperature 1. Arguments as for `sample_gradients`; the teacher is a module of the student's
+    The theory of arXiv 2305.17581 assumes that both are equal, so a value near 1 supports its use for a network. It is
+    1 for linear models at temperature 1. Arguments as for `sample_gradients`; the teacher is a module of the student's
     architecture, in eval mode.
 
     Raises:
-        UserError: the parameters have other names or shapes.
+        UserError: the parameters of student and teacher differ in names or shapes.
 
     Example:
         >>> student, teacher = nn.Linear(1, 2), nn.Linear(1, 2)

@@ -39,7 +39,7 @@ FREE = re.compile(
     local_scalar_dense|lift_fresh|assert\w*|pack_padded_sequence|nested_tensor_from_mask_left_aligned|reshape\w*|
     hardswish|gelu|mish|abs|threshold|floor_divide|rsub|eq|ne|[gl][et]|t|transpose|(un)?squeeze|detach|as_strided)_*""",
     re.VERBOSE,
-)  # the last line: some variants of pointwise and view operators bear no mark
+)  # last line: variants of pointwise and view operators that torch does not mark
 
 
 def _attention(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
@@ -47,12 +47,12 @@ def _attention(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
 
 
 def _recurrent(x: Size, weights: Any, second: Any = None, *_: Any, **__: Any) -> int:
-    """Each matrix is used once for each row of the input, padded or packed."""
+    """FLOPs of a recurrent layer: each matrix is applied once per input row, padded or packed."""
     matrices = (weights, second) if isinstance(weights, Size) else weights
     return 2 * prod(x[:-1]) * sum(prod(matrix) for matrix in matrices if len(matrix) == 2)
 
 
-# Operations from the shapes of the arguments where torch has no formula. As in torch, a multiply-add is two of them.
+# FLOPs from argument shapes, for operators without a formula in torch. As in torch, a multiply-add counts as 2.
 _BY_NAME: dict[str, Callable[..., int]] = {
     **dict.fromkeys(("mv", "dot", "vdot"), lambda matrix, *_, **__: 2 * prod(matrix)),
     "addmv": lambda _, matrix, *__, **___: 2 * prod(matrix),
@@ -61,7 +61,7 @@ _BY_NAME: dict[str, Callable[..., int]] = {
     **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"), _recurrent),
     "_lstm_mps": lambda x, _, weights, *__, **___: _recurrent(x, weights),
 }
-# An older torch has some of them not.
+# Older versions of torch lack some of them.
 FORMULAS = {getattr(torch.ops.aten, name): count for name, count in _BY_NAME.items() if hasattr(torch.ops.aten, name)}
 
 
@@ -71,11 +71,11 @@ class Cost:
 
     Attributes:
         macs: multiply-adds of matmul-like work.
-        params: number of parameters; a shared one counts once.
+        params: number of parameters; shared ones count once.
         weight_bytes: bytes of those parameters.
-        activation_bytes: peak of the bytes alive in a pass without autograd, without the inputs and without scratch
-            memory inside an operator.
-        uncounted: calls of each operator that `macs` leaves out and that is not known to be free.
+        activation_bytes: peak bytes of live tensors in a pass without autograd, excluding inputs and scratch memory
+            inside operators.
+        uncounted: number of calls of each operator that is neither counted in `macs` nor known to be free.
         by_module: `macs` of each submodule by dotted name, "" for the whole.
     """
 
@@ -89,9 +89,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class OutsideCost:
-    """Cost of a pass that runs outside of torch; the method `outside_cost` of a module returns that of its last one.
+    """Cost of a pass that runs outside torch; a module's method `outside_cost` returns that of its last pass.
 
-    Attributes: as of `Cost`.
+    Attributes as for `Cost`.
     """
 
     macs: int
@@ -105,16 +105,16 @@ def measure_cost(
 ) -> Cost:
     """Cost of ONE forward pass on these inputs; a batch of one gives figures per sample.
 
-    The module runs twice in eval mode and is left, like the random states, as it was. Causal attention counts in full.
-    Only the branches that these inputs take are counted. Of a scripted module only the whole is counted.
+    The module runs twice in eval mode; its state and the random states are restored. Causal attention counts in full.
+    Only branches taken by these inputs are counted. A scripted module is counted as a whole.
 
     Args:
         module: any module on any device.
-        inputs: its positional arguments: tensors, None, lists of them. They are not modified.
+        inputs: its positional arguments: tensors, None, or lists of them; they are not modified.
         uncounted: "error" refuses operators that cannot be counted, "record" names them in `Cost.uncounted`.
 
     Raises:
-        UserError: such an operator, or inputs that are not a tuple.
+        UserError: an operator cannot be counted, or the inputs are not a tuple.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -123,7 +123,7 @@ def measure_cost(
         (42, 51, 18)
     """
     with _as_found(module, inputs), torch.inference_mode(False):
-        with torch.no_grad(), BaseTorchFunctionMode():  # with such a mode transformers do not take their fused path
+        with torch.no_grad(), BaseTorchFunctionMode():  # under such a mode, transformers avoid their fused path
             by_module, missed = _count(module, _cloned(inputs))
             copies = _cloned(inputs)
             with _LiveBytes(_tensors(module, copies)) as live:
@@ -150,7 +150,7 @@ def measure_cost(
 
 
 def latency_ms(module: nn.Module, inputs: tuple[Any, ...], *, repeats: int = 30, warmup: int = 5) -> float:
-    """Median wall milliseconds of a forward pass in eval and inference mode, until the device is done.
+    """Median wall-clock milliseconds of a forward pass in eval and inference mode, including device work.
 
     Example:
         >>> latency_ms(nn.Linear(4, 6), (torch.zeros(1, 4),), repeats=3) > 0
@@ -172,8 +172,8 @@ def training_macs(
 ) -> int:
     """Multiply-adds of a training run, from the forward MACs per sample of the student, its links and the teacher.
 
-    Convention: a step costs 3 forward passes of the student (one forward, two products of its size backward); 2.92 was
-    measured on a small conv net, whose first layer needs no gradient to its input. Links and teacher are frozen: 1.
+    Convention: a step costs 3 forward passes of the student (one forward, two matching products backward); 2.92 was
+    measured on a small conv net, whose first layer needs no input gradient. Frozen links and teacher cost 1.
 
     Example:
         >>> training_macs(student=10, samples_seen=7, teacher=100, teacher_samples=5)
@@ -188,15 +188,15 @@ def _tensors(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies that a module may write to, and that autograd takes even where the originals are inference tensors."""
+    """Copies that a module may write to and that autograd accepts even if the originals are inference tensors."""
     return tuple(map_tensors(x, lambda tensor: tensor.detach().clone()) for x in inputs)
 
 
 @contextmanager
 def as_written(*modules: nn.Module) -> Iterator[None]:
-    """Context without what torch.compile made: it cannot be counted or exported, and one pass is not worth it.
+    """Context that undoes torch.compile: compiled code cannot be counted or exported, nor does it pay off for one pass.
 
-    That is for ``module.compile()`` and, inside the given modules, for submodules by ``torch.compile(module)``.
+    Covers ``module.compile()`` and, inside the given modules, submodules made by ``torch.compile(module)``.
 
     Example:
         >>> net = nn.Linear(4, 6)
@@ -220,13 +220,13 @@ def as_written(*modules: nn.Module) -> Iterator[None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module was made by ``torch.compile(module)``; the module itself is its only child."""
+    """Whether a module was made by ``torch.compile(module)``; the original module is its only child."""
     return [name for name, _ in module.named_children()] == ["_orig_mod"]
 
 
 @contextmanager
 def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.device]]:
-    """Eval mode inside; afterwards attributes, modes, hooks, buffers and random states are as before. Yields GPUs."""
+    """Eval-mode context that restores attributes, modes, hooks, buffers and random states. Yields the GPUs used."""
     if not isinstance(inputs, tuple):
         raise UserError(f"Expected `inputs` to be a tuple of positional arguments, such as (x,), got {type(inputs)}.")
     tables = [(t, dict(t)) for m in module.modules() for t in (vars(m), *vars(m).values()) if isinstance(t, dict)]
@@ -239,7 +239,7 @@ def _as_found(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[set[torch.
                 m.training = False  # not eval(): where a module overrides it, its effects would stay
             yield devices
     finally:
-        for table, items in tables:  # in place: hook handles hold on to these dictionaries
+        for table, items in tables:  # in place: hook handles refer to these dictionaries
             table.clear()
             table.update(items)
         for buffer, value in buffers:
@@ -274,7 +274,7 @@ def _count(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], 
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operators make until each is freed."""
+    """Tracks the storages that operators allocate until each is freed."""
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Figures of the curve of accuracy against cost: area under it, violations of monotony."""
+"""Figures of the accuracy-cost curve: area under it, violations of monotonicity."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def area_under_curve(macs: Sequence[float], accuracy: Sequence[float]) -> float:
     """Area under accuracy over log(MACs), by the trapezoid rule, divided by the width: a mean accuracy in 0 … 1.
 
     This is the expected accuracy for a budget anywhere between the first and the last prefix, uniform on a logarithmic
-    scale. One point gives its own accuracy.
+    scale. A single point returns its own accuracy.
 
     Args:
-        macs: cumulative MACs of the prefixes, rising.
+        macs: cumulative MACs of the prefixes, increasing.
         accuracy: accuracy of each prefix.
 
     Raises:
-        UserError: the lengths differ, or MACs are not positive and rising.
+        UserError: the lengths differ, or MACs are not positive and increasing.
 
     Example:
         >>> round(area_under_curve([1, 10, 100], [0.5, 0.7, 0.8]), 3)
@@ -48,9 +48,9 @@ def violations_of_monotony(accuracy: Sequence[float], tolerance: float = 0.0) ->
 
 
 def merge_points(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Costs in rising order and the mean accuracy at each, of (cost, accuracy) of fits in any order.
+    """Sorted costs and the mean accuracy at each, from the (cost, accuracy) pairs of several fits.
 
-    Fits of one model with other seeds or folds have the same cost and become one point.
+    Fits of one model with different seeds or folds have the same cost and become one point.
 
     Example:
         >>> merge_points([(20, 0.75), (10, 0.5), (20, 0.25)])
@@ -64,7 +64,7 @@ def merge_points(points: Sequence[tuple[float, float]]) -> tuple[list[float], li
 
 
 def curve_figures(macs: Sequence[float], accuracy: Sequence[float], tolerance: float = 0.0) -> dict[str, float]:
-    """`area_under_curve` and `violations_of_monotony` of the prefixes so far, as they are logged.
+    """`area_under_curve` and `violations_of_monotony` of the prefixes so far, in the form that is logged.
 
     Example:
         >>> curve_figures([10, 20], [0.5, 0.25])

@@ -1,4 +1,4 @@
-"""Cost of an ONNX graph, from the file, without running it."""
+"""Cost of an ONNX graph, read from the file without running it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _dims(value: Any) -> list[int] | None:
 
 
 def _macs(node: Any, known: Mapping[str, list[int] | None]) -> int | None:
-    """Multiply-adds of a node; None where they are not known."""
+    """Multiply-adds of a node; None if unknown."""
     if node.domain not in ("", "ai.onnx") or node.op_type in UNCOUNTED:
         return None
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):

@@ -1,4 +1,4 @@
-"""Quality of predictions: accuracy of classes, mean average precision of several labels, R² of real outputs."""
+"""Quality of predictions: accuracy of classification, mean average precision of multilabel tasks, R² of regression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 Task = Literal["classification", "multilabel", "regression"]
 
 
-UNLABELLED = -100  # in place of the label that a sample lacks, as in torch's cross entropy
+UNLABELLED = -100  # label of unlabelled samples, as in torch's cross entropy
 
 
 def score_name(task: str) -> str:
@@ -28,12 +28,12 @@ def score_name(task: str) -> str:
 
 
 def given_labels(task: Task, y: Tensor | None, teacher: Tensor) -> Tensor:
-    """Labels of a batch, in a form for the metrics; those of the teacher where there are none.
+    """Labels of a batch in the form that metrics expect; the teacher's predictions if it has none.
 
     Args:
-        task: of the run.
-        y: class numbers (B,), soft labels (B, L), 0 and 1 (B, L) of a multilabel task, or real ones; None: no labels.
-        teacher: its logits (B, L) in its own units. Figures are then the agreement with it.
+        task: kind of task of the run.
+        y: class numbers (B,), soft labels (B, L), multilabel 0 and 1 (B, L), or real numbers; None if unlabelled.
+        teacher: the teacher's logits (B, L) in its own units. Without y, figures measure agreement with it.
     """
     if y is not None:
         return y
@@ -43,12 +43,12 @@ def given_labels(task: Task, y: Tensor | None, teacher: Tensor) -> Tensor:
 
 
 def class_numbers(y: Tensor) -> Tensor:
-    """Class numbers (B,) of labels that may be soft (B, L): that of the largest."""
+    """Class numbers (B,); for soft labels (B, L), the class with the largest one."""
     return y if y.ndim == 1 else y.argmax(-1)
 
 
 def class_sums(logits: Tensor, y: Tensor) -> Tensor:
-    """Sums over a batch of right answers, cross entropy in nats, and labelled samples, as (..., 3).
+    """Batch sums (..., 3): correct predictions, cross entropy in nats, and number of labelled samples.
 
     Args:
         logits: (..., B, L).
@@ -114,7 +114,7 @@ class PrefixScores(Metric):
 
 
 def output_sums(answers: Tensor, labels: Tensor) -> Tensor:
-    """Sums of a batch for `output_figures`; the sums of several batches add up.
+    """Sums over a batch for `output_figures`; sums of several batches can be added.
 
     Args:
         answers: (..., B, L).
@@ -150,7 +150,7 @@ def output_figures(sums: Tensor, scale: Tensor | float = 1.0) -> tuple[Tensor, T
     samples = sums[..., 0, -1:]
     errors, labels, squares = sums[..., :-1].unbind(-2)
     spread = squares - labels.square() / samples
-    # As in scikit-learn, R² of labels that are all the same is 1 if they are met, otherwise 0.
+    # As in scikit-learn, R² for constant labels is 1 if they are predicted exactly, otherwise 0.
     least = 16 * torch.finfo(sums.dtype).eps * squares
     r2 = torch.where(spread > least, 1 - errors / spread, (errors <= least).to(sums.dtype))
     return r2.mean(-1), ((errors / samples).sqrt() * scale).mean(-1)
@@ -193,10 +193,10 @@ class PrefixErrors(Metric):
 
 
 class PrefixPrecisions(Metric):
-    """Mean average precision and mean binary cross entropy of K predictors of L labels that may hold together.
+    """Mean average precision and mean binary cross entropy of K predictors on a multilabel task of L labels.
 
-    The mean is over the labels that some sample has (macro average), as torchmetrics defines it. Answers of all samples
-    are kept until `compute`.
+    The mean covers labels with at least one positive sample (macro average), as torchmetrics defines it. Logits of all
+    samples are kept until `compute`.
 
     Example:
         >>> scores = PrefixPrecisions()
@@ -254,7 +254,7 @@ def precision_figures(answers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _ranks(logits: Tensor) -> Tensor:
-    """Ranks (N, L) of each output, in (0, 1): precision depends on them alone, and the sigmoid of 17 is 1."""
+    """Ranks (N, L) of each output, in (0, 1): precision depends on them alone, and a sigmoid would saturate at 17."""
     ranks = [column.unique(return_inverse=True)[1] for column in logits.unbind(1)]
     return (torch.stack(ranks, 1).double() + 1) / (len(logits) + 2)
 

@@ -20,7 +20,7 @@ Shortcut = Literal["project", "pad"]
 
 
 def conv3x3(inside: int, outside: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the side of the image, or halves it with stride 2."""
+    """A 3x3 convolution that keeps the resolution, or halves it with stride 2."""
     return nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False)
 
 
@@ -78,8 +78,8 @@ def _blocks(
 ) -> list[nn.Sequential]:
     """Three stages of n blocks each, where depth = 6 n + rest; the second and third stage start with stride 2.
 
-    `block` makes a block of input channels, output channels and stride; `channels` has those of the input and of the
-    three stages.
+    `block` builds a block from input channels, output channels and stride; `channels` lists those of the input and of
+    the three stages.
     """
     count, over = divmod(depth - rest, 6)
     if over or count < 1:
@@ -92,7 +92,7 @@ def _blocks(
 
 
 def _initialised(*stages: nn.Module) -> list[nn.Module]:
-    """The stages, with He's initialisation of the convolutions, by fan-out."""
+    """Applies He initialisation (fan-out) to the convolutions of the stages and returns the stages."""
     for module in nn.ModuleList(stages).modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -111,7 +111,7 @@ class CifarResNet(Student):
 
     Args:
         depth: 6 n + 2, with n blocks per stage.
-        channels: of the first convolution and of the three stages.
+        channels: output channels of the first convolution and of the three stages.
         outputs: L.
         shortcut: where the shape changes, `project` with a 1x1 convolution, as in the literature on distillation, or
             `pad` with zeros, as in the original paper on CIFAR.
@@ -171,6 +171,6 @@ class WideResNet(Student):
         first, *stages = scaled([16, *(round(count * widen) for count in (16, 32, 64))], width)
         stem, last = conv3x3(3, first), stages[-1]
         blocks = _blocks(depth, 4, [first, *stages], WideBlock, "WideResNet")
-        # The norm makes a copy, so that the ReLU after it leaves the activation before as it is.
+        # The norm returns a new tensor, so the in-place ReLU after it does not change the activation before.
         end = _pool(nn.BatchNorm2d(last), nn.ReLU(inplace=True))
         super().__init__(stages=_initialised(stem, *blocks, end), head=nn.Linear(last, outputs))

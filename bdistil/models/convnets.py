@@ -38,7 +38,7 @@ class Classifier(nn.Module):
 
 
 class ChannelsFirst(nn.Module):
-    """Moves the channels of sequences to the place where convolutions expect them."""
+    """Moves the channels of sequences before the steps, as convolutions expect."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, M, C) to (B, C, M)."""
@@ -54,7 +54,7 @@ _LAYERS: dict[int, tuple[Callable[..., nn.Module], ...]] = {
 def _conv_stages(
     dims: int, channels: Sequence[int], kernel: int, strides: Sequence[int], pooled: int
 ) -> list[nn.Sequential]:
-    """A convolution, batch norm and ReLU from each number of channels to the next; average pooling, flattened."""
+    """Stages of convolution, batch norm and ReLU between consecutive `channels`, then flattened average pooling."""
     conv, norm, pool = _LAYERS[dims]
     stages = [
         nn.Sequential(
@@ -66,7 +66,7 @@ def _conv_stages(
 
 
 def _joined(stages: Sequence[nn.Sequential]) -> nn.Sequential:
-    """The layers of all stages under names that checkpoints of teachers have."""
+    """The layers of all stages in one module, under the names in teacher checkpoints."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (conv, norm, act) in enumerate(stages[:-1]):
         layers |= {f"conv{number}": conv, f"norm{number}": norm, f"act{number}": act}
@@ -75,12 +75,12 @@ def _joined(stages: Sequence[nn.Sequential]) -> nn.Sequential:
 
 
 class _Block(nn.Module):
-    """A block whose output has x added to it; where the channels differ, a 1x1 convolution of x with batch norm.
+    """A residual block; if the channels differ, the shortcut is a 1x1 convolution with batch norm.
 
     Args:
-        channels: of x.
+        channels: input channels.
         dims: 2 for maps, 1 for sequences.
-        outputs: channels of the sum.
+        outputs: output channels.
     """
 
     def __init__(self, channels: int, dims: int, outputs: int) -> None:
@@ -90,7 +90,7 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(conv(channels, outputs, 1, bias=False), norm(outputs))
 
     def joined(self, x: Tensor, own: Tensor) -> Tensor:
-        """ReLU of x, or its shortcut, plus what the block made of it."""
+        """ReLU of the shortcut of x plus the block's own output."""
         return torch.relu((self.shortcut(x) if hasattr(self, "shortcut") else x) + own)
 
 
@@ -98,9 +98,9 @@ class ResidualConv(_Block):
     """x + a 3x3 convolution (or one of 3 steps) of x, with batch norm before the sum and ReLU after it.
 
     Args:
-        channels: of x.
+        channels: input channels.
         dims: 2 for maps, 1 for sequences.
-        outputs: channels of the sum; where they differ, a 1x1 convolution of x stands for x in it.
+        outputs: output channels; if they differ, the shortcut is a 1x1 convolution.
     """
 
     def __init__(self, channels: int, dims: int = 2, outputs: int | None = None) -> None:
@@ -117,8 +117,8 @@ class ResidualConv(_Block):
 class InvertedResidual(_Block):
     """x + a 1x1, a depthwise 3x3 and a 1x1 convolution, with more channels in between, and ReLU after the sum.
 
-    The block of MobileNetV2 (Sandler et al., arXiv 1801.04381), for maps that a ReLU made. With 32 channels and an
-    expansion of 2 it has half the multiply-adds of a `ResidualConv`, whose arguments it has.
+    The block of MobileNetV2 (Sandler et al., arXiv 1801.04381), for outputs of a ReLU. With 32 channels and an
+    expansion of 2 it has half the multiply-adds of a `ResidualConv`. Arguments as for `ResidualConv`.
     """
 
     def __init__(self, channels: int, dims: int = 2, outputs: int | None = None, expansion: int = 2) -> None:
@@ -147,20 +147,20 @@ def _check_refinement(refine: str | None) -> None:
 
 
 class _RefiningStudent(Student):
-    """A student of convolutions that has blocks of its own where it starts from an earlier student's activation."""
+    """A convolutional student that adds blocks of its own if it starts from an earlier student's activation."""
 
     refine: Refinement | None
     dims: ClassVar[int]
     channels: Sequence[int]
 
     def refinement(self, activation: Tensor) -> nn.Module | None:
-        """A block of the kind `refine`, to the student's own number of channels, if it refines what it starts from."""
+        """A block of the kind `refine`, from the activation to the student's own number of channels; None if unset."""
         if self.refine is None or self.staged is None:
             return None
         return _BLOCKS[self.refine](activation.shape[1], self.dims, self.channels[self.staged.start - 1])
 
     def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> Student:
-        """As `Student`; ``refine="inverted"`` gives all stages of one that starts from an activation a block."""
+        """As `Student`; ``refine="inverted"`` adds a block to every stage if it starts from an activation."""
         super().link(earlier, rung, x)
         if self.refine == "inverted" and self.staged is not None and self.staged.start:
             for stage, channels in zip(self.staged.stages[1:], self.channels[self.staged.start :], strict=True):
@@ -170,7 +170,7 @@ class _RefiningStudent(Student):
 
 
 def conv_stages(in_channels: int, channels: Sequence[int], pooled: int) -> list[nn.Sequential]:
-    """Map images to (B, channels[-1] * pooled²): 3x3 convolutions of stride 2, and average pooling to pooled x pooled.
+    """Maps images to (B, channels[-1] * pooled²): 3x3 convolutions of stride 2, average pooling to pooled x pooled.
 
     Raises:
         UserError: no channels, or a number below 1.
@@ -186,7 +186,7 @@ class StridedConvNet(Classifier):
     """A strided convolutional classifier of images (B, C, H, W), as a teacher.
 
     Args:
-        channels: of each convolution.
+        channels: output channels of each convolution.
         in_channels: C.
         outputs: L.
         pooled: side of the features before the linear head.
@@ -213,13 +213,13 @@ class ConvStudent(_RefiningStudent):
     """A tiny strided convolutional student for images (B, C, H, W), with a linear head; each convolution is a stage.
 
     Args:
-        channels: of each convolution.
+        channels: output channels of each convolution.
         in_channels: C.
         outputs: L.
         pooled: side of the features before the linear head.
         width: factor on all channels, for wider rungs of the ladder.
-        refine: what a student that starts from an activation runs on it first: `residual`, a convolution, or
-            `inverted`, an inverted residual, and others before its further convolutions and its pooling.
+        refine: block that a student starting from an activation applies to it first: `residual`, a convolution,
+            or `inverted`, an inverted residual, with others before each later convolution and the pooling.
 
     Example:
         >>> student = ConvStudent(width=1.5)
@@ -248,7 +248,7 @@ class ConvStudent(_RefiningStudent):
 def sequence_conv_stages(
     in_channels: int, channels: Sequence[int], *, kernel: int, strides: Sequence[int], pooled: int
 ) -> list[nn.Sequential]:
-    """Map sequences to (B, channels[-1] * pooled): convolutions over the steps, and average pooling to `pooled` steps.
+    """Maps sequences to (B, channels[-1] * pooled): convolutions over the steps, average pooling to `pooled` steps.
 
     Raises:
         UserError: no channels, another number of strides, an even kernel, or a number below 1.
@@ -268,8 +268,8 @@ class SequenceConvNet(Classifier):
     Args:
         in_channels: C.
         outputs: L.
-        channels: of each convolution.
-        strides: of each convolution.
+        channels: output channels of each convolution.
+        strides: stride of each convolution.
         kernel: size of each convolution in steps, odd.
         pooled: steps after pooling, read by the head.
         dropout: probability of the dropout before the head.
@@ -302,13 +302,13 @@ class SequenceConvStudent(_RefiningStudent):
     Args:
         in_channels: C.
         outputs: L.
-        channels: of each convolution.
-        strides: of each convolution.
+        channels: output channels of each convolution.
+        strides: stride of each convolution.
         kernel: size of each convolution in steps, odd.
         pooled: steps after pooling, read by the head.
         width: factor on all channels, for wider rungs of the ladder.
-        refine: what a student that starts from an activation runs on it first: `residual`, a convolution, or
-            `inverted`, an inverted residual, and others before its further convolutions and its pooling.
+        refine: block that a student starting from an activation applies to it first: `residual`, a convolution,
+            or `inverted`, an inverted residual, with others before each later convolution and the pooling.
 
     Example:
         >>> SequenceConvStudent(in_channels=3, outputs=5).features(torch.zeros(2, 20, 3)).shape

@@ -21,13 +21,13 @@ Size = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Shape and dtype of one sample of x; None where unknown. Of a mapping or a tuple, those of its parts.
+    """Shape and dtype of one sample of x, None where unknown; for a mapping or a tuple, those of its parts.
 
     Attributes:
-        shape: of one sample, without the batch; a pair (smallest, largest) is a size that may vary, such as the number
-            of steps of a sequence.
-        dtype: name of the dtype in torch, for example ``float32``.
-        parts: by key of a mapping, in order of a tuple; None for one tensor.
+        shape: shape of one sample, without the batch dimension; a pair (smallest, largest) is a size that may vary,
+            such as the number of steps of a sequence.
+        dtype: name of the torch dtype, for example ``float32``.
+        parts: specs by key of a mapping, or in the order of a tuple; None for a single tensor.
 
     Example:
         >>> InputSpec((3,), "float32").check(torch.zeros(2, 4))
@@ -44,10 +44,10 @@ class InputSpec:
 
     @classmethod
     def of_batch(cls, x: Any) -> InputSpec:
-        """Of a batch (B, ...). A packed sequence, or any other object, is of unknown shape.
+        """Spec of a batch (B, ...). The shape of a packed sequence, or any other object, is unknown.
 
         Raises:
-            UserError: a key of a mapping is no string.
+            UserError: a key of a mapping is not a string.
         """
         if isinstance(x, Tensor):
             return cls(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."))
@@ -61,7 +61,7 @@ class InputSpec:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> InputSpec:
-        """From the record of a committed round, see `to_record`."""
+        """Spec from the record of a committed round, see `to_record`."""
         shape, parts = record.get("input_shape"), record.get("input_parts")
         if isinstance(parts, Mapping):
             return cls(parts={key: cls.of(part) for key, part in parts.items()})
@@ -71,7 +71,7 @@ class InputSpec:
         return cls(sizes, record.get("input_dtype"))
 
     def to_record(self) -> dict[str, Any]:
-        """As plain values."""
+        """The spec as plain values."""
         if isinstance(self.parts, Mapping):
             return {"input_parts": {key: part.to_record() for key, part in self.parts.items()}}
         if self.parts is not None:
@@ -80,7 +80,7 @@ class InputSpec:
         return {"input_shape": sizes, "input_dtype": self.dtype}
 
     def joined(self, other: InputSpec) -> InputSpec:
-        """Of both; a size that differs may vary, and whatever else differs is unknown.
+        """Merges two specs: sizes that differ may vary, other values that differ become unknown.
 
         Example:
             >>> InputSpec((5, 3), "float32").joined(InputSpec((7, 3), "float32")).shape
@@ -113,13 +113,13 @@ class InputSpec:
         return dict(zip(self.parts, values, strict=True)) if isinstance(self.parts, Mapping) else tuple(values)
 
     def tensors(self, name: str = "x") -> dict[str, InputSpec]:
-        """The tensors of x by name: ``x`` alone, ``x_ids`` of the key ids, ``x_0`` of the first of a tuple."""
+        """Spec of each tensor in x by name: ``x`` alone, ``x_ids`` of the key ids, ``x_0`` of the first in a tuple."""
         if self.parts is None:
             return {name: self}
         return {key: spec for place, part in self._items() for key, spec in part.tensors(f"{name}_{place}").items()}
 
     def paths(self) -> list[list[str | int]]:
-        """The keys and places by which each of the tensors is found in x, in the order of `tensors`."""
+        """Path (keys and indices) of each tensor in x, in the order of `tensors`."""
         if self.parts is None:
             return [[]]
         return [[place, *rest] for place, part in self._items() for rest in part.paths()]
@@ -138,7 +138,7 @@ class InputSpec:
         return self._arranged(part.put_together(tensors, f"{name}_{place}") for place, part in self._items())
 
     def in_type(self, dtype: torch.dtype) -> InputSpec:
-        """The same with real numbers of another type."""
+        """The same spec with another dtype for real numbers."""
         if self.parts is not None:
             return InputSpec(parts=self._arranged(part.in_type(dtype) for _, part in self._items()))
         real = self.dtype is not None and getattr(torch, self.dtype).is_floating_point
@@ -155,7 +155,7 @@ class InputSpec:
         return any(isinstance(size, tuple) for spec in self.tensors().values() for size in spec.shape or ())
 
     def select(self, x: Any) -> Any:
-        """A batch without the keys that it did not have in training, such as that of the labels.
+        """A batch without the keys that were absent in training, such as that of the labels.
 
         Example:
             >>> InputSpec(parts={"ids": InputSpec((2,), "int64")}).select({"ids": 1, "labels": 2})
@@ -166,10 +166,10 @@ class InputSpec:
         return {key: x[key] for key in self.parts if key in x}
 
     def random(self, count: int, *, smallest: bool = False) -> Any:
-        """Random samples (count, ...), always the same: standard normal, or zeros and ones for an integer dtype.
+        """Reproducible random samples (count, ...): standard normal, or zeros and ones for an integer dtype.
 
-        A size that may vary is the largest one, or the smallest. The first column of whole numbers is 1, so that none
-        is an empty mask.
+        A size that may vary takes its largest value, or its smallest. The first column of integers is 1, so that no
+        mask is empty.
         """
         return self._random(count, torch.Generator().manual_seed(0), 0 if smallest else 1)
 
@@ -186,7 +186,7 @@ class InputSpec:
         return numbers
 
     def check(self, x: Any, name: str = "x") -> None:
-        """Checks that x is a batch of such samples, without NaN or infinity; what is no tensor is not checked.
+        """Checks that x is a batch of such samples, without NaN or infinity; anything but tensors is not checked.
 
         Raises:
             UserError: x differs; the message names the expected and the given value.
@@ -234,8 +234,8 @@ class InputSpec:
             raise UserError(
                 f"Expected `{name}` of dtype {self.dtype}, as in training, got {x.dtype}. Convert it before."
             )
-        # A sum is the cheapest pass over x that NaN and infinity carry through. Finite values may overflow in it, so
-        # that the samples are checked one by one then.
+        # A sum is the cheapest pass over x that propagates NaN and infinity. Finite values may overflow in it; the
+        # samples are then checked one by one.
         if x.is_floating_point() and not math.isfinite(x.sum().item()):
             _refuse_nan(x, name)
 
@@ -267,10 +267,10 @@ def _refuse_nan(x: Tensor, name: str) -> None:
 
 
 def call_on(module: nn.Module, x: Any) -> Any:
-    """The answer of a module to x, which may be given in several arguments.
+    """Calls a module on x, which may be unpacked into several arguments.
 
-    A mapping is given by keywords to a module whose `forward` names its keys, a tuple in order to one whose `forward`
-    requires several arguments.
+    A mapping is passed as keyword arguments if the module's `forward` names its keys, a tuple as positional arguments
+    if `forward` requires several.
 
     Example:
         >>> class Sum(nn.Module):
@@ -285,7 +285,7 @@ def call_on(module: nn.Module, x: Any) -> Any:
 
 
 def takes_parts(module: nn.Module, x: Any) -> bool:
-    """Whether the `forward` of a module takes the parts of x: has parameters named as its keys, or requires several."""
+    """Whether a module's `forward` takes x unpacked: its parameters are named as the keys, or it requires several."""
     if not isinstance(x, Mapping | tuple | list) or isinstance(x, PackedSequence):
         return False
     try:
@@ -301,7 +301,7 @@ def _requires_several(parameters: Mapping[str, inspect.Parameter]) -> bool:
 
 
 def _names(parameters: Mapping[str, inspect.Parameter], keys: Iterable[str]) -> bool:
-    """Whether there are parameters of these names, or all others are taken beside one of them."""
+    """Whether the parameters include these names, or one of them and `**kwargs` for the others."""
     rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     return named.issuperset(keys) or (rest and (not named or bool(named.intersection(keys))))
@@ -309,7 +309,7 @@ def _names(parameters: Mapping[str, inspect.Parameter], keys: Iterable[str]) -> 
 
 @dataclass(frozen=True)
 class Expectation:
-    """Images that a network was trained on: mean and sd per channel, of pixels in 0 … 1, and size (H, W)."""
+    """Images that a network was trained on: per-channel mean and sd of pixels in 0 … 1, and size (H, W)."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

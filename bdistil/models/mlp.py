@@ -22,14 +22,14 @@ def mlp_stages(features: int, hidden: Sequence[int]) -> list[nn.Sequential]:
 
 
 class MLP(nn.Module):
-    """A multi-layer perceptron, as a teacher. It answers mean + std * (output of the last layer).
+    """A multi-layer perceptron, as a teacher. Its output is mean + std * (output of the last layer).
 
     Args:
-        features: of a sample.
+        features: number of features of a sample.
         hidden: width of each hidden layer.
         outputs: L.
         dropout: probability of the dropout after each hidden layer.
-        mean: of the labels of a regression, so that training starts in their units; 0 for classes.
+        mean: mean of the labels of a regression, so that training starts in their units; 0 for classes.
         std: standard deviation of the labels of a regression; 1 for classes.
 
     Example:
@@ -62,7 +62,7 @@ class MLPStudent(Student):
     """A tiny multi-layer perceptron as a student; each hidden layer is a stage.
 
     Args:
-        features: of a sample.
+        features: number of features of a sample.
         hidden: width of each hidden layer.
         outputs: L.
         width: factor on the hidden widths, for wider rungs of the ladder.

@@ -27,7 +27,7 @@ def _rnn(cell: str, in_channels: int, hidden: int, layers: int = 1, bidirectiona
 
 
 class RecurrentBody(nn.Module):
-    """A recurrent network up to the output of its top layer after the last step; D is H, or 2 H for both directions.
+    """A recurrent network; returns the output of its top layer after the last step. D is H, or 2 H if bidirectional.
 
     Raises:
         UserError: an unknown cell, or a number below 1.
@@ -57,7 +57,7 @@ class RecurrentNet(Classifier):
     Args:
         in_channels: C.
         outputs: L.
-        hidden: H, of each layer and direction.
+        hidden: H, hidden size of each layer and direction.
         cell: ``gru``, ``lstm`` or ``rnn``.
         layers: number of layers.
         bidirectional: run over the sequence from both ends.
@@ -92,7 +92,7 @@ class RecurrentStudent(Student):
     Args:
         in_channels: C.
         outputs: L.
-        hidden: H.
+        hidden: H, hidden size.
         cell: ``gru``, ``lstm`` or ``rnn``.
         width: factor on `hidden`, for wider rungs of the ladder.
 
@@ -107,7 +107,7 @@ class RecurrentStudent(Student):
         self.adapt: nn.Module | None = None
 
     def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> RecurrentStudent:
-        """Adds links; `deep` also lets the state of the student before, its features, enter the body."""
+        """Adds links; `deep` also feeds the state of the student before, its features, into the body."""
         super().link(earlier, rung, x)
         if rung.kind == "deep" and self.links:
             self.states_read, self.adapt = 1, nn.Linear(linkable(earlier)[0].width, self.width)
@@ -124,7 +124,7 @@ class StateBody(nn.Module):
 
     Args:
         in_channels: C.
-        hidden: H.
+        hidden: H, hidden size.
         cell: ``gru``, ``lstm`` or ``rnn``.
 
     Raises:
@@ -152,13 +152,13 @@ class StateBody(nn.Module):
 
 
 class RecurrentSegmentStudent(SegmentStudent):
-    """A tiny recurrent student for early answers: reads one segment, from the state of the student before.
+    """A tiny recurrent student for early predictions: reads one segment, starting from the state of the student before.
 
     Args:
         in_channels: C.
         outputs: L.
-        segments: number of segments of a sequence, and of rounds at most.
-        hidden: H.
+        segments: number of segments of a sequence, and maximum number of rounds.
+        hidden: H, hidden size.
         cell: ``gru``, ``lstm`` or ``rnn``.
         width: factor on `hidden`, for wider rungs of the ladder.
 

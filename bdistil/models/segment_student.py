@@ -1,7 +1,7 @@
-"""Early answers on sequences: student t reads the t-th segment of the steps, from the state of student t - 1.
+"""Early predictions on sequences: student t reads the t-th segment, starting from the state of student t - 1.
 
-The features of such a student are its state after its segment. They reach the next student through the links that every
-student has: detached, and cached by sample in training.
+The features of such a student are its state after its segment. They reach the next student through the usual
+links: detached, and cached by sample in training.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from bdistil.models.student import Rung, Student, linkable
 
 
 class SegmentStudent(Student):
-    """A student that reads one segment of a sequence x (B, M, ...), from the state of the student before.
+    """A student that reads one segment of a sequence x (B, M, ...), starting from the state of the student before.
 
-    x needs a `shape` and slicing only: ``x[:, low:high]`` is read when the student runs, so later steps may still be
-    missing then.
+    x needs only `shape` and slicing: ``x[:, low:high]`` is read when the student runs, so later steps may still be
+    missing at that time.
 
     Args:
         body: maps a segment (B, m, ...) and a state (B, D), None at the start, to the state (B, D) after it.
         head: maps a state (B, D) to logits (B, L).
-        segments: number of segments of a sequence, and of rounds at most.
+        segments: number of segments of a sequence, and maximum number of rounds.
         features: D; needed only if the head is not nn.Linear.
         outputs: L; needed only if the head is not nn.Linear.
 
@@ -58,7 +58,7 @@ class SegmentStudent(Student):
         self.adapt: nn.Module | None = None
 
     def link(self, earlier: Sequence[nn.Module], rung: Rung, x: Any = None) -> SegmentStudent:
-        """Assigns its segment and links the state of the student before, through a linear layer if the widths differ.
+        """Assigns a segment and links the state of the student before, through a linear layer if the widths differ.
 
         With a rung of one link only that state is read. More links, or another kind of link, also join the head.
         Without a link the body starts without a state.
@@ -81,7 +81,7 @@ class SegmentStudent(Student):
         return self
 
     def span(self, steps: int) -> tuple[int, int]:
-        """First and last step (exclusive) that it reads of a sequence; segments differ by at most one step."""
+        """First and last step (exclusive) of its segment in a sequence; segments differ by at most one step."""
         return self.number * steps // self.segments, (self.number + 1) * steps // self.segments
 
     def features(self, x: Any, linked: Sequence[Tensor] = ()) -> Tensor:

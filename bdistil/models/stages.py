@@ -28,8 +28,8 @@ class StagedBody(nn.Module):
 
     Attributes:
         start: number of stages that an activation of an earlier student replaces; `stages` holds the others.
-        projections: by the key of an activation, what is added to it: a projection of the earlier student's.
-        refinement: applied to the activation that the body starts from; its output takes the place of that activation.
+        projections: by activation key, the projection of the earlier student's activation that is added.
+        refinement: module applied to the activation that the body starts from; its output replaces that activation.
     """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
@@ -65,16 +65,16 @@ class StagedBody(nn.Module):
         return found
 
     def begin_at(self, count: int) -> None:
-        """Drops the first `count` stages: an activation of the earlier student stands for them."""
+        """Drops the first `count` stages: an activation of the earlier student replaces them."""
         self.stages, self.start = self.stages[count:], count
 
     def project(self, given: Mapping[int, Tensor], x: Any, linked: Sequence[Tensor]) -> None:
         """Adds projections of the earlier student's activations to those of the same keys.
 
         Args:
-            given: activations of the earlier student to an example.
-            x: the example.
-            linked: what the body reads so far.
+            given: activations of the earlier student on an example batch.
+            x: the example batch.
+            linked: tensors that the body reads so far.
 
         Raises:
             UserError: two activations of one key have different resolutions, or none is shared.
@@ -93,7 +93,7 @@ class StagedBody(nn.Module):
 
 
 def check_stages(body: StagedBody, value: Any) -> None:
-    """Checks that the stages take what the body starts from, and that none changes its input: later students read it.
+    """Checks that the stages accept their inputs and do not change them in place, as later students read them.
 
     Raises:
         UserError: a stage, or the refinement, cannot take its input, or changes it in place; it is named.
@@ -104,7 +104,7 @@ def check_stages(body: StagedBody, value: Any) -> None:
     with eval_mode(body), torch.no_grad():
         for name, stage in named:
             if isinstance(value, Tensor) and value.is_floating_point():
-                value = torch.randn_like(value)  # a ReLU leaves the output of another ReLU as it is
+                value = torch.randn_like(value)  # an in-place ReLU would not change the output of a ReLU
             before = value.clone() if isinstance(value, Tensor) else None
             try:
                 after = call_on(stage, value)
@@ -117,9 +117,9 @@ def check_stages(body: StagedBody, value: Any) -> None:
 
 
 def _laid_out(maps: Sequence[Tensor], body: nn.Module) -> Sequence[Tensor]:
-    """Maps (B, C, H, W) with the channels last where the body's weights are: from the cache they come channels first.
+    """Converts maps (B, C, H, W) to channels last if the body's weights are; the cache holds them channels first.
 
-    Convolutions would convert them one by one, which took a quarter of a training step.
+    Otherwise each convolution would convert its input, which took a quarter of a training step.
     """
     if not any(weight.ndim == 4 and not weight.is_contiguous() for weight in body.parameters()):
         return maps
@@ -127,7 +127,7 @@ def _laid_out(maps: Sequence[Tensor], body: nn.Module) -> Sequence[Tensor]:
 
 
 def _with_term(stage: nn.Module, value: Any, term: Tensor) -> Tensor:
-    """Output of a stage with a term added, before the activation function that it ends with, if it does."""
+    """Output of a stage with a term added, before its final activation function if it has one."""
     layers = list(stage) if isinstance(stage, nn.Sequential) else [stage]
     last = layers.pop() if len(layers) > 1 and _is_activation_function(layers[-1]) else None
     for layer in layers:
@@ -142,9 +142,9 @@ def _is_activation_function(module: nn.Module) -> bool:
 
 
 def _projection(given: Tensor, own: Tensor, stage: nn.Module, number: int) -> nn.Module:
-    """Maps the earlier student's activation to one of the own shape: a 1x1 convolution, or a linear layer.
+    """A 1x1 convolution or a linear layer from the earlier student's activation to the shape of the student's own.
 
-    Sequences are (B, C, M) where a convolution made them, and (B, M, C) otherwise.
+    Sequences are (B, C, M) after a convolution, and (B, M, C) otherwise.
     """
     first = own.ndim > 3 or any(isinstance(module, nn.Conv1d) for module in stage.modules())
     rest = slice(2, None) if first else slice(1, -1)

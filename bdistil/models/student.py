@@ -1,8 +1,8 @@
 """Students: a body, a head, and read-only links to the bodies of earlier students.
 
-A student exports the activations of its body: its features, and those after its stages where it has some. Links to
-features join at the head, so such a link to student t - 1 costs the body of t - 1 and nothing more. Links to
-activations enter the body. A prefix of the ensemble does not change when later students are added.
+A student exports the activations of its body: its features, and those after its stages, if any. Links to features
+join at the head, so such a link to student t - 1 costs only the body of t - 1. Links to activations enter the body. A
+prefix of the ensemble does not change when later students are added.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Rung:
     Attributes:
         links: number of most recent students that a student reads; fewer in the first rounds.
         kind: `concat` joins their features into the linear head, `residual` adds a projection of them to the student's
-            own features, `hidden` joins both through a hidden layer. The other two are for students made of stages and
-            read the student before, `links=1`; its features join the head as for `concat`. `deep` adds a projection of
-            its activation to the own one after each stage but the last. `start` replaces the first `at` stages by its
-            activation after so many stages: the student pays only for its stages from there on.
-        hidden: width of the hidden layer of `hidden`.
-        at: number of stages that are replaced; with `deep`, both: it starts from there and projects what follows.
+            own features, `hidden` joins both through a hidden layer. `deep` and `start` are for students made of stages
+            and read only the student before, `links=1`, whose features join the head as for `concat`. `deep` adds a
+            projection of its activation to the student's own after each stage but the last. `start` replaces the first
+            `at` stages by its activation after `at` stages: the student computes only the stages from there on.
+        hidden: width of the hidden layer for `hidden`.
+        at: number of stages that are replaced; with `deep`, the student starts there and projects later activations.
         width: factor on the student's own width, passed to `make_student(round, width=...)` where it is not 1.
 
     Raises:
@@ -87,7 +87,7 @@ class Rung:
 
 
 class Join(nn.Module):
-    """Layers by which the linked features of earlier students (B, D) enter a student."""
+    """Layers that feed the linked features (B, D) of earlier students into a student."""
 
     def __init__(self, own: int, linked: Sequence[int], outputs: int, rung: Rung) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Student(nn.Module):
     Args:
         body: maps x (B, ...) to features (B, D); see `call_on` for x of several parts.
         head: maps features (B, D) to logits (B, L).
-        stages: in place of `body`: modules that run one after the other, the last of which returns features (B, D).
+        stages: instead of `body`, modules that run in sequence, the last of which returns features (B, D).
             Later students may read the activation after each of them, see `Rung`.
         features: D; needed only if the head is not nn.Linear.
         outputs: L; needed only if the head is not nn.Linear.
@@ -133,7 +133,7 @@ class Student(nn.Module):
         most_rounds: maximum number of such students in a run; None: no limit.
 
     Raises:
-        UserError: body and stages, or neither of them; or the head is not linear, and D or L was not given.
+        UserError: both body and stages were given, or neither; or the head is not linear, and D or L is missing.
 
     Example:
         >>> first = Student(nn.Linear(4, 8), nn.Linear(8, 3))
@@ -229,9 +229,9 @@ class Student(nn.Module):
         self.states_read = len(self.stage_reads)
 
     def refinement(self, activation: Tensor) -> nn.Module | None:
-        """A module between the earlier student's activation and the stages of a student that starts from it, or None.
+        """Override to insert a module between an earlier student's activation and the stages that start from it.
 
-        To be overridden. Its output (B, ...) enters the student's own stages, and is what a later student starts from.
+        None by default. The output (B, ...) enters the student's own stages, and a later student may start from it.
         """
         return None
 
@@ -239,14 +239,14 @@ class Student(nn.Module):
     def staged(self) -> StagedBody | None:
         """The body, if it is made of stages that later students may read.
 
-        None for a class with a `features` of its own: what it adds to the stages would be left out.
+        None for a class that overrides `features`, as its additions to the stages would be skipped.
         """
         own = type(self).features is Student.features
         return self.body if own and isinstance(self.body, StagedBody) else None
 
     @property
     def reads(self) -> list[tuple[int, int]]:
-        """What it reads of earlier students, as (students back, key), in the order of `linked` in its methods.
+        """The tensors it reads from earlier students, as (students back, key), in the order of `linked`.
 
         The key is that of the activation after a stage, or `bdistil.models.stages.FEATURES`.
         """
@@ -259,7 +259,7 @@ class Student(nn.Module):
         return self._checked(call_on(self.body, x))
 
     def activations(self, x: Any, linked: Sequence[Tensor] = ()) -> dict[int, Tensor]:
-        """What later students can read, by key: features (B, D), and the activations after stages."""
+        """Tensors that later students can read, by key: features (B, D), and the activations after stages."""
         if self.staged is None:
             return {FEATURES: self.features(x, linked)}
         found = self.staged.activations(x, linked[: self.states_read])
@@ -306,7 +306,7 @@ def linked_numbers(earlier: Sequence[nn.Module], links: int) -> list[int]:
 
 
 def sources(student: nn.Module, earlier: Sequence[nn.Module]) -> list[tuple[int, int]]:
-    """What a student reads: round number and key, in the order of `linked`; see `Student.reads`."""
+    """Round number and key of each tensor a student reads, in the order of `linked`; see `Student.reads`."""
     if not isinstance(student, Student):
         return []
     numbers = linked_numbers(earlier, student.links)
@@ -324,13 +324,13 @@ def linked_activations(student: nn.Module, earlier: Sequence[nn.Module], x: Any)
 def activations_of(
     students: Sequence[nn.Module], number: int, x: Any, made: dict[int, dict[int, Tensor]] | None = None
 ) -> dict[int, Tensor]:
-    """Detached activations of a student by key, after those of earlier students that its body reads.
+    """Detached activations of a student by key, computed after those of earlier students that its body reads.
 
     Args:
-        students: in order.
-        number: of the student, from 0.
+        students: all students in order.
+        number: position of the student, from 0.
         x: a batch (B, ...).
-        made: activations of students that ran on x already, by number; others are added.
+        made: activations already computed on x, by number; new ones are added.
     """
     made = {} if made is None else made
     if number not in made:
@@ -344,7 +344,7 @@ def activations_of(
 def run_all(students: Sequence[nn.Module], x: Any) -> tuple[list[Tensor], list[dict[int, Tensor]]]:
     """Logits (B, L) and activations by key of each student; every body runs once.
 
-    Gradients pass through the links. A module that is no `Student` has no activations.
+    Gradients pass through the links. A module that is not a `Student` has no activations.
     """
     answers: list[Tensor] = []
     made: list[dict[int, Tensor]] = []
@@ -376,7 +376,7 @@ def build_student(
 ) -> nn.Module:
     """Makes a new student with the user's `make_student(round)`, and links it.
 
-    For a rung of another width `make_student(round, width=...)` is called; rounds count from 0. `x` is an example.
+    If the rung's width is not 1, `make_student(round, width=...)` is called; rounds count from 0. `x` is an example.
 
     Raises:
         UserError: the function did not return a module.

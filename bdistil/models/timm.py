@@ -26,7 +26,7 @@ class TimmTeacher(nn.Module):
         outputs: L; that of timm's own weights by default.
         in_channels: C.
         checkpoint: a file with weights of this network under timm's names, see `bdistil.storage.load_weights`.
-        pretrained: download timm's weights, where a hub is reachable.
+        pretrained: download timm's weights; a hub must be reachable.
         options: further arguments of the network in timm, for example ``{"img_size": 28}`` for a ViT.
 
     Raises:
@@ -67,16 +67,16 @@ class TimmTeacher(nn.Module):
 class TimmStudent(Student):
     """A network of timm as a student; it exports the input of its classifier to later students.
 
-    Where the network calls its layers one after the other, its stages are those that timm lists in `feature_info`.
+    If the network calls its layers in sequence, its stages are those that timm lists in `feature_info`.
 
     Args:
         name: as in `timm.list_models()`.
         outputs: L.
         in_channels: C.
-        checkpoint: weights to start from; a classifier of another L in the file is left out.
-        pretrained: start from timm's weights, where a hub is reachable.
+        checkpoint: weights to start from; a classifier for another L in the file is ignored.
+        pretrained: start from timm's weights; a hub must be reachable.
         options: further arguments of the network in timm.
-        width: factor on its width, for wider rungs of the ladder: networks of the ResNet, ConvNeXt and ViT families.
+        width: factor on its width, for wider rungs of the ladder; only for the ResNet, ConvNeXt and ViT families.
 
     Raises:
         UserError: as for `TimmTeacher`; or the network has no single linear classifier, or cannot be widened.
@@ -167,8 +167,8 @@ def build_timm(
 def _split(network: nn.Module, head: nn.Linear | nn.Conv2d, name: str, image: Tensor) -> tuple[nn.Module, nn.Linear]:
     """The network without its classifier, and the classifier as a linear layer.
 
-    Some networks of timm have further layers behind the classifier, or several classifiers. So the two parts together
-    are compared with the network on an image (1, C, H, W).
+    Some timm networks have further layers after the classifier, or several classifiers, so the composition of both
+    parts is compared with the network on an image (1, C, H, W).
     """
     whole = network.eval()(image)
     if isinstance(head, nn.Linear):
@@ -188,9 +188,9 @@ def _split(network: nn.Module, head: nn.Linear | nn.Conv2d, name: str, image: Te
 
 @torch.no_grad()
 def _stages(network: nn.Module, image: Tensor) -> list[nn.Module]:
-    """The layers of a network, cut behind those that timm lists as its features; none if it does more than call them.
+    """The layers of a network, split after those in timm's `feature_info`; none if it does more than call them.
 
-    A vision transformer, for example, adds the embedding of positions between two layers.
+    A vision transformer, for example, adds position embeddings between two layers.
     """
     info = network.feature_info if isinstance(network.feature_info, list) else []
     cuts, layers = [feature["module"] for feature in info], OrderedDict[str, nn.Module]()

@@ -1,6 +1,6 @@
 """Runs an exported ensemble with onnxruntime and numpy alone; every exported folder holds a copy of this package.
 
-Its exits, `exits` and `stage_clock`, serve the ensembles in torch as well. Nothing here imports from outside.
+Its modules `exits` and `stage_clock` also serve the ensembles in torch. It imports nothing else of bdistil.
 
     python FOLDER/runner --input x.npy --confidence 0.9
 

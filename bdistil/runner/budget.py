@@ -21,7 +21,7 @@ class Budget:
     Attributes:
         stages: maximum number of students.
         macs: maximum number of multiply-adds per sample.
-        seconds: maximum time; no student is started that would end later by the measured stage times.
+        seconds: maximum time; a student that would exceed it by the measured stage times is not started.
         confidence: a sample is decided as soon as its confidence reaches this; "fitted" uses the thresholds in the
             manifest.
         rule: exit rule: max_prob (the default), margin, entropy or agreement.
@@ -58,11 +58,11 @@ class Budget:
 
 
 def check_limits(budget: Any, error: type[Exception]) -> None:
-    """Checks the numbers of a budget; None is no limit. NumPy's numbers are numbers, True is none.
+    """Checks the numbers of a budget; None means no limit. NumPy numbers are accepted, booleans are not.
 
     Args:
-        budget: has the limits of `Budget`.
-        error: class of what is raised where one is out of its range.
+        budget: object with the limits of `Budget`.
+        error: class of the exception for a limit out of its range.
     """
 
     def check(name: str, kind: type, allowed: str, within: Callable[[Any], bool]) -> None:
@@ -97,7 +97,7 @@ class Stage:
 
     Attributes:
         total: (B, L), weighted sum of the students' logits.
-        factor: from this sum to logits in the teacher's units; (L,) for real outputs.
+        factor: factor from this sum to logits in the teacher's units; (L,) for real outputs.
         index: number of students in the prefix.
         macs: cumulative multiply-adds per sample.
         offset: (L,), added to real outputs.
@@ -124,8 +124,8 @@ class Prediction:
         logits: (B, L), in the teacher's units.
         stages: (B,), number of students in the prefix that answers each sample; does not depend on the rest of the
             batch.
-        macs: (B,), multiply-adds run on each sample: those of more students than answered it where it was cheaper not
-            to check after each student, or to leave a decided sample in the batch.
+        macs: (B,), multiply-adds run on each sample; they include students beyond its prefix if it was cheaper not to
+            check after each student, or to leave a decided sample in the batch.
     """
 
     logits: Array

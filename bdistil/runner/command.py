@@ -43,7 +43,7 @@ def _print_predictions(given: argparse.Namespace) -> None:
             x = np.load(file, allow_pickle=False)
             x = x if isinstance(x, np.ndarray) else dict(x)
         confidence = float(given.confidence) if given.confidence not in (None, "fitted") else given.confidence
-    except (ValueError, EOFError, BadZipFile) as error:  # the last two of files that are empty or torn
+    except (ValueError, EOFError, BadZipFile) as error:  # the last two for empty or truncated files
         raise ExportError(
             f"Expected `--input` to be a .npy file of numbers and `--confidence` a number or 'fitted': {error}"
         ) from error

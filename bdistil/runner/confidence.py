@@ -19,8 +19,8 @@ def confidence_of(logits: Array, rule: str, scale: float | Array = 1.0, votes: A
     Args:
         logits: (B, L).
         rule: one of `RULES`.
-        scale: multiplies the logits, for example by 1 / temperature; one, or one per sample (B,).
-        votes: (B, L), how many students answer each class; only for agreement.
+        scale: factor on the logits, for example 1 / temperature; a number, or one per sample (B,).
+        votes: (B, L), number of students that predict each class; only for agreement.
 
     Returns:
         (B,) in 0 … 1.
@@ -43,12 +43,12 @@ def confidence_of(logits: Array, rule: str, scale: float | Array = 1.0, votes: A
 
 
 def confidence_of_one(logits: Sequence[float], rule: str, scale: float) -> float:
-    """Confidence of one sample in Python's floats: ten classes take less time than one call of NumPy.
+    """Confidence of one sample in Python floats: for ten classes this takes less time than one NumPy call.
 
     Args:
         logits: (L).
-        rule: one of `RULES` but agreement.
-        scale: multiplies the logits.
+        rule: one of `RULES` except agreement.
+        scale: factor on the logits.
     """
     largest = max(logits)
     powers = [math.exp((logit - largest) * scale) for logit in logits]
@@ -62,7 +62,7 @@ def confidence_of_one(logits: Sequence[float], rule: str, scale: float) -> float
 
 
 def add_votes(votes: Array | None, logits: Array) -> Array:
-    """Adds the answers of one more student, with logits (B, L), to the votes (B, L); None before the first."""
+    """Adds the predictions of one more student, from its logits (B, L), to the votes (B, L); None before the first."""
     votes = np.zeros(logits.shape, np.float32) if votes is None else votes.copy()
     votes[np.arange(len(logits)), logits.argmax(1)] += 1
     return votes

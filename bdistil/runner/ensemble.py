@@ -17,7 +17,7 @@ from .inputs import Arrays, inputs_of
 from .stage_clock import BatchTimes, Deadline, Guard, StageClock
 from .stages import StageRunner
 
-PLANS = 64  # budgets whose exits are kept
+PLANS = 64  # budgets whose exit plans are cached
 WARM_UP = 3  # measurements that are discarded
 
 
@@ -32,7 +32,7 @@ class ExportedEnsemble:
         prediction = ensemble.predict(x, Budget(macs=50_000))
 
     Attributes:
-        manifest: of the folder.
+        manifest: manifest of the folder.
         macs: cumulative multiply-adds per sample, one value per stage.
     """
 
@@ -73,7 +73,7 @@ class ExportedEnsemble:
         self._plans: dict[Any, ExitPlan] = {}  # by budget
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles and copies name the folder, and open it again."""
+        """Pickles and copies refer to the folder and open it again."""
         times = [vars(entry) for entry in self.clock.times] if self.clock else []
         return type(self), (self.root, {**self.manifest, "times": times}, self.threads)
 
@@ -83,10 +83,10 @@ class ExportedEnsemble:
 
         Args:
             folder: written by `bdistil export`.
-            threads: of onnxruntime; small students are fastest with one.
+            threads: threads of onnxruntime; small students are fastest with one.
 
         Raises:
-            ExportError: the folder is no export, or a file in it is missing, truncated, changed or outside of it.
+            ExportError: the folder is not an export, or a file in it is missing, truncated, changed or outside of it.
         """
         manifest = read_manifest(Path(folder))
         if manifest["kind"] != "onnx":
@@ -127,14 +127,14 @@ class ExportedEnsemble:
     def predict(self, x: Any, budget: Budget | None = None) -> Prediction:
         """Predicts within a budget.
 
-        With a confidence, a sample is answered by the first stage that is sure of it, whatever else is in the batch.
+        With a confidence, a sample gets the answer of the first stage that reaches it, whatever the rest of the batch.
 
         Args:
             x: a batch (B, ...), or a tuple or dictionary of arrays of that form, as in training.
             budget: limits; None runs all students.
 
         Raises:
-            ExportError: x is no batch as in training, or the budget needs confidences or thresholds that do not exist.
+            ExportError: x is not a batch as in training, or the budget needs missing confidences or thresholds.
         """
         arrays, budget = self.check(x), budget or Budget()
         allowed = budget.stages_within(self.macs)
@@ -164,7 +164,7 @@ class ExportedEnsemble:
         return Prediction(logits, np.full(len(logits), number), np.full(len(logits), self.macs[number - 1]))
 
     def _plan(self, budget: Budget, allowed: int) -> ExitPlan:
-        """The exits of a budget, kept with what they learn of the samples served."""
+        """The cached exit plan of a budget, with its statistics of the samples served."""
         key = (budget.confidence, budget.rule, allowed)
         if key not in self._plans:
             if len(self._plans) >= PLANS:
@@ -173,7 +173,7 @@ class ExportedEnsemble:
         return self._plans[key]
 
     def plan_of(self, exits: Exits, allowed: int) -> ExitPlan:
-        """Exits with what a prediction of up to `allowed` stages needs."""
+        """Exit plan for predictions of up to `allowed` stages."""
         factors = [float(factor) for factor in self.factors]
         return ExitPlan(exits, factors, Guard(self.clock, allowed, exits.shares))
 
@@ -200,7 +200,7 @@ class ExportedEnsemble:
         """Runs stage by stage, with exits and a time limit.
 
         Args:
-            arrays: of a batch, see `check`.
+            arrays: arrays of a batch, see `check`.
             plan: exits; None keeps all samples in the batch.
             allowed: maximum number of stages.
             seconds: maximum time.
@@ -220,7 +220,7 @@ class ExportedEnsemble:
         """Runs the fused graph with exits.
 
         Args:
-            arrays: of one sample, see `check`.
+            arrays: arrays of one sample, see `check`.
             thresholds: one per stage.
             allowed: maximum number of stages.
         """
@@ -237,8 +237,8 @@ class ExportedEnsemble:
         """Measures the stage times on this machine and uses them from now on.
 
         Args:
-            batches: sizes, smallest first.
-            repeats: of each.
+            batches: batch sizes, smallest first.
+            repeats: measurements of each.
 
         Returns:
             The entry `times` of a manifest.

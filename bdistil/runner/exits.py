@@ -1,10 +1,10 @@
-"""Prediction with early exits: stops for samples that are decided.
+"""Prediction with early exits for decided samples.
 
-The answer to a sample is that of the first stage at which the exit rule decides it. When the rule is evaluated, and
-when decided samples are removed from the batch, is a matter of time only, see `Guard`.
+A sample gets the answer of the first stage at which the exit rule decides it. When the rule is evaluated, and when
+decided samples are removed from the batch, affects only the running time, see `Guard`.
 
-All of it is in NumPy on the host, also for students that torch runs: on a few hundred numbers a call costs a fraction
-of what it costs in torch, and beside a small student that is the cost of an exit.
+Everything is in NumPy on the host, even for students in torch: on a few hundred numbers a NumPy call costs a fraction
+of a torch call, and next to a small student such calls are the cost of an exit.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 from .confidence import Array, add_votes, confidence_of, confidence_of_one
 from .stage_clock import Deadline, Guard
 
-ALWAYS = -1.0  # a threshold that every sample reaches
-KEPT = 64  # repetitions of scales and thresholds
-FEW = 96  # numbers up to which the rule is evaluated in Python's floats: less than the calls of NumPy take
-ROUNDING = 2.0**-24  # they reach a threshold where float32, rounded, does
+ALWAYS = -1.0  # threshold that every sample reaches
+KEPT = 64  # cached repetitions of scales and thresholds
+FEW = 96  # up to this many numbers the rule is evaluated in Python floats, faster than by NumPy calls
+ROUNDING = 2.0**-24  # tolerance: floats reach a threshold if their float32 values do
 
 
 class Stages(Protocol):
@@ -30,11 +30,11 @@ class Stages(Protocol):
 
     @property
     def number(self) -> int:
-        """Stages that ran."""
+        """Number of stages that ran."""
 
     @property
     def size(self) -> int:
-        """Samples that are left in the batch."""
+        """Number of samples left in the batch."""
 
     @property
     def divisible(self) -> bool:
@@ -93,7 +93,7 @@ def shares_at(rows: Sequence[Sequence[float]], threshold: float) -> tuple[float,
 
 
 class ExitPlan:
-    """Exits of a budget, with what all its predictions share.
+    """Exits of a budget, with the state that its predictions share.
 
     Args:
         exits: rule and thresholds.
@@ -103,13 +103,13 @@ class ExitPlan:
 
     def __init__(self, exits: Exits, factors: Sequence[float], guard: Guard) -> None:
         self.exits, self.rule, self.guard = exits, exits.rule, guard
-        self.factors = np.array(factors, np.float32)  # as the logits
+        self.factors = np.array(factors, np.float32)  # dtype of the logits
         self.scales = (np.array(factors) / exits.temperatures).tolist()
         self.thresholds = list(exits.thresholds)
         self._repeated: dict[tuple[int, int, int], Array] = {}
 
     def repeated(self, first: int, last: int, samples: int) -> tuple[Array, Array]:
-        """Scales and thresholds of the stages `first` to `last` - 1, each for as many samples, (P n)."""
+        """Scales and thresholds of the stages `first` to `last` - 1, each repeated for `samples` samples, (P n)."""
         key = (first, last, samples)
         if key not in self._repeated:
             if len(self._repeated) >= KEPT:
@@ -120,11 +120,11 @@ class ExitPlan:
         return scales, thresholds
 
     def decides(self, number: int, total: Sequence[float]) -> bool:
-        """Whether a stage, from 0, decides the sample with the sum (L), in Python's floats."""
+        """Whether a stage, from 0, decides the sample with the sum (L), in Python floats."""
         return confidence_of_one(total, self.rule, self.scales[number]) >= self.thresholds[number] - ROUNDING
 
     def answers(self, stages: Stages) -> Answers | OneAnswer:
-        """What collects the answers of a batch, after the first stage."""
+        """The collector of the answers to a batch, after the first stage."""
         one = stages.size == 1 and stages.total(0).shape[-1] <= FEW and self.rule != "agreement"
         return OneAnswer(stages, self) if one else Answers(stages, self)
 
@@ -148,12 +148,12 @@ class Answers:
     """Evaluates the exit rule on a batch, collects the answers, and removes decided samples.
 
     Args:
-        runner: after its first stage.
-        plan: exits.
+        runner: runner after its first stage.
+        plan: exit plan.
 
     Attributes:
         checked: number of first stages at which the rule was evaluated.
-        left: number of samples that are undecided by these.
+        left: number of samples that they leave undecided.
         open: (n,) bool, which samples in the batch are undecided; None: all.
     """
 
@@ -162,7 +162,7 @@ class Answers:
         self.checked, self.left = 0, runner.size
         self.open: Array | None = None
         self._rows: Array | None = None  # (n,), numbers of the samples in the batch; None: all
-        self._votes: Array | None = None  # (n, L), students that answer each class
+        self._votes: Array | None = None  # (n, L), number of students that predict each class
         self._logits: Array | None = None  # (B, L) and (B,), filled for the samples that are decided
         self._stages = self._ran = np.zeros(0, np.int64)
 
@@ -171,7 +171,7 @@ class Answers:
         self._check(self.runner.number)
 
     def _check(self, last: int) -> None:
-        """Evaluates the rule at the first `last` stages, as far as it was not."""
+        """Evaluates the rule at those of the first `last` stages that were not checked."""
         if last <= self.checked:
             return
         totals = self._pending(last)
@@ -191,7 +191,7 @@ class Answers:
         self.checked = last
 
     def _pending(self, last: int) -> Array:
-        """Sums (P n, L) of the P of the first `last` stages that were not checked."""
+        """Sums (P n, L) of the P unchecked stages among the first `last`."""
         totals = [self.runner.total(number) for number in range(self.checked, last)]
         return totals[0] if len(totals) == 1 else np.concatenate(totals)
 
@@ -215,7 +215,7 @@ class Answers:
         return np.concatenate(counted)
 
     def _answer(self, here: Array, totals: Array, stages: Array | int) -> None:
-        """Answers samples, by their places (m,) in the batch, from the sums (m, L) of stages, from 0: (m,), or one."""
+        """Records answers to the samples at places (m,) in the batch: sums (m, L) of stages, from 0, (m,) or one."""
         totals *= self.plan.factors[stages, None]
         if self._logits is None:
             self._logits = np.empty((self.runner.size, totals.shape[-1]), totals.dtype)
@@ -239,7 +239,7 @@ class Answers:
         """The answers of all samples; the last stage that ran answers those that no earlier one decides."""
         runner, last = self.runner, self.runner.number
         self._check(last - 1)
-        if self.left or self._logits is None:  # a batch of none is answered, too
+        if self.left or self._logits is None:  # an empty batch is answered, too
             here = np.arange(runner.size) if self.open is None else self.open.nonzero()[0]
             self._answer(here, runner.total(last - 1).take(here, 0), last - 1)
         assert self._logits is not None
@@ -254,7 +254,7 @@ class Answers:
 
 
 class OneAnswer:
-    """`Answers` for a single sample with a few classes, in Python's floats; there is nothing to remove."""
+    """`Answers` for a single sample with a few classes, in Python floats; there is nothing to remove."""
 
     def __init__(self, runner: Stages, plan: ExitPlan) -> None:
         self.runner, self.plan = runner, plan
@@ -291,9 +291,9 @@ def predict_within(runner: Stages, allowed: int, plan: ExitPlan, deadline: Deadl
     """Runs up to `allowed` stages, until all samples are decided or one more would not end in time.
 
     Args:
-        runner: before its first stage.
-        allowed: number of stages.
-        plan: exits.
+        runner: runner before its first stage.
+        allowed: maximum number of stages.
+        plan: exit plan.
         deadline: None for no limit on time.
     """
     runs(runner, allowed, deadline)
@@ -316,7 +316,7 @@ def predict_within(runner: Stages, allowed: int, plan: ExitPlan, deadline: Deadl
 
 
 def runs(runner: Stages, allowed: int, deadline: Deadline | None) -> bool:
-    """Runs one more stage, if it is allowed and would end in time."""
+    """Runs one more stage if it is allowed and would end in time; returns whether it ran."""
     number = runner.number
     if number >= allowed or (deadline is not None and not deadline.allows(number, runner.size)):
         return False
@@ -333,7 +333,7 @@ def measure_stages(
 
     Args:
         new_runner: makes a runner of one batch.
-        plan: exits.
+        plan: exit plan.
         now: returns the time in seconds, after the device has finished its work.
     """
 
@@ -344,7 +344,7 @@ def measure_stages(
 
     def exit_seconds() -> list[float]:
         runner = new_runner()
-        runner.advance()  # the check follows a student, as in a prediction: its own code is then no longer in the cache
+        runner.advance()  # as in a prediction, the check follows a student, which evicts its code from the CPU cache
         answers = plan.answers(runner)
         check, remove = timed(answers.check), 0.0
         if isinstance(answers, Answers):  # there is nothing to remove from a batch of one
@@ -356,5 +356,5 @@ def measure_stages(
     runner = new_runner()
     seconds = [timed(runner.advance) for _ in plan.thresholds]
     runner.close()
-    exit_seconds()  # in service the prediction before had exits, too: after all stages a check takes up to four times
+    exit_seconds()  # warm-up, as when serving: right after a run of all stages, a check takes up to four times as long
     return [*seconds, *exit_seconds()]

@@ -24,7 +24,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """Reads the manifest of an exported folder.
 
     Raises:
-        ExportError: it is missing, torn, or of another format or version.
+        ExportError: it is missing, damaged, or of another format or version.
     """
     path = root / "manifest.json"
     try:
@@ -77,8 +77,8 @@ class Graph:
 
     Args:
         root: the exported folder.
-        entry: of the graph in the manifest.
-        threads: of onnxruntime.
+        entry: manifest entry of the graph.
+        threads: threads of onnxruntime.
 
     Attributes:
         reads: names of the inputs.
@@ -89,7 +89,7 @@ class Graph:
     """
 
     def __init__(self, root: Path, entry: Mapping[str, Any], threads: int) -> None:
-        import onnxruntime as ort  # only here: the exits of torch's ensembles are in this package, too
+        import onnxruntime as ort  # only here: ensembles in torch use this package without it
 
         self.inputs, self.outputs, self.file = entry["inputs"], entry["outputs"], entry["file"]
         options, data = ort.SessionOptions(), read_file(root, entry)
@@ -104,7 +104,7 @@ class Graph:
         self._check_tensors()
 
     def _check_tensors(self) -> None:
-        """Arrays are allocated with the shapes of the manifest, so these must be those of the graph."""
+        """Compares names and shapes of the graph with the manifest, by whose shapes arrays are allocated."""
         found = sorted(tensor.name for tensor in self.session.get_inputs())
         if found != sorted(self.reads):
             raise ExportError(f"{self.file} reads {found}, but the manifest has {sorted(self.reads)}.")
@@ -125,11 +125,11 @@ class Pipeline:
     """Graphs in sequence on preallocated arrays of one size.
 
     Inputs and outputs are bound once, so that a run allocates nothing: this saves a quarter of the time of tiny
-    convolutional students. Copy what you read from `values` before the next run.
+    convolutional students. Copy results from `values` before the next run.
 
     Args:
-        graphs: in order.
-        sizes: by name, of the sizes that vary, as (name, size) pairs: ``batch`` and lengths.
+        graphs: graphs in order.
+        sizes: (name, size) pairs of the sizes that vary: ``batch`` and lengths.
 
     Attributes:
         values: arrays by name; the caller fills those that no graph computes.
@@ -160,14 +160,14 @@ class Pipeline:
 
 
 class PipelinePool:
-    """Pipelines of the same graphs, kept by size. An acquired one is used by one caller only: threads are safe.
+    """Thread-safe pool of pipelines of the same graphs, by size. Each acquired one is used by a single caller.
 
     Args:
-        graphs: in order.
+        graphs: graphs in order.
         inputs: names of the arrays that the caller fills.
 
     Raises:
-        ExportError: a graph reads what neither the caller nor an earlier graph provides, which would be uninitialised.
+        ExportError: a graph reads an array that neither the caller nor an earlier graph fills.
     """
 
     def __init__(self, graphs: Sequence[Graph], inputs: Sequence[str] = ("x",)) -> None:
@@ -187,12 +187,12 @@ class PipelinePool:
         self.read_later = [self._read_later(count) for count in range(len(graphs) + 1)]
 
     def _read_later(self, count: int) -> list[str]:
-        """Names of the arrays, known after the first `count` graphs, that later ones read."""
+        """Names of the arrays, available after the first `count` graphs, that later ones read."""
         given = {name for graph in self.graphs[count:] for name in graph.gives}
         return sorted({name for graph in self.graphs[count:] for name in graph.reads} - given)
 
     def acquire(self, arrays: Mapping[str, Array]) -> Pipeline:
-        """A pipeline, kept or new, with a batch, arrays (B, ...) by name, as its inputs."""
+        """A pooled or new pipeline with a batch, arrays (B, ...) by name, as its inputs."""
         sizes = tuple((size, arrays[name].shape[axis]) for size, (name, axis) in self._varying.items())
         pipeline = self.take(sizes)
         for name, array in arrays.items():
@@ -200,11 +200,11 @@ class PipelinePool:
         return pipeline
 
     def take(self, sizes: Sizes) -> Pipeline:
-        """A pipeline, kept or new, whose inputs are to be filled."""
+        """A pooled or new pipeline whose inputs are yet to be filled."""
         return self._spare.pop(sizes, None) or Pipeline(self.graphs, sizes)
 
     def release(self, pipeline: Pipeline) -> None:
-        """Keeps a pipeline for the next caller."""
+        """Returns a pipeline to the pool."""
         if len(self._spare) >= SPARE:
             self._spare.clear()
         self._spare[pipeline.sizes] = pipeline

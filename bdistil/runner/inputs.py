@@ -1,4 +1,4 @@
-"""The inputs x of an exported ensemble: an array, or several in a tuple or dictionary; checked, and taken apart."""
+"""Checks and unpacks the inputs x of an exported ensemble: an array, or several in a tuple or dictionary."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Inputs:
         return x
 
     def random(self, batch: int) -> Arrays:
-        """Arrays to measure on: standard normal, or ones of whole numbers; sizes that vary are the largest."""
+        """Arrays for measurements: standard normal, or ones for integers; sizes that vary take their largest value."""
         arrays, generator = {}, np.random.default_rng(0)
         for entry, dtype in self.entries:
             size = (batch, *(entry["largest"].get(size, size) for size in entry["shape"]))
@@ -60,7 +60,7 @@ class Inputs:
 
 
 def inputs_of(manifest: Mapping[str, Any]) -> Inputs:
-    """The inputs of a manifest; those of an earlier version had one array."""
+    """The inputs of a manifest; manifests of an earlier version have a single array."""
     if "inputs" not in manifest:
         return Inputs([{**manifest["input"], "path": [], "largest": {}}])
     return Inputs(manifest["inputs"])

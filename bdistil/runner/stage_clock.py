@@ -9,11 +9,11 @@ from itertools import accumulate
 
 import numpy as np
 
-PRIOR = 100  # samples that shares from the calibration count for, beside those seen while serving
-ENOUGH = 50  # samples from which on shares are known
+PRIOR = 100  # weight of the calibration's shares, in samples, against those seen while serving
+ENOUGH = 50  # number of samples from which on shares count as known
 REMEMBERED = 4096  # samples; the counts of older ones are halved
 PAYS = 3.0  # factor on measured costs: in a prediction a check is slower, and slows the stage after it
-CACHED = 4096  # decisions kept: one takes as long as a tiny student
+CACHED = 4096  # cached decisions: computing one takes as long as a tiny student
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class BatchTimes:
     """Seconds measured with a batch of one size, after a warm-up.
 
     Attributes:
-        batch: samples.
-        stages: of each stage, run one after the other; like all but `late` a typical one of the repeats.
-        late: a high quantile of each stage, used for deadlines.
-        check: of one evaluation of an exit rule.
-        compact: of one removal of decided samples from the batch.
-        schedules: of all stages in torch, by schedule; without those that the students do not support.
-        schedule: the one to use where all stages run.
+        batch: number of samples.
+        stages: time of each stage, run in sequence; like all but `late`, a typical value of the repeats.
+        late: a high quantile of each stage's time, used for deadlines.
+        check: time of one evaluation of an exit rule.
+        compact: time of one removal of decided samples from the batch.
+        schedules: time of all stages in torch, by schedule; only those that the students support.
+        schedule: the one to use if all stages run.
         native: whether torch's own convolutions were faster than those of oneDNN, and were measured.
     """
 
@@ -44,18 +44,18 @@ class BatchTimes:
 class StageClock:
     """Measured times of an ensemble on its device, at any batch size.
 
-    Between the measured sizes they are interpolated linearly; beyond the largest, and for a batch below 1, which is an
-    expected number of samples, they are in proportion.
+    Times are interpolated linearly between the measured sizes. They are proportional to the batch beyond the largest
+    size, and below 1, which is an expected number of samples.
 
     Args:
-        times: by batch size, smallest first, at least one.
+        times: measurements by batch size, smallest first, at least one.
     """
 
     def __init__(self, times: Sequence[BatchTimes]) -> None:
         self.times, self._largest = times, times[-1].batch
         columns = [(*accumulate(t.stages), *t.late, t.check, t.compact) for t in times]
         sizes, batches = [t.batch for t in times], range(self._largest + 1)
-        # One list per column, with the seconds at each batch size: a decision takes as long as a tiny student.
+        # Seconds at each batch size, precomputed per column: a decision takes as long as a tiny student.
         until = [np.interp(batches, sizes, column).tolist() for column in zip(*columns)]  # noqa: B905
         count = len(times[0].stages)
         self._until, self._late = [[0.0] * len(batches), *until[:count]], until[count:-2]
@@ -93,24 +93,24 @@ class StageClock:
 class Guard:
     """Decides after which stages to evaluate the exit rule, and when to remove decided samples from the batch.
 
-    It decides about time only: a sample whose rule is evaluated later, or which stays in the batch, gets the same
-    answer. Without measured times the rule is evaluated after each stage, and decided samples are removed at once.
+    It affects only the running time: a sample whose rule is evaluated later, or which stays in the batch, gets the
+    same answer. Without measured times the rule is evaluated after each stage, and decided samples are removed at once.
 
     Args:
         clock: measured times, or None.
         allowed: number of stages that may run.
-        shares: share of samples decided at each stage, where known; it is corrected by the samples seen.
+        shares: share of samples decided at each stage, where known; updated from the samples seen.
     """
 
     def __init__(self, clock: StageClock | None, allowed: int, shares: Sequence[float] | None = None) -> None:
         self.clock, self.allowed = clock, allowed
         self.counts = [PRIOR * share for share in shares or ()] or [0.0] * allowed  # of samples answered by each stage
         self.seen = sum(self.counts)
-        self._fresh = 1.5 * self.seen  # samples seen up to which the decisions are kept
+        self._fresh = 1.5 * self.seen  # number of samples seen until which decisions stay cached
         self._decisions: dict[tuple[int, int, int], int] = {}
 
     def next_check(self, checked: int, batch: int, left: int) -> int:
-        """Number of first stages after which to evaluate the rule next; `allowed` where no more stage is to be checked.
+        """Number of first stages after which to evaluate the rule next; `allowed` if no further check is due.
 
         Args:
             checked: number of first stages at which it was evaluated.
@@ -157,11 +157,11 @@ class Guard:
 class Deadline:
     """Decides whether one more stage would end in time.
 
-    With measured times, a stage is expected to take a high quantile, times the factor by which the stages so far
-    were slower than measured. Without them, it is expected to take as long as the longest stage so far.
+    With measured times, a stage is expected to take a high quantile of them, times the factor by which the stages so
+    far were slower than measured. Without them, it is expected to take as long as the longest stage so far.
 
     Args:
-        seconds: from `started`.
+        seconds: time limit, from `started`.
         clock: measured times, or None.
         now: returns the time in seconds.
         started: start of `seconds`, by `now`; None: now.
@@ -189,7 +189,7 @@ class Deadline:
         return self.begun - self.started + need <= self.seconds
 
     def done(self, number: int, batch: int) -> None:
-        """Records the end of a stage that `allows` let start."""
+        """Records the end of a stage that `allows` admitted."""
         taken = self.now() - self.begun
         self.longest, self.spent = max(self.longest, taken), self.spent + taken
         if self.clock is not None:

@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from .confidence import Array
 from .graphs import Graph, Pipeline, PipelinePool
 
-BOUND = 8  # samples up to which the arrays of a smaller batch are kept, as those of whole batches are
+BOUND = 8  # up to this many samples, arrays of reduced batches are pooled like those of whole batches
 
 
 class StageRunner:
     """Runs the stages on a batch, one per call.
 
     Args:
-        graphs: of the stages.
+        graphs: graphs of the stages.
         pool: pipelines of these graphs.
         arrays: a batch, arrays (B, ...) by name.
 
     Attributes:
-        number: stages that ran.
-        size: samples that are left in the batch.
-        divisible: samples can be removed from the batch.
+        number: number of stages that ran.
+        size: number of samples left in the batch.
+        divisible: whether samples can be removed from the batch.
     """
 
     divisible = True
@@ -45,7 +45,7 @@ class StageRunner:
         if self._pipeline is None:
             while self.number < count:
                 self.advance()
-        else:  # no call more than that of each stage, which may take a few microseconds
+        else:  # no call besides those of the stages, which may take only microseconds
             for step in self._pipeline.steps[self.number : count]:
                 step()
             self.number = count

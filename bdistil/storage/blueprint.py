@@ -87,12 +87,12 @@ class _Writer:
         return {key: self.value(value, _join(name, key), home) for key, value in values.items()}
 
     def tensor(self, value: Tensor, name: str) -> Any:
-        self.tensors[name] = value.detach().clone()  # a copy: safetensors refuses two names of one memory
+        self.tensors[name] = value.detach().clone()  # a copy: safetensors refuses tensors that share memory
         first = self._names.setdefault(id(value), name)
         return {"tensor": name, "grad": value.requires_grad} if first == name else {"same": first}
 
     def value(self, value: Any, name: str, home: str) -> Any:
-        """Returns a plain value as it is, another one tagged. Exact types only: a subclass would lose its class."""
+        """Returns plain values unchanged and tags others. Exact types only: a subclass would lose its class."""
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
             return value
@@ -119,7 +119,7 @@ class _Writer:
 
 
 class _Reader:
-    """Rebuilds modules; `made` has what is there already, by name."""
+    """Rebuilds modules; `made` holds the modules and parameters rebuilt so far, by name."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -217,7 +217,7 @@ def _home(kind: type) -> str:
 
 
 def _is_allowed(thing: Any, home: str) -> bool:
-    """Whether an attribute may name it: a forward pass calls such attributes, so only modules and network functions."""
+    """Whether an attribute may name `thing`: a forward pass calls attributes, so only modules and network functions."""
     if isinstance(thing, type):
         return issubclass(thing, nn.Module)
     where = str(getattr(thing, "__module__", ""))
@@ -227,7 +227,7 @@ def _is_allowed(thing: Any, home: str) -> bool:
 
 
 def _path_of(thing: Any) -> str:
-    """Dotted path of a class or function: the shortest public one, which stays when its file is moved."""
+    """Shortest public dotted path of a class or function, which survives a move of its file."""
     parts, name = str(thing.__module__).split("."), thing.__qualname__
     prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     for prefix in [*filter(lambda prefix: _is_public(prefix, name), prefixes), prefixes[-1]]:
@@ -244,7 +244,7 @@ def _allowed_path(value: Any, home: str) -> str:
 
 
 def _is_public(module: str, name: str) -> bool:
-    """Whether a module is public and exports the name: by `__all__`, or where it has none, by no underscore."""
+    """Whether a module is public and exports the name: in `__all__` or, without one, by no leading underscore."""
     listed = getattr(sys.modules.get(module), "__all__", None)
     exported = not name.startswith("_") if listed is None else name.partition(".")[0] in listed
     return exported and not any(part.startswith("_") for part in module.split("."))

@@ -1,4 +1,4 @@
-"""Checkpoint files as people have them, read as plain values and tensors: nothing that a file names is executed."""
+"""Reads third-party checkpoint files as plain values and tensors, without executing anything that a file names."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from bdistil.errors import UserError, listed
 
-# Entries in which scripts keep the weights; averaged ones first, as timm and torchvision evaluate those.
+# Keys under which scripts store weights; averaged ones first, as timm and torchvision evaluate those.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")
 PLAIN = ("state_dict", "model", "model_state_dict", "network", "net", "module", "weights", "params", "teacher")
-LEGACY_PICKLES = 4  # of torch.save before zip files: a number, a version, the system, the content
+LEGACY_PICKLES = 4  # in the torch.save format before zip: magic number, version, system, content
 
 State = dict[str, Any]
 
 
 def read_state(path: Path, argument: str) -> State:
-    """The weights in a file by name: safetensors, or written by `torch.save`, told apart by content.
+    """The weights in a safetensors or `torch.save` file by name; the format is detected from the content.
 
-    A checkpoint of timm, torchvision, Lightning or a training script has them under one of several names beside other
-    things. Objects that are no tensors or plain values (settings, NumPy numbers, paths) are read as empty stand-ins.
+    Checkpoints of timm, torchvision, Lightning and training scripts store them under one of several keys, among other
+    entries. Objects other than tensors and plain values (settings, NumPy numbers, paths) are read as empty stand-ins.
 
     Args:
-        path: the file.
+        path: checkpoint file.
         argument: name of the argument with the path, for messages.
 
     Raises:
@@ -75,7 +75,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 class _Ignored(list[Any]):
-    """Stand-in of any class or function that a file names: takes all arguments and does nothing."""
+    """Stand-in for any class or function that a file names: accepts all arguments and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__new__(cls)
@@ -84,21 +84,21 @@ class _Ignored(list[Any]):
         super().__init__()
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return id(self)  # it may be a key
+        return id(self)  # it may be a dictionary key
 
     def __setstate__(self, state: Any) -> None:
-        """Forgets the state."""
+        """Discards the state."""
 
 
 class _IgnoredMapping:
-    """The same for mappings: torch sets items of exact types only."""
+    """Stand-in for mappings: torch sets items of exact types only."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return OrderedDict()
 
 
 def _load(path: Path) -> Any:
-    """Content of a file of `torch.save`; every global that torch does not know as harmless is a stand-in."""
+    """Content of a `torch.save` file; every global that torch does not consider safe becomes a stand-in."""
     names, mappings = _globals_of(path), set[str]()
     while True:
         stand_ins = {name: _stand_in(name, _IgnoredMapping if name in mappings else _Ignored) for name in names}
@@ -106,7 +106,7 @@ def _load(path: Path) -> Any:
             with torch.serialization.safe_globals([*stand_ins.values()]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # it names the class of an object that is no exact dict, but has items
+        except pickle.UnpicklingError as error:  # names the class of a mapping that is not exactly a dict
             found = {name for name, kind in stand_ins.items() if repr(kind) in str(error)} - mappings
             if not found:
                 raise
@@ -131,7 +131,7 @@ def _globals_of(path: Path) -> list[str]:
 
 
 def _find(content: Any, path: Path) -> State | None:
-    """The weights in the content of a file, which may be an entry of it."""
+    """The weights in the content of a file: the content itself, or an entry of it."""
     if not isinstance(content, Mapping):
         return None
     found = dict(_entries(content))
@@ -145,7 +145,7 @@ def _find(content: Any, path: Path) -> State | None:
 
 
 def _entries(content: Mapping[Any, Any]) -> Iterator[tuple[str, State]]:
-    """Entries that hold weights by name, or an entry with them, as an averaged model in a checkpoint has."""
+    """Entries that hold weights, directly or one level deeper, as averaged models in checkpoints do."""
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Mapping):
             continue
@@ -159,7 +159,7 @@ def _tensors(values: Mapping[Any, Any]) -> int:
 
 
 def _is_state(values: Mapping[Any, Any]) -> bool:
-    """Whether a mapping is of names to tensors; quantised and other modules add entries of other kinds."""
+    """Whether a mapping is a state dict; quantised and other modules add entries that are not tensors."""
     return _tensors(values) > 0 and all(isinstance(key, str) for key in values)
 
 

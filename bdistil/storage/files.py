@@ -17,16 +17,16 @@ from safetensors import SafetensorError
 
 from bdistil.errors import RunError
 
-# Errors of file systems, among them network mounts and those of Windows, on which a folder cannot be flushed.
+# Errors of file systems that cannot flush a folder, such as network mounts and those of Windows.
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
 def disk_errors(doing: str, root: Path) -> Iterator[None]:
-    """Converts an OSError, or the SafetensorError that stands for one, of a write to the run directory `root`.
+    """Converts an OSError, or the SafetensorError that wraps one, from a write to the run directory `root`.
 
     Raises:
-        RunError: the message names the write (`doing`), the cause, what is safe, and the way out.
+        RunError: the write failed; the message names it (`doing`), the cause, the data that are safe, and the fix.
     """
     try:
         yield
@@ -44,8 +44,8 @@ def disk_errors(doing: str, root: Path) -> Iterator[None]:
 def atomic(path: Path) -> Iterator[Path]:
     """Writes a file, or a new folder, atomically: yields a temporary path beside it, renamed when the block ends.
 
-    After a kill or a power cut, a reader finds the old content or all of the new one. An exception in the block removes
-    the temporary and leaves the old content.
+    After a kill or a power cut, a reader finds either the old or the complete new content. An exception in the block
+    removes the temporary path and leaves the old content.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)  # left by a killed process
@@ -92,11 +92,11 @@ def save_epoch(trainer: pl.Trainer, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk; a folder only where system and file system allow it."""
+    """Flushes a file, or the names in a folder, to the disk; a folder only if system and file system allow it."""
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
-    writable = not folder and os.access(path, os.W_OK)  # Windows flushes no file that is open for reading alone
+    writable = not folder and os.access(path, os.W_OK)  # Windows cannot flush a file opened read-only
     try:
         handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         try:

@@ -38,7 +38,7 @@ def describe_start(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 def _revision() -> str | None:
-    """Commit of the working directory, with a + where files differ from it; None outside of git."""
+    """Git commit of the working directory, with a + for uncommitted changes; None outside a repository."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -58,7 +58,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
-    """Lists the differences of two nested configurations, one line per key; "" where they are the same.
+    """Lists the differences between two nested configurations, one line per key; "" if they agree.
 
     The dotted keys in `ignore`, and all below them, may differ.
 
@@ -72,7 +72,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any], ignore: Sequen
 
 
 def updated(config: dict[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> bool:
-    """Sets dotted keys of a nested configuration to the values that a new one has; returns whether one has changed.
+    """Copies dotted keys from a new nested configuration into `config`; returns whether any value has changed.
 
     >>> config = {"boosting": {"rounds": 2}}
     >>> updated(config, {"boosting": {"rounds": 3}}, ["boosting.rounds", "model.boosting.rounds"]), config

@@ -1,7 +1,7 @@
 """The run directory: the only code that names the files of a run.
 
-It holds everything that a run has reached. A round (student, cost, metrics) is written atomically: it is there complete
-or not at all. Only files that a restart makes again are ever deleted.
+It holds all results of a run. A round (student, cost, metrics) is written atomically: it is complete or absent. Only
+files that a restart recreates are ever deleted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RunDirectory:
         report: summary of the run as one self-contained page.
         calibration: calibration of the committed ensemble; the commit of a further round removes it.
         teacher_checkpoint: Lightning's checkpoint of a teacher in training.
-        lock: held by the start that works in the run directory.
+        lock: held by the start that uses the run directory.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -72,7 +72,7 @@ class RunDirectory:
 
     @property
     def scratch(self) -> Path | None:
-        """The node's own disk for ledgers, where BDISTIL_SCRATCH names one."""
+        """Node-local folder for ledgers, from BDISTIL_SCRATCH; None if unset."""
         named = os.environ.get("BDISTIL_SCRATCH")
         return user_path(named, "BDISTIL_SCRATCH") if named else None
 
@@ -104,7 +104,7 @@ class RunDirectory:
         `work/…/spent`.
 
         Raises:
-            RunError: the disk refused.
+            RunError: the write failed.
         """
         path = self.root / f"{name}.json"
         with disk_errors(path.name, self.root):
@@ -117,7 +117,7 @@ class RunDirectory:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def take_teacher(self, other: RunDirectory) -> None:
-        """Copies the teacher's answers from a run of the same teacher, data and seed, unless it has some itself."""
+        """Copies the teacher's logits from a run of the same teacher, data and seed, unless they exist here already."""
         figures = other.read("teacher")
         if figures is None or self.read("teacher") is not None or self.scratch is not None:
             return
@@ -131,10 +131,10 @@ class RunDirectory:
     # ---- starting
 
     def prepare(self) -> None:
-        """Creates the folder and tests that it can be written to.
+        """Creates the folder and checks that it is writable.
 
         Raises:
-            UserError: it cannot; the message names the folder and the cause.
+            UserError: it is not; the message names the folder and the cause.
         """
         try:
             (self.root / "rounds").mkdir(parents=True, exist_ok=True)
@@ -149,10 +149,10 @@ class RunDirectory:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Context of a start that works in the run directory: no other start can. Processes of one job share it.
+        """Context that locks the run directory against other starts; processes of one job share the lock.
 
         Raises:
-            UserError: another start works in it, or it cannot be written to.
+            UserError: another start uses it, or it is not writable.
         """
         if distributed.early_rank() != 0:
             yield
@@ -168,16 +168,16 @@ class RunDirectory:
         growing: Sequence[str] = (),
         complete: Complete = dict,
     ) -> None:
-        """Writes the configuration of a new run, or compares it with that of the run which is there.
+        """Writes the configuration of a new run, or compares it with that of the existing run.
 
         Args:
             config: nested plain values.
             ignore: dotted keys that may differ, with all below them, between two starts of the same run.
-            growing: dotted keys that may differ, too; the new value is written.
-            complete: adds options that a configuration of an earlier version lacks, with their defaults.
+            growing: dotted keys that may differ, too; their new values are written.
+            complete: adds the defaults of options missing in a configuration of an earlier version.
 
         Raises:
-            UserError: the run here has another configuration; the message lists what differs.
+            UserError: the existing run has another configuration; the message lists the differences.
         """
         if not self.config.exists() and not self.committed():
             write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False))
@@ -188,7 +188,7 @@ class RunDirectory:
             write_atomically(self.config, yaml.safe_dump(there, sort_keys=False))
 
     def compare(self, config: Mapping[str, Any], ignore: Sequence[str] = (), complete: Complete = dict) -> None:
-        """Compares a configuration with that of the run which is here; see `freeze`."""
+        """Compares a configuration with that of the existing run; see `freeze`."""
         if not self.config.exists():
             raise UserError(
                 f"{self.root} holds rounds but no config.yaml: put the file back, or choose another `run_dir`."
@@ -202,9 +202,9 @@ class RunDirectory:
             )
 
     def discard(self) -> None:
-        """Removes what a start of a run wrote before its first commit; the rest of the folder stays.
+        """Removes the files that a start wrote before the run's first commit; the rest of the folder stays.
 
-        A run with committed rounds is left as it is.
+        A run with committed rounds is left unchanged.
         """
         if self.committed():
             return
@@ -219,7 +219,7 @@ class RunDirectory:
         return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
 
     def identity(self) -> str:
-        """A text that no other run has, not even a later one in the same place; made at the first call."""
+        """Unique identifier of the run, unlike that of any later run in the same folder; created on first call."""
         path = self.root / "identity.txt"
         if not path.exists():
             write_atomically(path, uuid4().hex)
@@ -254,7 +254,7 @@ class RunDirectory:
             record: content of round.json; its format and the weights' size and sha256 are added.
 
         Raises:
-            RunError: the disk refused.
+            RunError: the write failed.
         """
         with disk_errors(f"the commit of round {number}", self.root), atomic(self.folder(number)) as folder:
             folder.mkdir(parents=True)
@@ -263,7 +263,7 @@ class RunDirectory:
             written = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest(file)}
             text = json.dumps({"format": FORMAT, **record, "weights": written}, indent=1)
             (folder / "round.json").write_text(text, encoding="utf-8")
-            for stale in (self.root / "test.json", self.calibration):  # of an ensemble without this student
+            for stale in (self.root / "test.json", self.calibration):  # they describe the ensemble without this student
                 stale.unlink(missing_ok=True)
         shutil.rmtree(self.work(number), ignore_errors=True)
 
@@ -271,7 +271,7 @@ class RunDirectory:
         """Reads round.json of a committed round.
 
         Raises:
-            RunError: the file is missing, torn or of another format; it is named.
+            RunError: the file is missing, damaged or of another format; it is named.
         """
         path = self.folder(number) / "round.json"
         try:
@@ -289,7 +289,7 @@ class RunDirectory:
         """Reads the student's tensors of a committed round, and compares size and sha256 with its record.
 
         Raises:
-            RunError: the file is missing or torn; it is named.
+            RunError: the file is missing or damaged; it is named.
         """
         written = self.record(number)["weights"]
         path = self.folder(number) / written["file"]
@@ -304,17 +304,17 @@ class RunDirectory:
     # ---- the current round, and the end
 
     def tries(self, number: int) -> list[str]:
-        """The reasons for which tries of a round were rejected so far, one per rung of the ladder."""
+        """The reasons why tries of a round were rejected so far, one per rung of the ladder."""
         return list(self.read(f"work/{number:03d}/rejected") or [])
 
     def spent(self, number: int) -> dict[str, float]:
-        """MACs and seconds of the training of the tries of a round that were rejected so far."""
+        """Training MACs and seconds of the tries of a round rejected so far."""
         return dict(self.read(f"work/{number:03d}/spent") or {"train_macs": 0, "seconds": 0.0})
 
     def reject(self, number: int, reason: str, *, train_macs: int = 0, seconds: float = 0.0) -> None:
-        """Records that a try was rejected, and what it cost, and removes its checkpoint."""
+        """Records a rejected try with its reason and cost, and removes its checkpoint."""
         reasons, before = [*self.tries(number), reason], self.spent(number)
-        self.checkpoint(number).unlink(missing_ok=True)  # first: the next try cannot go on from it
+        self.checkpoint(number).unlink(missing_ok=True)  # first, so that the next try cannot resume from it
         spent = {"train_macs": before["train_macs"] + train_macs, "seconds": before["seconds"] + seconds}
         self.write(f"work/{number:03d}/spent", spent)
         self.write(f"work/{number:03d}/rejected", reasons)
@@ -339,7 +339,7 @@ class RunDirectory:
 
     @property
     def task(self) -> Task:
-        """The task of the run, by its first committed round."""
+        """The task of the run, read from its first committed round."""
         record = self.record(0) if self.committed() else {}
         return task_of(record)
 
@@ -353,7 +353,7 @@ class RunDirectory:
         return rows
 
     def write_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes curve.csv, the teacher's row first. A key that a row lacks stays empty."""
+        """Writes curve.csv, the teacher's row first. Missing keys stay empty."""
         text = io.StringIO()
         writer = csv.DictWriter(text, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -369,7 +369,7 @@ class RunDirectory:
 
 
 def task_of(record: Mapping[str, Any]) -> Task:
-    """The task of a run, from round.json; files of before it was written there are told by their offset."""
+    """The task of a run, from round.json; in older files, which lack it, from their offset."""
     task: Task = record.get("task") or ("classification" if record.get("offset") is None else "regression")
     return task
 

@@ -1,4 +1,4 @@
-"""Lock of a run directory: one start at a time works in it."""
+"""Lock of a run directory: only one start uses it at a time."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LINGER = 120.0
 
 
 class RunLock:
-    """Lock on a file that the system takes back when the process ends, however it ends.
+    """File lock that the operating system releases when the process ends, however it ends.
 
-    The file says who holds the lock. Forked workers of a dead process, or a file server that waits for a dead host, may
-    keep it for a while; a holder that is known to be dead is waited for, and then passed over. On a file system without
-    locks, a holder on this host whose process is alive is respected, and no other.
+    The file names the holder of the lock. Forked workers of a dead process, or a file server that waits for a dead
+    host, may keep it for a while; if the holder is known to be dead, the lock is awaited and then overridden. On a file
+    system without locks, only a holder on this host whose process is alive is respected.
 
     Args:
-        path: of the file; it stays when the lock is released.
+        path: lock file; it stays when the lock is released.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +60,7 @@ class RunLock:
                 self.release()
 
     def acquire(self) -> None:
-        """Takes the lock, unless this object holds it already. `release` gives it back, or the end of the last `held`.
+        """Acquires the lock, unless this object holds it already. `release` or the end of the last `held` frees it.
 
         Raises:
             UserError: another process holds it, or another object of this one.
@@ -70,7 +70,7 @@ class RunLock:
         handle = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o644)  # a disk may be remounted read-only meanwhile
         if _try_lock(handle) is None:
             os.close(handle)
-            handle = os.open(self.path, os.O_RDWR)  # as network file systems want it
+            handle = os.open(self.path, os.O_RDWR)  # as network file systems require
         try:
             self._wait(handle)
             self.path.write_text(json.dumps(_myself()), encoding="utf-8")
@@ -80,18 +80,18 @@ class RunLock:
         self._handle = handle
 
     def release(self) -> None:
-        """Gives the lock back, whoever else of this object still wants it."""
+        """Releases the lock, even if contexts of `held` are still open."""
         self._users.clear()
         if self._handle is None:
             return
         handle, self._handle = self._handle, None
-        with suppress(OSError):  # the disk takes nothing any more
+        with suppress(OSError):  # the disk accepts no more writes
             self.path.write_text("")
         _unlock(handle)  # forked workers share the open file, so that closing it is not enough
         os.close(handle)
 
     def _wait(self, handle: int) -> None:
-        """Takes the lock; waits only where its holder is dead."""
+        """Acquires the lock; waits only if its holder is dead."""
         start = time.monotonic()
         while (taken := _try_lock(handle)) is not True:
             holder, waited = _read(self.path), time.monotonic() - start
@@ -125,7 +125,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the file says of the holder; nothing where it is being written."""
+    """The holder named in the file; empty while it is being written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -136,8 +136,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _may_be_passed_over(holder: dict[str, Any], *, locks: bool) -> bool:
     """Whether a holder is dead: a process of this host, or this SLURM job before it was requeued.
 
-    Without locks of the system, a process of another host counts as dead, and so does the number of this process, which
-    an earlier one had, as in containers.
+    Without file locks, a process of another host counts as dead, and so does a holder with this process's own id: an
+    earlier process had it, as happens in containers.
     """
     if holder.get("host") == socket.gethostname():
         process = holder.get("process")

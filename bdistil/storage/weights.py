@@ -17,23 +17,23 @@ from bdistil.errors import UserError, listed
 from bdistil.storage.checkpoint_files import State, read_state
 from bdistil.storage.files import atomic
 
-# Names that wrappers put into those of the weights: torch.compile, FSDP, activation checkpointing.
+# Components that wrappers insert into weight names: torch.compile, FSDP, activation checkpointing.
 INSIDE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Attributes under which training scripts keep the network, beside others that are not read.
+# Attributes under which training scripts keep the network; others are not read.
 WRAPPERS = {"module", "model", "network", "net"}
 
 
 def load_weights(network: nn.Module, path: Path, argument: str, *, new: Collection[str] = ()) -> None:
-    """Loads the weights in a checkpoint file, which is read without executing anything, into a module.
+    """Loads the weights of a checkpoint file into a module, without executing anything in the file.
 
-    One prefix of all names may differ, as that of an attribute (`model.`), of DDP (`module.`) or of torch.compile.
+    Names may differ by a common prefix, such as that of an attribute (`model.`), DDP (`module.`) or torch.compile.
 
     Args:
         network: the module.
         path: safetensors, or a file of `torch.save`, see `read_state`.
         argument: name of the argument with the path, for messages.
-        new: names of weights that stay where the file lacks them or has another shape, as a classifier of other
-            classes.
+        new: names of weights that are kept if the file lacks them or has another shape, for example those of a
+            classifier for other classes.
 
     Raises:
         UserError: there is no such file, it contains no weights, or names or shapes differ; the message counts the
@@ -65,7 +65,7 @@ def _plain_names(state: Mapping[str, Any]) -> State:
 
 
 def _plain(name: str) -> str:
-    """A name without what wrappers add to it."""
+    """A name without the components that wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in INSIDE)
 
 
@@ -74,12 +74,12 @@ class _Match:
     """The weights of a module compared with those in a file whose names begin with `prefix`.
 
     Attributes:
-        prefix: of the names in the file.
-        own_prefix: of the names in the module that the file does not have.
+        prefix: prefix of the names in the file.
+        own_prefix: prefix of the names in the module, absent in the file.
         same: values from the file, by name in the module.
         missing: names in the module that the file lacks.
         beyond: names in the file, under the prefix, that the module lacks.
-        shapes: names of weights with another shape or another kind of numbers, and both.
+        shapes: names of weights whose shape or kind of dtype differs, with the difference.
         outside: number of names in the file that do not begin with the prefix.
         total: number of names in the module.
     """
@@ -95,7 +95,7 @@ class _Match:
 
     @property
     def fits(self) -> bool:
-        """Whether the module can be loaded; of several attributes in a file only one with a usual name is taken."""
+        """Whether the module can be loaded; of several attributes in a file, only one with a usual name is accepted."""
         known = not self.outside or self.prefix.partition(".")[0] in WRAPPERS
         return known and not (self.missing or self.beyond or self.shapes)
 
@@ -118,10 +118,10 @@ class _Match:
 
 
 def _choose(own: State, state: State, new: set[str], where: str) -> _Match:
-    """The prefix under which a file has the weights of a module, or comes nearest.
+    """The match under the prefix where a file holds the weights of a module, or else the closest match.
 
     Raises:
-        UserError: the file has them under several prefixes, with different values.
+        UserError: the file holds them under several prefixes, with different values.
     """
     every = [_match(own, state, new, own_prefix, prefix) for own_prefix, prefix in sorted(set(_prefixes(own, state)))]
     fitting = [match for match in every if match.fits]
@@ -174,12 +174,12 @@ def _may_lack(name: str, value: Any, new: set[str]) -> bool:
 
 
 def _is_bookkeeping(name: str) -> bool:
-    """Whether a name is of `AveragedModel`, or of a counter of multiply-adds, and no weight."""
+    """Whether a name is that of a counter of `AveragedModel` or of a MAC profiler, not of a weight."""
     return name.rpartition(".")[2] in ("n_averaged", "total_ops", "total_params")
 
 
 def _differs(own: Any, there: Any) -> str | None:
-    """What the file has in place of a weight; None where it can be loaded."""
+    """How the entry in the file differs from a weight; None if it can be loaded."""
     if not isinstance(own, Tensor) or is_lazy(own):
         return None
     if not isinstance(there, Tensor):

@@ -1,4 +1,4 @@
-"""A teacher behind an API: each input is sent once; answers and queries are counted and kept on the disk."""
+"""A teacher behind an API: each input is sent once; answers and the query count are stored on the disk."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from bdistil.utils.paths import user_path
 
 Answers = Literal["logits", "probabilities", "labels"]
 LONGEST_WAIT = 60.0  # seconds between two attempts
-SMALLEST_PROBABILITY = 1e-7  # in place of one that an API rounds to 0; about the resolution of float32 near 1
+SMALLEST_PROBABILITY = 1e-7  # replaces 0 from an API that rounds; about the resolution of float32 near 1
 
 
 class ApiTeacher(nn.Module):
     """A function or an HTTP endpoint as a teacher (x -> logits), in place of a module.
 
-    An input is sent once, in this start or a later one, as float32, unchanged. A request that fails on the way is sent
-    again after a wait that doubles; one with a wrong answer is not.
+    An input is sent only once in all starts, as float32, unchanged. A request that fails in transit is retried with
+    exponential backoff; one with an invalid answer is not.
 
-    Limits: requests go out one after the other; `rate` holds for one process; a request that timed out, or was not
-    answered when the process was killed, counts as a query, as the API may have answered it.
+    Limits: requests are sequential; `rate` applies per process; a request that timed out, or was unanswered when the
+    process was killed, counts as a query, as the API may have answered it.
 
     Args:
-        ask: maps a batch, float32 (B, ...) in NumPy, to B answers, for example an `HttpEndpoint`. Where it raises an
-            error of a connection (of sockets, `requests`, `urllib`), one with a temporary HTTP status, or an
+        ask: maps a batch, float32 (B, ...) in NumPy, to B answers, for example an `HttpEndpoint`. If it raises a
+            connection error (of sockets, `requests`, `urllib`), one with a temporary HTTP status, or an
             `ApiUnavailableError`, the batch is sent again.
         outputs: L.
-        cache: file of the answers and of the number of queries.
-        answers: `logits` (B, L); `probabilities` (B, L), of which the centred logarithm is taken; `labels` (B,), the
-            top-1 class, of which a one-hot of norm sqrt(L) is made.
-        name: identifies the API in the cache and in a run; change it with the model behind the API. The address of an
-            endpoint, or the name of a function of a module, by default; other callables need one.
-        budget: largest number of queries (samples) in all starts; None is no limit.
+        cache: file that stores the answers and the query count.
+        answers: `logits` (B, L); `probabilities` (B, L), converted to centred logarithms; `labels` (B,), the top-1
+            classes, converted to one-hots of norm sqrt(L).
+        name: identifies the API in the cache and in a run; change it if the model behind the API changes. By default
+            the address of an endpoint or the name of a module-level function; other callables need one.
+        budget: maximum number of queries (samples) in all starts; None for no limit.
         batch_size: samples per request.
-        rate: samples per second.
-        retries: further attempts of a request that failed.
-        backoff: seconds before the first of them.
+        rate: maximum number of samples per second.
+        retries: maximum number of retries of a failed request.
+        backoff: seconds before the first retry.
 
     Raises:
-        UserError: an argument is out of its range; `ask` has no name of its own; the cache is of another API.
+        UserError: an argument is out of its range; `ask` has no name of its own; the cache belongs to another API.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -88,7 +88,7 @@ class ApiTeacher(nn.Module):
             )
         self.ask, self.outputs, self.answers, self.budget = ask, outputs, answers, budget
         self.batch_size, self.rate, self.retries, self.backoff = batch_size, rate, retries, backoff
-        self._next_time = 0.0  # of `rate`
+        self._next_time = 0.0  # of the next request, by `rate`
         self.identity = f"{name or _own_name(ask)}, {answers} of {outputs} classes"
         self.cache = AnswerCache(user_path(cache, "cache"), self.identity)
 
@@ -108,7 +108,7 @@ class ApiTeacher(nn.Module):
 
         Raises:
             RunError: the API does not answer or its answers are invalid; the budget is spent.
-            UserError: x is no tensor, or contains NaN or infinity.
+            UserError: x is not a tensor, or contains NaN or infinity.
         """
         batch = _as_batch(x)
         keys = [_key(sample) for sample in batch]
@@ -140,7 +140,7 @@ class ApiTeacher(nn.Module):
             )
 
     def _send(self, keys: Sequence[bytes], batch: np.ndarray) -> None:
-        """Repeats a request until it is answered or the attempts are used up; each attempt counts in the budget."""
+        """Retries a request until it is answered or the attempts are used up; each attempt counts in the budget."""
         wait, reason = self.backoff, ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -165,18 +165,18 @@ class ApiTeacher(nn.Module):
             self._next_time = max(now, self._next_time) + samples / self.rate
 
     def _attempt(self, keys: Sequence[bytes], batch: np.ndarray) -> ApiUnavailableError | None:
-        """Sends a request once and records the answers; returns the error where none came."""
+        """Sends a request once and records the answers; returns the error if none came."""
         number = self.cache.sending(len(batch))
         failure = None
         try:
-            # Answers are recorded: they must not depend on the precision in which the caller happens to train.
+            # Answers are recorded, so they must not depend on the precision in which the caller trains.
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 answers = self.ask(batch)
         except Exception as error:
             failure = as_api_error(error)
             if failure is None:
                 raise
-        if failure is not None:  # handled here, as the error of a connection, which may name the address, is gone
+        if failure is not None:  # outside `except`, so that no chained error shows the address
             if failure.answered_nothing:
                 self.cache.refused(number)
             if isinstance(failure, ApiRefusedError):
@@ -194,9 +194,9 @@ class ApiTeacher(nn.Module):
 
 
 def _own_name(ask: Any) -> str:
-    """The name of an endpoint, or of a function of a module: what tells its answers from those of another API."""
+    """The name of an endpoint or module-level function, which distinguishes its answers from those of another API."""
     own = getattr(ask, "name", None) or getattr(ask, "__qualname__", None)
-    local = "<" in str(own) or inspect.ismethod(ask)  # a lambda, a function made in another one, a method of an object
+    local = "<" in str(own) or inspect.ismethod(ask)  # a lambda, a nested function, a bound method
     if isinstance(own, str) and not local:
         return own
     raise UserError(
@@ -220,11 +220,11 @@ def _key(sample: np.ndarray) -> bytes:
 
 
 def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple[np.ndarray, str]:
-    """Checks the answers of an API to B = `count` samples, as it returned them.
+    """Validates the raw answers of an API to B = `count` samples.
 
     Returns:
-        Rows (B, L), or (B, 1) of labels, with NaN in invalid ones; and a sentence about the fault, or "". It contains
-        none of the values.
+        Rows (B, L), or (B, 1) for labels, with NaN in invalid ones; and an error sentence without any of the values,
+        or "".
     """
     columns = 1 if kind == "labels" else outputs
     shape = (count,) if kind == "labels" else (count, outputs)
@@ -258,7 +258,7 @@ def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple
 def as_logits(rows: Tensor, kind: Answers, outputs: int) -> Tensor:
     """Converts the answers of an API, rows (B, L) or labels (B, 1), to logits (B, L).
 
-    `logits` stay; of `probabilities` the centred logarithm is taken; `labels` become one-hots of norm sqrt(L), that of
+    `logits` are unchanged; `probabilities` become centred logarithms; `labels` become one-hots of norm sqrt(L), that of
     a standard normal vector of L numbers.
     """
     if kind == "labels":

@@ -30,7 +30,7 @@ class AnswerCache:
     names the API and the kind of its answers.
 
     Raises:
-        UserError: the file is of another API, or is no such file.
+        UserError: the file belongs to another API, or is not such a cache.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
@@ -70,7 +70,7 @@ class AnswerCache:
             return {key: np.frombuffer(row[0], np.float32) for key, row in rows if row}
 
     def sending(self, samples: int) -> int:
-        """Records a request of so many samples before it is sent; returns its number."""
+        """Records a request of that many samples before it is sent; returns its number."""
         with self._open() as base, base:
             return int(base.execute("INSERT INTO requests (samples) VALUES (?)", (samples,)).lastrowid or 0)
 
@@ -82,7 +82,7 @@ class AnswerCache:
             base.execute("UPDATE requests SET outcome = 'answered' WHERE number = ?", (number,))
 
     def refused(self, number: int) -> None:
-        """Records that the API reported a request as not answered, which then is no query."""
+        """Records that the API reported a request as unanswered, so that it does not count as a query."""
         with self._open() as base, base:
             base.execute("UPDATE requests SET outcome = 'refused' WHERE number = ?", (number,))
 

@@ -1,4 +1,4 @@
-"""Warnings about a teacher that may be used wrongly: accuracy of a guess, unusual inputs, probabilities for logits."""
+"""Warnings about likely misuse of a teacher: chance accuracy, unusual inputs, probabilities instead of logits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bdistil.teachers.wrappers import AdaptedTeacher, per_channel
 
 
 def some_inputs(loader: Any, count: int = 64) -> Any:
-    """X (B, ...) of samples that are evenly spread over the dataset of a loader."""
+    """Inputs x (B, ...) of samples evenly spread over the dataset of a loader."""
     data = loader.dataset
     return loader.collate_fn([data[number] for number in range(0, len(data), -(-len(data) // count))])[0]
 
 
 def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
-    """Warns of a teacher that is not better than guessing by three standard errors."""
+    """Warns if a teacher is not better than chance by three standard errors."""
     chance = 1 / outputs
     if accuracy < chance + 3 * (chance * (1 - chance) / samples) ** 0.5:
         rank_zero_warn(
@@ -29,9 +29,9 @@ def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
 
 
 def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
-    """Warns of samples x (B, ...), on the CPU, that do not look like those that a teacher was trained on.
+    """Warns if samples x (B, ...), on the CPU, do not look like the teacher's training data.
 
-    The data module may declare by `mean` and `std` how its images were normalised.
+    The data module may declare the normalisation of its images as `mean` and `std`.
     """
     adapted = teacher if isinstance(teacher, AdaptedTeacher) else None
     expected = expectation_of(adapted.network if adapted else teacher)
@@ -60,7 +60,7 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
 
 
 def warn_of_probabilities(answers: Tensor) -> None:
-    """Warns of a teacher whose outputs (B, L) are probabilities in place of logits."""
+    """Warns if the outputs (B, L) of a teacher are probabilities instead of logits."""
     if bool((answers >= 0).all()) and bool(((answers.sum(-1) - 1).abs() < 1e-3).all()):
         rank_zero_warn(
             "The teacher's outputs sum to 1: they look like probabilities, but logits are expected. "

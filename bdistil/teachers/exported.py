@@ -20,10 +20,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class TorchScriptTeacher(nn.Module):
-    """A file of `torch.jit.save` as a teacher. Such a file is code: load only files of people you trust.
+    """A file of `torch.jit.save` as a teacher. Such a file is code: load only files from people you trust.
 
     Args:
-        path: of the file.
+        path: TorchScript file.
 
     Raises:
         UserError: there is no such file, or it is not TorchScript.
@@ -54,17 +54,17 @@ class TorchScriptTeacher(nn.Module):
 
 
 class OnnxTeacher(nn.Module):
-    """An ONNX file as a teacher, run by onnxruntime; on the CPU unless `providers` names another one.
+    """An ONNX file as a teacher, run by onnxruntime; on the CPU unless `providers` names another device.
 
     Args:
-        path: of the file; its only input is x (B, ...), with a dynamic batch dimension. One of integers takes an x of
-            integers only.
-        output: name of the output (B, L) to take; the first one of real numbers by default.
-        providers: of onnxruntime, best first, for example ``["CUDAExecutionProvider", "CPUExecutionProvider"]``.
+        path: ONNX file; its only input is x (B, ...), with a dynamic batch dimension. An integer input accepts only
+            integer x.
+        output: name of the output (B, L) to use; by default the first one of real numbers.
+        providers: onnxruntime providers, best first, for example ``["CUDAExecutionProvider", "CPUExecutionProvider"]``.
 
     Raises:
-        UserError: onnxruntime is not installed; no such file or not ONNX; more than one input, or one that is no
-            tensor of numbers; a fixed batch; an output that is not there, or is no tensor of numbers.
+        UserError: onnxruntime is not installed; the file is missing or not ONNX; more than one input, or one that is
+            not a numeric tensor; a fixed batch size; an output that is missing or not a numeric tensor.
     """
 
     trained = True
@@ -99,7 +99,7 @@ class OnnxTeacher(nn.Module):
 
     @property
     def identity(self) -> str:
-        """Sha256 of the file and of the files beside it that hold its weights, and the output's name."""
+        """Sha256 of the file and its external weight files, and the output's name."""
         import onnx
 
         path = Path(self.path)
@@ -123,10 +123,10 @@ class OnnxTeacher(nn.Module):
         return torch.from_numpy(np.array(answer, np.float32)).to(x.device)
 
     def _converted(self, x: Tensor) -> Array:
-        """X in the type of the input; a real number is never made an integer, and no integer wraps around.
+        """Converts x to the dtype of the input; real numbers never become integers, and integers never wrap around.
 
         Raises:
-            UserError: x has real numbers, or integers beyond the type.
+            UserError: x has real numbers for an integer input, or integers out of range.
         """
         kind = np.dtype(_DTYPES[self.input.type])
         if kind.kind == "f":
@@ -164,8 +164,8 @@ def _choose_output(types: Mapping[str, str], name: str | None, path: str) -> str
 
     Args:
         types: ONNX types of the outputs by name.
-        name: as given by the user; None for the first output of real numbers.
-        path: of the file.
+        name: name given by the user; None for the first output of real numbers.
+        path: ONNX file, for messages.
     """
     if name is not None and name not in types:
         raise UserError(f"Expected `output` to be one of {list(types)} in {path}, got {name!r}.")

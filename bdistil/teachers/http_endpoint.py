@@ -12,17 +12,17 @@ import numpy as np
 
 from bdistil.errors import RunError, UserError
 
-# Errors of the user's own files, which are OSErrors like those of a connection.
+# Errors from the user's own file access, which are OSErrors like connection errors.
 OF_FILES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class ApiUnavailableError(Exception):
-    """The API did not answer this time; another attempt may help. A function of the user may raise it.
+    """The API did not answer; a retry may help. Functions of the user may raise it.
 
     Args:
-        reason: without addresses, keys or contents.
-        answered_nothing: the API itself reported it, so that it has counted no query.
-        wait: seconds to wait, by its Retry-After header.
+        reason: text without addresses, keys or contents.
+        answered_nothing: whether the API itself reported the failure, so that it counted no query.
+        wait: seconds to wait, from its Retry-After header.
     """
 
     def __init__(self, reason: str, *, answered_nothing: bool = False, wait: float = 0.0) -> None:
@@ -31,11 +31,11 @@ class ApiUnavailableError(Exception):
 
 
 class ApiRefusedError(RunError):
-    """The API refuses to answer; another attempt does not help.
+    """The API refuses to answer; a retry does not help.
 
     Args:
-        message: without addresses, keys or contents.
-        answered_nothing: the API itself reported it, so that it has counted no query.
+        message: text without addresses, keys or contents.
+        answered_nothing: whether the API itself reported the failure, so that it counted no query.
     """
 
     def __init__(self, message: str, *, answered_nothing: bool) -> None:
@@ -44,7 +44,7 @@ class ApiRefusedError(RunError):
 
 
 def is_temporary(status: int) -> bool:
-    """Whether a request may be repeated after an HTTP status of a server or a proxy, see docs/mekd.md.
+    """Whether a request may be retried after an HTTP status of a server or a proxy, see docs/mekd.md.
 
     >>> [status for status in (404, 429, 500, 501, 505, 529) if is_temporary(status)]
     [429, 500, 529]
@@ -53,7 +53,7 @@ def is_temporary(status: int) -> bool:
 
 
 def status_error(status: int, headers: Any = None, hint: str = "") -> ApiUnavailableError | ApiRefusedError:
-    """The error of an answer with an HTTP status that is no success."""
+    """The error for an unsuccessful HTTP status."""
     if is_temporary(status):
         wait = _seconds(headers.get("Retry-After") if hasattr(headers, "get") else None)
         return ApiUnavailableError(f"HTTP status {status}", answered_nothing=True, wait=wait)
@@ -62,7 +62,7 @@ def status_error(status: int, headers: Any = None, hint: str = "") -> ApiUnavail
 
 
 def as_api_error(error: Exception) -> ApiUnavailableError | ApiRefusedError | None:
-    """What an error of the user's function says of the API; None if it is an error of the function itself.
+    """Converts an error from the user's function to an API error; None if the function itself failed.
 
     An HTTP status is read from `requests`, `urllib`, `httpx` and clients built on them. An OSError, such as those of
     sockets, `requests` and `urllib`, means that no answer came.
@@ -95,7 +95,7 @@ class HttpEndpoint:
         response_field: field of the JSON that is expected.
 
     Raises:
-        UserError: `url` is no address, or contains a secret; the environment variable is not set.
+        UserError: `url` is not an address, or contains a secret; the environment variable is not set.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class HttpEndpoint:
         """Answers to a batch (B, ...), as parsed from JSON, unchecked.
 
         Raises:
-            ApiUnavailableError: another attempt may help.
-            ApiRefusedError: another attempt does not help.
+            ApiUnavailableError: a retry may help.
+            ApiRefusedError: a retry does not help.
         """
         body = json.dumps({self.request_field: batch.tolist()}).encode()
         response = self._post(body)
-        if isinstance(response, str):  # raised here, as the exception of requests, which names the address, is gone
+        if isinstance(response, str):  # outside `except`, so that no chained error shows the address
             raise ApiUnavailableError(response, answered_nothing=False)
         status = response.status_code
         if status != 200:

@@ -71,17 +71,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class LocalApi:
-    """A network behind a real HTTP server on loopback, trained at the first request where it has no weights.
+    """A network behind a real HTTP server on loopback, trained at the first request if it has no weights.
 
-    Give it to `ApiTeacher` in place of an `HttpEndpoint`: its caller has access to the answers only.
+    Pass it to `ApiTeacher` instead of an `HttpEndpoint`; the caller has access to the answers only.
 
     Args:
         network: maps x to logits (B, L).
-        checkpoint: file of its weights; trained and written there if it is missing. Recorded answers are found by its
-            path: give other weights another file.
+        checkpoint: file of the weights; if it is missing, the network is trained and saved there. Recorded answers
+            are keyed by its path: use another file for other weights.
         data: training and validation data.
-        answers: kind of the answers, as of the ApiTeacher.
-        epochs: number of epochs of the training.
+        answers: kind of answers, as for `ApiTeacher`.
+        epochs: number of training epochs.
         lr: learning rate of the training.
         seed: seed of the training.
     """
@@ -103,7 +103,7 @@ class LocalApi:
 
     @property
     def name(self) -> str:
-        """What tells its answers from those of another network; the same in every start, also before the training."""
+        """Identifies its answers among those of other networks; the same in every start, even before training."""
         training = f"seed {self.seed}, {self.epochs} epochs, lr {self.lr:g}"
         return f"local {type(self.network).__name__} in {self.checkpoint}, {training}"
 

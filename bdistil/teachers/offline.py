@@ -22,19 +22,19 @@ PARTS = ("train", "val", "test")
 
 
 class OfflineTeacher(nn.Module):
-    """Logits of all samples in place of a teacher; row i is the answer to sample i of the dataset of a loader.
+    """Precomputed logits in place of a teacher; row i belongs to sample i of the dataset of a loader.
 
-    Where a sampler chooses the samples of a part, rows are still those of the whole dataset.
+    If a sampler selects the samples of a part, rows still refer to the whole dataset.
 
-    A run reads them by sample number: x must not be augmented at random, as there is no teacher to answer other inputs.
+    Logits are looked up by sample number: x must not be augmented at random, as no teacher can evaluate other inputs.
     The cost of the teacher is unknown and written as 0.
 
     Args:
         train: logits (N, L) of the training part: a tensor, an array, a ``.npy`` file, or a ``.safetensors`` file with
             one tensor, with one named ``logits``, or with one for each part (``train``, ``val`` and ``test``). Without
-            `val`, of all parts one after the other: training, validation, and the test part if there is one.
-        val: those of the validation part.
-        test: those of the test part; without them the run reports no test figures of the teacher.
+            `val`, it holds all parts in sequence: training, validation, and the test part if there is one.
+        val: logits of the validation part.
+        test: logits of the test part; without them the run reports no test figures of the teacher.
 
     Raises:
         UserError: a table cannot be read, is not (N, L), or has another L than the others; `test` without `val`.
@@ -80,11 +80,11 @@ class OfflineTeacher(nn.Module):
         return digest.hexdigest()
 
     def check(self, samples: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None = None) -> None:
-        """Compares the number of rows with the number of samples of each part; takes a table of all parts apart.
+        """Compares the number of rows with the number of samples of each part; splits a table of all parts.
 
         Args:
-            samples: of the dataset, by name of the part; the test part may be missing.
-            chosen: numbers of the samples that a sampler gives, of a part for which it does not give all.
+            samples: number of samples in the dataset, by name of the part; the test part may be missing.
+            chosen: numbers of the samples that a sampler yields, for parts where it does not yield all.
 
         Raises:
             UserError: they differ.
@@ -109,12 +109,12 @@ class OfflineTeacher(nn.Module):
             )
 
     def rows(self, part: str, index: np.ndarray[Any, Any]) -> Tensor:
-        """Logits (B, L) float32 of samples of a part, by their number among those that are given."""
+        """Logits (B, L) float32 of samples of a part, by their number among the chosen ones."""
         index = np.asarray(self._chosen[part])[index] if part in self._chosen else index
         return torch.from_numpy(np.asarray(self.tables[part][index], np.float32))
 
     def forward(self, x: Any) -> Tensor:
-        """Refused: there is no teacher to answer x.
+        """Always fails: there is no teacher to evaluate x.
 
         Raises:
             UserError: always.
@@ -126,7 +126,7 @@ class OfflineTeacher(nn.Module):
 
 
 def as_teacher(teacher: Any) -> nn.Module:
-    """A teacher as a module: itself, or tables of its logits as an `OfflineTeacher`.
+    """Converts a teacher to a module: tables of its logits become an `OfflineTeacher`, a module is unchanged.
 
     Raises:
         UserError: it is neither.
@@ -148,19 +148,19 @@ def as_teacher(teacher: Any) -> nn.Module:
 
 
 def table_of(teacher: nn.Module) -> OfflineTeacher | None:
-    """The table of logits that stands for a teacher, frozen or not; None of any other teacher."""
+    """The `OfflineTeacher` of a table of logits, frozen or not; None for any other teacher."""
     inner = getattr(teacher, "module", teacher)
     return inner if isinstance(inner, OfflineTeacher) else None
 
 
 def declared_outputs(teacher: nn.Module) -> int | None:
-    """L of a teacher, frozen or not, that declares it: an API or a table; None of any other, which has to be run."""
+    """L as declared by a teacher, frozen or not: an API or a table; None for any other, which has to be run."""
     inner: Any = getattr(teacher, "module", teacher)
     return int(inner.outputs) if isinstance(inner, ApiTeacher | OfflineTeacher) else None
 
 
 def read_table(table: Table, part: str) -> np.ndarray[Any, Any]:
-    """Logits (N, L) of a part in NumPy, those of a ``.npy`` file without reading them into memory.
+    """Logits (N, L) of a part in NumPy, memory-mapped from a ``.npy`` file.
 
     Raises:
         UserError: they cannot be read, or are not of that form.

@@ -27,9 +27,9 @@ class TeacherSpec:
 
     Attributes:
         network: maps x to logits (B, L).
-        checkpoint: a safetensors file, or one of `torch.save`, with its weights. Without it the recipe trains it.
+        checkpoint: safetensors or `torch.save` file with its weights; without one the recipe trains the network.
         epochs: number of epochs on the training part.
-        lr: largest learning rate; it follows a cosine over the epochs.
+        lr: peak learning rate; it follows a cosine over the epochs.
         weight_decay: weight decay of the optimizer.
         optimizer: `adamw`, or `sgd` with a Nesterov momentum of 0.9.
         warmup: number of epochs in which the learning rate rises linearly to `lr`.
@@ -66,7 +66,7 @@ class TeacherSpec:
 
 
 class TeacherTraining(pl.LightningModule):
-    """Trains a teacher with cross entropy, binary for several labels, or with the squared error of a regression.
+    """Trains a teacher with cross entropy (binary for multilabel tasks), or with squared error for regression.
 
     Args:
         spec: network and schedule.
@@ -90,7 +90,7 @@ class TeacherTraining(pl.LightningModule):
         return F.cross_entropy(answers, y, label_smoothing=self.spec.label_smoothing)
 
     def validation_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> None:
-        """Adds the accuracy (of several labels, their mean), or the squared error, of a batch."""
+        """Accumulates the accuracy (for multilabel tasks, its mean over labels) or the squared error of a batch."""
         x, y, _ = batch
         answers = at_least_float32(run_teacher(self.network, x))
         if self.task == "regression":

@@ -1,4 +1,4 @@
-"""Wrappers of teachers: frozen, with other inputs or outputs than the students, several as one."""
+"""Teacher wrappers: frozen, adapted to the students' inputs and outputs, or an average of several."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class FrozenTeacher(nn.Module):
     def fingerprint(self) -> str:
         """Sha256 over the state of a teacher; equal for equal teachers.
 
-        Attributes and functions are not part of it: when a run goes on, its answers are compared, too.
+        Attributes and functions are not part of it: when a run resumes, the teacher's outputs are compared, too.
 
-        State is all weights and buffers, other state such as packed weights of int8, code and constants of scripted
+        State is all weights and buffers, other state such as packed int8 weights, code and constants of scripted
         modules, and the attribute `identity` of modules that have one. A compiled module equals the plain one.
         """
         digest = hashlib.sha256()
@@ -82,7 +82,7 @@ def _content(value: Any) -> bytes:
         return b"".join(map(_content, value))
     if isinstance(value, dict):
         return b"".join(_content(part) for pair in value.items() for part in pair)
-    return re.sub(r" at 0x\w+", "", repr(value)).encode()  # an address is of one process
+    return re.sub(r" at 0x\w+", "", repr(value)).encode()  # addresses differ between processes
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
@@ -97,18 +97,18 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def comes_trained(network: nn.Module) -> bool:
-    """Whether a recipe has nothing to train in a network: its attribute `trained`, False where it has none."""
+    """Whether a network needs no training in a recipe: its attribute `trained`, False by default."""
     return bool(getattr(network, "trained", False))
 
 
 def run_teacher(network: nn.Module, x: Any) -> Tensor:
-    """Logits (B, L) of a teacher to x, whose real numbers are converted to the precision of its weights.
+    """Logits (B, L) of a teacher for x, whose real numbers are converted to the precision of its weights.
 
-    A teacher may return its logits in a larger answer: as the attribute or key ``logits``, as the only value of a
-    mapping, or first in a tuple. x of several parts may be given in several arguments, see `call_on`.
+    A teacher may return its logits in a larger structure: as the attribute or key ``logits``, as the only value of a
+    mapping, or first in a tuple. x of several parts may be unpacked into several arguments, see `call_on`.
 
     Raises:
-        UserError: the answer holds no logits, or an operator of the network does not exist for the device of x.
+        UserError: the output holds no logits, or an operator of the network is missing on the device of x.
 
     Example:
         >>> run_teacher(nn.Linear(2, 3).double(), torch.zeros(1, 2)).dtype
@@ -145,17 +145,17 @@ def _logits_in(answer: Any, network: nn.Module) -> Tensor:
 
 
 class AdaptedTeacher(nn.Module):
-    """A teacher with another normalisation, resolution or kind of output than the students; it reads the same x.
+    """Adapts a teacher with another normalisation, resolution or kind of output to the x of the students.
 
     Args:
         network: maps its own inputs to logits (B, L).
-        mean: per channel, with which the network's training data were normalised; that of a network of timm by default.
-        std: likewise.
-        data_mean: per channel, with which x is normalised; 0 where it is not.
-        data_std: likewise; 1 where it is not.
-        size: (H, W), or the side, to which images (B, C, H, W) are scaled; None leaves their size.
-        axis: of the channels in a batch.
-        probabilities: the network returns probabilities, of which the logarithm is taken.
+        mean: mean per channel in the normalisation of the network's training data; by default that of a timm network.
+        std: standard deviation per channel, likewise.
+        data_mean: mean per channel in the normalisation of x; 0 if x is not normalised.
+        data_std: standard deviation per channel, likewise; 1 if x is not normalised.
+        size: (H, W), or the side, to which images (B, C, H, W) are scaled; None keeps their size.
+        axis: axis of the channels in a batch.
+        probabilities: whether the network returns probabilities; their logarithm is taken.
 
     Raises:
         UserError: a standard deviation or a size that is not positive.
@@ -187,10 +187,10 @@ class AdaptedTeacher(nn.Module):
         self.register_buffer("scale", self.data_std / own_std)
         self.register_buffer("shift", (self.data_mean - own_mean) / own_std)
         self.trained = comes_trained(network)
-        self.identity = f"{self.size} {axis} {probabilities}"  # what decides the logits beside weights
+        self.identity = f"{self.size} {axis} {probabilities}"  # settings that affect the logits besides the weights
 
     def normalised(self, x: Tensor) -> Tensor:
-        """X (B, C, ...) with the normalisation of the network, in the size of the data."""
+        """Converts x (B, C, ...) to the network's normalisation; its size is unchanged."""
         after = [1] * (x.ndim - 1 - self.axis % x.ndim)
         return x * self.scale.reshape(-1, *after) + self.shift.reshape(-1, *after)
 
@@ -217,10 +217,10 @@ class AveragedTeacher(nn.Module):
     Args:
         networks: each maps x to logits (B, L).
         of: `probabilities` returns the logarithm of the mean of the softmax probabilities; `logits` the mean of the
-            logits, which regression needs.
+            logits, as regression needs.
 
     Raises:
-        UserError: no network, or another `of`.
+        UserError: no network, or an unknown `of`.
     """
 
     def __init__(self, networks: list[nn.Module], of: Literal["probabilities", "logits"] = "probabilities") -> None:

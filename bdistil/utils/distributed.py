@@ -1,4 +1,4 @@
-"""Collective operations; with one process each is the identity."""
+"""Collective operations; with a single process each is the identity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _active() -> bool:
 
 
 class Sharers(NamedTuple):
-    """The processes that share a disk: the rank of this one among them, their number, whether process 0 is one."""
+    """The processes that share a disk: this one's rank among them, their number, whether process 0 is among them."""
 
     rank: int
     size: int
@@ -31,7 +31,7 @@ _sharers: Sharers | None = None
 
 @contextmanager
 def within(sharers: Sharers | None) -> Iterator[None]:
-    """Context for work of which every disk gets a copy: ranks are those among its sharers, sums count one copy."""
+    """Context for work repeated on every disk: ranks are those within `sharers`, and sums count one disk only."""
     global _sharers
     before, _sharers = _sharers, sharers
     try:
@@ -41,7 +41,7 @@ def within(sharers: Sharers | None) -> Iterator[None]:
 
 
 def sharers_of(folder: Path) -> Sharers | None:
-    """Finds the processes that share a folder, with any launcher; None with one process."""
+    """Finds the processes that see the same folder, under any launcher; None with a single process."""
     if not _active():
         return None
     place = folder / f".processes.{from_first(uuid4().hex)}"
@@ -65,7 +65,7 @@ def rank() -> int:
 
 
 def early_rank() -> int:
-    """Rank of this process even before there is a process group, from the launcher."""
+    """Rank of this process as set by the launcher, available before the process group is initialised."""
     return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
@@ -83,7 +83,7 @@ def barrier() -> None:
 
 
 def _collective_device() -> torch.device:
-    """The device of tensors that the backend reduces: NCCL on the GPU, gloo on the CPU."""
+    """Device that the backend requires for tensors: the GPU for NCCL, the CPU for gloo."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
@@ -145,10 +145,10 @@ def share(tensors: Iterable[Tensor]) -> None:
 
 
 def my_blocks(total: int, block: int) -> list[tuple[int, int]]:
-    """The rows of this process, as (low, high) of whole blocks.
+    """The rows assigned to this process, as (low, high) of whole blocks.
 
-    With whole blocks a row is computed in the same batch for any number of processes: the last bits of a batched
-    product depend on the batch.
+    Whole blocks keep each row in the same batch for any number of processes: the last bits of a batched product
+    depend on the batch.
     """
     lows = list(range(0, total, block))
     first, last = len(lows) * rank() // world_size(), len(lows) * (rank() + 1) // world_size()

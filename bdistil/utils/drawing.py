@@ -1,4 +1,4 @@
-"""Pictures are drawn alike everywhere: without the backend of a notebook, and without the user's matplotlibrc."""
+"""Reproducible figures, independent of a notebook's matplotlib backend and of the user's matplotlibrc."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from importlib.util import find_spec
 
 
 def drop_missing_backend() -> None:
-    """Removes MPLBACKEND where it names a module that is not installed, or a backend that matplotlib does not know.
+    """Unsets MPLBACKEND if it names a module that is not installed or a backend unknown to matplotlib.
 
-    The kernel of a notebook exports its own backend to the programs that it starts, also to those of another
-    environment. matplotlib, and torchmetrics with it, could not be imported there.
+    A notebook kernel exports its own backend to the programs it starts, even those of another environment, where
+    importing matplotlib, and with it torchmetrics, would then fail.
     """
     name = os.environ.get("MPLBACKEND", "")
     if name and not (_is_installed(name) if name.startswith("module://") else _is_known(name)):
@@ -27,7 +27,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _is_known(name: str) -> bool:
-    """Whether matplotlib knows a backend, which it then takes; it cannot be imported while MPLBACKEND is unknown."""
+    """Whether matplotlib knows a backend, which it then selects; it cannot be imported while MPLBACKEND is unknown."""
     del os.environ["MPLBACKEND"]
     import matplotlib
 
@@ -42,7 +42,7 @@ def _is_known(name: str) -> bool:
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Matplotlib's own defaults in place of the user's, which may ask for LaTeX or other fonts; also a decorator."""
+    """Context or decorator for matplotlib's own defaults; those of the user may require LaTeX or other fonts."""
     import matplotlib.style
 
     with matplotlib.style.context("default"):

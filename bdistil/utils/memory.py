@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     """Makes glibc keep up to 256 MiB of freed memory for the next batch; returns whether it does.
 
     Otherwise the activations of every batch are fresh pages, which the system has to clear: a stage of a small
-    convolutional student takes up to 2.2 times as long at batch 256. Does nothing without glibc, or where the user has
-    set one of its variables `MALLOC_…_`.
+    convolutional student takes up to 2.2 times as long at batch 256. Does nothing without glibc, or if the user has
+    set one of its `MALLOC_…_` variables.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False

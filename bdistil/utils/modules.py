@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module into eval mode; afterwards each of its submodules has the mode it had before.
+    """Context that puts a module into eval mode and then restores the mode of each submodule.
 
     >>> network = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
     >>> with eval_mode(network):
@@ -32,7 +32,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Context after which the buffers of a module have the values that they had before.
+    """Context that restores the buffers of a module at its end.
 
     >>> import torch
     >>> norm = nn.BatchNorm1d(2)
@@ -55,9 +55,9 @@ def module_device(module: nn.Module) -> torch.device:
 
 
 def structure_of(module: nn.Module) -> dict[str, str]:
-    """Kind and options of all submodules by name, as they print themselves; lazy ones are left out.
+    """Class and options of each submodule by name, as in its repr; lazy modules are left out.
 
-    Two modules with weights of the same shapes may differ in it, by an activation or a stride for example.
+    It distinguishes modules whose weights have the same shapes, for example by an activation or a stride.
 
     >>> structure_of(nn.Sequential(nn.ReLU(), nn.Dropout(0.1)))
     {'': 'Sequential()', '0': 'ReLU()', '1': 'Dropout(p=0.1, inplace=False)'}
@@ -67,7 +67,7 @@ def structure_of(module: nn.Module) -> dict[str, str]:
 
 
 def first_difference(there: Mapping[str, str] | None, now: Mapping[str, str]) -> str | None:
-    """The first difference of two structures, as text; None where there is none, or one of them is unknown."""
+    """The first difference between two structures, as text; None if they agree or `there` is unknown."""
     for name, value in now.items():
         if there is not None and there.get(name, value) != value:
             return f"{name or 'the module'} is {there[name]} there, {value} now"

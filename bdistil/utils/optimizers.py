@@ -1,4 +1,4 @@
-"""Optimizers of Lightning modules: AdamW on a cosine, the length of a schedule, and when steps may be fused."""
+"""Optimizers of Lightning modules: AdamW with a cosine schedule, schedule length, fused steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Interval = Literal["epoch", "step"]
 def adamw_cosine(
     parameters: Iterable[nn.Parameter], lr: float, length: int, interval: Interval = "epoch", **options: Any
 ) -> tuple[list[Optimizer], list[Any]]:
-    """AdamW with a rate that falls to 0 on a cosine, as `configure_optimizers` of Lightning returns them.
+    """AdamW with a cosine schedule down to 0, in the form that Lightning's `configure_optimizers` returns.
 
     Args:
         parameters: parameters to train.
-        lr: first learning rate.
-        length: of the schedule; 0 or less for a constant rate.
+        lr: initial learning rate.
+        length: number of intervals until the rate is 0; 0 or less for a constant rate.
         interval: unit of `length`.
         options: further arguments of AdamW.
 
@@ -49,7 +49,7 @@ def schedule_length(trainer: pl.Trainer) -> tuple[int, Interval]:
 
 
 def may_fuse(trainer: pl.Trainer) -> bool:
-    """Whether the steps of an optimizer may be fused.
+    """Whether a fused optimizer may be used.
 
     A gradient scaler (16-mixed) unscales outside the optimizer, which a fused step does not allow; Lightning does not
     clip gradients for a fused step in any mixed precision.

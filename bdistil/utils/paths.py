@@ -1,4 +1,4 @@
-"""Paths that users give."""
+"""Paths from user input."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from bdistil.errors import UserError
 
 
 def user_path(value: str | os.PathLike[str], argument: str) -> Path:
-    """A path as a user gave it, with ~ for the home folder, as a shell does not expand it after `=` or in a recipe.
+    """Converts a user's path and expands ~, which a shell leaves unexpanded after `=` and in a recipe.
 
     Args:
         value: the path.
-        argument: its name, for the message.
+        argument: name of the argument, for the error message.
 
     Raises:
-        UserError: it is empty, as a variable of a shell that is not set makes it, or names no user's home.
+        UserError: the path is empty, for example an unset shell variable, or its home folder is unknown.
 
     Example:
         >>> user_path("runs/digits", "run_dir").as_posix()

@@ -28,13 +28,13 @@ def reseed(*key: object) -> None:
     np.random.seed(seed)
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # the same, without seeds for devices that may appear later, which take a millisecond
+    else:  # skips seeding devices that may appear later, which takes a millisecond
         torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
 def drawn_from(*key: object) -> Iterator[None]:
-    """Context in which the CPU generators of Python, NumPy and torch are seeded from a key; then they are as before."""
+    """Context that seeds the CPU generators of Python, NumPy and torch from a key and restores them afterwards."""
     with isolate_rng(include_cuda=False):
         seed_cpu(seed_of(*key))
         yield

@@ -1,7 +1,7 @@
-"""Handlers of SIGTERM and SIGUSR1, which end a run cleanly and at once, with a message and status 1.
+"""Handlers of SIGTERM and SIGUSR1 that end a run cleanly and immediately, with a message and exit status 1.
 
-At once and not at the end of the epoch: the time between a scheduler's signal and its kill may be shorter than an
-epoch, and the next start goes on from the last saved epoch anyway.
+They do not wait for the end of the epoch: a scheduler may kill the process before that, and the next start resumes
+from the last saved epoch anyway.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bdistil.utils import distributed
 
-LOOK = 1.0  # seconds between two looks at whether the parent is still there
+LOOK = 1.0  # seconds between checks that the parent is alive
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 def end_with_parent() -> None:
-    """Has this process get SIGTERM once the process that started it is gone, also if that was killed outright.
+    """Sends SIGTERM to this process once its parent has ended, even if the parent was killed.
 
-    Otherwise it would go on alone, and hold on to what the next start needs.
+    Otherwise it would keep running as an orphan and hold resources that the next start needs.
     """
     parent = os.getppid()
 
@@ -38,18 +38,18 @@ def end_with_parent() -> None:
 
 
 class Interrupted(SystemExit):
-    """A signal stopped the run. Where nothing catches it, Python prints its text and exits with status 1."""
+    """Raised when a signal stops the run. If uncaught, Python prints its message and exits with status 1."""
 
 
 class StopSignals(pl.Callback):
     """Context in which a signal raises `Interrupted` in the main thread; also a callback of Trainers inside it.
 
-    Lightning's own handlers are replaced during training. Its handler of SIGUSR1 under SLURM writes a checkpoint in the
-    middle of an epoch, which the next round would load. That of SIGTERM makes a collective call, which waits for ever
-    where the other processes are in another one.
+    Lightning's own handlers are replaced during training. Under SLURM, its SIGUSR1 handler writes a checkpoint in the
+    middle of an epoch, which the next round would load. Its SIGTERM handler makes a collective call, which deadlocks
+    if the other processes are in a different one.
 
     Args:
-        text: returns the message, when it is needed.
+        text: returns the message; called only when needed.
     """
 
     def __init__(self, text: Callable[[], str]) -> None:
@@ -85,16 +85,16 @@ class StopSignals(pl.Callback):
         self.watch(trainer)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stops where the exception was lost."""
+        """Raises the exception again if it was lost."""
         self.check()
 
     def check(self) -> None:
-        """Raises again where the first exception was lost, as in a finaliser."""
+        """Raises again if the first exception was lost, for example in a finaliser."""
         if self.received:
             raise self.interruption()
 
     def interruption(self) -> Interrupted:
-        """The exception, with the message on process 0 unless it is printed already."""
+        """The exception to raise; on process 0 with the message, unless that was printed already."""
         return Interrupted(self.text() if distributed.early_rank() == 0 and not self.printed else 1)
 
     def print(self) -> None:
@@ -112,6 +112,6 @@ class StopSignals(pl.Callback):
         if self.received:  # stopping already
             return
         self.received = True
-        if hasattr(self._launcher, "procs"):  # started by Lightning; torchrun and SLURM signal theirs
+        if hasattr(self._launcher, "procs"):  # started by Lightning; torchrun and SLURM signal their own
             self._launcher.kill(number)
         raise self.interruption()

@@ -16,14 +16,14 @@ Result = TypeVar("Result")
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int = 2
 ) -> Iterator[Result]:
-    """Like `map`, with the calls made by threads; results, and the first error, come in the order of the items.
+    """Like `map`, with the calls made by threads; results and the first error keep the order of the items.
 
     Args:
-        function: called once for each item. It should release Python's lock most of the time, as large operations of
-            torch and reads and writes of files do. torch uses one thread inside it.
+        function: called once for each item. It should release the GIL most of the time, as large torch operations
+            and file I/O do. torch uses one thread inside it.
         items: iterated in the calling thread.
         threads: number of threads; with 0 the calling thread makes the calls.
-        ahead: calls in flight for each thread, at most.
+        ahead: maximum number of calls in flight per thread.
     """
     if not threads:
         yield from map(function, items)

@@ -1,4 +1,4 @@
-"""Rows of batches of any structure: tensors, also packed sequences, in tuples, lists, mappings and dataclasses."""
+"""Row operations on nested batches: tensors and packed sequences in tuples, lists, mappings and dataclasses."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def device_of(x: Any) -> torch.device:
 
 
 def row_count(x: Any) -> int:
-    """Number of samples B of a batch, the length of all its tensors; those without dimensions are shared by all.
+    """Number of samples B of a batch, the common length of its tensors; 0-d tensors are shared by all samples.
 
     Raises:
-        UserError: there is no such number, so that one sample cannot be cut out of the batch.
+        UserError: the lengths differ or there are none, so the batch cannot be split into samples.
 
     Example:
         >>> row_count({"ids": torch.zeros(3, 7), "mask": torch.zeros(3, 7)})
@@ -58,7 +58,7 @@ def _length(leaf: Tensor | PackedSequence) -> int:
 
 
 def take_rows(x: Any, rows: Tensor | slice) -> Any:
-    """Some samples of a batch, in its structure; plain values in lists of B are taken likewise.
+    """Selects samples of a batch and keeps its structure; lists of B plain values are indexed likewise.
 
     Args:
         x: a batch (B, ...).
@@ -96,12 +96,12 @@ def _packed_rows(packed: PackedSequence, rows: Tensor | slice) -> PackedSequence
 
 
 def map_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A batch with a function of each of its tensors in their places."""
+    """Applies a function to each tensor of a batch and keeps the structure."""
     return function(x) if isinstance(x, Tensor) else apply_to_collection(x, Tensor, function)
 
 
 def joined_rows(batches: Sequence[Any]) -> Any:
-    """One batch of the samples of several, of the same structure; padded with zeros where their lengths differ.
+    """Concatenates batches of the same structure, with zero-padding if the lengths of their samples differ.
 
     Example:
         >>> joined_rows([{"ids": torch.ones(1, 2)}, {"ids": torch.ones(1, 3)}])["ids"].tolist()

@@ -1,4 +1,4 @@
-"""Batches of a user's loader as (x, y): pairs, mappings with a key for the labels, or x alone."""
+"""Converts batches of a user's loader to (x, y): from pairs, mappings with a key for the labels, or x alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bdistil.metrics.quality import UNLABELLED
 
 
 class PairCollate:
-    """A collate function whose batches are (x, y): those of another one, split, with y as a tensor.
+    """Wraps a collate function so that its batches are (x, y), with y as a tensor.
 
     Args:
-        collate: of the user's loader.
+        collate: collate function of the user's loader.
         labels: key of y in a batch that is a mapping; None where the batch is x alone, without labels.
         ignore_index: class number of a sample without a label; it becomes `UNLABELLED`.
-        name: of the user's method, for messages.
+        name: name of the user's method, for messages.
 
     Example:
         >>> collate = PairCollate(lambda rows: {"ids": torch.tensor([[1, 2]]), "labels": [3]})
@@ -82,14 +82,14 @@ def _form(batch: Any) -> str:
 
 
 def as_labels(labels: Any, ignore_index: int = UNLABELLED) -> Tensor:
-    """Labels of a batch, of any type, as a tensor: whole numbers as int64.
+    """Converts the labels of a batch, of any type, to a tensor; integers become int64.
 
-    Lists and arrays are converted; a list of L tensors (B,), which torch's collate function makes of items with a list
-    of L numbers, becomes (B, L), and a column (B, 1) of whole numbers becomes (B,). Whole numbers equal to
-    `ignore_index` become `UNLABELLED`.
+    Lists and arrays are converted; a list of L tensors (B,), as torch's collate function builds from items with L
+    numbers, becomes (B, L), and a column (B, 1) of integers becomes (B,). Integers equal to `ignore_index` become
+    `UNLABELLED`.
 
     Raises:
-        UserError: they are no numbers.
+        UserError: the labels are not numeric.
 
     Example:
         >>> as_labels(np.array([1, 255], np.uint8), ignore_index=255).tolist()
@@ -113,7 +113,7 @@ def as_labels(labels: Any, ignore_index: int = UNLABELLED) -> Tensor:
 def paired(
     loader: Any, labels: str | None = "labels", *, ignore_index: int = UNLABELLED, name: str = "train_dataloader"
 ) -> Any:
-    """A copy of a user's loader whose batches are (x, y), see `PairCollate`; what is no DataLoader stays as it is."""
+    """A copy of a user's loader whose batches are (x, y), see `PairCollate`; anything but a DataLoader is unchanged."""
     if not isinstance(loader, DataLoader) or isinstance(loader.collate_fn, PairCollate):
         return loader
     loader = copy.copy(loader)

@@ -18,13 +18,13 @@ from bdistil.utils.trees import joined_rows, row_count, take_rows
 
 
 def single_loader(loader: Any) -> Any:
-    """The loader, or the only one of a list, as some data modules return it; a list may also hold one batch."""
+    """Unwraps a list of one loader, as some data modules return it, unless its entry is a batch."""
     one = isinstance(loader, list | tuple) and len(loader) == 1
     return loader[0] if one and not isinstance(loader[0], list | tuple | Mapping | Tensor) else loader
 
 
 def first_samples(loader: Any, count: int, labels: str | None = "labels") -> Any:
-    """x (n, ...) of the first samples of a loader, or of a list of one, in the structure of x; n is at most `count`.
+    """x (n, ...) of the first n <= `count` samples of a loader, or of a list of one, in the structure of x.
 
     `labels` is the key of the labels in batches that are mappings; None where a batch is x alone.
     """
@@ -37,12 +37,12 @@ def first_samples(loader: Any, count: int, labels: str | None = "labels") -> Any
 
 
 def is_indexed(dataset: Any) -> bool:
-    """Whether a dataset has numbered samples, not a stream."""
+    """Whether a dataset is map-style with a length, not a stream."""
     return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
 def check_dataset(loader: Any, name: str) -> int:
-    """Number of samples of a loader that a user's method `name` returned; its dataset is indexed, its batches (x, y).
+    """Checks the loader that a user's method `name` returned; returns its number of samples.
 
     Raises:
         UserError: not one DataLoader; an iterable or empty dataset; batches that are not (x, y).
@@ -77,13 +77,13 @@ def check_dataset(loader: Any, name: str) -> int:
 
 
 def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
-    """Whether reading a sample twice gives two different x (random augmentation), of samples all over the dataset."""
+    """Whether two reads of a sample differ in x (random augmentation), tried on samples all over the dataset."""
     numbers = spread(len(cast(Sized, dataset)), tries)
     return not all(same_x(_x_of(dataset[index]), _x_of(dataset[index])) for index in numbers)
 
 
 def _x_of(item: Any) -> Any:
-    """An item without its label, where it is a pair."""
+    """An item without its label, if it is a pair."""
     return item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
 
 
@@ -102,10 +102,10 @@ def same_x(first: Any, second: Any) -> bool:
 
 
 def distinct_samples(loader: Any, read: int) -> int:
-    """Number of samples of an epoch that were read, without repeated ones.
+    """Number of distinct samples read in an epoch.
 
-    A `DistributedSampler` repeats samples to give every process as many. They are the last of their processes, so they
-    occur only where a whole epoch was read. `read` counts the samples that all processes have read.
+    A `DistributedSampler` repeats samples so that all processes get equally many. Repeats come last in a process, so
+    they occur only if a whole epoch was read. `read` counts the samples read by all processes.
     """
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:  # whole batches are repeated

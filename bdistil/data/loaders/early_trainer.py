@@ -1,4 +1,4 @@
-"""A Trainer for data modules that ask for one before there is one."""
+"""A temporary Trainer for data modules that need one before the fit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 def with_trainer(datamodule: pl.LightningDataModule) -> Iterator[None]:
     """Context in which a data module has a Trainer: its own, or one of a single process on the CPU.
 
-    In `setup` and the loaders many read ``self.trainer``, to divide a batch size by the number of processes for
-    example. Lightning sets it in a fit, but data are validated before.
+    Many read ``self.trainer`` in `setup` and their loaders, for example to divide a batch size by the number of
+    processes. Lightning sets it during a fit, but the data are validated before.
     """
     if datamodule.trainer is not None:
         yield

@@ -1,7 +1,7 @@
-"""Fingerprints of samples: of items as a dataset gives them, and of the rows of a batch on any device.
+"""Fingerprints of samples: of dataset items, and of the rows of a batch on any device.
 
-Whole numbers and texts count to the bit. Real numbers count up to rounding: a run may go on on a processor on which a
-transform rounds otherwise.
+Integers and text are compared exactly, real numbers up to rounding: a run may resume on a processor where a transform
+rounds differently.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-# Samples that are compared at the start of a run: one in a hundred, but at least and at most as many.
+# Bounds on the number of samples compared at the start of a run, which is one in a hundred.
 FEWEST, MOST = 16, 64
-# Numbers of a row that are sketched; of a longer one, numbers at equal distances.
+# Maximum number of values per row in a sketch; longer rows are subsampled at equal distances.
 LONGEST = 1 << 16
 # Largest difference of two sketches that counts as rounding. A change of all real numbers by 0.1 % is about 1e-3.
 ROUNDING = 2e-4
-# An odd number that scatters whole numbers over 64 bits (2^64 over the golden ratio).
+# An odd multiplier that scatters integers over 64 bits (2^64 over the golden ratio).
 SCATTER = -7046029254386353131
 
-Digest = tuple[str, float]  # of what counts to the bit, and the sketch of the real numbers
+Digest = tuple[str, float]  # hash of the exact content, and the sketch of the real numbers
 Digests = dict[str, Digest | None]
 
 
@@ -44,7 +44,7 @@ class Items(Protocol):
 
 
 def spread(samples: int, count: int | None = None) -> list[int]:
-    """Numbers of some samples that are evenly spread over a dataset, its first and its last among them.
+    """Numbers of samples evenly spread over a dataset, including its first and last.
 
     >>> spread(5), spread(1000, 3)
     ([0, 1, 2, 3, 4], [0, 500, 999])
@@ -85,7 +85,7 @@ def _digest(value: Any) -> Digest:
 
 
 def _pieces(value: Any) -> Iterator[bytes | Tensor]:
-    """The content of a value: real numbers as tensors, the rest as bytes. Of an unknown type, only its name counts."""
+    """The content of a value: real numbers as tensors, the rest as bytes; of an unknown type, only its name."""
     if isinstance(value, Tensor | np.ndarray | np.generic | float):
         yield from _number_pieces(value)
     elif value is None or isinstance(value, str | bytes | bool | int | complex):
@@ -109,7 +109,7 @@ def _pieces(value: Any) -> Iterator[bytes | Tensor]:
 
 
 def _number_pieces(value: Tensor | np.ndarray[Any, Any] | np.generic | float) -> Iterator[bytes | Tensor]:
-    """The content of numbers: their type and shape, and real ones as a tensor."""
+    """The content of numeric values: dtype and shape, then real numbers as a tensor, integers as bytes."""
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "biufc":
         yield repr(value.tolist()).encode()
         return
@@ -122,12 +122,12 @@ def _number_pieces(value: Tensor | np.ndarray[Any, Any] | np.generic | float) ->
 
 
 def read_digests(dataset: Items, numbers: Sequence[int]) -> dict[int, Digests]:
-    """Digests of some samples."""
+    """Digests of the samples with the given numbers."""
     return {number: digests(dataset[number]) for number in numbers}
 
 
 def stable_digests(dataset: Items, numbers: Sequence[int]) -> dict[int, Digests]:
-    """Digests of some samples; None for elements that differ between two readings of one of them."""
+    """Digests of the given samples; None for elements that differ between two reads of any of them."""
     first, second = read_digests(dataset, numbers), read_digests(dataset, numbers)
     random = {name for number in numbers for name in changed(first[number], second[number])}
     return {
@@ -137,7 +137,7 @@ def stable_digests(dataset: Items, numbers: Sequence[int]) -> dict[int, Digests]
 
 
 def changed(before: Digests, now: Digests) -> list[str]:
-    """Names of the elements that differ, or are missing in one of both; elements without a digest do not count."""
+    """Names of the elements that differ or are missing on one side; elements without a digest are ignored."""
     names = [*before, *(name for name in now if name not in before)]
     return [name for name in names if not _same(before.get(name, MISSING), now.get(name, MISSING))]
 
@@ -160,10 +160,10 @@ def same_sketch(first: Tensor, second: Tensor) -> Tensor:
 
 
 def row_sketches(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
-    """One number for each row of a batch, (R,) float32, that differs if the rows do; on the device of the batch.
+    """One float32 per row of a batch, (R,), that differs if the rows do; on the device of the batch.
 
-    It is the sum over the tensors of: the projection of the row's direction on random signs, plus the logarithm of its
-    length; of a single number a function. Zeros at the end of a row do not count.
+    It sums, over the tensors, the projection of the row's direction on random signs and the logarithm of its norm; for
+    a single number, its asinh. Zeros at the end of a row have no effect.
 
     Args:
         tree: tensors (B, ...) in lists, tuples and mappings; anything else is left out.
@@ -190,7 +190,7 @@ def _sketch(numbers: Tensor, salt: int) -> Tensor:
 
 
 def _reals(leaf: Tensor) -> Tensor:
-    """Rows of a tensor as real numbers (R, D), or (R,); whole ones are scattered, 0 stays 0."""
+    """Rows of a tensor as real numbers (R, D), or (R,); integers are scattered, 0 stays 0."""
     if leaf.is_complex():
         leaf = torch.view_as_real(leaf)
     if leaf.ndim > 2:
@@ -208,7 +208,7 @@ def _signs(count: int, salt: int, device: torch.device) -> Tensor:
 
 
 def row_size(tree: Any, count: int) -> int:
-    """Number of numbers in a row of a batch."""
+    """Number of values per row of a batch."""
     return sum(leaf.numel() // count for leaf in leaves(tree) if leaf.ndim and len(leaf) == count)
 
 
@@ -229,7 +229,7 @@ def leaves(tree: Any) -> Iterator[Tensor]:
 
 
 def integers(leaf: Tensor) -> Tensor:
-    """Numbers of a tensor as integers: real numbers by their bits."""
+    """Values of a tensor as integers; real numbers are reinterpreted bitwise."""
     if leaf.is_complex():
         leaf = torch.view_as_real(leaf)
     if not leaf.is_floating_point():

@@ -50,7 +50,7 @@ Index = np.ndarray[Any, np.dtype[np.int64]]
 class IndexedDataset(Dataset[Any]):
     """A map-style dataset that yields each item with its number.
 
-    A dataset of tensors yields a whole batch at once; `collate` takes both forms, with that of the user's loader.
+    A dataset of tensors yields a whole batch at once; `collate` accepts both, using the user's collate function.
     """
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
@@ -98,15 +98,14 @@ def training_loader(
 ) -> DataLoader[Any]:
     """The user's training loader with the index, in an order that depends on (seed, epoch) alone.
 
-    A loader that shuffles, or reads in order, gets a sampler that also splits the samples over the processes. What any
-    other sampler of the user gives, or batch sampler, is split over the processes; in one process it is kept.
+    A loader that shuffles or reads in order gets a sampler that also splits the samples over the processes. The output
+    of any other sampler or batch sampler of the user is split over the processes; with one process it is kept.
 
-    `epoch` is the one that starts now: Lightning sets the following ones, but the first one too late for workers. With
-    a plan, each epoch reads one of the fixed views of a dataset that augments at random; the index is then number +
-    N * view.
+    `epoch` is the one about to start: Lightning sets later ones, but the first one too late for workers. With a plan,
+    each epoch reads one of the fixed views of a randomly augmented dataset; the index is then number + N * view.
 
     Raises:
-        UserError: several processes, and a sampler of the user's own without a length.
+        UserError: several processes, and a user-defined sampler without a length.
     """
     indexed, options = _indexed(loader, plan)
     ranks, views = {"num_replicas": world_size, "rank": rank, "seed": seed}, plan.count if plan else 1
@@ -146,7 +145,7 @@ def rows_loader(
 
 
 def with_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[Any]:
-    """The user's loader over another dataset of as many samples, in the order that it had."""
+    """The user's loader over another dataset of the same length, in the same order."""
     options, batches = {"generator": loader.generator, **worker_options(loader)}, own_batches(loader)
     if batches is not None:
         return DataLoader(dataset, collate_fn=loader.collate_fn, batch_sampler=batches, **options)
@@ -159,7 +158,7 @@ def with_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[A
 class _Share(DistributedSampler[Any]):
     """The samples of one process in order, each of them in one process only.
 
-    Lightning leaves a `DistributedSampler` in place; its own would repeat samples to give every process as many.
+    Lightning leaves a `DistributedSampler` in place; its own would repeat samples to even out the processes.
     """
 
     def __init__(self, dataset: IndexedDataset, world_size: int, rank: int) -> None:
@@ -173,13 +172,13 @@ class _Share(DistributedSampler[Any]):
 def sequential_loader(
     loader: DataLoader[Any], *, rank: int = 0, world_size: int = 1, plan: ViewPlan | None = None
 ) -> DataLoader[Any]:
-    """The user's loader with the index, in the order of the dataset; of several processes, each reads its share.
+    """The user's loader with the index, in the order of the dataset; each process reads its share.
 
-    A sampler of the user's own chooses the samples, see `only_given`. With a plan, the canonical views of a dataset
-    that augments at random are read.
+    A user-defined sampler selects the samples, see `only_given`. With a plan, the canonical views of a randomly
+    augmented dataset are read.
 
     Raises:
-        UserError: fewer samples than processes, or a sampler that does not give the same samples at each reading.
+        UserError: fewer samples than processes, or a sampler that yields different samples on each pass.
     """
     loader = only_given(loader, LOADERS[1])
     indexed, options = _indexed(loader, plan)
@@ -199,11 +198,11 @@ def indexed_loaders(
     ignore_index: int = UNLABELLED,
     prepare: Callable[[str, Any], Any] = lambda name, loader: loader,
 ) -> Iterator[None]:
-    """Context in which the loaders that the named methods of a user's data module return yield (x, y, index) in a fit.
+    """Context in which the named loader methods of a user's data module return loaders of (x, y, index) during a fit.
 
-    `seed` is that of the order of training samples; `train` and `val` are the views of parts that augment at random;
-    `labels` and `ignore_index` are those of `PairCollate`. `prepare` is called with the name of a method and the loader
-    that it returned, with batches (x, y), and gives the loader to index.
+    `seed` sets the order of training samples; `train` and `val` are the views of randomly augmented parts; `labels` and
+    `ignore_index` are those of `PairCollate`. `prepare` receives the name of a method and its loader with batches
+    (x, y), and returns the loader to index.
     """
     before = {name: vars(datamodule)[name] for name in names if name in vars(datamodule)}
     for name in names:
@@ -229,7 +228,7 @@ def _indexed_loader(
     pairs: Callable[[Any], Any],
     prepare: Callable[[str, Any], Any],
 ) -> Any:
-    """The loader that a method of a data module returns: with the index in a fit, as it is elsewhere."""
+    """The loader that a method of a data module returns: with the index during a fit, otherwise unchanged."""
     given, trainer = original(), cast(Any, datamodule.trainer)
     if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
         return given

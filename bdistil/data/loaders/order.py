@@ -1,4 +1,4 @@
-"""The order in which a user's loader gives samples: shared by processes, and which samples it gives at all."""
+"""Sample order of a user's loader: which samples it yields, and how they are split over processes."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def worker_options(loader: DataLoader[Any]) -> dict[str, Any]:
 
 
 def own_batches(loader: DataLoader[Any]) -> Any:
-    """The batch sampler of a loader, where it is one of the user's own; None for torch's."""
+    """The user-defined batch sampler of a loader; None for torch's."""
     return None if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
-    """The sampler from which a loader with a batch sampler of torch's makes batches."""
+    """The sampler from which torch's batch sampler of a loader makes batches."""
     return cast(BatchSampler, loader.batch_sampler).sampler
 
 
 def batch_options(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Size of the batches of a loader with a batch sampler of torch's, and whether the last one may be smaller."""
+    """Batch size and `drop_last` of a loader with torch's batch sampler."""
     batches = cast(BatchSampler, loader.batch_sampler)
     return {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
 
 
 def reads_all(loader: DataLoader[Any]) -> bool:
-    """Whether each sample is read once an epoch, shuffled or in order, by a sampler of torch's own."""
+    """Whether one of torch's samplers reads each sample once per epoch, shuffled or in order."""
     if own_batches(loader) is not None:
         return False
     sampler, samples = sampler_of(loader), len(cast(Sized, loader.dataset))
@@ -54,7 +54,7 @@ def reads_all(loader: DataLoader[Any]) -> bool:
 
 
 def begin_epoch(loader: Any, epoch: int) -> None:
-    """Tells the samplers of a loader which epoch begins: Lightning's count is one too high in a resumed `max_steps`."""
+    """Sets the epoch of a loader's samplers: Lightning's count is one too high in a resumed fit with `max_steps`."""
     samplers: list[Any] = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
     for sampler in samplers:
         if hasattr(sampler, "set_epoch"):
@@ -62,7 +62,7 @@ def begin_epoch(loader: Any, epoch: int) -> None:
 
 
 def is_shared(sampler: Any) -> bool:
-    """Whether a sampler of the user's own gives each process its share already."""
+    """Whether a user-defined sampler already yields only this process's share."""
     return hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
 
 
@@ -75,7 +75,7 @@ def largest_batch(loader: DataLoader[Any]) -> int:
 
 
 class EpochLoader(DataLoader[Any]):
-    """Seeds its workers by the order of the epoch, so that a resumed epoch draws what it would have drawn."""
+    """Seeds its workers by the order of the epoch, so that a resumed epoch draws the same random numbers."""
 
     def __iter__(self) -> Any:
         if isinstance(self.sampler, DistributedSampler):
@@ -84,15 +84,15 @@ class EpochLoader(DataLoader[Any]):
 
 
 class SharedOrder(DistributedSampler[Any]):
-    """What a sampler of the user's own gives in an epoch, samples or whole batches, shared by the processes.
+    """Splits the samples, or whole batches, of a user-defined sampler over the processes.
 
-    All of them draw the same order, as it depends on (seed, epoch), and each takes its share; some of it is repeated to
-    give every process as much. Lightning leaves a `DistributedSampler` in place.
+    All processes draw the same order, as it depends on (seed, epoch), and each takes its share; some entries are
+    repeated to make the shares equal. Lightning leaves a `DistributedSampler` in place.
 
     Args:
         given: the user's sampler, or batch sampler.
-        samples: N of its dataset.
-        views: K; epoch e reads view e mod K, whose numbers begin with N (e mod K).
+        samples: N, the length of its dataset.
+        views: K; epoch e reads view e mod K, whose numbers start at N (e mod K).
         order: number and rank of the processes, and the seed.
 
     Attributes:
@@ -115,19 +115,19 @@ class SharedOrder(DistributedSampler[Any]):
 
 
 def _shifted(entry: Any, shift: int) -> Any:
-    """A sample number, or a batch of them, as plain numbers of a view."""
+    """Shifts a sample number, or a batch of them, to the numbers of a view."""
     numbers = entry.tolist() if isinstance(entry, Tensor | np.ndarray) else entry
     return [int(number) + shift for number in numbers] if isinstance(numbers, Iterable) else int(numbers) + shift
 
 
 def _drawn(sampler: Any, *key: object) -> list[Any]:
-    """All that a sampler gives, drawn from generators that are seeded by a key."""
+    """All entries of a sampler, drawn from generators seeded by a key."""
     with drawn_from(*key, "order"):
         return list(sampler)
 
 
 def check_sharing(sampler: Any, name: str) -> None:
-    """Raises UserError where a sampler of the user's own cannot be shared by processes, as it has no length."""
+    """Raises UserError if a user-defined sampler cannot be split over processes because it has no length."""
     if not hasattr(sampler, "__len__"):
         raise UserError(
             f"Expected the sampler of `{name}()` to have a `__len__`, so that several processes can share what it "
@@ -136,9 +136,9 @@ def check_sharing(sampler: Any, name: str) -> None:
 
 
 def check_drawn(loader: Any) -> None:
-    """Raises RunError where the processes have drawn different orders from a sampler of the user's own.
+    """Raises RunError if the processes have drawn different orders from a user-defined sampler.
 
-    To be called by all processes.
+    Collective: all processes must call it.
     """
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, SharedOrder):
@@ -153,10 +153,10 @@ def check_drawn(loader: Any) -> None:
 
 
 def only_given(loader: DataLoader[Any], name: str) -> DataLoader[Any]:
-    """The user's loader over the samples that its sampler gives, each once, in the order of the dataset.
+    """The user's loader over the samples that its sampler yields, each once, in the order of the dataset.
 
     Raises:
-        UserError: the sampler gives no samples, or not the same ones at each reading.
+        UserError: the sampler yields no samples, or different ones on each pass.
     """
     rows = given_rows(loader, name)
     if rows is None:
@@ -170,10 +170,10 @@ def only_given(loader: DataLoader[Any], name: str) -> DataLoader[Any]:
 
 
 def given_rows(loader: DataLoader[Any], name: str) -> Sequence[int] | None:
-    """Numbers of the samples that a loader gives, in order; None where it gives all of them.
+    """Numbers of the samples that a loader yields, in order; None if it yields all of them.
 
     Raises:
-        UserError: the sampler gives no samples, or not the same ones at each reading.
+        UserError: the sampler yields no samples, or different ones on each pass.
     """
     sampler = own_batches(loader)
     if sampler is None:
@@ -194,7 +194,7 @@ def given_rows(loader: DataLoader[Any], name: str) -> Sequence[int] | None:
 
 
 def _flat(entries: list[Any]) -> np.ndarray[Any, Any]:
-    """All sample numbers of samples or batches."""
+    """Flattens sample numbers, or batches of them, into one array."""
     plain = [_shifted(entry, 0) for entry in entries]
     flat = [number for entry in plain for number in (entry if isinstance(entry, list) else [entry])]
     return np.asarray(flat, dtype=np.int64)

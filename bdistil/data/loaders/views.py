@@ -1,6 +1,6 @@
 """Fixed views of randomly augmented samples: the random numbers of a view depend on sample and view alone.
 
-What is cached for a view therefore belongs to the x of a batch, in any process, epoch and round.
+Values cached for a view therefore match the x of a batch in any process, epoch and round.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CANONICAL = 0
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """Seed of the run, and the number K of views of a sample that augments at random, the same in all rounds."""
+    """Seed of the run, and the number K of views of each randomly augmented sample, the same in all rounds."""
 
     seed: int
     count: int = 1

@@ -23,16 +23,16 @@ from bdistil.errors import UserError
 Compute = Callable[[Path], Array]
 
 FEW = 64  # files that are not worth several processes
-CHUNK = 16  # files given to a process at a time
+CHUNK = 16  # files per task of a process
 
 
 def cached_features(cache: Path, name: str, spec: Mapping[str, Any], files: Sequence[Path], compute: Compute) -> Array:
     """Features of files, (len(files), ...) float32, read from the cache or computed and kept there.
 
     The cache is the file `NAME-KEY.npy`, written atomically; the key is a digest of the spec and of the name, size and
-    time of every file. An older version is removed. Of processes that start at the same time, one computes.
+    time of every file. Older versions are removed. If several processes start at once, only one computes.
 
-    `spec` describes the features; give it a version that grows with the code of `compute`, a picklable function.
+    `spec` describes the features and holds a version, to be raised when the code of `compute` (picklable) changes.
 
     Raises:
         UserError: raised by `compute`; features of different shapes; the cache cannot be written.
@@ -80,7 +80,7 @@ def cores() -> int:
 
 
 def _computed(files: Sequence[Path], compute: Compute, title: str) -> Array:
-    """Features of all files, from as many processes as there are cores, with a progress bar on a terminal."""
+    """Features of all files, computed in one process per core, with a progress bar on a terminal."""
     several = len(files) >= FEW and cores() > 1
     features: list[Array] = []
     with ProcessPoolExecutor(cores()) if several else nullcontext() as pool:

@@ -28,7 +28,7 @@ class Source:
         name: name of the data set, for messages.
         url: where it is published.
         commands: shell commands that fetch and unpack it into {root}.
-        folder: the folder that they make there.
+        folder: the folder that these commands create there.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Source:
         """The folder of the data set with all the needed files: `folder` below `root`, or `root` itself.
 
         Raises:
-            UserError: some are missing; names them and the commands that get the data set.
+            UserError: files are missing; the message names them and the download commands.
         """
         above = user_path(root, "root")
         places = [above / self.folder, above]
@@ -54,15 +54,15 @@ class Source:
         return place
 
     def cure(self, root: str | os.PathLike[str]) -> str:
-        """How to get the data set."""
+        """Instructions for downloading the data set."""
         return f"Give another `root`, or get it from {self.url}:\n  {self.commands.format(root=os.fspath(root))}"
 
     def incomplete(self, place: Path, missing: Iterable[str], root: str | os.PathLike[str]) -> UserError:
-        """The error for a folder that lacks files."""
+        """The error for a folder with missing files."""
         return UserError(f"{self.name} is not complete: {place.absolute()} lacks {listed(missing)}. {self.cure(root)}")
 
     def damaged(self, file: Path, why: str) -> UserError:
-        """The error for a file that is not as it was published."""
+        """The error for a file that differs from the published one."""
         return UserError(f"{file} of {self.name} cannot be used: {why}. Get it again from {self.url}.")
 
     def check_count(self, what: str, found: int, published: int, place: Path, partial: bool) -> None:
@@ -79,7 +79,7 @@ class Source:
 
 
 def packaged_file(package: str, path: str, sha256: str) -> Path:
-    """A data file of an installed package of PyPI; `path` is below site-packages.
+    """A data file of an installed PyPI package; `path` is relative to site-packages.
 
     Raises:
         UserError: the package is not installed, or the file is missing or differs.
@@ -104,10 +104,10 @@ def packaged_file(package: str, path: str, sha256: str) -> Path:
 def read_numbers(
     path: Path, source: Source, columns: int, lines: int | None = None, delimiter: str | None = None
 ) -> Array:
-    """A text file of numbers, (lines, columns) float32; by default of any number of lines, with blanks between numbers.
+    """Reads a text file of numbers, (lines, columns) float32; by default any number of lines, split at whitespace.
 
     Raises:
-        UserError: another shape, or something that is no finite number; names the file.
+        UserError: another shape, or entries that are not finite numbers; the file is named.
     """
     try:
         with warnings.catch_warnings():
@@ -127,7 +127,7 @@ def read_numbers(
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Text as bytes, in the one encoding that pickled arrays use."""
+    """Text as bytes, in the only encoding that pickled arrays use."""
     if encoding != "latin1":
         raise UserError(f"it names the encoding {encoding!r}, which no file of arrays does")
     return text.encode("latin1")
@@ -151,10 +151,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_arrays(file: IO[bytes]) -> Any:
-    """Content of a pickle of plain values and NumPy arrays, with strings of Python 2 as latin1.
+    """Loads a pickle of plain values and NumPy arrays; strings of Python 2 are decoded as latin1.
 
     Raises:
-        UserError: it names anything else, or is damaged; the message has the reason without the file.
+        UserError: it refers to anything else, or is damaged; the message omits the file name.
     """
     try:
         return _ArrayUnpickler(file, encoding="latin1").load()

@@ -24,14 +24,14 @@ ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values tha
 
 
 def normalised(first: Sequence[v2.Transform], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Transforms of a uint8 image, then float32 less `mean` by `std`, which are given for each channel, in 0 … 1."""
+    """Transforms of a uint8 image, then conversion to float32 and normalisation by per-channel `mean` and `std`."""
     scaled = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([*mean], [*std])]
     composed: Transform = v2.Compose([v2.ToImage(), *first, *scaled, v2.ToPureTensor()])
     return composed
 
 
 def pad_crop_flip(size: int | Sequence[int], padding: int) -> list[v2.Transform]:
-    """The augmentation of CIFAR: pad with zeros, crop to the old size at random, mirror half of the images."""
+    """The CIFAR augmentation: zero-padding, a random crop to the original size, mirroring half of the images."""
     return [v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
 
 
@@ -53,7 +53,7 @@ class ArrayImages(Dataset[tuple[Tensor, int]]):
 
 
 class ImageFiles(ArrayImages):
-    """Images in files, whose encoded paths are an array of bytes (N,); decoded as they are read, see `read_image`."""
+    """Images in files, with encoded paths as a byte array (N,); decoded on access, see `read_image`."""
 
     channels = 3
 
@@ -63,28 +63,28 @@ class ImageFiles(ArrayImages):
 
 
 class GreyFiles(ImageFiles):
-    """The same with one channel."""
+    """`ImageFiles` with one channel."""
 
     channels = 1
 
 
 def encoded(paths: Iterable[str | Path]) -> Any:
-    """Paths as an array of bytes: the workers of a loader would copy a list of a million strings, one by one."""
+    """Paths as a byte array: the workers of a loader would copy a list of a million strings one by one."""
     return np.array([os.fsencode(path) for path in paths])
 
 
 def read_image(path: str, channels: int = 3) -> Any:
-    """Decodes an image upright, as its EXIF orientation says.
+    """Decodes an image and rotates it by its EXIF orientation.
 
     Args:
-        path: of the file.
+        path: image file.
         channels: 3 for RGB, 1 for grey. Transparency is dropped.
 
     Returns:
-        An image of PIL with 8 bits a channel; one of 16 bits as a tensor (channels, H, W) float32 in 0 … 1.
+        A PIL image with 8 bits per channel; a 16-bit image as a tensor (channels, H, W) float32 in 0 … 1.
 
     Raises:
-        RunError: it is no whole image, or its numbers have no range, see `check_mode`.
+        RunError: the image is incomplete, or its value range is unknown, see `check_mode`.
     """
     try:
         with Image.open(path) as image:
@@ -106,7 +106,7 @@ def _has_16_bits(image: Image.Image) -> bool:
 
 
 def check_mode(image: Image.Image, path: str | Path) -> None:
-    """Raises UserError for an image of real numbers or 32-bit integers: which of them is white is not known."""
+    """Raises UserError for an image of real numbers or 32-bit integers, whose value of white is unknown."""
     if image.mode in ("F", "I") and not _has_16_bits(image):
         kind = "real numbers" if image.mode == "F" else "32-bit integers"
         raise UserError(
@@ -116,10 +116,10 @@ def check_mode(image: Image.Image, path: str | Path) -> None:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(H, W) of an image when it is upright, from its header.
+    """(H, W) of an image after rotation by its EXIF orientation, from its header.
 
     Raises:
-        UserError: it is no image, or one that `check_mode` refuses.
+        UserError: it is not an image, or one that `check_mode` refuses.
     """
     try:
         with Image.open(path) as image:

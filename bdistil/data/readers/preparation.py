@@ -11,10 +11,10 @@ from bdistil.errors import UserError
 
 
 def stratified_split(labels: Tensor, sizes: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of three parts of labels (N,): the rest, and two of given sizes with as many samples of every class.
+    """Indices of three parts of labels (N,): the rest, and two of given sizes with equally many samples per class.
 
-    Sizes that are no multiples of the number of classes are rounded down to one. A class of few samples keeps a fifth
-    of them, rounded up, in the first part; the others are then smaller.
+    Sizes are rounded down to a multiple of the number of classes. A class of few samples keeps a fifth of them, rounded
+    up, in the first part; the other parts are then smaller.
 
     Example:
         >>> labels = torch.tensor([0, 1, 0, 1, 0, 1])
@@ -76,7 +76,7 @@ def check_subjects(known: Sequence[int], **parts: Sequence[int]) -> None:
     """Checks that every part has a subject, and no subject is in two parts.
 
     Raises:
-        UserError: otherwise; names the arguments.
+        UserError: otherwise; the arguments are named.
     """
     every = [subject for chosen in parts.values() for subject in chosen]
     if not all(parts.values()) or len(every) != len(set(every)) or not set(every) <= set(known):
