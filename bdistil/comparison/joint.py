@@ -24,7 +24,7 @@ class Chain(nn.Module):
     """The students of an ensemble as one network; unlike in boosting, gradients pass through the links.
 
     Args:
-        students: in order, linked.
+        students: the linked students, in order.
     """
 
     def __init__(self, students: Sequence[nn.Module]) -> None:

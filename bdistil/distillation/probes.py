@@ -30,7 +30,7 @@ class LastLayerBatch(NamedTuple):
     """A forward pass through the last linear layer.
 
     Attributes:
-        activations: its inputs (B, D), with a column of ones where it has a bias.
+        activations: inputs of the layer (B, D), with a column of ones if it has a bias.
         logits: (B, L).
         residuals: gradients of K losses with respect to its outputs, (K, B, L).
         entropy: mean cross entropy to the labels; NaN if there are none or they are not classes.

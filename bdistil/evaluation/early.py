@@ -1,7 +1,7 @@
 """Metrics of early classification: how early sequences are decided, and at which accuracy.
 
 A sample is decided at the first stage whose largest softmax probability reaches a threshold. A sample that no stage
-decides is answered at the last step and counts as undecided. The share decided early is only meaningful beside the
+decides is answered at the last step and counts as undecided. The share decided early is only meaningful with the
 accuracy of all samples, so both are always reported together.
 """
 

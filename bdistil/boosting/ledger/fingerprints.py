@@ -1,4 +1,4 @@
-"""Sketches of all samples as they were when the teacher was evaluated, beside its logits."""
+"""Sketches of all samples at the time the teacher was evaluated, stored with its logits."""
 
 from __future__ import annotations
 

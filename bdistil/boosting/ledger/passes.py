@@ -84,7 +84,7 @@ class GameState:
         s: running error S (N, L).
         students: number of students in S.
         eta: step size of the game.
-        log_z: of S, shape (L,) float64.
+        log_z: log-normaliser of S, shape (L,) float64.
     """
 
     g: RowFile

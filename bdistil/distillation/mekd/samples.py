@@ -53,7 +53,7 @@ class GeneratedSamples(AnsweredSamples):
     Args:
         train: generated samples and the teacher's logits.
         val: held-out local samples and the teacher's logits.
-        batch_size: of training.
+        batch_size: batch size of training.
         local: data module of the local samples; its test part, if it has one, is the test part here.
     """
 
