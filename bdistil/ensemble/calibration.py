@@ -146,7 +146,7 @@ class Calibration:
         return self.temperatures[number] if self.temperatures else 1.0
 
     def schedule(self, batch: int, device: str) -> str:
-        """Fastest schedule for running all stages, at the measured batch size nearest by ratio."""
+        """Fastest schedule for all stages at the measured batch size nearest by ratio; `one` if not measured."""
         if not self.times or device != self.device:
             return "one"
         return min(self.times, key=lambda t: abs(math.log(t.batch / max(batch, 1)))).schedule
@@ -157,7 +157,7 @@ class Calibration:
         return max((times.batch for times in self.times if times.native), default=0)
 
     def clock(self, device: str) -> StageClock | None:
-        """Clock of the measured times; None if they were measured on another type of device."""
+        """Clock of the measured times; None without measurements on this type of device."""
         return self._clock if self.times and device == self.device else None
 
     @cached_property
