@@ -1,4 +1,4 @@
-"""Lightning callbacks, one a file. This folder is imported as ``bdistil.callbacks``."""
+"""Lightning callbacks, one per file. This folder is imported as ``bdistil.callbacks``."""
 
 if __name__ == "callbacks":
     raise ImportError(

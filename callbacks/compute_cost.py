@@ -1,4 +1,4 @@
-"""Compute cost of any LightningModule: measured before the first step, counted in training, logged with its metrics."""
+"""Compute cost of any LightningModule: measured before the first step, accumulated in training and logged."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from bdistil.utils.trees import leaves_of, map_tensors
 
 
 class ComputeCost(Callback):
-    """Logs the cost of a forward pass of one sample before the first step, and the cost of the training at its end.
+    """Logs the cost of a forward pass of one sample before the first step, and the cost of training at its end.
 
     Keys: ``cost/macs``, ``params``, ``weight_bytes``, ``activation_bytes``, ``latency_ms``, as in
-    `bdistil.metrics.cost`; then ``cost/train_macs`` and ``cost/seconds``, with the parts before a restart. They are in
-    ``trainer.callback_metrics`` as well.
+    `bdistil.metrics.cost`; then ``cost/train_macs`` and ``cost/seconds``, which include the time before a restart. They
+    are also in ``trainer.callback_metrics``.
 
     Args:
-        inputs: positional arguments of the pass, used as they are. Default: the first row of the module's
+        inputs: positional arguments of the pass, used unchanged. Default: the first row of the module's
             ``example_input_array``, else of the first training batch, which is x or begins with x.
         attribute: dotted name of the submodule to measure, such as "student"; by default the whole module.
-        uncounted: "error" refuses operators that cannot be counted before the first step, "record" leaves them out.
+        uncounted: "error" raises for operators that cannot be counted, "record" omits them.
         latency: also time the pass.
 
     Raises:
-        UserError: before the first step, for such an operator, an unknown attribute, or no inputs.
+        UserError: before the first step, for an uncountable operator, an unknown attribute, or missing inputs.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -50,7 +50,7 @@ class ComputeCost(Callback):
     ) -> None:
         self.inputs, self.attribute, self.uncounted, self.latency = inputs, attribute, uncounted, latency
         self.cost: Cost | None = None
-        # Samples of all ranks; until the end an estimate from this rank.
+        # Samples of all ranks; until the end of training an estimate from this rank.
         self.samples_seen, self.seconds = 0, 0.0
         self._rows, self._start = 1, 0.0  # samples in the measured pass; perf_counter() at `seconds` = 0
 
@@ -68,13 +68,13 @@ class ComputeCost(Callback):
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the counts to 0 in a fit from the beginning, also where this instance was in another one."""
+        """Resets the counts unless the fit is resumed, as the instance may have been used in another fit."""
         if trainer.global_step == 0:
             self.samples_seen, self.seconds = 0, 0.0
         self.cost = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measures before the first step; not in `on_fit_start`, as the sanity check clears what is logged there."""
+        """Measures before the first step; not in `on_fit_start`, as the sanity check clears metrics logged there."""
         if self.cost is not None:
             return
         part = dict(pl_module.named_modules()).get(self.attribute or "")
@@ -98,9 +98,9 @@ class ComputeCost(Callback):
         self.seconds = time.perf_counter() - self._start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the cost of training, with the true number of samples of all ranks."""
+        """Logs the cost of training, with the exact number of samples of all ranks."""
         total = trainer.strategy.reduce(torch.tensor(self.samples_seen, device=pl_module.device), reduce_op="sum")
-        self.samples_seen = int(total) // trainer.world_size  # each rank had counted its own times the number of ranks
+        self.samples_seen = int(total) // trainer.world_size  # each rank multiplies its own count by the world size
         if self.cost is not None:
             self.seconds = time.perf_counter() - self._start
             macs = training_macs(student=self.cost.macs, samples_seen=self.samples_seen) // self._rows
@@ -121,7 +121,7 @@ class ComputeCost(Callback):
 
 
 def _rows(batch: Any) -> int:
-    """Samples in a batch: the rows of its first tensor."""
+    """Number of samples in a batch: the rows of its first tensor."""
     return next((len(leaf) for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 

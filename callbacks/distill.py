@@ -36,9 +36,9 @@ def distill(
 ) -> ProgressiveEnsemble:
     """Distils a teacher into an ordered ensemble of students: the loop over `RoundController.rounds` in one call.
 
-    Each round has a Trainer of its own, with copies of what `trainer_options` hold (callbacks, plugins, a strategy);
-    loggers are shared by all rounds. A run that is in `run_dir` is resumed, a finished one is loaded. Use a
-    `RoundController` where you need the Trainers.
+    Each round has its own Trainer, with copies of the objects in `trainer_options` (callbacks, plugins, a strategy);
+    loggers are shared by all rounds. An existing run in `run_dir` is resumed, a finished one is loaded. Use a
+    `RoundController` if you need access to the Trainers.
 
     Args:
         teacher: any module, x -> logits (B, L).
@@ -46,19 +46,19 @@ def distill(
         datamodule: training and validation datasets are map-style and yield (x, y).
         run_dir: the run directory.
         rounds: T, the largest number of students; that of `settings` by default.
-        settings: of the run.
-        seed: of all randomness of the run.
+        settings: settings of the run.
+        seed: seed of all randomness of the run.
         optimizer: see `RoundController`.
         lr_scheduler: see `RoundController`.
         lr_interval: see `RoundController`.
-        trainer_options: of Lightning's Trainer, such as ``max_epochs=20``. `logger` and `enable_model_summary` are off
-            unless they are given.
+        trainer_options: arguments of Lightning's Trainer, such as ``max_epochs=20``. `logger` and
+            `enable_model_summary` are off by default.
 
     Returns:
         The ensemble of the committed rounds.
 
     Raises:
-        UserError: an invalid argument, found before training.
+        UserError: an argument is invalid; raised before training.
         RunError: a file of the run is torn, or a loss is NaN.
 
     Example::
@@ -82,7 +82,7 @@ def _trainer(controller: RoundController, options: dict[str, Any], **defaults: A
     """A new Trainer with copies of all options but loggers.
 
     Raises:
-        UserError: an option that a Trainer does not have, or that excludes the controller.
+        UserError: an option is unknown to the Trainer, or incompatible with the controller.
     """
     if options.get("enable_checkpointing") is False or options.get("barebones"):
         raise UserError(

@@ -15,19 +15,19 @@ from bdistil.utils.seeding import reseed
 
 
 class EpochKeeper(Checkpoint):
-    """Saves a fit at the end of each epoch, and draws the randomness of each from (key, epoch, rank).
+    """Saves a fit at the end of each epoch, and seeds each epoch from (key, epoch, rank).
 
-    A fit that was killed continues with the epoch that was under way, and ends as it would have ended::
+    A killed fit resumes with the interrupted epoch, and gives the same result as an uninterrupted one::
 
         keeper = EpochKeeper(folder / "last.ckpt", seed, "teacher")
         Trainer(callbacks=[keeper]).fit(module, datamodule, ckpt_path=keeper.ckpt_path)
 
-    The order of the samples depends on the epoch only, too, where the loader's sampler is a function of it, as in
+    This requires that the order of the samples is also a function of the epoch, as with
     `bdistil.data.loaders.indexed_loaders`.
 
     Args:
-        path: of the checkpoint; in a folder of its own.
-        key: hashed into all seeds, for example the seed of the run and a name.
+        path: path of the checkpoint, in a folder used for nothing else.
+        key: values hashed into all seeds, for example the seed of the run and a name.
     """
 
     def __init__(self, path: Path, *key: object) -> None:
@@ -37,30 +37,30 @@ class EpochKeeper(Checkpoint):
 
     @property
     def ckpt_path(self) -> str | None:
-        """The checkpoint of a fit that was killed, where there is one."""
+        """The checkpoint of an interrupted fit; None if there is none."""
         return str(self.path) if self.path.exists() else None
 
     def elapsed(self) -> float:
-        """Wall seconds since the training began, and those of earlier starts up to their last epoch."""
+        """Wall seconds since the training began, plus those of earlier starts up to their last epoch."""
         return self._before + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of finished epochs, and seconds."""
+        """Number of finished epochs and elapsed seconds."""
         return {"epochs": self.epochs, "seconds": self.elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the number of finished epochs, and seconds."""
+        """Restores the number of finished epochs and elapsed seconds."""
         self.epochs, self._before = int(state_dict["epochs"]), float(state_dict.get("seconds", 0.0))
 
     def _reseed(self, trainer: pl.Trainer) -> None:
         reseed(*self.key, self.epochs, trainer.global_rank)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Seeds, as configure_optimizers may make the loader."""
+        """Seeds the fit, as configure_optimizers may create the loader."""
         self._reseed(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds the first epoch, before its loader is made."""
+        """Seeds the first epoch, before its loader is created."""
         self._reseed(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -68,7 +68,7 @@ class EpochKeeper(Checkpoint):
         self._started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds the epochs after the first, and their order."""
+        """Seeds the epochs after the first, and sets the order of the samples."""
         begin_epoch(trainer.train_dataloader, self.epochs)
         if not self._first:
             self._reseed(trainer)
@@ -77,7 +77,7 @@ class EpochKeeper(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes that the epoch has a batch: a resumed fit with `max_steps` begins with the end of the last epoch."""
+        """Records that the epoch has a batch: a fit resumed with `max_steps` first ends the last epoch again."""
         self._trained = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

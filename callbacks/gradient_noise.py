@@ -38,20 +38,20 @@ class GradientNoise(pl.Callback):
     game by default (lambda = 1). A measurement changes no weight, buffer or random state.
 
     Args:
-        every: epochs between two measurements; there is one more at the end of a fit.
+        every: epochs between two measurements; a last one follows at the end of the fit.
         samples: training samples per measurement, evenly spread.
-        full: measures at all parameters, by per-sample gradients, instead of at the last layer.
-        cosine: also measures how well the teacher's loss is the control variate of the theory; needs a teacher with
-            the student's architecture.
+        full: uses per-sample gradients of all parameters, instead of the last layer only.
+        cosine: also measures how well the teacher's loss matches the control variate of the theory; requires a teacher
+            with the student's architecture.
         lowest: lower bound of the suggested weight.
         highest: upper bound of the suggested weight.
         step: step size of the theory, for SGD the learning rate times ``pull_curvature`` over the batch size.
-        folder: of ``noise.json`` and ``noise.png``; ``noise`` in the Trainer's default_root_dir by default. In a
+        folder: folder of ``noise.json`` and ``noise.png``; ``noise`` in the Trainer's default_root_dir by default. In a
             boosting run it is ``noise`` in the run directory.
 
     Raises:
-        UserError: an argument is out of its range; `full` or `cosine` in a boosting run; a module or data that lack
-            what is required.
+        UserError: an argument is out of its range; `full` or `cosine` is set in a boosting run; or the module or its
+            data do not meet the requirements.
 
     Example:
         >>> import lightning, tempfile, torch
@@ -95,7 +95,7 @@ class GradientNoise(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Two instances may measure in one fit, at the last layer and at all parameters."""
+        """Distinguishes two instances in one fit, one for the last layer and one for all parameters."""
         return f"GradientNoise[every={self.every},full={self.full}]"
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class GradientNoise(pl.Callback):
         """Checks module and data."""
         if stage != "fit":
             return
-        self.history = []  # of the fit before; a checkpoint of this one is loaded later
+        self.history = []  # discards an earlier fit; a checkpoint of this one is loaded later
         if not isinstance(pl_module, BoostingRound):
             self._loaders = distilling_loaders(trainer, pl_module, "GradientNoise")
         elif self.full or self.cosine:
@@ -121,7 +121,7 @@ class GradientNoise(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the probe; tries whether torch can compute what is asked for."""
+        """Opens the probe; checks that torch can compute the requested gradients."""
         with isolate_rng():
             self.probe = probe_of(pl_module, self._loaders)
             if self.full or self.cosine:
@@ -153,7 +153,7 @@ class GradientNoise(pl.Callback):
         return estimate_noise(self.probe, module, self.samples, full=self.full)
 
     def set_weight(self, module: Any, suggestion: Suggestion) -> float:
-        """Clips the suggested weight, sets it where the module's ``distillation_weight`` is "auto", and returns it."""
+        """Clips the suggested weight, sets it if the module's ``distillation_weight`` is "auto", and returns it."""
         weight = max(suggestion.weight, self.lowest)
         follows = getattr(module, "distillation_weight", None) == "auto"
         if follows:
@@ -178,5 +178,5 @@ class GradientNoise(pl.Callback):
 
 
 def _plain(value: Any) -> Any:
-    """None in place of NaN and infinity, which JSON does not have."""
+    """Replaces NaN and infinity by None, as JSON does not support them."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

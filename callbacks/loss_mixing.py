@@ -37,25 +37,25 @@ from bdistil.utils.seeding import seed_of
 
 
 class LossMixing(pl.Callback):
-    """Learns the weights of label loss and teacher losses, sample by sample, on the clean validation part.
+    """Learns per-sample weights of label loss and teacher losses on the clean validation part.
 
     In a LightningModule that implements `bdistil.distillation.Distilling`, batches of the training loader become
     (x, y, index), and the module gets the method ``sample_weights(index)``, which returns weights (B, K) for
-    `bdistil.functional.mixed_loss`. In a boosting run, beside the RoundController, the target of a round becomes a mix
-    of label and teacher.
+    `bdistil.functional.mixed_loss`. In a boosting run, alongside the RoundController, the target of a round becomes a
+    mix of label and teacher.
 
-    Checkpoints hold the weights, so a resumed fit continues with them. The learned numbers are written at the end of a
-    fit to ``mixing.NNN.f32`` (float32 rows by sample index), from which the next round of a boosting run starts.
+    Checkpoints contain the weights, so a resumed fit continues with them. The learned parameters are written at the end
+    of a fit to ``mixing.NNN.f32`` (float32 rows by sample index), from which the next round of a boosting run starts.
 
     Args:
         settings: mode, schedule and step sizes of the updates.
-        folder: of the file and a picture; ``mixing`` in the Trainer's default_root_dir by default. In a boosting run it
-            is ``mixing`` in the run directory.
-        seed: of the initial weights of `convex`, and of the order of samples outside a boosting run.
+        folder: folder of this file and a picture; ``mixing`` in the Trainer's default_root_dir by default. In a
+            boosting run it is ``mixing`` in the run directory.
+        seed: seed of the initial weights of `convex`, and of the order of samples outside a boosting run.
 
     Raises:
-        UserError: a module or data that lack what is required, or a boosting run that cannot mix labels in.
-        RunError: weights of other data in the checkpoint or the folder.
+        UserError: the module or its data do not meet the requirements, or the boosting run cannot mix in labels.
+        RunError: the weights in the checkpoint or the folder belong to other data.
 
     Example:
         >>> import lightning, tempfile, torch
@@ -94,11 +94,11 @@ class LossMixing(pl.Callback):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The learned numbers of all samples (N, C), and the figures so far."""
+        """The learned parameters of all samples (N, C), and the history of statistics."""
         return {"mix": self.mix, "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the learned numbers and the figures."""
+        """Restores the learned parameters and the history of statistics."""
         self.mix, self.history = state_dict["mix"], list(state_dict["history"])
 
     # ---- hooks
@@ -107,7 +107,7 @@ class LossMixing(pl.Callback):
         """Checks module and data; outside a boosting run adds the index to the training batches."""
         if stage != "fit":
             return
-        self.mix, self.history = None, []  # of the fit before; a checkpoint of this one is loaded later
+        self.mix, self.history = None, []  # discards an earlier fit; a checkpoint of this one is loaded later
         if isinstance(pl_module, BoostingRound):
             check_boosting(pl_module.settings, self.settings)
             return
@@ -130,12 +130,12 @@ class LossMixing(pl.Callback):
         self._open.close()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the weights of the checkpoint or of the round before, or initialises them."""
+        """Takes the weights of the checkpoint or of the previous round, or initialises them."""
         folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing").expanduser(), 0
         with eval_mode(pl_module), torch.no_grad(), isolate_rng():
             if isinstance(pl_module, BoostingRound):
                 folder, self._round = pl_module.run_dir / "mixing", pl_module.number
-                # Not earlier: loaders of the fit before may read closed files.
+                # Not earlier, as loaders of the previous fit may read closed files.
                 self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
                 self._labels, _ = map(_class_numbers, self._loaders, LOADERS)  # the weights are learned on the latter
             self.probe = probe_of(pl_module, self._loaders)
@@ -169,14 +169,14 @@ class LossMixing(pl.Callback):
         log_weights(trainer.loggers, weights, self.history[-1], logger_step(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the learned numbers, and a histogram of the label weights."""
+        """Writes the learned parameters, and a histogram of the label weights."""
         assert self.mix is not None
         save_mix(self._file, self.mix)
         if trainer.is_global_zero and self.history:
             draw_weights(self._file.with_name("mixing.png"), self.weights(), self.flipped)
 
     def weights(self, index: Index | None = None) -> Tensor:
-        """Weights (B, K) of samples, the labels' first; of all N samples by default."""
+        """Weights (B, K) of samples, the label weight first; of all N samples by default."""
         assert self.mix is not None, "there are no weights before training"
         rows = self.mix if index is None else self.mix[torch.as_tensor(index)]
         return loss_weights(rows, self.settings.mode)
@@ -191,7 +191,7 @@ class LossMixing(pl.Callback):
 
 @contextmanager
 def _restored(module: pl.LightningModule) -> Iterator[None]:
-    """At its end a module has its own `sample_weights` again, or none: a later fit may have other samples."""
+    """Context that restores the module's own `sample_weights`, if any, at its end: later fits may use other samples."""
     own = {key: value for key, value in vars(module).items() if key == "sample_weights"}
     try:
         yield
@@ -201,7 +201,7 @@ def _restored(module: pl.LightningModule) -> Iterator[None]:
 
 
 def _class_numbers(loader: Any, name: str, rows: Sequence[int] | None = None) -> Tensor:
-    """Class numbers (N,) of a part; every sample, or those of some rows, has to have one."""
+    """Class numbers (N,) of a part. Raises UserError if a sample, or one of `rows`, has no label."""
     labels = read_labels(loader)
     if labels.ndim != 1:
         raise UserError(

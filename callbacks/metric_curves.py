@@ -13,14 +13,14 @@ from bdistil.metrics.curve import curve_figures, merge_points
 class MetricCurves(pl.Callback):
     """Collects one (cost, accuracy) point for each fit, and logs the area under the curve and its falls.
 
-    Works with any LightningModule: give one instance to the Trainers of several fits, in any order of cost. Fits of
-    equal cost, with other seeds or folds, count as one point with their mean accuracy. The RoundController logs the
-    same figures after each committed round.
+    Works with any LightningModule: pass one instance to the Trainers of several fits, in any order of cost. Fits of
+    equal cost, such as other seeds or folds, count as one point with their mean accuracy. The RoundController logs the
+    same statistics after each committed round.
 
     Args:
         metric: key of the accuracy in ``trainer.callback_metrics``.
-        cost: key of the cost in them; `ComputeCost` logs ``cost/macs``.
-        tolerance: a decrease of the accuracy by more than this, with the cost, counts as a fall.
+        cost: key of the cost in ``trainer.callback_metrics``; `ComputeCost` logs ``cost/macs``.
+        tolerance: a larger decrease of the accuracy from one cost to the next counts as a fall.
 
     Example:
         >>> curves = MetricCurves()
@@ -37,7 +37,7 @@ class MetricCurves(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Distinct for instances with different metrics in one Trainer."""
+        """Distinguishes instances with different metrics in one Trainer."""
         return f"MetricCurves[{self.metric},{self.cost}]"
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,25 +49,25 @@ class MetricCurves(pl.Callback):
         self.points = [(float(cost), float(value)) for cost, value in state_dict["points"]]
 
     def add(self, cost: float, accuracy: float) -> dict[str, float]:
-        """Adds a point with a cost > 0 and an accuracy in 0 … 1; returns the figures so far."""
+        """Adds a point with a cost > 0 and an accuracy in 0 … 1; returns area and falls so far."""
         self.points.append((float(cost), float(accuracy)))
         return curve_figures(*merge_points(self.points), self.tolerance)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Waits for the first validation of this fit."""
+        """Resets the state before the first validation of this fit."""
         self._validated = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes that metrics of a validation have been logged."""
+        """Records that a validation has logged its metrics."""
         self._validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks for the metrics after the first epoch that was validated, not only when the training is over."""
+        """Checks the metrics after the first validated epoch, instead of at the end of training."""
         if self._validated:
             self._check(trainer)
 
     def _check(self, trainer: pl.Trainer) -> None:
-        """Raises UserError where the metric was not logged, or the cost was not, or is not positive."""
+        """Raises UserError if metric or cost was not logged, or the cost is not positive."""
         metrics = trainer.callback_metrics
         missing = [key for key in (self.metric, self.cost) if key not in metrics]
         if missing:

@@ -1,4 +1,4 @@
-"""The callback that runs boosting rounds: one fit per round, with acceptance, commit, logging and restart."""
+"""The callback that runs boosting rounds: one fit per round, with acceptance, commit, logging and resumption."""
 
 from __future__ import annotations
 
@@ -40,27 +40,28 @@ from bdistil.utils.signals import StopSignals
 
 
 class RoundController(Checkpoint):
-    """Runs boosting: a new module and a new Trainer for each round, and this callback in all of them.
+    """Runs boosting, with a new module and a new Trainer for each round and this callback in all of them.
 
-    It evaluates the teacher once, adds the index to the batches, decides whether a student is accepted, widens the
-    class of students when it is not, commits student, ledger and metrics together, logs cost and curve of every prefix,
+    It evaluates the teacher once, adds the index to the batches, accepts or rejects each student, tries a wider class
+    of students after a rejection, commits student, ledger and metrics together, logs cost and curve of every prefix,
     and resumes a run. It is a ``Checkpoint``, so Lightning calls its hooks after those of other callbacks.
 
     Args:
         run_dir: the run directory; a run found there is resumed.
         teacher: any module, x -> logits (B, L); or the logits of all samples, see `bdistil.OfflineTeacher`.
         student: ``make_student(round)``, rounds from 0; a `Student` also takes links.
-        settings: of the run.
-        optimizer: makes the optimizer of the parameters of a student, as Lightning's ``OptimizerCallable``:
+        settings: settings of the run.
+        optimizer: function from a student's parameters to an optimizer, Lightning's ``OptimizerCallable``:
             ``lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9)``. It replaces AdamW and `lr`,
             `weight_decay` and `schedule` of the settings.
-        lr_scheduler: makes the schedule of an optimizer, as Lightning's ``LRSchedulerCallable``, or a dictionary with
-            ``scheduler`` as `configure_optimizers` takes it. Without it, an optimizer of your own has a constant rate.
+        lr_scheduler: function from an optimizer to a schedule, Lightning's ``LRSchedulerCallable``, or to a dictionary
+            with ``scheduler`` as returned by `configure_optimizers`. Without it, a custom optimizer runs at a constant
+            rate.
         lr_interval: whether that schedule advances after every ``epoch`` or ``step``.
-        seed: all randomness of the run is a function of it, the round, the epoch and the rank.
+        seed: determines, with round, epoch and rank, all randomness of the run.
         config: content of config.yaml, as nested plain values; settings and seed by default.
-        uncounted: an operator whose multiply-adds are unknown is an ``error`` before training, or recorded with a
-            warning.
+        uncounted: whether an operator with unknown multiply-adds raises an ``error`` before training, or is omitted
+            from the count with a warning (``record``).
 
     Example:
         >>> import tempfile, torch, lightning as L
@@ -115,18 +116,18 @@ class RoundController(Checkpoint):
         self._plan: RoundPlan | None = None
         self._datamodule: pl.LightningDataModule | None = None
         self._begun, self._closed, self._first_epoch, self._read = False, False, True, 0
-        self._final: list[torch.Tensor] = []  # weights of the student that was judged
+        self._final: list[torch.Tensor] = []  # weights of the evaluated student
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
-        """The modules of the remaining rounds; fit each with this callback before the next is taken.
+        """Yields the modules of the remaining rounds; fit each with this callback before requesting the next.
 
         Args:
             datamodule: training and validation datasets are map-style; batches are (x, y), or mappings with a key for
                 y, see `BoostingSettings.labels`.
 
         Raises:
-            UserError: an invalid argument, found before training.
-            RunError: a round came back without a verdict, or a committed round is torn.
+            UserError: an argument is invalid; raised before training.
+            RunError: a round was fitted without reaching a verdict, or a committed round is torn.
         """
         self._datamodule = datamodule
         with self.signals, self.run.in_use():
@@ -146,9 +147,10 @@ class RoundController(Checkpoint):
                 self.tracker.finish()
 
     def _tell_of_no_fit(self) -> None:
-        """Lightning refuses a Trainer without checkpoints before it calls any hook, and names another callback.
+        """Logs an explanation if the loop was left before any hook of this callback ran.
 
-        Logged, as a warning that is turned into an error would be lost in a generator that is closed.
+        Lightning rejects a Trainer without checkpointing before it calls any hook, with a message about another
+        callback. This is no warning, as a warning turned into an error would be lost in a closing generator.
         """
         if not self._begun:
             rank_zero_info(
@@ -158,7 +160,7 @@ class RoundController(Checkpoint):
             )
 
     def resume_message(self) -> str:
-        """What an interrupted run prints."""
+        """Message printed by an interrupted run."""
         return (
             f"The run in {self.run.root} was interrupted with {self.run.committed()} of {self.settings.rounds} rounds "
             "committed. Give the same command again: it goes on from there."
@@ -166,18 +168,18 @@ class RoundController(Checkpoint):
 
     @property
     def plan(self) -> RoundPlan:
-        """The round under way."""
+        """The current round."""
         assert self._plan is not None
         return self._plan
 
     @property
     def number(self) -> int:
-        """Number of the round under way, from 0."""
+        """Index of the current round, from 0."""
         return self.state.number
 
     @property
     def ckpt_path(self) -> str | None:
-        """Lightning's checkpoint of the round under way, where there is one."""
+        """Lightning's checkpoint of the current round; None if there is none."""
         path = self.run.checkpoint(self.number)
         return str(path) if path.exists() else None
 
@@ -187,7 +189,7 @@ class RoundController(Checkpoint):
         return self.boosting.ensemble
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress of the round under way."""
+        """Progress of the current round."""
         return self.state.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -197,7 +199,7 @@ class RoundController(Checkpoint):
     # ---- hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks Trainer and module of a fit; seeds, as configure_optimizers may make the loader."""
+        """Checks Trainer and module of a fit; seeds the fit, as configure_optimizers may create the loader."""
         if stage != "fit":
             return
         self._begun = True
@@ -205,7 +207,7 @@ class RoundController(Checkpoint):
         check_trainer(trainer, self.settings)
         self.signals.watch(trainer)
         if distributed.early_rank() == 0:
-            self.run.lock.acquire()  # a fit that failed before has let go of it
+            self.run.lock.acquire()  # an earlier failed fit has released it
         if self._plan is None or pl_module is not self._plan.module:
             raise UserError(
                 "RoundController expected the module that `controller.rounds(datamodule)` gave for round "
@@ -224,7 +226,7 @@ class RoundController(Checkpoint):
         reseed(self.boosting.seed, self.number, self.state.attempt, self.state.epochs, trainer.global_rank)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the ledger; a round that ended before its verdict is not trained further."""
+        """Opens the ledger; a round resumed after its last epoch is not trained further."""
         self.device = pl_module.device
         with disk_errors(f"the ledger of round {self.number}", self.run.root):
             self.boosting.open(self.plan)
@@ -235,11 +237,11 @@ class RoundController(Checkpoint):
         trainer.should_stop |= self.state.done
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Handles signals in place of the Trainer."""
+        """Takes over signal handling from the Trainer."""
         self.signals.watch(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds the epoch; for the first one `on_fit_start` did, before its loader was made."""
+        """Seeds every epoch but the first, which `on_fit_start` seeds before its loader is created."""
         begin_epoch(trainer.train_dataloader, self.state.epochs)
         if not self._first_epoch:
             self._reseed(trainer)
@@ -248,30 +250,30 @@ class RoundController(Checkpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Compares some samples with those that the teacher was asked about."""
+        """Compares some training samples with those on which the teacher was evaluated."""
         self.plan.run.parts.train.see(indexed(batch))
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Compares some samples with those that the teacher was asked about."""
+        """Compares some validation samples with those on which the teacher was evaluated."""
         self.plan.run.parts.val.see(indexed(batch))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends the comparison of validation samples."""
+        """Completes the comparison of validation samples."""
         self.plan.run.parts.val.settle()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts samples, for the cost of training."""
+        """Counts samples for the cost of training."""
         self._read += len(batch[-1])
         self.signals.check()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the round under way, as far as it counts."""
+        """Updates the progress and saves the round, unless the epoch is empty or a fast_dev_run."""
         read, self._read = int(distributed.all_sum(torch.tensor(self._read))), 0
-        if not read:  # of a fit with max_steps that is resumed at the end of an epoch
+        if not read:  # a fit with max_steps was resumed at the end of an epoch
             return
         self.plan.run.parts.train.settle()
         check_drawn(trainer.train_dataloader)
@@ -290,7 +292,7 @@ class RoundController(Checkpoint):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes a round that was resumed after its last epoch, for which `on_train_end` is not called.
 
-        Otherwise warns of weights that another callback has changed since.
+        Otherwise warns if another callback has changed the weights after the evaluation.
         """
         if not self._closed:
             pl_module.to(self.device)
@@ -304,8 +306,8 @@ class RoundController(Checkpoint):
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets go of the run directory; prints how to resume after Ctrl-C, which Lightning handles."""
-        self.run.lock.release()  # the loop may be kept alive by the traceback, as in a notebook
+        """Releases the run directory; prints how to resume after Ctrl-C, which Lightning handles."""
+        self.run.lock.release()  # the traceback may keep the loop alive, as in a notebook
         if isinstance(exception, ValueError) and "too many values to unpack" in str(exception):
             rank_zero_warn(
                 "Batches of a round are (x, y, index), also for hooks of other callbacks: take `x, y = batch[:2]`."

@@ -12,7 +12,7 @@ from bdistil.metrics.quality import score_name
 
 
 class RoundProgressBar(RichProgressBar):
-    """Lightning's rich bar, for boosting runs: the round beside the epoch, and the metrics of the prefix.
+    """Lightning's RichProgressBar for boosting runs: shows the round, the epoch and the metrics of the prefix.
 
     Args:
         refresh_rate: steps between two refreshes; each costs about 0.2 ms.
@@ -22,7 +22,7 @@ class RoundProgressBar(RichProgressBar):
         super().__init__(refresh_rate=refresh_rate, leave=False)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Round, accuracy (or R²) of the prefix and its rms error to the teacher; all metrics of other modules."""
+        """Round, accuracy (or R²) and rms error of the prefix; for modules other than rounds, all metrics."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if isinstance(pl_module, BoostingRound):

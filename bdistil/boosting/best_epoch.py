@@ -13,7 +13,7 @@ class BestEpoch:
 
     Attributes:
         error: the smallest error so far.
-        epoch: in which it was measured, from 0; None before the first.
+        epoch: epoch in which it was measured, from 0; None before the first validation.
 
     Example:
         >>> import torch
@@ -35,17 +35,17 @@ class BestEpoch:
         self._evaluated: dict[str, Tensor] = {}
 
     def evaluate(self, student: nn.Module) -> None:
-        """Copies the weights with which a validation begins: an averaging callback replaces them until its end."""
+        """Copies the weights being validated, which an averaging callback swaps in for the validation only."""
         self._evaluated = {name: value.detach().clone() for name, value in student.state_dict().items()}
 
     def consider(self, error: float, epoch: int) -> None:
-        """Takes the weights of this validation if its error is smaller than all before."""
+        """Keeps the weights of this validation if its error is the smallest so far."""
         if error < self.error:
             self.error, self.epoch, self._weights = error, epoch, self._evaluated
         self._evaluated = {}
 
     def restore(self, student: nn.Module) -> None:
-        """Gives a student the best weights; without a validation it stays as it is."""
+        """Loads the best weights into a student; does nothing if there was no validation."""
         if self.epoch is not None:
             student.load_state_dict(self._weights)
 

@@ -23,7 +23,7 @@ from bdistil.utils import distributed
 
 @dataclass(frozen=True)
 class Verdict:
-    """Decision on a trained student, and the figures behind it; accuracy and loss are the prefix's on validation."""
+    """Decision on a trained student and its evidence; accuracy and loss are those of the prefix on validation."""
 
     accepted: bool
     reason: str
@@ -36,10 +36,10 @@ class Verdict:
 def decide(
     settings: BoostingSettings, number: int, training: RoundEvidence, validation: RoundEvidence
 ) -> tuple[bool, str]:
-    """Whether the student of a round is accepted, and why; the same on all ranks, as the evidence is.
+    """Decides whether to accept the student of a round and gives the reason; evidence and result agree on all ranks.
 
     With `accept="progress"` the prefix's rms error to the teacher on the validation part has to fall by more than
-    `min_progress`, relative to the prefix before; with "margin", the paper's condition made softer, a share
+    `min_progress`, relative to the previous prefix; with "margin", a relaxed form of the paper's condition, a share
     `margin_share` of the outputs has to meet its margin on the training part.
     """
     if number == 0:
@@ -62,12 +62,12 @@ def close_round(
     Args:
         boosting: the run.
         plan: the round.
-        state: its progress.
+        state: progress of the round.
         device: device of the student.
-        steps: optimizer steps of the round.
+        steps: number of optimizer steps of the round.
 
     Returns:
-        The row of the curve; None when the student was rejected.
+        The row of the curve; None if the student was rejected.
 
     Raises:
         RunError: NaN or infinity among the student's logits, or a disk error.
@@ -91,7 +91,7 @@ def close_round(
 
 
 def _evaluate(settings: BoostingSettings, plan: RoundPlan, device: torch.device) -> Verdict:
-    """One pass over the validation part, and one over the training part and each of its views."""
+    """Scores the student in one pass each over the validation part, the training part and every view of it."""
     module, parts = plan.module, plan.run.parts
     validation, accuracy, loss = parts.val.score(module.student, module.earlier, device)
     training, _, _ = parts.train.score(module.student, module.earlier, device)
@@ -104,7 +104,7 @@ def _evaluate(settings: BoostingSettings, plan: RoundPlan, device: torch.device)
 def _curve_row(
     boosting: Boosting, plan: RoundPlan, verdict: Verdict, state: RoundState, device: torch.device
 ) -> dict[str, Any]:
-    """The row of the prefix that ends with this round: MACs and parameters are cumulative, other costs its own."""
+    """Row of the prefix that ends with this round: MACs and parameters are cumulative, other costs of this round."""
     module, cost = plan.module, plan.cost
     latency = student_latency(module.student, module.earlier, plan.run.example, device)
     _, *prefixes = boosting.run.rows()
@@ -132,7 +132,7 @@ def _curve_row(
 
 
 def _training_macs(boosting: Boosting, plan: RoundPlan, state: RoundState) -> int:
-    """MACs of the training of one try of a round; moves the earlier students to the CPU."""
+    """Training MACs of one try of a round; moves the earlier students to the CPU."""
     module = plan.module
     for student in module.earlier:
         student.cpu()
@@ -147,7 +147,7 @@ def _training_macs(boosting: Boosting, plan: RoundPlan, state: RoundState) -> in
 
 
 def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str, Any], **counts: int) -> None:
-    """Commits student, S and metrics: all of them, or nothing."""
+    """Commits student, S and metrics together, or none of them."""
     run, parts, number = boosting.run, plan.run.parts, plan.module.number
     for part in parts:
         part.publish(plan.module.student, number)
@@ -184,7 +184,7 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
 
 
 def _reject(boosting: Boosting, plan: RoundPlan, reason: str, state: RoundState) -> bool:
-    """Records a rejected try and its cost; stops the run after the last rung. Returns whether it continues."""
+    """Records a rejected try and its cost; stops the run after the last rung. Returns whether the run continues."""
     number, last = plan.module.number, plan.attempt + 1 >= len(plan.rungs)
     if distributed.rank() == 0:
         macs = _training_macs(boosting, plan, state)

@@ -19,13 +19,13 @@ Uncounted = Literal["error", "record"]
 
 
 def _inputs(student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device) -> tuple[Any, ...]:
-    """Arguments of a student for one sample: x, and the features (1, D) that it reads of earlier students."""
+    """Arguments of a student for one sample: x, and the features (1, D) that it reads from earlier students."""
     x = move_data_to_device(example, device)
     return (x, linked_activations(student, earlier, x)) if links_of(student) else (x,)
 
 
 def student_latency(student: nn.Module, earlier: Sequence[nn.Module], example: Any, device: torch.device) -> float:
-    """Milliseconds of a student for one sample; all modules are on the device."""
+    """Latency of a student for one sample, in milliseconds; all modules must be on the device."""
     return latency_ms(student, _inputs(student, earlier, example, device))
 
 
@@ -50,7 +50,7 @@ def _warn_of_uncounted(cost: Cost, name: str) -> None:
 def teacher_row(
     teacher: nn.Module, example: Any, device: torch.device, samples: int, uncounted: Uncounted
 ) -> dict[str, Any]:
-    """Row of the curve with the cost of the teacher, and of one pass over all samples; leaves it on the device."""
+    """Row of the curve with the teacher's cost per sample and for one pass over `samples`; leaves it on the device."""
     if is_api(teacher) or table_of(teacher) is not None:
         kind = "an API" if is_api(teacher) else "a table of logits"
         rank_zero_info(f"The teacher is {kind}: its MACs and parameters are unknown and written as 0.")
@@ -73,7 +73,7 @@ def teacher_row(
 
 
 def is_api(teacher: nn.Module) -> bool:
-    """Whether a teacher, frozen or not, is an ApiTeacher."""
+    """Whether a teacher is an ApiTeacher, possibly inside a FrozenTeacher."""
     return isinstance(getattr(teacher, "module", teacher), ApiTeacher)
 
 
@@ -88,17 +88,18 @@ def round_training_macs(
     earlier_macs: int,
     cached_links: bool,
 ) -> int:
-    """MACs of training one round: the student, and the teacher and the linked students as far as they are not cached.
+    """MACs of training one round: the student, and whatever of the teacher and the linked students is not cached.
 
     Args:
-        student: of the round.
-        cost: of the student.
+        student: student of the round.
+        cost: cost of the student.
         earlier: the students before it, on the CPU.
         example: x of one sample, as a batch.
-        samples_seen: in all epochs and processes.
-        teacher_macs: of the teacher, which runs for every batch; 0 with cached state.
-        earlier_macs: of all earlier students, which run for every batch; 0 with cached state.
-        cached_links: whether what the student reads of earlier ones is cached; else their bodies run for every batch.
+        samples_seen: number of training samples over all epochs and processes.
+        teacher_macs: MACs of the teacher if it runs on every batch; 0 with cached state.
+        earlier_macs: MACs of all earlier students if they run on every batch; 0 with cached state.
+        cached_links: whether the activations that the student reads are cached; otherwise the bodies of the students
+            it links to run on every batch.
     """
     links = earlier_macs
     if not cached_links and not earlier_macs and links_of(student):
@@ -109,7 +110,7 @@ def round_training_macs(
 
 
 class _Links(nn.Module):
-    """Computes all features that a student reads of earlier ones; a module, so that its cost can be measured."""
+    """Computes all features that a student reads from earlier ones; a module, so that its cost can be measured."""
 
     def __init__(self, student: nn.Module, earlier: Sequence[nn.Module]) -> None:
         super().__init__()

@@ -19,24 +19,24 @@ from bdistil.metrics.quality import UNLABELLED, Task
 from bdistil.models.inputs import InputSpec
 from bdistil.utils.trees import leaves_of
 
-PROBES = 16  # samples on which labels that a dataset declares are compared with those that it gives
-USUAL_BATCH = 64  # samples that are read at once where the user's loader has no fixed number
+PROBES = 16  # samples on which the labels declared by a dataset are compared with those that it returns
+USUAL_BATCH = 64  # samples read at once if the user's loader has no fixed batch size
 
 
 def check_samples(loader: DataLoader[Any], name: str, task: Task, outputs: int) -> InputSpec:
     """Checks every label of a part; returns structure and shape of its x.
 
-    Labels of tensors in memory, and of datasets that declare them in `targets` or `labels`, are read without the
-    samples; those of any other dataset, and samples that a collate function of the user puts together, one by one.
+    For tensors in memory and datasets that declare their labels in `targets` or `labels`, the labels are read without
+    the samples. With any other dataset, or with a user-defined collate function, all samples are read.
 
     Args:
-        loader: of the part, its batches are (x, y), see `bdistil.data.loaders.paired`.
-        name: of the user's method that returned it.
-        task: of the run.
+        loader: loader of the part; its batches are (x, y), see `bdistil.data.loaders.paired`.
+        name: name of the user's method that returned it.
+        task: task of the run.
         outputs: L.
 
     Raises:
-        UserError: names the first sample with a label that cannot be used.
+        UserError: a label is invalid; names the first such sample.
     """
     known = declared_labels(loader)
     if known is not None:
@@ -60,7 +60,7 @@ def check_samples(loader: DataLoader[Any], name: str, task: Task, outputs: int) 
 
 
 def _alone(loader: DataLoader[Any]) -> list[InputSpec]:
-    """Structure and shape of some samples in batches of their own: padding may hide that lengths differ."""
+    """Structure and shape of some samples in batches of one, as padding in larger batches may hide varying lengths."""
     if isinstance(loader.dataset, IterableDataset):
         return []
     rows = spread(len(loader.dataset), PROBES)  # type: ignore[arg-type]
@@ -92,9 +92,9 @@ def all_batches(loader: DataLoader[Any]) -> Iterator[tuple[Any, Tensor | None, n
 
 
 def check_finite(x: Any, index: np.ndarray[Any, Any], name: str) -> None:
-    """Raises UserError where x of a batch holds NaN or infinity, which an ensemble refuses; names the sample."""
+    """Raises UserError if x of a batch contains NaN or infinity, which an ensemble rejects; names the sample."""
     for leaf in leaves_of(x):
-        # A sum is the cheapest pass that NaN and infinity carry through; finite numbers may overflow in it.
+        # A sum is the cheapest operation that propagates NaN and infinity; a sum of finite numbers may overflow.
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or math.isfinite(float(leaf.sum())):
             continue
         wrong = (~leaf.isfinite()).nonzero()
@@ -107,16 +107,15 @@ def check_finite(x: Any, index: np.ndarray[Any, Any], name: str) -> None:
 
 
 def read_labels(loader: DataLoader[Any]) -> Tensor:
-    """Labels (N, ...) of a part that has them, in the order of its dataset."""
+    """Labels (N, ...) of a labelled part, in the order of its dataset."""
     known = declared_labels(loader)
     return torch.cat([y for _, y, _ in all_batches(loader) if y is not None]) if known is None else known
 
 
 def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
-    """Labels (N, ...) of a part in the order of its dataset, where they are known without reading the samples.
+    """Labels (N, ...) of a part in the order of its dataset, if they are known without reading the samples.
 
-    None where they are not, and where the user's collate function may change them, or put together samples of
-    different shapes.
+    None if they are not, or if the user's collate function may change them or batch samples of different shapes.
     """
     collate: Any = loader.collate_fn
     found = _declared(loader.dataset)
@@ -132,7 +131,7 @@ def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
 
 
 def _of_one_shape(loader: DataLoader[Any]) -> bool:
-    """Whether torch's own collate function, which stacks samples, puts them together."""
+    """Whether samples are stacked by torch's default collate function, which requires equal shapes."""
     collate: Any = loader.collate_fn
     stacked = collate.collate is default_collate and loader.batch_size != 1
     return stacked and not isinstance(loader.dataset, IterableDataset)
@@ -163,14 +162,14 @@ def check_labels(y: Tensor, index: np.ndarray[Any, Any], where: str, task: Task,
     """Checks the labels y (B, ...) of the samples `index` (B,).
 
     Args:
-        y: see `bdistil.data.loaders.as_labels`.
-        index: their numbers, for the message.
-        where: they come from, for the message.
-        task: of the run.
+        y: labels as returned by `bdistil.data.loaders.as_labels`.
+        index: sample numbers, for the message.
+        where: origin of the samples, for the message.
+        task: task of the run.
         outputs: L.
 
     Raises:
-        UserError: names the first sample with a label that cannot be used.
+        UserError: a label is invalid; names the first such sample.
     """
     if task == "regression":
         wrong, allowed = _wrong_real(y, outputs)
@@ -220,7 +219,7 @@ def _text(label: Tensor) -> str:
 
 
 def _remedy(y: Tensor, task: Task, outputs: int) -> str:
-    """How to mend labels that cannot be used."""
+    """Advice for the error message on how to fix invalid labels."""
     if task == "regression":
         return "Give y of shape (N,) for one output, (N, L) for several; leave out samples without a label."
     if task == "multilabel":

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a round: AdamW on a cosine, or the user's own, in Lightning's convention."""
+"""Optimizer and schedule of a round: AdamW with a cosine schedule, or user-defined, in Lightning's convention."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.errors import UserError
 from bdistil.utils.optimizers import Interval, adamw_cosine, may_fuse, schedule_length
 
-# As in lightning.pytorch.cli. A schedule may also be a dictionary with "scheduler", "interval", … as
-# `configure_optimizers` returns it.
+# As in lightning.pytorch.cli. A schedule may also be a dictionary with "scheduler", "interval", …, as returned by
+# `configure_optimizers`.
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], Any]
 
-# Learning rates of a schedule's first intervals, by which two schedules are told apart.
+# Number of initial learning rates by which two schedules are distinguished.
 TRACE = 10
 
 
@@ -30,14 +30,14 @@ class Optimization:
     """Optimizer and schedule of the rounds.
 
     Attributes:
-        optimizer: makes the optimizer of the given parameters; it replaces AdamW and `lr`, `weight_decay` and
+        optimizer: returns an optimizer of the given parameters; it replaces AdamW and `lr`, `weight_decay` and
             `schedule` of the settings. None for AdamW.
-        lr_scheduler: makes the schedule of the given optimizer; None for that of the settings with AdamW, and for a
+        lr_scheduler: returns a schedule of the given optimizer; None for that of the settings with AdamW, and for a
             constant rate with another optimizer.
         lr_interval: whether the schedule advances after every ``epoch`` or ``step``.
 
     Raises:
-        UserError: an argument is no function, or the interval is unknown.
+        UserError: an argument is not a function, or the interval is unknown.
     """
 
     optimizer: OptimizerCallable | None = None
@@ -56,7 +56,7 @@ class Optimization:
             raise UserError(f"Expected `lr_interval` to be 'epoch' or 'step', got {self.lr_interval!r}.")
 
     def configure(self, student: nn.Module, settings: BoostingSettings, trainer: pl.Trainer) -> Any:
-        """What `configure_optimizers` of a round returns."""
+        """Return value of `configure_optimizers` of a round."""
         if self.optimizer is None and self.lr_scheduler is None:
             constant: tuple[int, Interval] = (0, "epoch")
             length = constant if settings.schedule == "constant" else schedule_length(trainer)
@@ -119,11 +119,11 @@ class Optimization:
     def describe(self, student: nn.Module, settings: BoostingSettings) -> dict[str, Any]:
         """Optimizer and schedule as plain values, for config.yaml and round.json; empty for the default.
 
-        Two of them count as the same where class, options and the first ten learning rates are the same.
+        Two schedules count as equal if class, options and the first ten learning rates are equal.
 
         Args:
-            student: on which they are tried; it is not trained.
-            settings: of the run.
+            student: module on which they are tried; it is not trained.
+            settings: settings of the run.
 
         Raises:
             UserError: one of the functions returns something else.
@@ -140,7 +140,7 @@ class Optimization:
 
 
 def _check_length(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
-    """Raises UserError for a OneCycleLR that ends, by an error of torch, before the fit does."""
+    """Raises UserError for a OneCycleLR shorter than the fit, which would fail during training."""
     scheduler, by_step = schedule["scheduler"], schedule.get("interval") == "step"
     length = trainer.estimated_stepping_batches if by_step else trainer.max_epochs or 0
     if isinstance(scheduler, OneCycleLR) and length > scheduler.total_steps * int(schedule.get("frequency", 1)):
@@ -151,7 +151,7 @@ def _check_length(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """Class and options of an optimizer, and those of its groups that differ."""
+    """Class and options of an optimizer, with the deviating options of its parameter groups."""
     groups = [
         {key: value for key, value in group.items() if key != "params" and value != optimizer.defaults.get(key)}
         for group in optimizer.param_groups
@@ -164,7 +164,7 @@ def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def describe_schedule(scheduler: Any, optimizer: Optimizer) -> dict[str, Any]:
-    """Class and public numbers of a schedule, and its first learning rates; advances the schedule."""
+    """Class, public state and first learning rates of a schedule; advances the schedule."""
     state = {key: value for key, value in scheduler.state_dict().items() if not key.startswith("_")}
     found = {"class": _path_of(scheduler), **_plain(state)}
     return found | {"rates": _trace(scheduler, optimizer)}
@@ -179,7 +179,7 @@ def _trace(scheduler: Any, optimizer: Optimizer) -> list[float]:
             rates.append(float(f"{float(optimizer.param_groups[0]['lr']):.6g}"))
             try:
                 scheduler.step()
-            except (TypeError, ValueError):  # it needs a metric, or it has ended
+            except (TypeError, ValueError):  # the schedule needs a metric, or has ended
                 break
     return rates
 
@@ -189,7 +189,7 @@ def _path_of(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Plain values for YAML and JSON, without options that are None or False: later versions of torch add some."""
+    """Plain values for YAML and JSON, without options that are None or False, as later versions of torch add some."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items() if v is not None and v is not False and not callable(v)}
     if isinstance(value, list | tuple | set):
@@ -197,4 +197,4 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
     kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-    return type(value).__name__ if kind is None else kind(value)  # a number of NumPy becomes one of Python
+    return type(value).__name__ if kind is None else kind(value)  # converts NumPy numbers to Python numbers

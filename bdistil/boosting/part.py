@@ -1,4 +1,4 @@
-"""One part of the data in a boosting run: its samples, its ledger, and the passes of teacher and students over it."""
+"""One part of the data of a boosting run: its samples, its ledger, and the passes of teacher and students over it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from bdistil.utils import distributed
 from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
 
-# Most numbers of the activations of a sample, besides its features, that are cached: 16 kB in float16.
+# Largest number of cached activation values per sample, besides its features: 16 kB in float16.
 MOST_CACHED = 1 << 13
-# Larger ones are computed again on every batch: float16 ends at 65504.
+# Activations with larger values are recomputed on every batch: float16 ends at 65504.
 LARGEST_CACHED = 4096.0
 
 
@@ -52,9 +52,9 @@ class Part:
         name: ``train`` or ``val``: as in ``train_dataloader`` and in the ledger's folder.
         loader: the user's loader, yields (x, y).
         folder: folder of all ledgers of a run.
-        settings: of the run.
-        seed: of the run.
-        view: number of the view of a dataset that augments at random; each has g and S of its own.
+        settings: settings of the run.
+        seed: seed of the run.
+        view: index of the view of a randomly augmented dataset; each view has its own g and S.
 
     Raises:
         UserError: the dataset is iterable or empty, or its items are not (x, y).
@@ -78,7 +78,7 @@ class Part:
         self.features = FeatureCache(folder, self.samples)
         kinds = {"augmented": view is not None, "recomputed": settings.state == "recompute"}
         self.guard = None if view else SampleGuard(self.method, loader, self.items, folder, **kinds)
-        self.sharers: distributed.Sharers | None = None  # of the ledger's disk, where each node has one
+        self.sharers: distributed.Sharers | None = None  # processes that share the ledger's disk, if each node has one
 
     @property
     def method(self) -> str:
@@ -95,7 +95,7 @@ class Part:
         self.dataset_view = None if self.view is None else Views(loader.dataset, self.seed, self.view)
 
     def renew(self, loader: DataLoader[Any]) -> None:
-        """Takes the loader that the data module gives now: the one before may read files that are closed.
+        """Replaces the loader by the data module's current one, as the previous one may read closed files.
 
         Raises:
             UserError: its samples are not those of the run.
@@ -106,12 +106,12 @@ class Part:
             self.guard.renew(loader, self.items)
 
     def see(self, batch: tuple[Any, Any, Index]) -> None:
-        """Compares some rows of a batch (x, y, index) of a fit, see `SampleGuard`."""
+        """Checks some rows of a batch (x, y, index) of a fit against the stored samples, see `SampleGuard`."""
         if self.guard is not None:
             self.guard.see(*batch)
 
     def settle(self) -> None:
-        """Ends what `see` has left for later."""
+        """Completes the comparisons that `see` has deferred."""
         if self.guard is not None:
             self.guard.settle()
 
@@ -124,11 +124,11 @@ class Part:
             teacher: maps x to logits (B, L).
             device: device of the teacher.
             outputs: L.
-            fingerprint: of the teacher.
-            units: of the ledger, where another part gives them.
+            fingerprint: fingerprint of the teacher.
+            units: units of the ledger, if another part determines them.
 
         Returns:
-            The teacher's accuracy and cross entropy, or what replaces them; NaN on the training part.
+            The teacher's accuracy and cross entropy, or the scores of another task; NaN on the training part.
 
         Raises:
             RunError: a logit is NaN or infinite.
@@ -140,12 +140,12 @@ class Part:
             return _summed(scores, outputs)
 
     def _metric(self, outputs: int) -> PrefixMetric | None:
-        """Metric of the validation part; None for the training part, on which nothing is measured."""
+        """Metric of the validation part; None for the training part, which is not scored."""
         return prefix_metric(self.settings.task, outputs) if self.name == "val" else None
 
     @contextmanager
     def _sketched(self) -> Iterator[None]:
-        """Context of a pass over all samples that keeps their sketches."""
+        """Context of a pass over all samples during which their sketches are written."""
         sketches = self.guard.sketches if self.guard else None
         if sketches is not None:
             sketches.begin()
@@ -154,7 +154,7 @@ class Part:
             sketches.publish()
 
     def _catch_up_samples(self) -> None:
-        """Fingerprints of the samples: compared with those on the disk, or made where there are none."""
+        """Compares the samples with their fingerprints on disk; computes the fingerprints that are missing."""
         if self.guard is None:
             return
         self.guard.compare_stored()
@@ -166,12 +166,12 @@ class Part:
                     self.guard.record(x, y, index)
 
     def catch_up(self, students: Sequence[nn.Module], device: torch.device, fingerprint: str) -> None:
-        """Opens S after the committed students, and their features that links may read; computes what is missing.
+        """Opens S after the committed students and the features that links may read; computes whatever is missing.
 
         Args:
-            students: the committed ones, in order.
-            device: where they are to run.
-            fingerprint: of the teacher.
+            students: the committed students, in order.
+            device: device to run them on.
+            fingerprint: fingerprint of the teacher.
 
         Raises:
             UserError: the number of samples or the teacher differs from the start of the run.
@@ -199,7 +199,7 @@ class Part:
         for number in linked_numbers(students, self.settings.cached_links):
             for student in students[: number + 1]:
                 student.to(device)
-            latest = number == linked_numbers(students, 1)[0]  # stages read no other student
+            latest = number == linked_numbers(students, 1)[0]  # stages are only read from the latest student
             shapes[number] = self._cached_shapes(students, number, device, stages=latest)
             if not distributed.agreed(self.features.has(number, shapes[number])):
                 self.features.begin(shapes[number])
@@ -212,7 +212,7 @@ class Part:
     def _cached_shapes(
         self, students: Sequence[nn.Module], number: int, device: torch.device, *, stages: bool = True
     ) -> Shapes:
-        """Shapes of the activations of a sample, by key, that rounds read of a student from the cache."""
+        """Shapes, by key, of a student's activations for one sample that rounds read from the cache."""
         student = students[number]
         assert isinstance(student, Student)
         keys = self.settings.cached_keys(student) if stages else []
@@ -230,11 +230,11 @@ class Part:
     def score(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device
     ) -> tuple[RoundEvidence, float, float]:
-        """One pass of a new student in eval mode; writes S and its features beside those in use, see `publish`.
+        """Evaluates a new student in one pass; writes S and its features beside those in use, see `publish`.
 
         Returns:
-            The evidence, and accuracy and cross entropy (or what replaces them) of the prefix that ends with the
-            student; NaN on the training part, whose labels are not needed.
+            The evidence, and accuracy and cross entropy (or the scores of another task) of the prefix that ends with
+            the student; NaN on the training part, whose labels are not needed.
 
         Raises:
             RunError: a logit is NaN or infinite.
@@ -249,7 +249,7 @@ class Part:
             return evidence, *_summed(scores, self.ledger.outputs)
 
     def publish(self, student: nn.Module, number: int) -> None:
-        """Gives the files that `score` wrote for an accepted student their names."""
+        """Renames the files that `score` wrote for an accepted student to their final names."""
         with distributed.within(self.sharers):
             self.ledger.publish()
             if isinstance(student, Student):
@@ -258,11 +258,11 @@ class Part:
     def linked(
         self, places: Sequence[tuple[int, int]], index: np.ndarray[Any, Any], device: torch.device
     ) -> list[Tensor]:
-        """Cached activations (B, ...) given as (student, key) for samples, on the device."""
+        """Cached activations (B, ...) of samples, selected by (student, key), on the device."""
         return [rows.to(device, non_blocking=True) for rows in self.features.rows(places, index)]
 
     def _batches(self, number: int) -> DataLoader[Any]:
-        """The rows of this process as (x, y, index), whole blocks in order, in batches of the user's size at most."""
+        """The rows of this process as (x, y, index): whole blocks in order, in batches of at most the user's size."""
         blocks = distributed.my_blocks(self.samples, BLOCK)
         rows = [
             range(start, min(start + self.batch_size, high))
@@ -272,7 +272,7 @@ class Part:
         return rows_loader(self.loader, rows, seed=seed_of(self.seed, number, "score"), views=self.dataset_view)
 
     def _by_block(self, answers: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        """(first row, logits (rows, L)) of whole blocks, from those of batches: sums do not depend on their size."""
+        """Regroups batches into blocks (first row, logits (rows, L)), so that sums do not depend on the batch size."""
         rows: list[Tensor] = []
         for low, logits in answers:
             rows.append(logits)
@@ -309,7 +309,7 @@ class Part:
         for x, y, index in self._batches(len(earlier)):
             moved = move_data_to_device(x, device)
             if write and isinstance(student, Student):
-                # S is exact: activations in 16 bits are for training only.
+                # S must be exact; float16 activations are for training only.
                 exact = self.settings.cached_links > 0 and not student.stage_reads
                 linked = self.linked(read, index, device) if exact else linked_activations(student, earlier, moved)
                 own = student.activations(moved, linked)
@@ -326,14 +326,14 @@ class Part:
 
 
 def _fits_cache(activation: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether 16 bits hold an activation of one sample: real numbers of this shape, samples first, none too large."""
+    """Whether an activation of one sample fits float16: floating point, of shape (1, *shape), no value too large."""
     if not activation.is_floating_point() or tuple(activation.shape) != (1, *shape):
         return False
     return not activation.numel() or float(activation.abs().max()) <= LARGEST_CACHED
 
 
 def _summed(scores: PrefixMetric | None, outputs: int) -> tuple[float, float]:
-    """Accuracy and loss of one predictor over all processes, some of which may have had no rows."""
+    """Accuracy and loss of one predictor over all processes; some of them may have no rows."""
     if scores is None:
         return float("nan"), float("nan")
     if isinstance(scores, PrefixErrors):

@@ -1,4 +1,4 @@
-"""All parts of the data in a boosting run, and their ledgers: on the run's disk, or on a scratch disk of each node."""
+"""All parts of the data of a boosting run and their ledgers, on the run's disk or on a scratch disk of each node."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from bdistil.utils import distributed
 
 @dataclass(frozen=True)
 class Parts:
-    """Training and validation part, and further views of a training part that augments at random.
+    """Training and validation part, and further views of a randomly augmented training part.
 
     Attributes:
-        train: training part; its view 0, where there are views.
+        train: training part; its view 0 if there are views.
         val: validation part.
         views: views 1 … K-1 of the training part.
         plans: the views that the training and the validation loader read; None without random augmentation.
@@ -47,8 +47,8 @@ class Parts:
         """The parts of the user's loaders, which yield (x, y).
 
         Raises:
-            UserError: a dataset is iterable or empty, its items are not (x, y), or random augmentation that the
-                settings do not allow for.
+            UserError: a dataset is iterable or empty, its items are not (x, y), or it is augmented at random with
+                settings that do not support this.
         """
         check_dataset(train, "train_dataloader")
         check_dataset(val, "val_dataloader")
@@ -65,13 +65,13 @@ class Parts:
         )
 
     def renew(self, name: str, loader: Any) -> Any:
-        """Takes the loader that a user's method gives now; returns it with the samples that count.
+        """Replaces the loader of a part by the one that the user's method `name` returned; returns the loader to read.
 
         Raises:
             UserError: its samples are not those of the run.
         """
         parts = (self.train, *self.views) if name == LOADERS[0] else (self.val,)
-        with isolate_rng(include_cuda=False):  # the fit draws what it would have drawn
+        with isolate_rng(include_cuda=False):  # leaves the random state of the fit unchanged
             check_dataset(loader, name)
             if name != LOADERS[0]:
                 loader = only_given(loader, name)
@@ -80,10 +80,10 @@ class Parts:
         return loader
 
     def start_fit(self, datamodule: Any) -> None:
-        """Takes the loaders that the data module gives in this fit: those of the fit before may read closed files.
+        """Requests new loaders for this fit, as those of the previous fit may read closed files.
 
         Raises:
-            UserError: their samples are not those of the run, or not the same on all processes.
+            UserError: their samples are not those of the run, or differ between processes.
         """
         for part in (self.train, self.val):
             if part.guard is not None:
@@ -98,7 +98,7 @@ class Parts:
         """Compares some samples with those of earlier starts.
 
         Raises:
-            UserError: one differs.
+            UserError: a sample differs.
         """
         for part in (self.train, self.val):
             if part.guard is not None:
@@ -119,7 +119,7 @@ class Parts:
     def catch_up(
         self, students: Sequence[nn.Module], device: torch.device, fingerprint: str, *, fixed: bool = True
     ) -> None:
-        """Brings the ledgers of all parts up to date; `fixed`: all samples have one shape."""
+        """Brings the ledgers of all parts up to date; `fixed` states that all samples have the same shape."""
         for part in self:
             part.fixed = fixed
             part.catch_up(students, device, fingerprint)
@@ -127,8 +127,8 @@ class Parts:
     def claim(self, run: RunDirectory) -> None:
         """Finds the processes that share a node's scratch disk, and removes files of other runs or rounds from it.
 
-        A node may come back after rounds that it took no part in, or the run may have been started anew. Removed
-        files are made again from the teacher and the committed students; the run directory stays the truth.
+        A node may return after rounds in which it did not take part, or the run may have been restarted from scratch.
+        Removed files are recomputed from the teacher and the committed students; the run directory is authoritative.
         """
 
         def history() -> dict[str, Any]:
@@ -146,7 +146,7 @@ class Parts:
 
 
 def _clear(folder: Path, history: Mapping[str, Any], *, continuing: bool) -> None:
-    """Removes from a folder what is not of a history. A continuing process has written the last round itself."""
+    """Removes files of other runs or rounds from a folder; a continuing process has written the last round itself."""
     owner = folder / "owner.json"
     folder.mkdir(parents=True, exist_ok=True)
     found = json.loads(owner.read_text()) if owner.exists() else {"run": None}

@@ -1,6 +1,6 @@
-"""The checks before training: configuration, data, teacher and students of a run, in this order.
+"""Validation before training: configuration, data, teacher and students of a run, in this order.
 
-What a user gave is tried here, so that it does not fail after hours of training.
+User code is run here once, so that it does not fail after hours of training.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ FREE_KEYS = (
     "trainer.logger", "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
     "trainer.enable_autolog_hparams", "trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.profiler",
 )  # fmt: skip
-# Keys that may be raised to go on with a finished run: earlier students do not depend on them.
+# Keys that may be raised to continue a finished run: earlier students do not depend on them.
 GROWING_KEYS = ("boosting.rounds", "model.boosting.rounds")
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with all settings: those that came later had the value that is the default now."""
+    """Completes a configuration of an earlier version: settings added since then get their defaults."""
     sections, model = dict(config), config.get("model")
     if isinstance(model, Mapping):
         sections["model"] = {"lr_interval": "epoch", **complete(model)}
@@ -75,7 +75,7 @@ class RunPlan:
         example: x of one training sample, as a batch.
         inputs: structure and shape of x in all parts.
         outputs: L.
-        student: an unlinked student that the checks built; not trained.
+        student: untrained, unlinked student that the checks built.
         optimization: the user's optimizer and schedule as plain values; empty for the default.
     """
 
@@ -88,14 +88,14 @@ class RunPlan:
 
 
 class Planner:
-    """Checks what a run was given, and keeps what it found in the data, which are read once.
+    """Validates the inputs of a run; caches the result of its single pass over the data.
 
     Args:
-        run: its directory.
-        teacher: frozen.
-        make: makes the student of a round.
-        settings: of the boosting.
-        seed: of the run.
+        run: the run directory.
+        teacher: the frozen teacher.
+        make: builds the student of a round.
+        settings: settings of the run.
+        seed: seed of the run.
         optimization: optimizer and schedule.
         config: content of config.yaml; None for settings, seed and optimizer.
     """
@@ -113,7 +113,7 @@ class Planner:
         check_factory(make)
         self.run, self.teacher, self.make, self.settings, self.seed = run, teacher, make, settings, seed
         self.optimization, self._config = optimization, dict(config) if config else None
-        self.complete: Complete = complete  # a configuration of an earlier version
+        self.complete: Complete = complete  # completes a configuration of an earlier version
         self.free_keys: Sequence[str] = FREE_KEYS
         self._checked: tuple[pl.LightningDataModule, InputSpec] | None = None
 
@@ -121,7 +121,7 @@ class Planner:
         """Validates run directory, data, teacher and students before training.
 
         Raises:
-            UserError: names the argument, what was allowed, what came, and how to fix it.
+            UserError: an argument is invalid; names it, the allowed and the actual value, and how to fix it.
             RunError: a committed round is torn.
         """
         run, settings = self.run, self.settings
@@ -164,20 +164,20 @@ class Planner:
         return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 
     def _test_loader(self, datamodule: pl.LightningDataModule) -> Any:
-        """The loader of the test part where the checks need it: before training, and for a table of logits."""
+        """Loader of the test part if the checks need it: before the first commit, and for a table of logits."""
         if self.run.committed() and table_of(self.teacher) is None:
             return None
         return test_loader_of(datamodule, self.settings)
 
     def _keep_test(self, test: Any) -> None:
-        """Compares the test part with that of earlier starts, or keeps what later commands compare theirs with."""
+        """Compares the test part with that of earlier starts, and stores its digests for later commands."""
         # A scratch disk may hold the files of another run until the first round.
         if test is not None and is_indexed(test.dataset) and self.run.scratch is None:
             check_stored(self.run.ledger / "test", TEST, test.dataset)
             store_samples(self.run.ledger / "test", test.dataset)
 
     def _check_table(self, parts: Parts, val: Any, test: Any) -> None:
-        """Checks a table of logits that stands for the teacher, if there is one; `val` is the user's dataset."""
+        """Checks the table of logits if one replaces the teacher; `val` is the user's validation dataset."""
         if (table := table_of(self.teacher)) is None:
             return
         if self.settings.state == "recompute" or any(parts.plans):
@@ -187,11 +187,11 @@ class Planner:
             )
         sized = {} if test is None or not hasattr(test.dataset, "__len__") else {"test": len(test.dataset)}
         given: Any = parts.val.loader.dataset
-        chosen = {} if given is val else {"val": given.indices}  # by a sampler
+        chosen = {} if given is val else {"val": given.indices}  # selected by a sampler
         table.check({"train": parts.train.samples, "val": len(val), **sized}, chosen)
 
     def _check_samples(self, datamodule: pl.LightningDataModule, parts: Parts, test: Any, outputs: int) -> InputSpec:
-        """Structure and shape of x, after a look at every label of all parts, in the first process, once in a run."""
+        """Structure and shape of x; checks every label of all parts, once in a run and in the first process only."""
         if hasattr(datamodule, "check_outputs"):  # a data module that knows its classes
             datamodule.check_outputs(outputs)
         if self.run.committed():
@@ -208,13 +208,13 @@ class Planner:
         return inputs
 
     def config(self, optimization: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Content of config.yaml: as given, or settings, seed and the user's optimizer."""
+        """Content of config.yaml: the given configuration, or settings, seed and the user's optimizer."""
         if self._config is not None:
             return self._config
         return {"boosting": self.optimization.settings_used(self.settings), "seed": self.seed, **optimization}
 
     def _check_rounds(self) -> None:
-        """Raises UserError for more committed rounds than `rounds`, RunError for one that is torn."""
+        """Raises UserError for more committed rounds than `rounds`, RunError for a torn one."""
         committed = self.run.committed()
         if committed > self.settings.rounds:
             raise UserError(

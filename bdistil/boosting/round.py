@@ -37,7 +37,7 @@ from bdistil.utils import distributed
 from bdistil.utils.modules import first_difference, structure_of
 from bdistil.utils.optimizers import schedule_length
 
-# (g, S, labels, index) of a batch -> target and error of a round that mixes labels in.
+# (g, S, labels, index) of a batch -> target and error of a round that mixes in the labels.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
 
 # Training steps between two checks of the losses for NaN: each check waits for the device.
@@ -66,7 +66,7 @@ class Game:
 
     @classmethod
     def of(cls, ledger: ErrorLedger, settings: BoostingSettings, device: torch.device) -> Game:
-        """The game against the current S of a ledger."""
+        """Constants for the current S of a ledger."""
         alone = settings.independent  # S is 0 for such a student
         log_z = ledger.log_normaliser(settings.eta).float()
         return cls(
@@ -93,14 +93,14 @@ class Game:
 
 @dataclass
 class RoundState:
-    """Progress of one try of one round, as plain numbers that a checkpoint keeps.
+    """Progress of one try of one round, as plain numbers stored in checkpoints.
 
     Attributes:
-        number: the round, from 0.
-        attempt: index of the rung that is tried.
-        done: the last epoch is over, only the verdict is missing.
-        epochs: finished epochs.
-        samples_seen: by all processes.
+        number: index of the round, from 0.
+        attempt: index of this try among the rungs of the round.
+        done: whether the last epoch is finished and only the verdict is missing.
+        epochs: number of finished epochs.
+        samples_seen: number of training samples over all processes.
         seconds: wall time before this start.
     """
 
@@ -115,7 +115,7 @@ class RoundState:
         self._started = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Leaves out the time since the clock was started: the checks, and the teacher's pass over all samples."""
+        """Restarts the clock, to exclude the checks and the teacher's pass over all samples."""
         self._started = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -143,21 +143,22 @@ class RoundState:
 
 
 class BoostingRound(pl.LightningModule):
-    """Trains student t. The teacher and the earlier students are outside its module tree.
+    """Trains student t.
 
-    They are in no checkpoint, receive no gradient, and DDP does not reduce them.
+    The teacher and the earlier students are outside its module tree: they are in no checkpoint, receive no gradient,
+    and DDP does not reduce them.
 
     Args:
         student: the student of this round, linked.
         number: t, from 0.
-        settings: of the run.
+        settings: settings of the run.
         earlier: the committed students, in order, in eval mode.
         train: training part: g, S and linked features.
         val: validation part.
-        views: further views of a training part that augments at random.
-        teacher: evaluated on each batch where settings.state is `recompute`.
+        views: further views of a randomly augmented training part.
+        teacher: evaluated on each batch if settings.state is `recompute`; otherwise None.
         optimization: optimizer and schedule; those of the settings by default.
-        run_dir: the run directory, where callbacks put their files.
+        run_dir: the run directory, where callbacks write their files.
     """
 
     earlier: list[nn.Module]
@@ -188,7 +189,7 @@ class BoostingRound(pl.LightningModule):
         self._game: Game | None = None
         self._losses: list[Tensor] = []  # not yet checked for NaN
         self._sizes: list[int] = []  # samples of their batches
-        self._loss_sum, self._loss_samples = 0.0, 0  # of the epoch
+        self._loss_sum, self._loss_samples = 0.0, 0  # over the epoch
         self._sums: list[Tensor] = []
         object.__setattr__(self, "_precisions", PrefixPrecisions(sync_on_compute=False))  # in no checkpoint
         self.structure = structure_of(student)  # before a Trainer converts modules
@@ -208,7 +209,7 @@ class BoostingRound(pl.LightningModule):
         return self._game
 
     def start(self, game: Game) -> None:
-        """Sets the constants of the loss: when the ledger is open, and again where a callback changes the errors."""
+        """Sets the constants of the loss: once the ledger is open, and again if a callback changes the errors."""
         self._game = game
 
     def on_fit_start(self) -> None:
@@ -236,7 +237,7 @@ class BoostingRound(pl.LightningModule):
         return logits.float()
 
     def reads_cache(self, part: Part) -> bool:
-        """Whether what the student reads of earlier ones is cached, for the samples of a part."""
+        """Whether the activations that the student reads from earlier ones are cached for the samples of a part."""
         return bool(self._linked) and part.features.holds(self._linked)
 
     def state(self, x: Any, index: Index) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +250,7 @@ class BoostingRound(pl.LightningModule):
         return self.answer(x, index, part), *moved
 
     def _recomputed(self, x: Any, teacher: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for x that was augmented just now: the teacher and all earlier students run on it."""
+        """Recomputes f, g and S for a freshly augmented x, by running the teacher and all students on it."""
         with torch.no_grad():
             target = self.ledger.units.inward(teacher(x).float())
             answers, made = run_all(self.earlier, x)
@@ -261,7 +262,7 @@ class BoostingRound(pl.LightningModule):
     # ---- training
 
     def training_step(self, batch: tuple[Any, Any, Index], batch_idx: int) -> Tensor:
-        """The loss of a batch (x, y, index)."""
+        """Returns the loss of a batch (x, y, index)."""
         x, y, index = indexed(batch)
         answer, target, error = self.state(x, index)
         if self.settings.independent:
@@ -299,7 +300,7 @@ class BoostingRound(pl.LightningModule):
         return self.views[int(views[0])], rows
 
     def _check_losses(self, last: int) -> None:
-        """Adds up the losses up to batch `last`. Raises RunError if one of them is NaN or infinite."""
+        """Accumulates the losses up to batch `last`. Raises RunError if one of them is NaN or infinite."""
         losses, sizes = torch.stack(self._losses).cpu().double(), self._sizes
         self._losses, self._sizes = [], []
         bad = (~losses.isfinite()).nonzero()
@@ -316,18 +317,18 @@ class BoostingRound(pl.LightningModule):
         self._loss_samples += sum(sizes)
 
     def on_train_epoch_end(self) -> None:
-        """Checks the last losses of the epoch for NaN, and logs the mean loss of its samples."""
+        """Checks the remaining losses of the epoch for NaN, and logs the mean loss per sample."""
         if self._losses:
             self._check_losses(self.trainer.fit_loop.batch_idx)
         sums = distributed.all_sum(torch.tensor([self._loss_sum, self._loss_samples], dtype=torch.float64))
         self._loss_sum, self._loss_samples = 0.0, 0
-        if sums[1] > 0:  # a fit with max_steps that is resumed at the end of an epoch begins with that end
+        if sums[1] > 0:  # 0 if a fit with max_steps is resumed at the end of an epoch, which runs this hook first
             self.log("train_loss", float(sums[0] / sums[1]), rank_zero_only=False)
 
     # ---- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the best epoch so far, and how the student is built."""
+        """Saves the best epoch so far and the structure of the student."""
         checkpoint["structure"] = self.structure
         if self.best is not None:
             checkpoint["best_epoch"] = self.best.to_dict()
@@ -336,7 +337,7 @@ class BoostingRound(pl.LightningModule):
         """Restores the best epoch so far.
 
         Raises:
-            UserError: the checkpoint is of another student than this round's.
+            UserError: the checkpoint belongs to another student than this round's.
         """
         check_same_student(checkpoint["state_dict"], self.state_dict(), self.run_dir, self.number)
         self._check_structure(checkpoint)
@@ -344,7 +345,7 @@ class BoostingRound(pl.LightningModule):
             self.best.load(checkpoint["best_epoch"])
 
     def _check_structure(self, checkpoint: dict[str, Any]) -> None:
-        """Raises UserError where a checkpoint is of a student, or of a cosine, that is not this round's."""
+        """Raises UserError if a checkpoint has another student structure or cosine length than this round."""
         work = self.run_dir / "work"
         if found := first_difference(checkpoint.get("structure"), self.structure):
             raise UserError(
@@ -365,7 +366,7 @@ class BoostingRound(pl.LightningModule):
     # ---- validation: sums on the device, logged once an epoch
 
     def on_validation_epoch_start(self) -> None:
-        """Resets the sums against the labels and against the teacher; copies weights that may be the best.
+        """Resets the sums against the labels and against the teacher; copies the weights as a candidate for the best.
 
         Raises:
             UserError: the round has not been fitted yet.
@@ -390,7 +391,7 @@ class BoostingRound(pl.LightningModule):
         return self.ledger.units.outward(numbers)
 
     def _label_sums(self, answers: Tensor, y: Tensor) -> Tensor:
-        """Sums over a batch of answers (B, L) in units of the ledger, in which real labels are small numbers, too."""
+        """Score sums over a batch of answers (B, L) in units of the ledger, which also keep real labels small."""
         if self.settings.task == "multilabel":
             self._precisions.update(self._outward(answers)[None].cpu(), y.cpu())
             return answers.new_zeros(3)
@@ -399,7 +400,7 @@ class BoostingRound(pl.LightningModule):
         return class_sums(self._outward(answers), y)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs accuracy and loss (R² and rms error for a regression), and the rms error to the teacher."""
+        """Logs accuracy and loss (R² and rms error in a regression), and the rms error to the teacher."""
         sums, (squares, outputs) = (self.trainer.strategy.reduce(part, reduce_op="sum") for part in self._sums)
         if self.settings.task == "regression":
             accuracy, loss = output_figures(sums, sums.new_tensor(self.ledger.units.scale))
@@ -414,12 +415,12 @@ class BoostingRound(pl.LightningModule):
             self.best.consider(float(rms), self.current_epoch)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on a cosine over the fit or with a constant rate, or the user's optimizer and schedule."""
+        """AdamW with a cosine schedule over the fit or a constant rate, or the user's optimizer and schedule."""
         return self.optimization.configure(self.student, self.settings, self.trainer)
 
 
 def check_same_student(there: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path, number: int) -> None:
-    """Raises UserError where two state dicts of a round differ in the names or shapes of their tensors."""
+    """Raises UserError if two state dicts of a round differ in the names or shapes of their tensors."""
     old, new = ({k: tuple(getattr(v, "shape", ())) for k, v in state.items()} for state in (there, now))
     differing = sorted(key for key in old | new if old.get(key) != new.get(key))
     if differing:

@@ -1,6 +1,6 @@
-"""A boosting run: construction and opening of each round, and the test of the finished run.
+"""A boosting run: building and starting each round, and evaluating the finished run on the test part.
 
-The past of a run is read from its directory, never from a Trainer. The RoundController calls these steps in its hooks.
+The state of a run is read from its directory, never from a Trainer. The RoundController calls these steps in its hooks.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class RoundPlan:
         module: the LightningModule of the round.
         rungs: the classes of students that the round may try, in order.
         attempt: index of this try in `rungs`.
-        cost: of the student for one sample.
-        fingerprint: of the teacher.
+        cost: cost of the student for one sample.
+        fingerprint: fingerprint of the teacher.
     """
 
     run: RunPlan
@@ -71,7 +71,7 @@ class RoundPlan:
 
 
 class Boosting:
-    """One run on the disk; its arguments are those of `bdistil.callbacks.RoundController`."""
+    """A boosting run in a run directory; takes the arguments of `bdistil.callbacks.RoundController`."""
 
     def __init__(
         self,
@@ -95,15 +95,15 @@ class Boosting:
         self.rehearsed: RoundPlan | None = None  # the round of a fast_dev_run
 
     def check(self, datamodule: pl.LightningDataModule) -> RunPlan:
-        """The checks before training, see `Planner.check`."""
+        """Runs the checks before training, see `Planner.check`."""
         return self.planner.check(datamodule)
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[RoundPlan]:
-        """The remaining rounds; while one is being fitted, the data module's loaders yield the index, too.
+        """Yields the remaining rounds; while one is being fitted, the data module's loaders also yield the index.
 
         Raises:
-            UserError: an invalid argument, see `check`, or a ledger of another teacher or number of samples.
-            RunError: a round came back without a verdict, or a file of the run is torn.
+            UserError: an argument is invalid, see `check`, or the ledger has another teacher or number of samples.
+            RunError: a round was fitted without reaching a verdict, or a file of the run is torn.
         """
         self.rehearsed, new = None, not self.run.config.exists()
         plan, fingerprint = self.check(datamodule), self.teacher.fingerprint
@@ -129,15 +129,15 @@ class Boosting:
                 yield this
             if self._ends_here(this.module, before, new):
                 return
-            gc.collect()  # a Trainer lingers in reference cycles
+            gc.collect()  # reference cycles keep the Trainer alive
 
     def _compare_teacher(self, part: Part) -> None:
-        """Compares answers of a teacher with those that it gave; an API is billed, and a table is its answers."""
+        """Compares some of the teacher's answers with the ledger; skips APIs, which bill queries, and tables."""
         if part.ledger.exists and self.settings.state == "cached" and declared_outputs(self.teacher) is None:
             check_teacher(self.teacher, part)
 
     def _announce(self, student: nn.Module, new: bool) -> None:
-        """Says what students of this kind cannot do, so that nobody expects it."""
+        """Logs the features that students of this kind do not support."""
         kind = type(student).__name__
         if not isinstance(student, Student):
             rank_zero_info(f"{kind} is no bdistil.Student, so it takes no links: all rounds are of class F0.")
@@ -150,10 +150,10 @@ class Boosting:
             )
 
     def _ends_here(self, module: BoostingRound, before: tuple[int, int], new: bool) -> bool:
-        """Whether the loop over the rounds ends: after a fast_dev_run, and where no Trainer was given the module.
+        """Whether the loop over the rounds ends: after a fast_dev_run, or if the module was not passed to a Trainer.
 
         Raises:
-            RunError: the module was fitted, and there are no more verdicts than `before`.
+            RunError: the module was fitted, but no verdict was added to those `before`.
         """
         if self.rehearsed is not None:
             self._end_rehearsal(new)
@@ -172,7 +172,7 @@ class Boosting:
         return True
 
     def _plan_round(self, plan: RunPlan, fingerprint: str) -> RoundPlan | None:
-        """The next round, with its student built; None when the run is finished."""
+        """Builds the student of the next round; returns None if the run is finished."""
         run, settings, number = self.run, self.settings, self.run.committed()
         if (reason := run.stopped) is not None:
             rank_zero_info(f"Boosting has stopped after {number} of {settings.rounds} rounds: {reason}.")
@@ -183,7 +183,7 @@ class Boosting:
             self.students.append(restore_student(run, len(self.students), self.students, self.make))
         tries = run.tries(number)
         rungs = settings.rungs(number, links=isinstance(plan.student, Student))
-        if len(tries) >= len(rungs):  # killed after the last rejection
+        if len(tries) >= len(rungs):  # the process was killed after the last rejection
             self.stop(number, tries[-1])
             return None
         reseed(self.seed, number, len(tries), "build")
@@ -215,9 +215,9 @@ class Boosting:
     # ---- a round; its end is in `bdistil.boosting.commit`
 
     def open(self, plan: RoundPlan) -> None:
-        """Brings the ledgers up to date on the devices of a round, and gives its module the game.
+        """Brings the ledgers up to date on the device of a round, and sets the loss constants of its module.
 
-        The teacher is evaluated on all samples where its logits are not in the ledgers.
+        The teacher is evaluated on all samples if its logits are not in the ledgers.
 
         Raises:
             RunError: NaN or infinity among the teacher's logits.
@@ -256,14 +256,14 @@ class Boosting:
         if distributed.early_rank() == 0:
             self.run.stop(number, f"no class of students was accepted in round {number + 1}; last, {reason}")
 
-    # ---- a fast_dev_run: nothing of it counts
+    # ---- a fast_dev_run, which commits nothing
 
     def rehearse(self, plan: RoundPlan) -> None:
-        """Ends the only round of a fast_dev_run, of which nothing is committed."""
+        """Ends the only round of a fast_dev_run without committing it."""
         self.rehearsed = plan
 
     def _end_rehearsal(self, new: bool) -> None:
-        """Removes what a run directory got that was `new`, so that the real run may have another configuration."""
+        """Removes what was written to a `new` run directory, so that the real run may use another configuration."""
         distributed.barrier()
         if new and distributed.early_rank() == 0:
             self.run.discard()
@@ -273,7 +273,7 @@ class Boosting:
 
     @property
     def ensemble(self) -> ProgressiveEnsemble:
-        """The ensemble of the committed rounds; after a fast_dev_run, that of its student alone."""
+        """The ensemble of the committed rounds; after a fast_dev_run without any, that of its student alone."""
         if self.rehearsed is not None and not self.run.committed():
             head, plan = self.rehearsed.run.parts.train.ledger.head, self.rehearsed
             student = plan.module.student.cpu()
@@ -295,13 +295,13 @@ class Boosting:
         self.run.write_curve(self.run.rows())
 
     def _test_figures(self, loader: Any, device: torch.device) -> list[float | None] | None:
-        """Figures of the teacher (None where unknown) and of every prefix on the test part.
+        """Scores of the teacher (None if unknown) and of every prefix on the test part.
 
-        None where there are neither labels nor a teacher to compare with, or the test part cannot be evaluated: all
-        rounds are committed then, and stay.
+        None if there are neither labels nor a teacher to compare with, or if the test part cannot be evaluated, which
+        must not fail a run whose rounds are all committed.
         """
         settings, table = self.settings, table_of(self.teacher)
-        asked = None if is_api(self.teacher) or table else self.teacher  # the queries of an API are for training
+        asked = None if is_api(self.teacher) or table else self.teacher  # API queries are reserved for training
         if settings.labels is None and asked is None:
             return None
         figures = partial(prefix_accuracies, loader=loader, device=device, task=settings.task, teacher=asked)
@@ -320,7 +320,7 @@ class Boosting:
 
 
 def _indescribable(student: nn.Module) -> str | None:
-    """Why a student cannot be built again from the files of a round; None if it can."""
+    """Reason why a student cannot be rebuilt from the files of a round; None if it can."""
     try:
         describe(student)
     except IndescribableError as error:
@@ -329,7 +329,7 @@ def _indescribable(student: nn.Module) -> str | None:
 
 
 def is_attached(module: pl.LightningModule) -> bool:
-    """Whether a Trainer was given the module."""
+    """Whether a module is attached to a Trainer."""
     try:
         return module.trainer is not None
     except RuntimeError:
@@ -337,7 +337,7 @@ def is_attached(module: pl.LightningModule) -> bool:
 
 
 def table_figure(table: OfflineTeacher, loader: Any, task: Task) -> float | None:
-    """Accuracy, or what replaces it, of a table of logits on the test part; None where it has none of that part."""
+    """Accuracy, or the score of another task, of a table of logits on the test part; None if the table lacks it."""
     if "test" not in table.tables:
         return None
     scores = prefix_metric(task, table.outputs)

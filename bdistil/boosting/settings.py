@@ -12,7 +12,7 @@ from bdistil.functional.boosting import gamma_of
 from bdistil.metrics.quality import UNLABELLED, Task
 from bdistil.models.student import Rung, Student
 
-# The way out of what cached logits do not allow, in messages: in a script, and in a recipe.
+# Setting that error messages suggest where logits cannot be cached, as written in a script and in a recipe.
 RECOMPUTE = "BoostingSettings(state='recompute') (model.boosting.state: recompute)"
 
 
@@ -28,41 +28,44 @@ class BoostingSettings:
     Attributes:
         rounds: T, the largest number of students.
         task: with `regression` outputs are real: R² replaces accuracy, rms error replaces cross entropy, and each
-            output has a unit of its own. With `multilabel` several labels may hold together, each output is the logit
-            of one, and mean average precision replaces accuracy.
-        labels: key of the labels in batches that are mappings; None where a batch is x alone, without labels: figures
-            are then the agreement with the teacher.
-        ignore_index: class number of a sample without a label, for example -1 or 255. It is distilled all the same.
-        eta: step size of the game: how much harder the worst samples pull.
-        kappa: correction strength: a student aims at g - kappa S. 0 is plain averaging, 1 repairs the whole error.
+            output has its own unit. With `multilabel` a sample may have several labels, each output is the logit of
+            one label, and mean average precision replaces accuracy.
+        labels: key of the labels in batches that are mappings; None if a batch is x alone, without labels: scores then
+            measure the agreement with the teacher.
+        ignore_index: class number that marks a sample without a label, for example -1 or 255; such a sample is still
+            distilled.
+        eta: step size of the multiplicative-weights game; a larger value puts more weight on the samples with the
+            largest running error.
+        kappa: correction strength: a student aims at g - kappa S. 0 is plain averaging, 1 corrects the whole error.
             1 unless `gamma` is given.
-        gamma: the raw weight of the paper, instead of `kappa`.
+        gamma: weight of the squared error against the barrier, as in the paper; an alternative to `kappa`.
         accept: `progress` requires that the prefix's rms error to the teacher on the validation part falls by more
             than `min_progress`; `margin` (the paper's) that a share `margin_share` of the outputs meets its margin.
-        min_progress: smallest relative fall of the rms error that counts.
+        min_progress: relative decrease of the rms error that has to be exceeded.
         margin_share: q, share of the outputs that has to meet its margin.
-        margin_tolerance: a margin is met from -margin_tolerance * b on.
+        margin_tolerance: a margin of at least -margin_tolerance * b counts as met.
         ladder: the classes F_0 … F_R; a rejected round is trained again one rung higher.
-        start: rung of the rounds from the second on; the first round, which has nothing to link to, starts at 0.
+        start: index in `ladder` at which every round after the first starts; the first round, which has nothing to
+            link to, uses only the rungs without links.
         state: `cached` reads g and S from the ledger; `recompute` evaluates the teacher and all earlier students on
-            each batch, which random augmentation needs.
+            each batch, for random augmentation.
         views: K: with random augmentation, K fixed views of each sample are cached, and epoch e trains on view
             e mod K. Costs K passes of the teacher, and the space of K - 1 more tables of g and linked features.
         storage: type of g and S on disk. `float16` halves the size of the ledger and rounds each number to 11 bits; the
             weights of the game are then off by up to 1e-3 after one round and 4e-3 after four.
-        lr: learning rate of a round.
-        weight_decay: of AdamW.
-        schedule: of the learning rate over the epochs of a round, or over its steps where `max_steps` ends it.
+        lr: learning rate of AdamW.
+        weight_decay: weight decay of AdamW.
+        schedule: learning rate schedule over the epochs of a round, or over its steps if `max_steps` ends it.
         keep_epoch: `best` commits the student of the epoch whose prefix had the smallest rms error to the teacher on
             the validation part, instead of that of the `last` epoch.
-        loss: of a round. `game` is the paper's, squared error to the teacher and a log barrier on the margins.
+        loss: loss of a round. `game` is the paper's, squared error to the teacher and a log barrier on the margins.
             `prefix_kl` is the divergence of the whole prefix from the teacher, see `functional.prefix_kl_loss`, for
-            classification only. In `prefix_kl+game` the loss of the game, with its barrier, stands in place
-            of the squared error in it. `residual` is the squared error to g - S alone, as in gradient boosting.
-        temperature: of `prefix_kl`.
-        residual_weight: of the squared error of the student to g - S in `prefix_kl`, or of the game beside it.
-        independent: each student is trained as in a first round, as if it were alone: a baseline, the average of
-            students that were distilled independently. It needs a ladder without links.
+            classification only. `prefix_kl+game` replaces the squared error in it by the loss of the game, barrier
+            included. `residual` is the squared error to g - S alone, as in gradient boosting.
+        temperature: temperature of `prefix_kl`.
+        residual_weight: weight of the squared error to g - S in `prefix_kl`, or of the game in `prefix_kl+game`.
+        independent: train each student as in a first round, independently of the others: the baseline that averages
+            independently distilled students. Requires a ladder without links.
 
     Raises:
         UserError: a value is out of range.
@@ -148,28 +151,28 @@ class BoostingSettings:
         _require(self, "keep_epoch", self.keep_epoch in ("last", "best"), "'last' or 'best'")
 
     def gamma_for(self, bound: float) -> float:
-        """Gamma of the loss: as given, or from eta, kappa and b = 2 max|g|."""
+        """Gamma of the loss: `gamma` if set, otherwise computed from eta, kappa and `bound`, b = 2 max|g|."""
         if self.gamma is not None:
             return self.gamma
         return gamma_of(self.eta, 1.0 if self.kappa is None else self.kappa, bound)
 
     @property
     def cached_links(self) -> int:
-        """How many of the last students links may read from the cache; 0 where state is recomputed."""
+        """Number of preceding students whose activations are cached for links; 0 if state is recomputed."""
         return 0 if self.state == "recompute" else max(rung.links for rung in self.ladder)
 
     def cached_keys(self, student: Student) -> list[int]:
-        """Keys of the activations after stages of a student that a rung may read from the cache."""
+        """Keys of a student's stage activations that are cached because a rung may read them."""
         if self.state == "recompute" or student.staged is None:
             return []
         return [key for key in student.staged.keys if any(rung.may_read(key) for rung in self.ladder)]
 
     def rungs(self, number: int, *, links: bool) -> Sequence[Rung]:
-        """The classes that a round may try, in order.
+        """Classes of students that a round may try, in order.
 
         Args:
-            number: the round, from 0.
-            links: whether students take links; others have F_0, and wider ones where the ladder has them.
+            number: index of the round, from 0.
+            links: whether students take links; without links only the rungs with `links=0` are tried, or F_0.
         """
         if number == 0 or not links:
             bare = [rung for rung in self.ladder if rung.links == 0]

@@ -1,4 +1,4 @@
-"""The process of one cell of `bdistil compare`: a fit of a recipe, or of its teacher, and the figures of its ensemble.
+"""The process of one cell of `bdistil compare`: fits a recipe, or its teacher, and evaluates the resulting ensemble.
 
 ``python -m bdistil.cli.cells KIND [options of bdistil fit]``
 """
@@ -33,28 +33,28 @@ from bdistil.utils.seeding import seed_of
 from bdistil.utils.signals import end_with_parent
 
 PARTS: tuple[Split, ...] = ("val", "test")
-# The teacher of a comparison is in its folder, which may be moved, or named by another path.
+# The teacher's checkpoint is in the folder of the comparison, whose path may change between starts.
 CELL_KEYS = (*FREE_KEYS, "model.teacher.checkpoint")
 
 
 class ComparedCLI(BoostCLI):
-    """A training in the folder `runs` of a comparison, whose teacher was trained on the same parts."""
+    """A training in the folder `runs` of a comparison; checks that its data are split as for the teacher."""
 
     free_keys = CELL_KEYS
-    reads_test = False  # the comparison does, once
+    reads_test = False  # the comparison evaluates the test part itself, once
 
     def fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
-        """Trains, after a look at the samples."""
+        """Checks the samples, then trains."""
         if (origin := read_origin(run.root.parent.parent)) is not None:
             check_split(origin, parts_of(datamodule, model.boosting))
         return super().fit_run(model, datamodule, run)
 
 
 class CellCLI(ComparedCLI):
-    """Trains the rounds of a recipe; ``figures.json`` in the run directory then has a row for each prefix."""
+    """Trains the rounds of a recipe, and writes ``figures.json`` with one row per prefix to the run directory."""
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
-        """Trains what the cell needs, as far as it is missing."""
+        """Trains the missing rounds and evaluates the prefixes."""
         run = RunDirectory(self.config.fit.run_dir)
         datamodule = self.fit_run(model, datamodule, run)
         write_figures(
@@ -63,11 +63,11 @@ class CellCLI(ComparedCLI):
 
 
 def prefix_costs(run: RunDirectory) -> list[Row]:
-    """Costs of every prefix of a finished run. Training includes the rejected tries, at the end those of the last."""
+    """Costs of every prefix of a finished run; training costs include all rejected tries."""
     costs = [{key: row[key] for key in ("macs", "params", "train_macs", "seconds")} for row in run.rows()[1:]]
     tries = [run.record(number).get("spent_on_tries", {}) for number in range(len(costs))]
     last = (run.read("stopped") or {}).get("spent", {}) if run.stopped else {}
-    for key in ("train_macs", "seconds"):  # those of a row are of its round alone
+    for key in ("train_macs", "seconds"):  # not cumulative in the rows of a run
         own = [row[key] + spent.get(key, 0) for row, spent in zip(costs, tries, strict=True)]
         own[-1] += last.get(key, 0)
         for row, total in zip(costs, accumulate(own), strict=True):
@@ -78,7 +78,7 @@ def prefix_costs(run: RunDirectory) -> list[Row]:
 def write_figures(
     run: RunDirectory, ensemble: ProgressiveEnsemble, costs: list[Row], datamodule: LightningDataModule
 ) -> None:
-    """Evaluates the prefixes on the parts of the data that they were trained with, and writes ``figures.json``."""
+    """Evaluates the prefixes on validation and test part, and writes ``figures.json``."""
     val, test = (part_figures(ensemble, loader_of(run, part, datamodule)) for part in PARTS)
     run.write("figures", prefix_rows(costs, val, test))
 

@@ -43,7 +43,7 @@ def evaluate(
         run_dir: run directory; its config.yaml defines the data.
         budget: limits; without any, all students run.
         part: part of the data.
-        sweep: varies this limit over its range; the others are those of `budget`.
+        sweep: limit to vary over its range; the other limits are those of `budget`.
         batch_size: samples per batch for the second latency; the first is measured on single samples.
         csv: file to write the results to.
         picture: PNG file to draw accuracy against average MACs to.
@@ -133,7 +133,7 @@ def export(
         output: folder to create.
         format: onnx runs with onnxruntime and numpy alone; torch writes .pt2 files; executorch a program for devices.
         normalisation: inside puts the normalisation of the data into the graphs, which then read raw samples.
-        quantise: int8 weights; static takes ranges from training samples. Accuracies are printed beside float.
+        quantise: int8 weights; static takes ranges from training samples. Prints accuracies in int8 and in float.
         fuse: all adds one graph of all stages, exits one with early exits; the runner uses it if it was faster here.
         overwrite: replace an older export.
     """
@@ -171,7 +171,7 @@ def jobs() -> list[Path]:
 
 
 def summary(path: Path) -> str:
-    """The first comment line of a recipe, its description."""
+    """The description of a recipe: its first comment line."""
     return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
 
 

@@ -41,22 +41,22 @@ EXAMPLE = "bdistil compare --config digits --methods bdistil no_resched joint --
 METHODS_HELP = ". ".join(f"{method}: {meaning}" for method, meaning in MEANING.items())
 OWN = ("config", "output", "methods", "seeds", "workers", "help")
 FILES = ("recipe.yaml", "options.json", "compare.csv", "compare.md", "report.html")  # in the folder of a comparison
-# What each training gets from the comparison, and the option that decides it.
+# Options that the comparison sets for each training, and the option of `compare` that determines them.
 SET = {"run_dir": "output", "seed_everything": "seeds"}
 
 
 def compare(config: str, output: str, methods: list[Method] = list(METHODS), seeds: int = 5, workers: int = 1) -> None:  # noqa: B006
     """Compare bdistil with other ways to train the same students, on the same data and teacher.
 
-    All other options are those of `bdistil fit`, and hold for every training. A comparison that was interrupted goes on
-    with the same command; more methods and seeds may be added.
+    All other options are those of `bdistil fit`, and hold for every training. The same command resumes an interrupted
+    comparison; more methods and seeds may be added.
 
     Args:
         config: recipe, a YAML file or a name that `bdistil recipes` lists.
         output: folder of the runs, compare.csv, compare.md, the pictures and report.html.
-        methods: bdistil, and what it is compared with.
+        methods: bdistil and the methods to compare it with.
         seeds: number of seeds, from 0.
-        workers: processes at a time; torch's threads are divided among them.
+        workers: number of parallel processes; torch's threads are divided among them.
     """
 
 
@@ -64,7 +64,7 @@ class PlanCLI(BoostCLI):
     """Reads a recipe and plans its comparison; trains nothing."""
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
-        """Takes what the plan is made of.
+        """Collects the inputs of the plan.
 
         Raises:
             UserError: the recipe cannot be compared.
@@ -88,7 +88,7 @@ class PlanCLI(BoostCLI):
         if model.boosting.labels is None or self.parts[TEST] is None:
             lacks = "labels (model.boosting.labels is null)" if model.boosting.labels is None else "a test_dataloader"
             raise UserError(f"Expected data with labels and a test part, by which methods are compared; {lacks} lacks.")
-        # The MACs of a run are those of this sample.
+        # MACs are counted on this sample, as in a run.
         self.model_planned, self.x = model, train.collate_fn([train.dataset[0]])[0]
         self.tracking = self.config_init.fit.tracking
         self.mixes = any(isinstance(callback, LossMixing) for callback in self.callbacks())
@@ -97,15 +97,15 @@ class PlanCLI(BoostCLI):
 
 
 class PartsCLI(BoostCLI):
-    """Sets up the data of a recipe as a training with another seed would."""
+    """Sets up the data of a recipe as in a training with another seed."""
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
-        """Takes the loaders."""
+        """Collects the loaders."""
         self.parts = parts_of(datamodule, model.boosting)
 
 
 def run_compare(args: Sequence[str]) -> None:
-    """The command, on its arguments; what it does not know is for `bdistil fit`."""
+    """Runs the command; options it does not know are passed to `bdistil fit`."""
     own, options = split_options(args)
     _check_options(own, options)
     summary = (compare.__doc__ or "").splitlines()[0]
@@ -123,7 +123,7 @@ def run_compare(args: Sequence[str]) -> None:
 
 
 def split_options(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of `compare`, with the values of `methods` as one, and those of `fit`."""
+    """Splits arguments into the options of `compare`, with the values of `methods` joined, and those of `fit`."""
     groups: list[list[str]] = []
     for arg in args:
         if arg.startswith("--") or arg == "-h" or not groups:
@@ -144,7 +144,7 @@ def split_options(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_options(own: Sequence[str], options: Sequence[str]) -> None:
-    """Raises UserError for options that would be overridden, and for misspelt ones of `compare`."""
+    """Raises UserError for options that would be overridden, and for misspelt options of `compare`."""
     if own.count("--config") > 1:
         raise UserError("Expected one `--config`, got several. Put them into one file; other options may follow.")
     for name in (option.removeprefix("--") for option in options if option.startswith("--")):
@@ -204,13 +204,13 @@ def _publish(
 
 
 def _revisions(output: Path, cells: Sequence[Cell]) -> list[str]:
-    """Commits of the code at which cells were started, in their order; with a + where files differed from it."""
+    """Commits of the code at which cells were started, in order; a + marks uncommitted changes."""
     starts = chain.from_iterable(RunDirectory(cell.folder(output)).read("environment") or [] for cell in cells)
     return list(dict.fromkeys(start["revision"] for start in starts if start["revision"]))
 
 
 def _plan(recipe: Path, options: Sequence[str], seeds: int) -> Any:
-    """The plan of a comparison, after a look at its data with two seeds: the teacher has one."""
+    """Plans a comparison; checks that the data do not depend on the seed, as all seeds share one teacher."""
     command = ["--config", str(recipe), *options, "--trainer.logger=false"]
     planned: Any = run_fit([*command, f"--seed_everything={TEACHER.seed}"], PlanCLI)
     if seeds > 1:
@@ -220,7 +220,7 @@ def _plan(recipe: Path, options: Sequence[str], seeds: int) -> Any:
 
 
 class Training(NamedTuple):
-    """What is trained for a comparison, and how."""
+    """Methods, seeds and options of the trainings of a comparison."""
 
     output: Path
     options: list[str]
@@ -231,7 +231,7 @@ class Training(NamedTuple):
     forms: Forms
 
     def chains(self, methods: Sequence[Method], forms: Sequence[Forms]) -> list[list[Cell]]:
-        """The cells of these methods, those of each seed as one chain; the forms are those of each seed."""
+        """The cells of these methods, one chain per seed; `forms` are given per seed."""
         settings = self.planned.model_planned.boosting
         return [
             [c for method in methods for c in cells_of(method, seed, settings, own)] for seed, own in enumerate(forms)
@@ -253,7 +253,7 @@ def _train_interruptibly(training: Training) -> list[Cell]:
 
 
 def _train(training: Training) -> list[Cell]:
-    """Runs the cells of a comparison, as far as they are not done; returns all."""
+    """Runs the unfinished cells of a comparison; returns all cells."""
     output, methods, workers, options = training.output, training.methods, training.workers, list(training.options)
     forms = [training.forms] * training.seeds
     cells = [TEACHER, *chain.from_iterable(training.chains(methods, forms))]
@@ -278,13 +278,13 @@ def _train(training: Training) -> list[Cell]:
 
 
 def _reached(training: Training, cell: Cell) -> Forms:
-    """The forms beside a finished run of bdistil: rounds that were rejected have taken wider classes than planned."""
+    """Forms that match a finished run of bdistil, whose rejected rounds have used wider classes than planned."""
     reached = [row["macs"] for row in RunDirectory(cell.folder(training.output)).read("figures")]
     return with_widths(training.forms, training.planned.model_planned.make_student, training.planned.x, reached)
 
 
 def _check_same(output: Path, text: str, options: Sequence[str]) -> None:
-    """Raises UserError where the folder holds a run, or a comparison of another recipe or with other options."""
+    """Raises UserError if the folder holds a run, or a comparison of another recipe or with other options."""
     copy, kept = output / "recipe.yaml", output / "options.json"
     if (output / "rounds").exists():
         raise UserError(f"`output` {output} is the folder of a run, whose report would be lost. Choose another folder.")
@@ -305,12 +305,12 @@ def _check_same(output: Path, text: str, options: Sequence[str]) -> None:
 
 
 def _begun(output: Path) -> bool:
-    """Whether a training has passed its checks: until then, recipe and options may be corrected."""
+    """Whether any training has passed its checks; before that, recipe and options may still be changed."""
     return any((output / "runs").glob("*/config.yaml"))
 
 
 def _freeze(output: Path, text: str, options: Sequence[str], origin: Origin) -> Path:
-    """Keeps recipe, options and origin of a comparison; returns the copy of the recipe that its trainings read.
+    """Stores recipe, options and origin of a comparison; returns the copy of the recipe that its trainings read.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -318,7 +318,7 @@ def _freeze(output: Path, text: str, options: Sequence[str], origin: Origin) -> 
     copy, kept = output / "recipe.yaml", output / "options.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if not _begun(output):  # first, as it shows that the other files are those of a comparison
+        if not _begun(output):  # written first, as it identifies the other files as those of a comparison
             write_atomically(output / FILE, json.dumps(origin))
         write_atomically(kept, json.dumps(list(options)))
         write_atomically(copy, text)
@@ -328,7 +328,7 @@ def _freeze(output: Path, text: str, options: Sequence[str], origin: Origin) -> 
 
 
 def _track(tracking: Any, output: Path, summary: TextTable) -> None:
-    """One W&B run with the table and the pictures of the comparison, in the group of its trainings."""
+    """Logs the table and the pictures of the comparison as a W&B run in the group of its trainings."""
     import wandb
 
     name = output.resolve().name

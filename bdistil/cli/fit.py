@@ -48,7 +48,7 @@ from bdistil.utils import distributed
 from bdistil.utils.optimizers import Interval
 from bdistil.utils.seeding import seed_of
 
-# In place of Lightning's help of these options.
+# Replaces Lightning's help for these options.
 HELP = {
     "config": "Recipe: a YAML file, or a name that `bdistil recipes` lists. A later --config overrides an earlier one.",
     "seed_everything": "Seed of the run.",
@@ -62,11 +62,11 @@ class Distiller(LightningModule):
         teacher: the network and its weights.
         student: makes one student; a class path with its arguments.
         boosting: settings of the run.
-        mekd: for a teacher behind an API. The data are local unlabelled samples; the rounds are trained on samples that
-            a generator makes from them.
+        mekd: settings for a teacher behind an API. The data are local unlabelled samples; the rounds are trained on
+            samples that a generator, trained on them, produces.
         channels_last: memory format of images in convolutions, faster on most hardware.
-        optimizer: of the students, instead of AdamW with `lr` and `weight_decay` of `boosting`; a class path of
-            torch.optim with its arguments. It trains with a constant rate unless `lr_scheduler` is given.
+        optimizer: optimizer of the students, instead of AdamW with `lr` and `weight_decay` of `boosting`; a class path
+            of torch.optim with its arguments. Its rate is constant unless `lr_scheduler` is given.
         lr_scheduler: schedule of the students' learning rate; a class path of torch.optim.lr_scheduler with its
             arguments.
         lr_interval: whether `lr_scheduler` advances after every epoch or step.
@@ -98,11 +98,11 @@ class Distiller(LightningModule):
         teacher.network.to(memory_format=self.layout)
 
     def make_student(self, number: int, width: float = 1.0) -> nn.Module:
-        """The student of a round, counted from 0.
+        """Builds the student of a round.
 
         Args:
-            number: of the round.
-            width: factor on the width that the recipe gives its students; passed on where it is not 1.
+            number: index of the round, from 0.
+            width: factor on the width of the recipe's students; passed on unless it is 1.
         """
         make: Callable[..., nn.Module] = self.make
         own = make.keywords.get("width", 1.0) if isinstance(make, partial) else 1.0
@@ -112,14 +112,14 @@ class Distiller(LightningModule):
     def speed_up(self, module: nn.Module) -> None:
         """Compiles a module in place at its first call, if the recipe sets `compile`; its weights keep their names."""
         if self.backend is not None:
-            torch.compiler.reset()  # the limit of compilations per class would be reached after a few rounds
+            torch.compiler.reset()  # otherwise a few rounds would reach the recompilation limit per class
             module.compile(backend=self.backend)
 
 
 class RoundTrainer(Trainer):
     """Lightning's Trainer; each round has a new one."""
 
-    # LightningCLI takes the docstrings of class and method for the help of the Trainer's keys and of the command.
+    # LightningCLI uses the docstrings of class and method as help of the Trainer's keys and of the command.
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Distil a teacher into an ordered ensemble of students; resumes a run that is in `run_dir`."""
         super().fit(*args, **kwargs)
@@ -129,8 +129,8 @@ class BoostCLI(LightningCLI):
     """`bdistil fit`: a new Trainer for each round, one controller and one set of loggers for all.
 
     Attributes:
-        free_keys: of the configuration, which may differ between two starts of one run.
-        reads_test: whether a run ends with figures of the test part.
+        free_keys: keys of the configuration that may differ between two starts of one run.
+        reads_test: whether a run evaluates the test part at its end.
     """
 
     free_keys: Sequence[str] = FREE_KEYS
@@ -142,7 +142,7 @@ class BoostCLI(LightningCLI):
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options beside model, data and trainer."""
+        """Adds the options other than model, data and trainer."""
         parser.add_argument(
             "--run_dir", type=str, default="runs/last", help="Run directory; a run that is there is resumed."
         )
@@ -152,7 +152,7 @@ class BoostCLI(LightningCLI):
         parser.set_defaults({"trainer.logger": False, "trainer.enable_model_summary": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Checks the seed, with which LightningCLI seeds at once."""
+        """Parses the arguments and checks the seed, which LightningCLI uses immediately."""
         super().parse_arguments(parser, args)
         seed = self.config.fit.seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
@@ -171,11 +171,11 @@ class BoostCLI(LightningCLI):
             given.append(RoundProgressBar())
         else:
             changed["enable_progress_bar"] = False
-        changed["enable_checkpointing"] = True  # the keepers of bdistil are checkpoints, and no other one is added
+        changed["enable_checkpointing"] = True  # bdistil's own Checkpoint callbacks need it; Lightning adds no other
         return self.instantiate_trainer(callbacks=given, strategy=self._strategy(), **changed)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer with its own list of callbacks, as Lightning appends to the list that it is given."""
+        """A Trainer with its own list of callbacks, as Lightning appends to the list passed to it."""
         try:
             return super().instantiate_trainer(**{"callbacks": self.callbacks(), **kwargs})
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -196,10 +196,10 @@ class BoostCLI(LightningCLI):
         return made
 
     def check(self, model: Distiller) -> None:
-        """Checks the Trainer and its callbacks, before the teacher is trained.
+        """Checks the Trainer and its callbacks before the teacher is trained.
 
         Raises:
-            UserError: the rounds would refuse them.
+            UserError: the rounds do not support them.
         """
         check_trainer(self.trainer, model.boosting)
         for callback in self.callbacks():
@@ -237,7 +237,7 @@ class BoostCLI(LightningCLI):
         try:
             with controller.signals, controller.run.in_use():
                 return self._fit_rounds(model, datamodule, controller)
-        except BaseException as end:  # Ctrl-C is SystemExit in Lightning; a rank that lost another fails somehow
+        except BaseException as end:  # Ctrl-C is SystemExit in Lightning; ranks that lost a peer fail in any way
             if controller.signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
                 raise controller.signals.interruption() from end
             raise
@@ -245,12 +245,12 @@ class BoostCLI(LightningCLI):
             controller.tracker.close()
 
     def _complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration of a run with all options of today, those that came later with their defaults."""
+        """Completes the configuration of an earlier version: options added since then get their defaults."""
         parser = self._parser("fit")
         exits, parser.exit_on_error = parser.exit_on_error, False
         try:
             return dict(yaml.safe_load(parser.dump(parser.parse_object(complete(config)), skip_unset=False)))
-        except (ArgumentError, TypeError):  # an option is gone: the comparison shows it
+        except (ArgumentError, TypeError):  # an option no longer exists, which the comparison will report
             return complete(config)
         finally:
             parser.exit_on_error = exits
@@ -275,7 +275,7 @@ class BoostCLI(LightningCLI):
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
-            # Callbacks of the recipe are copied, so that each round has its own.
+            # Each round gets its own copies of the recipe's callbacks.
             beside = copy.deepcopy(self.callbacks())
             trainer = self.new_trainer(*beside, controller, logger=loggers, default_root_dir=folder)
             trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
@@ -334,12 +334,12 @@ class BoostCLI(LightningCLI):
 
 
 def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
-    """Fits early exits and times the stages, once for each run, if its data allow it."""
+    """Fits early exits and times the stages, once per run, if the data allow it."""
     if load_calibration(run) is not None or run.task != "classification":
         return
     try:
         with with_trainer(datamodule):
-            datamodule.setup("fit")  # the last fit has torn it down
+            datamodule.setup("fit")  # torn down by the last fit
             if distributed.early_rank() != 0:
                 return
             loader = pairs_loader(run, datamodule.val_dataloader(), "val_dataloader")
@@ -352,7 +352,7 @@ def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
 
 
 def run_fit(args: Sequence[str], cli: type[BoostCLI] = BoostCLI) -> BoostCLI:
-    """Runs `bdistil fit`, or another subcommand class of it, on these arguments."""
+    """Runs `bdistil fit`, or the subclass `cli` of it, with these arguments."""
     return cli(
         Distiller,
         LightningDataModule,
@@ -368,7 +368,7 @@ def run_fit(args: Sequence[str], cli: type[BoostCLI] = BoostCLI) -> BoostCLI:
 
 
 def _with_recipe_paths(args: Sequence[str]) -> list[str]:
-    """The arguments, with the name of a shipped recipe after --config replaced by its path."""
+    """Replaces the names of shipped recipes after --config by their paths."""
     out = list(args)
     for place, arg in enumerate(out):
         if arg.startswith("--config="):

@@ -1,4 +1,4 @@
-"""What every process of the command line does: quieter messages, one line for an error, a clean end of a pipe."""
+"""Common behaviour of all commands: fewer messages, errors as one message, closed pipes handled."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from bdistil.errors import RunError, UserError
 from bdistil.utils.memory import keep_freed_memory
 from bdistil.utils.signals import Interrupted
 
-# Beginnings of the messages that every Lightning Trainer prints, and a run of T rounds would print T times.
+# Prefixes of messages that every Lightning Trainer prints, so a run of T rounds would print them T times.
 REPEATED = ("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped", "Restor", "LOCAL_RANK")
 
 
 def _filter_messages() -> None:
-    """Hides messages and warnings that every round would repeat."""
+    """Hides messages and warnings that would be repeated in every round."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: not record.getMessage().startswith(REPEATED))
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", "The .* does not have many workers")
-    warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*, sync_dist=True")  # of sums of all ranks
+    warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*, sync_dist=True")  # sums of all ranks
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", "The `srun` command is available")  # in every round; see docs/cluster.md
 
 
 def guarded(call: Callable[[], object]) -> int:
-    """Calls a function of the command line; its errors for the user become one message.
+    """Calls a function of the command line; prints a UserError or RunError as one message.
 
     Returns:
         Exit status: 0, 1 for a failed run, 2 for bad arguments.
@@ -42,19 +42,19 @@ def guarded(call: Callable[[], object]) -> int:
     _filter_messages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # R² and µ on a terminal that has only ASCII
+            stream.reconfigure(errors="replace")  # for R² and µ on an ASCII-only terminal
     keep_freed_memory()
     refuse_duplicate_keys()
     try:
         try:
             return _status(call)
         finally:
-            if sys.stdout is not None:  # closed by the shell
+            if sys.stdout is not None:  # None if closed by the shell
                 sys.stdout.flush()
     except BrokenPipeError:
         if not _is_closed(sys.stdout):
             raise
-        return 0  # the reader of a pipe, such as `head`, has all that it wanted
+        return 0  # the reader of the pipe, such as `head`, has closed it
 
 
 def _status(call: Callable[[], object]) -> int:
@@ -74,9 +74,9 @@ def _status(call: Callable[[], object]) -> int:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether nobody reads a stream any more; what is left in it, or written later, goes nowhere."""
+    """Whether the reader of a stream has closed it; if so, remaining and later output is discarded."""
     try:
-        print(file=stream, flush=True)  # an empty buffer would say nothing
+        print(file=stream, flush=True)  # flushing an empty buffer would not fail
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return True
@@ -84,9 +84,9 @@ def _is_closed(stream: TextIO) -> bool:
 
 
 def _known(error: BaseException | None) -> UserError | RunError | None:
-    """The error for the user in a chain of exceptions; the parser wraps it in one of its own."""
+    """The UserError or RunError in a chain of exceptions, as the parser wraps them in its own."""
     while error is not None and not isinstance(error, UserError | RunError):
-        if isinstance(error, MisconfigurationException):  # Lightning's word for options that do not go together
+        if isinstance(error, MisconfigurationException):  # raised by Lightning for incompatible options
             return UserError(str(error))
         error = error.__cause__ or error.__context__
     return error

@@ -1,4 +1,4 @@
-"""The parser of all commands: errors of one message, and a help that is short."""
+"""The parser of all commands, with single-message errors and a short help."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def _as_typed(keys: str) -> str:
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one message with the nearest spelling, and whose help is short."""
+    """A parser with single-message errors, which suggest the nearest spelling, and a short help."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviated key would be accepted silently: `--model.boosting.round` for `.rounds`.
+        # Otherwise abbreviated keys, such as `--model.boosting.round` for `.rounds`, would be accepted silently.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def print_usage(self, file: Any = None) -> None:
-        """Prints nothing: the usage of `fit` has 3,700 characters, and would precede every error."""
+        """Prints nothing, as the 3,700 characters of usage of `fit` would precede every error."""
 
     def format_help(self, *args: Any) -> str:
-        """The help: options of bdistil before those of Lightning, a short usage, and no long lists of classes."""
+        """Formats the help: bdistil's options before Lightning's, a short usage, and no long lists of classes."""
         groups: Any = self._action_groups
         groups.sort(key=lambda group: (group.title or "").startswith("Lightning"))
         text = re.sub(r",\s+known\s+subclasses:[^)]{400,}\)", ", any subclass)", super().format_help(*args))

@@ -1,4 +1,4 @@
-"""Reading of recipes: one message for a file that is empty, in another encoding, or sets a key twice."""
+"""Reading of recipes, with clear errors for a file that is empty, in another encoding, or sets a key twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_recipe(path: Path) -> None:
     """Checks that a file holds options as YAML, in UTF-8.
 
     Raises:
-        UserError: it does not, or the parser would read it as another text, in the encoding of the terminal.
+        UserError: it does not, or the parser would decode it differently in the encoding of the terminal.
     """
     content = path.read_bytes()
     try:
@@ -45,7 +45,7 @@ def check_recipe(path: Path) -> None:
 
 def _check_locale(path: Path, found: Any) -> None:
     try:
-        same = yaml.safe_load(path.read_text()) == found  # in the encoding of the terminal, as the parser does
+        same = yaml.safe_load(path.read_text()) == found  # decoded in the encoding of the terminal, as by the parser
     except (UnicodeDecodeError, yaml.YAMLError):
         same = False
     if not same:
@@ -53,9 +53,9 @@ def _check_locale(path: Path, found: Any) -> None:
 
 
 def refuse_duplicate_keys() -> None:
-    """Has the parsers of the command line refuse a key that is given twice, of which YAML drops the first.
+    """Makes the command-line parsers reject duplicate keys, of which YAML silently drops the first.
 
-    They also get rungs with all their fields, see `_whole_rungs`.
+    It also completes the fields of rungs, see `_whole_rungs`.
     """
     set_loader("yaml", _load, (yaml.YAMLError,))
 
@@ -71,14 +71,15 @@ def _load(text: str) -> Any:
 
 
 def _whole_rungs(value: Any, key: str | None = None) -> Any:
-    """Values of YAML in which the rungs of a `ladder` have all their fields; other lists stay as they are.
+    """Fills missing fields of the rungs of a `ladder` in YAML values with defaults; other lists are unchanged.
 
-    The parser would take missing ones from the rung at the same place of the default ladder, or of an earlier --config,
-    if that ladder is as long: {links: 1, width: 2} in the third place would be of kind `hidden`.
+    Otherwise the parser would take them from the rung at the same position of the default ladder, or of an earlier
+    --config, if that ladder is as long: {links: 1, width: 2} in third position would get the kind `hidden`.
 
     Args:
-        value: of a recipe, or of one option of the command line.
-        key: of the value in its mapping; None for an option, whose name is not known here: `links` shows a ladder.
+        value: value from a recipe or of a command-line option.
+        key: key of the value in its mapping; None for an option, whose name is unknown here: a ladder is then
+            recognised by `links`.
     """
     if isinstance(value, dict):
         return {name: _whole_rungs(part, str(name)) for name, part in value.items()}
@@ -89,7 +90,7 @@ def _whole_rungs(value: Any, key: str | None = None) -> Any:
 
 
 def _check_keys(node: Node | None, place: str) -> None:
-    """Raises UserError where a mapping in a node has a key twice; names the key and both lines."""
+    """Raises UserError if a mapping in a node has a key twice; names the key and both lines."""
     if isinstance(node, SequenceNode):
         for number, item in enumerate(node.value):
             _check_keys(item, f"{place}{number}.")

@@ -1,4 +1,4 @@
-"""Figures of the prefixes of a trained ensemble, for a cell of a comparison."""
+"""Scores of the prefixes of a trained ensemble, for a cell of a comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def prefix_rows(costs: Sequence[Row], val: Sequence[Row], test: Sequence[Row]) -> list[Row]:
-    """One row for each prefix: its costs, and its figures on both parts under the names ``val_…`` and ``test_…``."""
+    """One row per prefix: its costs, and its scores on both parts, named ``val_…`` and ``test_…``."""
     rows = enumerate(zip(costs, val, test, strict=True), 1)
     return [{"prefix": number, **cost, **_named("val", a), **_named("test", b)} for number, (cost, a, b) in rows]
 
@@ -29,10 +29,10 @@ def _named(part: str, figures: Row) -> Row:
 
 
 def part_figures(ensemble: ProgressiveEnsemble, loader: Any) -> list[Row]:
-    """Accuracy, or what replaces it, and calibration error (None but for classes) of every prefix, in one pass.
+    """Accuracy (or the score of the task) and calibration error (classification only) of every prefix, in one pass.
 
     Args:
-        ensemble: on the CPU.
+        ensemble: ensemble on the CPU.
         loader: yields (x, y).
     """
     cpu = torch.device("cpu")
@@ -51,13 +51,13 @@ def part_figures(ensemble: ProgressiveEnsemble, loader: Any) -> list[Row]:
 
 
 def table_figures(table: OfflineTeacher, part: Split, loader: Any, task: Task) -> list[Row]:
-    """The same of a teacher that is a table of logits; None where it has none of the part.
+    """`part_figures` of a teacher given as a table of logits; values are None if the table has no logits of the part.
 
     Args:
-        table: its rows, by part.
-        part: of the data.
-        loader: of that part; yields (x, y).
-        task: of the recipe.
+        table: logits by part.
+        part: part of the data.
+        loader: loader of that part; yields (x, y).
+        task: task of the recipe.
     """
     if part not in table.tables:
         return [{"accuracy": None, "calibration_error": None}]

@@ -1,4 +1,4 @@
-"""Forms of the students that a comparison trains: those of the recipe, and single ones of as many MACs as a prefix."""
+"""Students trained in a comparison: classes of the recipe's, and widths of single ones with the MACs of a prefix."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from bdistil.errors import UserError
 from bdistil.models.student import Rung, Student, build_student
 
 WIDEST = 64.0
-TURNS = 5  # in which latencies are measured, so that a busy moment is not that of one network
+TURNS = 5  # latencies are measured in turns, so that a busy moment does not affect a single network
 
 Make = Callable[..., nn.Module]
-Classes = tuple[Rung, ...]  # of the students of an ensemble, in order
+Classes = tuple[Rung, ...]  # classes of the students of an ensemble, in order
 
 
 @dataclass(frozen=True)
 class Forms:
-    """What the methods of a comparison train.
+    """Classes, widths and MACs of the students that the methods of a comparison train.
 
     Attributes:
-        rungs: classes of the recipe's students, as planned: a round that is rejected takes a later one.
+        rungs: planned classes of the recipe's students; a rejected round uses a later one.
         prefixes: MACs of the prefixes of the recipe's ensemble, links included.
-        widths: for each prefix, the width of one student of as many MACs; empty if no method needs them.
-        oracle: MACs of these students.
-        first: the form of the first student.
+        widths: for each prefix, the width of a single student with as many MACs; empty if no method needs them.
+        oracle: MACs of these single students.
+        first: class of the first student.
     """
 
     rungs: Classes
@@ -45,12 +45,12 @@ class Forms:
 
 
 def plan_forms(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) -> Forms:
-    """Builds the students of a recipe without training them, and finds the widths of single ones of as many MACs.
+    """Builds the students of a recipe without training them, and finds the widths of single ones with as many MACs.
 
     Args:
         make: ``make_student(round)``; for the widths ``make_student(round, width=...)``.
-        settings: of the recipe. Each round has the class that it tries first.
-        x: a batch (B, ...) as an example.
+        settings: settings of the recipe; each round is planned with the class it tries first.
+        x: an example batch (B, ...).
         widths: whether the widths are needed.
 
     Raises:
@@ -71,13 +71,13 @@ def plan_forms(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) 
 
 
 def with_widths(forms: Forms, make: Make, x: Any, reached: Sequence[int] = ()) -> Forms:
-    """Finds the widths of single students of as many MACs as the prefixes.
+    """Finds the widths of single students with as many MACs as the prefixes.
 
     Args:
-        forms: as planned.
-        make: of the recipe.
-        x: a batch (B, ...) as an example.
-        reached: MACs of the prefixes of a finished run, as far as it went.
+        forms: the planned forms.
+        make: `make_student` of the recipe.
+        x: an example batch (B, ...).
+        reached: MACs of the committed prefixes of a finished run.
 
     Raises:
         UserError: `make` takes no width.
@@ -95,14 +95,14 @@ def with_widths(forms: Forms, make: Make, x: Any, reached: Sequence[int] = ()) -
 
 
 def shared_forms(forms: Forms) -> str:
-    """Says which prefixes have equal students beside them, as their widths are rounded; empty where none have."""
+    """Note on the prefixes whose single students have equal MACs, as widths are rounded; empty if there are none."""
     groups = [[n for n, macs in enumerate(forms.oracle, 1) if macs == own] for own in dict.fromkeys(forms.oracle)]
     shared = [f"prefixes {', '.join(map(str, group))}" for group in groups if len(group) > 1]
     return f"Students of no_resched have equal MACs beside {'; '.join(shared)}: widths are rounded." if shared else ""
 
 
 def planned_classes(make: Make, settings: BoostingSettings) -> Classes:
-    """The class that each round tries first. Builds a student to see whether it takes links."""
+    """The class that each round tries first; builds one student to find out whether students take links."""
     links = isinstance(build_student(make, 0, [], Rung(0)), Student)
     return tuple(settings.rungs(number, links=links)[0] for number in range(settings.rounds))
 
@@ -130,12 +130,12 @@ def _named_width(macs_of: Callable[[float], int]) -> Callable[[float], int]:
 
 
 def width_for(target: int, macs_of: Callable[[float], int], start: float = 1.0) -> float:
-    """The width whose MACs are nearest to a number, by bisection; MACs rise with the width.
+    """Finds the width whose MACs are nearest to a target by bisection; MACs must increase with the width.
 
     Args:
-        target: MACs.
-        macs_of: MACs of a student of a width.
-        start: width to begin with.
+        target: MACs to match.
+        macs_of: returns the MACs of a student of a given width.
+        start: initial width.
 
     Example:
         >>> width_for(1000, lambda width: round(10 * width) ** 2)
@@ -151,14 +151,14 @@ def width_for(target: int, macs_of: Callable[[float], int], start: float = 1.0) 
 
 
 def latencies(make: Make, ensembles: Iterable[Classes], x: Any) -> dict[Classes, float]:
-    """Milliseconds of untrained ensembles and of their prefixes for one sample, on the CPU.
+    """Latency in milliseconds of untrained ensembles and their prefixes for one sample, on the CPU.
 
     All students are measured in turns; the fastest turn of each counts.
 
     Args:
-        make: of the recipe.
-        ensembles: the classes of the students of each.
-        x: a batch (B, ...) as an example.
+        make: `make_student` of the recipe.
+        ensembles: the classes of the students of each ensemble.
+        x: an example batch (B, ...).
     """
     chains: dict[Classes, list[nn.Module]] = {}
     for rungs in ensembles:

@@ -1,4 +1,4 @@
-"""Joint training: all students of an ensemble at once, on the sum of the losses of its prefixes."""
+"""Joint training of all students of an ensemble on the sum of the losses of its prefixes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Chain(nn.Module):
     """The students of an ensemble as one network; unlike in boosting, gradients pass through the links.
 
     Args:
-        students: in order, linked.
+        students: the linked students, in order.
     """
 
     def __init__(self, students: Sequence[nn.Module]) -> None:
@@ -32,14 +32,14 @@ class Chain(nn.Module):
         self.students = nn.ModuleList(students)
 
     def forward(self, x: Any) -> Tensor:
-        """Logits of all prefixes (T, B, L) in training; in eval mode those of the last one, (B, L)."""
+        """Logits of all prefixes (T, B, L) in training mode; of the last prefix (B, L) in eval mode."""
         own = torch.stack(run_all(list(self.students), x)[0])
         prefixes = own.cumsum(0) / torch.arange(1, len(own) + 1, device=own.device)[:, None, None]
         return prefixes if self.training else prefixes[-1]
 
 
 class JointRound(BoostingRound):
-    """Trains a `Chain`: the loss is the sum over the prefixes of the loss that a first student would have."""
+    """Trains a `Chain`; each prefix contributes the loss of a first student to the sum."""
 
     def loss(self, deviation: Tensor, error: Tensor, target: Tensor) -> Tensor:
         """The loss () of a batch, given the deviations (T, B, L) of the prefixes from g (B, L), and S = 0."""
@@ -52,7 +52,7 @@ class JointLedger(pl.Callback):
     The teacher is evaluated on all samples for the ledger.
 
     Attributes:
-        samples_seen: in all finished epochs, also those before a restart.
+        samples_seen: number of samples in all finished epochs, including those before a restart.
     """
 
     def __init__(self, boosting: Boosting, plan: RoundPlan) -> None:
@@ -60,11 +60,11 @@ class JointLedger(pl.Callback):
         self.samples_seen, self._read = 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of samples."""
+        """Number of samples seen."""
         return {"samples_seen": self.samples_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the number of samples."""
+        """Restores the number of samples seen."""
         self.samples_seen = int(state_dict["samples_seen"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,16 +78,16 @@ class JointLedger(pl.Callback):
         self._read += len(batch[-1])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds those of the epoch, before its checkpoint is saved."""
+        """Adds the samples of the epoch before its checkpoint is saved."""
         self.samples_seen, self._read = self.samples_seen + self._read, 0
 
 
 def plan_joint(boosting: Boosting, plan: RunPlan) -> RoundPlan:
-    """The joint training of a run's students as if they were the student of a first round.
+    """Plans the joint training of a run's students as a single student in a first round.
 
     Args:
         boosting: the run.
-        plan: result of its checks.
+        plan: result of the checks of the run.
     """
     settings = boosting.settings
     reseed(boosting.seed, "joint")
@@ -111,7 +111,7 @@ def plan_joint(boosting: Boosting, plan: RunPlan) -> RoundPlan:
 
 
 def joint_ensemble(plan: RoundPlan) -> ProgressiveEnsemble:
-    """The ensemble of the students of a `Chain`, after its training."""
+    """The ensemble of the students of a trained `Chain`."""
     chain, head = plan.module.student, plan.run.parts.train.ledger.head
     assert isinstance(chain, Chain)
     students = list(chain.cpu().train(False).students)

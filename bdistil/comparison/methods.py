@@ -15,7 +15,7 @@ from bdistil.models.student import Rung
 
 Method = Literal["bdistil", "no_resched", "resched", "links_only", "residual", "joint", "teacher"]
 METHODS: tuple[Method, ...] = get_args(Method)[:-1]  # the teacher is in every table
-# What each method trains, in the words of the report.
+# Description of each method in the report.
 MEANING: dict[str, str] = {
     "bdistil": "the recipe",
     "no_resched": "for each prefix one student of as many MACs, trained for as many epochs as one of its students "
@@ -27,7 +27,7 @@ MEANING: dict[str, str] = {
     "joint": "all students of the recipe at once, on the sum of the losses of their prefixes (a multi-exit network)",
     "teacher": "the teacher",
 }
-# Baselines are never rejected, so that each has all its prefixes.
+# Baselines are never rejected, so that each of them has all prefixes.
 ACCEPTED = {"accept": "margin", "margin_share": 0.0}
 
 Kind = Literal["teacher", "rounds", "joint"]
@@ -35,16 +35,16 @@ Kind = Literal["teacher", "rounds", "joint"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of a comparison: a run of its own in a process of its own.
+    """One training of a comparison, with its own run directory and process.
 
     Attributes:
-        method: that it belongs to.
-        seed: of the run.
-        prefix: number of the prefix whose MACs its only student has; 0 for an ensemble.
-        name: of its folder.
-        kind: of the process.
+        method: method that it belongs to.
+        seed: seed of the run.
+        prefix: number of the prefix whose MACs its single student matches; 0 for an ensemble.
+        name: prefix of the folder name.
+        kind: kind of the process.
         boosting: settings that differ from the recipe's.
-        macs: MACs of all students that it trains: about how long it takes, relative to other cells; 0: unknown.
+        macs: MACs of all students trained in the cell, an estimate of its relative duration; 0 if unknown.
     """
 
     method: str
@@ -71,10 +71,10 @@ TEACHER = Cell("teacher", 0, "teacher", 0, kind="teacher")  # all methods and se
 
 
 def check_methods(methods: Sequence[str]) -> list[Method]:
-    """The methods to train beside the teacher, each once.
+    """Returns the methods to train besides the teacher, without duplicates.
 
     Raises:
-        UserError: one of them is unknown, or there is none.
+        UserError: a method is unknown, or there is none.
     """
     given = [method for method in dict.fromkeys(methods) if method != "teacher"]
     known = [method for method in METHODS if method in given]
@@ -87,10 +87,10 @@ def cells_of(method: Method, seed: int, settings: BoostingSettings, forms: Forms
     """The cells of a method and a seed.
 
     Args:
-        method: of the comparison.
-        seed: of the runs.
-        settings: of the recipe.
-        forms: of the students.
+        method: method of the comparison.
+        seed: seed of the runs.
+        settings: settings of the recipe.
+        forms: forms of the students.
     """
     whole = forms.prefixes[-1]
     if method == "no_resched":
@@ -110,7 +110,7 @@ def cells_of(method: Method, seed: int, settings: BoostingSettings, forms: Forms
 
 
 def _oracle(seed: int, settings: BoostingSettings, forms: Forms) -> list[Cell]:
-    """One student for each prefix; two where the recipe's loss is not the game."""
+    """One student per prefix, or two if the loss of the recipe is not the game."""
     losses = dict.fromkeys((settings.loss, "game"))
     return [
         Cell(

@@ -1,4 +1,4 @@
-"""What all trainings and starts of a comparison have in common: the samples of each part, and the teacher."""
+"""Data that all trainings and starts of a comparison share: the samples of each part, and the teacher."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ONE_SPLIT = (
     "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0))."
 )
 Origin = Mapping[str, Any]
-Parts = Mapping[str, Any]  # loaders by name of the method
+Parts = Mapping[str, Any]  # loaders by the name of the method that returns them
 
 
 def parts_of(datamodule: LightningDataModule, settings: BoostingSettings) -> Parts:
-    """The loaders of a data module by the method that returns them; None for a test part that it lacks."""
+    """The loaders of a data module by the method that returns them; None for a missing test part."""
     found = dict(zip(LOADERS, loaders_of(datamodule, settings), strict=True))
     for name, loader in found.items():
         check_dataset(loader, name)
@@ -43,7 +43,7 @@ def _datasets(parts: Parts) -> dict[str, Any]:
 
 
 def origin_of(parts: Parts, spec: TeacherSpec) -> Origin:
-    """Digests of some samples of each part, and the fingerprint of a teacher that the comparison does not train."""
+    """Digests of some samples of each part, and the teacher's fingerprint unless the comparison trains the teacher."""
     samples = {name: stable_digests(items, spread(len(items))) for name, items in _datasets(parts).items()}
     return {"samples": samples, "teacher": _fingerprint(spec)}
 
@@ -57,18 +57,18 @@ def _fingerprint(spec: TeacherSpec) -> str | None:
 
 
 def read_origin(output: Path) -> Origin | None:
-    """What the first start of a comparison has kept; None where there is none."""
+    """Reads the origin stored by the first start of a comparison; None if there is none."""
     file = output / FILE
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
 def check_split(origin: Origin, parts: Parts) -> None:
-    """Raises UserError where a training would have other parts than the teacher."""
+    """Raises UserError if the parts of a training differ from those of the teacher."""
     _check_samples(origin, parts, "in another training of this comparison", ONE_SPLIT)
 
 
 def check_start(output: Path, parts: Parts, now: Origin) -> None:
-    """Raises UserError where a comparison was begun with other data or another teacher."""
+    """Raises UserError if a comparison was started with other data or another teacher."""
     if (before := read_origin(output)) is None:
         return
     way = f"Put the data back, or choose another `output` than {output}."

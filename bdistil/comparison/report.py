@@ -33,7 +33,7 @@ from bdistil.utils.drawing import default_style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colours of Okabe and Ito, which differ for every colour vision; dark enough on white, light enough on black.
+# Okabe and Ito's colours, distinct in any colour vision; dark enough on white, light enough on black.
 METHOD_COLOURS = {
     "bdistil": "#0072b2", "no_resched": "#d55e00", "resched": "#8a8f98", "links_only": "#cc79a7", "residual": "#b8860b",
     "joint": "#009e73",
@@ -46,7 +46,7 @@ TextTable = tuple[list[str], list[list[str]]]  # header and rows
 
 
 class Unit(NamedTuple):
-    """How scores are written: accuracies in percent, R² as it is."""
+    """Number format of scores: accuracies in percent, R² as a plain number."""
 
     factor: float
     form: str
@@ -59,16 +59,16 @@ class Unit(NamedTuple):
         return cls(1.0, ".3f", "", "") if task == "regression" else cls(100.0, ".2f", " in %", ", in percentage points")
 
     def text(self, value: float, sign: str = "") -> str:
-        """A score, or a difference of scores."""
+        """Formats a score or a difference of scores."""
         shown = round(self.factor * value, int(self.form[1])) + 0.0  # no -0.00
         return format(shown, sign + self.form)
 
     def pm(self, figure: Sequence[float]) -> str:
-        """Mean ± sd of scores."""
+        """Formats mean ± sd of scores."""
         return _pm([self.factor * value for value in figure], f"{{:{self.form}}}")
 
     def difference(self, found: Difference, seeds: int) -> str:
-        """A difference with its interval, which one seed does not have, and the number of seeds if some lack it."""
+        """Formats a difference, its interval (if there are several seeds), and its number of seeds if below `seeds`."""
         if math.isnan(found.mean):
             return "–"
         low, high = self.text(found.low, "+"), self.text(found.high, "+")
@@ -77,12 +77,12 @@ class Unit(NamedTuple):
 
 
 def _seeds(count: int, of: int) -> str:
-    """Says that a figure is of fewer seeds than others."""
+    """Note that a number is based on fewer seeds than others."""
     return "" if count == of else f" ({count} of {of} seeds)"
 
 
 def _figure(rows: Sequence[Row], x: str, y: str, title: str, size: tuple[float, float], task: Task) -> Figure:
-    """Mean and band of ± 1 sd over the seeds, for each method, with the teacher as reference."""
+    """Draws mean and ± 1 sd band over the seeds for each method, with the teacher as reference."""
     from matplotlib.ticker import PercentFormatter
 
     figure, (axes,) = panels_figure(*size, {title: 1})
@@ -128,7 +128,7 @@ def _apart(rows: Sequence[Row]) -> str:
 
 
 def _teacher(rows: Sequence[Row]) -> list[Row]:
-    """The row of the teacher; none where a table of its logits lacks the test part."""
+    """The row of the teacher; empty if the teacher is a table of logits without the test part."""
     return [row for row in rows if row["method"] == "teacher" and row["test_accuracy"] is not None]
 
 
@@ -137,7 +137,7 @@ def _score(value: float, task: Task) -> str:
 
 
 def summary_table(rows: Sequence[Row], task: Task = "classification") -> TextTable:
-    """What each method reached and cost, mean ± sd over the seeds."""
+    """Scores and costs of each method, mean ± sd over the seeds."""
     header = ["method", "seeds", "MACs", "test", "area", "calibration error", "falls", "training MACs", "time"]
     unit = Unit.of(task)
     cells = [
@@ -166,7 +166,7 @@ def prefix_table(rows: Sequence[Row], task: Task = "classification") -> TextTabl
 
 
 def difference_table(rows: Sequence[Row], method: str, task: Task = "classification") -> TextTable:
-    """How much a method is above the others at the MACs of its prefixes, with a 95 % interval."""
+    """Score differences between a method and the others at the MACs of its prefixes, with 95 % intervals."""
     others = [other for other in methods_of(rows) if other != method]
     found = {other: {d.prefix: d for d in differences(rows, method, other)} for other in others}
     unit, seeds, cells = Unit.of(task), seeds_of(rows), []
@@ -186,7 +186,7 @@ def _pm(figure: Sequence[float], form: str) -> str:
 
 
 def markdown(table: TextTable) -> str:
-    """A table in Markdown, numbers to the right."""
+    """Formats a table in Markdown, with numbers right-aligned."""
     header, rows = table
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
@@ -213,13 +213,13 @@ def write_comparison(output: Path, rows: Sequence[Row], task: Task, recipe: str,
 
     Args:
         output: folder of the comparison.
-        rows: of `bdistil.comparison.tables.gather`.
-        task: of the recipe.
-        recipe: its text.
-        settings: other facts of the comparison, by name.
+        rows: rows returned by `bdistil.comparison.tables.gather`.
+        task: task of the recipe.
+        recipe: text of the recipe.
+        settings: other properties of the comparison, by name.
 
     Returns:
-        The page.
+        The path of report.html.
     """
     with disk_errors("the report of the comparison", output):
         write_csv(rows, output / "compare.csv")

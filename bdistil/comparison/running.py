@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison, each in a process of its own, and goes on where an earlier start ended."""
+"""Runs the cells of a comparison, each in its own process, and resumes where an earlier start ended."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from bdistil.reporting.tables import format_duration
 from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunDirectory
 
-LAST_LINES = 3  # of a log, in the message about a cell that failed
+LAST_LINES = 3  # number of log lines in the message about a failed cell
 PATIENCE = 60.0  # seconds for a process to save what it has after a signal
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a cell has its figures."""
+    """Whether the results of a cell have been written."""
     return (folder / "figures.json").exists()
 
 
 class CellRunner:
-    """Runs chains of cells, the cells of a chain one after the other, several chains at a time.
+    """Runs chains of cells: the cells of a chain in sequence, several chains in parallel.
 
     Args:
         output: folder of the comparison.
-        options: of `bdistil fit`, for every cell.
-        workers: number of chains at a time; the threads of torch are divided among them.
-        cells: all that there are, for the progress.
+        options: options of `bdistil fit` for every cell.
+        workers: number of chains in parallel; torch's threads are divided among them.
+        cells: all cells of the comparison, to report the progress.
     """
 
     def __init__(self, output: Path, options: Sequence[str], workers: int, cells: Sequence[Cell]) -> None:
@@ -49,7 +49,7 @@ class CellRunner:
         """Runs all cells that are not done yet.
 
         Raises:
-            RunError: a cell failed; the others of its chain were left out, other chains are complete.
+            RunError: a cell failed; the rest of its chain was skipped, other chains are complete.
         """
         pool = ThreadPoolExecutor(self.workers)
         try:
@@ -62,7 +62,7 @@ class CellRunner:
             raise errors[0]
 
     def _stop(self) -> None:
-        """Has the processes that still run save what they have, as after a signal to this one."""
+        """Terminates the running processes, giving them time to save their state."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
@@ -80,7 +80,7 @@ class CellRunner:
                 self._run_cell(cell)
 
     def _share_teacher(self, cell: Cell, chain: Sequence[Cell]) -> None:
-        """Cells of one seed have the teacher's answers in common."""
+        """Reuses the teacher's answers of a finished cell with the same seed."""
         for other in chain:
             if other.seed == cell.seed and other.kind != "teacher" and is_done(other.folder(self.output)):
                 RunDirectory(cell.folder(self.output)).take_teacher(RunDirectory(other.folder(self.output)))

@@ -1,4 +1,4 @@
-"""The table of a comparison: a row for each method, seed and prefix, and what can be said over the seeds."""
+"""The table of a comparison, with a row per method, seed and prefix, and statistics over the seeds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from bdistil.storage.run_directory import RunDirectory
 
 Row = Mapping[str, Any]
 Point = tuple[float, float]
-SLACK = 0.05  # relative distance in MACs to which a curve is continued beyond its ends
+SLACK = 0.05  # relative distance in MACs by which a curve is extended beyond its ends
 CONFIDENCE = 0.95
-TOLERANCE = 0.05  # relative distance between the MACs of a prefix and of the one student beside it
+TOLERANCE = 0.05  # relative difference allowed between the MACs of a prefix and of its single student
 
 
 def classes_of(output: Path, cell: Cell, planned: Classes) -> Classes:
@@ -35,15 +35,15 @@ def classes_of(output: Path, cell: Cell, planned: Classes) -> Classes:
 def gather(
     output: Path, cells: Sequence[Cell], planned: Classes, latencies: Mapping[Classes, float]
 ) -> list[dict[str, Any]]:
-    """The rows of all finished cells. Of students that differ in the loss, the better one on validation counts.
+    """Collects the rows of all finished cells; of students that differ only in the loss, keeps the best on validation.
 
-    What both have cost is the cost of the better one, which the other was trained to find.
+    The training costs of all of them are added up, as the best one was selected by training the others.
 
     Args:
         output: folder of the comparison.
-        cells: of it.
+        cells: cells of the comparison.
         planned: the classes of the recipe's students.
-        latencies: of `bdistil.comparison.forms.latencies`.
+        latencies: result of `bdistil.comparison.forms.latencies`.
     """
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
     for cell in cells:
@@ -64,7 +64,7 @@ def gather(
 
 
 def unequal(rows: Sequence[Row]) -> list[str]:
-    """Where a student of `no_resched` has not the MACs of the prefix of bdistil that it stands beside."""
+    """Descriptions of `no_resched` students whose MACs differ too much from those of their bdistil prefix."""
     goals = {(row["seed"], row["prefix"]): row["macs"] for row in rows if row["method"] == "bdistil"}
     pairs = ((row, goals.get((row["seed"], row["prefix"]))) for row in rows if row["method"] == "no_resched")
     return [
@@ -85,7 +85,7 @@ def seeds_of(rows: Sequence[Row]) -> int:
 
 
 def curves(rows: Sequence[Row], method: str, x: str = "macs", y: str = "test_accuracy") -> dict[int, list[Point]]:
-    """The points of a method by seed, in rising order of x, as far as both are known."""
+    """The points of a method by seed, in ascending order of x; points without x or y are omitted."""
     found: dict[int, list[Point]] = {}
     for row in rows:
         if row["method"] == method and row.get(x) and row.get(y) is not None:
@@ -116,19 +116,19 @@ def bands(rows: Sequence[Row], method: str, x: str, y: str) -> list[Band]:
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; the latter is NaN for one value, both are where a value is.
+    """Mean and standard deviation; the latter is NaN for a single value, both are NaN if a value is.
 
     Example:
         >>> mean_sd([1.0, 3.0])
         (2.0, 1.4142135623730951)
     """
-    if any(map(math.isnan, values)):  # `statistics` fails
+    if any(map(math.isnan, values)):  # `statistics` fails on NaN
         return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def height_at(points: Sequence[Point], macs: float) -> float | None:
-    """Height of a curve at a number of MACs, interpolated over log MACs; None where it does not reach.
+    """Height of a curve at a number of MACs, interpolated over log MACs; None outside of its range.
 
     Example:
         >>> height_at([(10, 0.5), (1000, 0.7)], 100), height_at([(10, 0.5), (1000, 0.7)], 2000)
@@ -153,9 +153,9 @@ class Difference(NamedTuple):
 
 
 def differences(rows: Sequence[Row], method: str, other: str, y: str = "test_accuracy") -> list[Difference]:
-    """How much a method is above another one, at the MACs of its own prefixes, seed by seed.
+    """Score differences between a method and another at the MACs of its own prefixes, paired by seed.
 
-    The interval is that of Student's t-distribution for the mean of the differences of the seeds.
+    The interval for the mean difference over the seeds is based on Student's t-distribution.
     """
     theirs, pairs = curves(rows, other, y=y), dict[int, list[Point]]()
     for row in rows:
@@ -181,8 +181,8 @@ def _half_interval(values: Sequence[float]) -> float:
 def common_range(rows: Sequence[Row]) -> tuple[float, float] | None:
     """The range of MACs that the curves of all methods have in common; None if it is empty.
 
-    A method reaches as far as its largest prefix of any seed: boosting may stop earlier with others, and their last
-    prefix is then the answer from there on.
+    The range of a method ends at its largest prefix of any seed: boosting may stop earlier with other seeds, whose last
+    prefix then also gives the score at larger MACs.
     """
     found = [list(lines.values()) for method in methods_of(rows) if (lines := curves(rows, method))]
     low = max((points[0][0] for lines in found for points in lines), default=0.0)
@@ -191,7 +191,7 @@ def common_range(rows: Sequence[Row]) -> tuple[float, float] | None:
 
 
 def area(points: Sequence[Point], low: float, high: float) -> float:
-    """Mean height of a curve between two numbers of MACs, over log MACs; beyond its last point it goes on flat.
+    """Mean height of a curve between two numbers of MACs, over log MACs; constant beyond its last point.
 
     Example:
         >>> round(area([(1, 0.5), (100, 0.7)], 10, 100), 3)
@@ -203,7 +203,7 @@ def area(points: Sequence[Point], low: float, high: float) -> float:
 
 
 class Summary(NamedTuple):
-    """One method over the seeds; each figure is (mean, sd). Area is NaN where the methods have no range in common."""
+    """Statistics of a method over the seeds as (mean, sd); area is NaN if the methods have no common range of MACs."""
 
     method: str
     seeds: int
@@ -217,10 +217,10 @@ class Summary(NamedTuple):
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
-    """Figures of each method: those of its largest prefix, its area, the falls of its curve, and what training cost.
+    """Statistics of each method: scores of its largest prefix, area, falls of its curve, and training costs.
 
-    A fall is a prefix that is less accurate than the one before. Training costs are those of all its prefixes: for
-    `no_resched` the sum over its students, with those whose loss was worse.
+    A fall is a prefix that is less accurate than the previous one. Training costs cover all prefixes of a method; for
+    `no_resched` they are summed over all its students, including those with the worse loss.
     """
     shared = common_range(rows)
     return [_summary(rows, method, shared) for method in methods_of(rows)]

@@ -1,4 +1,4 @@
-"""Measures the gradient noise of a module in training, as figures and as a picture."""
+"""Measurement of the gradient noise of a module in training, as numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class NoiseEstimate(NamedTuple):
     """One measurement of the gradient noise.
 
     Attributes:
-        moments: of label and teacher gradient; in a boosting round of the squared error alone and of the round's loss.
-        entropy: mean cross entropy of the labels.
+        moments: moments of label and teacher gradient; in a boosting round, of the squared error and the round's loss.
+        entropy: mean cross entropy to the labels.
         curvature: mu of the last layer in the direction of the teacher's pull; None in a boosting round.
     """
 
@@ -47,7 +47,7 @@ class NoiseEstimate(NamedTuple):
 
 
 def spread_batches(probe: Probe, samples: int) -> Iterator[Batch]:
-    """Batches of at most `samples` training samples, evenly spread; the same at every call and on every process."""
+    """Batches of up to `samples` evenly spaced training samples, the same at every call and on every process."""
     count = min(samples, len(probe.rows))
     rows = [probe.rows[i * len(probe.rows) // count] for i in range(count)]
     return probe.batches([rows[low : low + CHUNK] for low in range(0, count, CHUNK)])
@@ -57,15 +57,15 @@ def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = Fals
     """Measures the gradient noise; changes no weight, buffer, mode or random state of the module.
 
     Args:
-        probe: of the module.
-        module: in training.
-        samples: training samples to measure on, at most.
-        full: measure at all parameters, by per-sample gradients; else at the last layer, without a backward pass.
+        probe: probe of the module.
+        module: module in training.
+        samples: maximum number of training samples to measure on.
+        full: use per-sample gradients of all parameters; otherwise of the last layer, without a backward pass.
     """
     population = len(probe.rows)
     with eval_mode(module), torch.no_grad(), isolate_rng():
         seen = [probe.noise(batch) for batch in spread_batches(probe, samples)]
-        # On the CPU, as the moments are in float64, which not all devices have.
+        # On the CPU, as the moments are in float64, which not all devices support.
         activations, logits = torch.cat([s.activations for s in seen]).cpu(), torch.cat([s.logits for s in seen]).cpu()
         g, k = torch.cat([s.residuals for s in seen], 1).cpu()
         entropy = sum(s.entropy * len(s.logits) for s in seen) / len(logits)
@@ -109,7 +109,7 @@ def check_full(probe: Probe, module: pl.LightningModule) -> None:
 
 
 def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
-    """Figures of a measurement by name, for logs; for a boosting round of the squared error and of its loss."""
+    """Scalars of a measurement by name, for logging; in a boosting round, of the squared error and the round's loss."""
     moments, figures = estimate.moments, {"label_loss": estimate.entropy}
     if estimate.curvature is None:
         for name, weight in (("plain", 0.0), ("game", 1.0)):
@@ -129,12 +129,12 @@ def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
 
 @default_style()
 def draw_noise(path: str | os.PathLike[str], moments: GradientMoments, title: str) -> None:
-    """Draws noise to signal and variance over lambda; where the noise to signal is infinite there is no line."""
+    """Draws the noise-to-signal ratio and the variance over lambda; infinite ratios leave a gap in the line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.8))
     left, right = figure.subplots(1, 2)
-    # An automatic layout would draw it twice.
+    # An automatic layout would draw the figure twice.
     figure.subplots_adjust(left=0.11, right=0.98, bottom=0.18, top=0.89, wspace=0.32)
     weights = np.linspace(0, 1, 51).tolist()
     left.plot(weights, [noise_to_signal(moments, weight) for weight in weights])

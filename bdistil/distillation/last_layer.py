@@ -25,7 +25,7 @@ class Distilling(Protocol):
     """Interface of a LightningModule for `LossMixing` and `GradientNoise`; its ``forward(x)`` returns logits (B, L).
 
     Attributes:
-        temperature: tau, of the teacher's loss.
+        temperature: tau, the temperature of the teacher loss.
         last_layer: the linear layer whose output is the logits.
     """
 
@@ -36,14 +36,14 @@ class Distilling(Protocol):
         """Logits (B, L)."""
 
     def teacher_logits(self, x: Any, index: Index) -> Tensor:
-        """Logits of the teacher (B, L), or of M teachers (M, B, L), for the samples with these indices."""
+        """Logits of the teacher (B, L), or of M teachers (M, B, L), for the samples `index`."""
 
 
 def check_distilling(module: pl.LightningModule, callback: str) -> None:
     """Checks that a module implements `Distilling`.
 
     Raises:
-        UserError: names the callback and what is missing.
+        UserError: an attribute or method is missing or invalid; names the callback.
     """
     layer = getattr(module, "last_layer", None)
     if not isinstance(layer, nn.Linear):
@@ -70,13 +70,13 @@ def label_key(module: pl.LightningModule) -> str:
 def distilling_loaders(
     trainer: pl.Trainer, module: pl.LightningModule, callback: str, *, indexed: bool = False
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training and validation loader, of (x, y), of the data module with which a `Distilling` module is fitted.
+    """Training and validation loader, yielding (x, y), of the data module with which a `Distilling` module is fitted.
 
-    With `indexed`, its training batches are (x, y, index).
+    `indexed` states that the module trains on batches (x, y, index), which its hooks must then accept.
 
     Raises:
-        UserError: the module is not `Distilling`; there is no data module, or it lacks one of the two loaders; what is
-            read is not what the module is trained on.
+        UserError: the module is not `Distilling`; the data module or one of its loaders is missing; or the samples read
+            are not those that the module is trained on.
     """
     check_distilling(module, callback)
     check_precision(str(trainer.precision))
@@ -101,7 +101,7 @@ def distilling_loaders(
 
 
 def _check_same(first: DataLoader[Any], second: DataLoader[Any]) -> None:
-    """Raises UserError where two training loaders of one data module give other samples behind the same numbers."""
+    """Raises UserError if two training loaders of one data module return different samples for the same index."""
     samples: Any = first.dataset, second.dataset
     rows = spread(len(samples[1]))
     if len(samples[0]) == len(samples[1]):
@@ -118,7 +118,7 @@ def last_layers(student: nn.Module) -> list[nn.Linear]:
     """The linear layers of a student whose outputs sum to its logits.
 
     Raises:
-        UserError: it does not end with a linear layer.
+        UserError: the student does not end with a linear layer.
     """
     if isinstance(student, Student):
         joined = student.join.project if student.join is not None and student.join.kind != "residual" else None
@@ -138,7 +138,7 @@ def last_layers(student: nn.Module) -> list[nn.Linear]:
 def capture_last_layer(layers: Sequence[nn.Linear], run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Runs a student; returns the inputs (B, D) of its last layers, and its logits (B, L), both float32.
 
-    The inputs of several layers are joined, with a column of ones for each bias.
+    The inputs of several layers are concatenated, with a column of ones for each bias.
 
     Raises:
         UserError: the outputs of the layers do not sum to the logits.

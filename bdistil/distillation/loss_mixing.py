@@ -31,17 +31,17 @@ from bdistil.utils.seeding import seed_of
 
 
 def update_mix(probe: Probe, mix: Tensor, settings: MixingSettings, *, lr: float, key: tuple[int, ...]) -> Tensor:
-    """Learns the numbers (N, C) of all samples anew, from those so far; on the CPU and the same on every process.
+    """Updates the mixing parameters (N, C) of all samples; returns them on the CPU, the same on every process.
 
-    The samples are in shuffled groups of 512, which therefore mix the classes. The groups, and so the learned weights,
-    do not depend on the number of processes.
+    The samples are shuffled into groups of 512, so that every group mixes the classes. The groups, and therefore the
+    learned weights, do not depend on the number of processes.
 
     Args:
-        probe: of a module in eval mode.
-        mix: the numbers so far, (N, C) on the CPU.
-        settings: of the update.
+        probe: probe of a module in eval mode.
+        mix: current mixing parameters, (N, C) on the CPU.
+        settings: settings of the update.
         lr: learning rate of the student.
-        key: seed of the groups.
+        key: seed of the shuffling.
     """
     rows = torch.tensor(probe.rows)
     order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_of(*key)))].tolist()
@@ -52,7 +52,7 @@ def update_mix(probe: Probe, mix: Tensor, settings: MixingSettings, *, lr: float
         outer = outer_loss(validation, probe.outer(seen.activations, seen.logits, target), settings.share)
         before = mix[index].to(seen.logits.device)
         learned[index] = learn_mix(before, seen.residuals, seen.activations, outer, settings, lr).float().cpu()
-    learned = distributed.all_sum(learned)  # each process has learned other samples
+    learned = distributed.all_sum(learned)  # every process has updated different samples
     return mix.index_copy(0, rows, learned[rows])
 
 
@@ -60,7 +60,7 @@ def update_mix(probe: Probe, mix: Tensor, settings: MixingSettings, *, lr: float
 
 
 def save_mix(path: Path, mix: Tensor) -> None:
-    """Writes the numbers (N, C) of all samples as little-endian float32, on process 0."""
+    """Writes the mixing parameters (N, C) of all samples as little-endian float32, on process 0."""
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
@@ -68,7 +68,7 @@ def save_mix(path: Path, mix: Tensor) -> None:
 
 
 def read_mix(path: Path) -> Tensor | None:
-    """Reads the numbers of the last round before that of a file, flat; None where there is none."""
+    """Reads the latest mixing parameters of a round before that of `path`, flat; None if there are none."""
     earlier = [file for file in sorted(path.parent.glob("mixing.*.f32")) if file.name < path.name]
     return torch.from_numpy(np.fromfile(earlier[-1], "<f4")) if earlier else None
 
@@ -80,7 +80,7 @@ def check_boosting(boosting: BoostingSettings, settings: MixingSettings) -> None
     """Checks that the target of a boosting run can be a mix of label and teacher.
 
     Raises:
-        UserError: the weights do not sum to 1, the task is no classification, or the students are independent.
+        UserError: the weights do not sum to 1, the task is not classification, or the students are independent.
     """
     if settings.mode != "convex":
         raise UserError(
@@ -99,9 +99,9 @@ def check_boosting(boosting: BoostingSettings, settings: MixingSettings) -> None
 
 
 def mix_round(module: BoostingRound, mix: Tensor, all_labels: Tensor) -> None:
-    """Mixes target and running error of a round, and the game's normaliser: one pass over its ledger, which is open.
+    """Mixes the labels into target and running error of a round; recomputes log Z in one pass over its open ledger.
 
-    `mix` holds the teacher's share of each sample, (N, 1), and `all_labels` are (N,), both on the CPU.
+    `mix` is the teacher's share of each sample, (N, 1), and `all_labels` are (N,), both on the CPU.
     """
 
     def mixed(target: Tensor, error: Tensor, labels: Tensor, index: Index) -> tuple[Tensor, Tensor]:
@@ -121,10 +121,10 @@ def mix_round(module: BoostingRound, mix: Tensor, all_labels: Tensor) -> None:
 
 
 def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, float]:
-    """Means of weights (N, K), the labels' first: `label_weight` and `teacher_weight`.
+    """Mean `label_weight` and `teacher_weight` of weights (N, K), whose first column is that of the labels.
 
     With `flipped`, (N,) bool, also the mean label weight of `clean` and `flipped` samples, and `auc`, the area under
-    the ROC curve with which a low label weight finds the flipped ones.
+    the ROC curve for detecting flipped labels by a low label weight.
     """
     from torchmetrics.functional.classification import binary_auroc
 
@@ -137,7 +137,7 @@ def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, 
 
 
 def log_weights(loggers: Iterable[Any], weights: Tensor, figures: Mapping[str, float], step: int) -> None:
-    """Logs `weight_figures`, and a histogram of the label weights where a logger has them (W&B, TensorBoard)."""
+    """Logs `weight_figures`, and a histogram of the label weights if the logger supports it (W&B, TensorBoard)."""
     labels = weights[:, 0].numpy()
     for logger in loggers:
         row: dict[str, Any] = {f"mixing/{key}": value for key, value in figures.items()}
@@ -150,7 +150,7 @@ def log_weights(loggers: Iterable[Any], weights: Tensor, figures: Mapping[str, f
 
 @default_style()
 def draw_weights(path: str | os.PathLike[str], weights: Tensor, flipped: Tensor | None = None) -> None:
-    """Draws the histogram of the label weights, with known label noise one of clean and one of flipped samples."""
+    """Draws a histogram of the label weights; with `flipped`, one each for clean and flipped samples."""
     from matplotlib.figure import Figure
 
     labels = weights[:, 0]
@@ -159,7 +159,7 @@ def draw_weights(path: str | os.PathLike[str], weights: Tensor, flipped: Tensor 
         groups = {"clean labels": labels[~flipped], "flipped labels": labels[flipped]}
     figure = Figure(figsize=(5, 3))
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.17, top=0.96)  # an automatic layout would draw it twice
+    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.17, top=0.96)  # an automatic layout draws the figure twice
     bins = np.linspace(0, float(labels.max()), 31).tolist()
     for name, values in groups.items():
         axes.hist(values.numpy(), bins=bins, alpha=0.6, label=f"{name} ({len(values):,})")

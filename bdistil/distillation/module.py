@@ -24,7 +24,7 @@ from bdistil.teachers.wrappers import FrozenTeacher
 from bdistil.utils.modules import kept_buffers
 from bdistil.utils.optimizers import adamw_cosine, schedule_length
 
-CAUTIOUS = 0.1  # weight of `auto` before the first suggestion
+CAUTIOUS = 0.1  # weight used by `auto` before the first suggestion
 
 
 @runtime_checkable
@@ -38,23 +38,24 @@ class WeightSetter(Protocol):
 class Distillation(pl.LightningModule):
     """Distils one or several teachers into a student with the loss (1 - w) CE + w tau^2 KL.
 
-    The KL of several teachers is their mean. Beside `LossMixing`, its per-sample weights replace w.
+    With several teachers, KL is the mean over them. With the callback `LossMixing`, its per-sample weights replace w.
 
     Args:
-        student: maps x to logits (B, L), and ends with a linear layer.
+        student: maps x to logits (B, L) and ends with a linear layer.
         teacher: a module (x -> logits), or several.
         distillation_weight: w in 0 … 1; `auto` follows the suggestions of `GradientNoise`.
         weight_factor: w decays (< 1) or grows (> 1) by this factor per epoch.
         temperature: tau.
         unbiased: adds w times the mean control variate at the start of the epoch, as SVRG does: the teacher reduces
-            the noise without a bias towards its own errors. Costs a pass over the training part per epoch, each
-            sample of which is to be read once an epoch.
-        lr: learning rate of AdamW, on a cosine over the fit. Override `configure_optimizers` for another optimizer.
-        weight_decay: of AdamW.
+            the noise without a bias towards its own errors. Costs an additional pass over the training part per epoch;
+            the sampler must draw each sample once per epoch.
+        lr: learning rate of AdamW, with a cosine schedule over the fit. Override `configure_optimizers` for another
+            optimizer.
+        weight_decay: weight decay of AdamW.
         labels: key of y in batches that are mappings.
 
     Raises:
-        UserError: a weight, factor or temperature out of its range; in a fit, options or data that do not go together.
+        UserError: a weight, factor or temperature is out of range; in a fit, options or data are incompatible.
 
     Example:
         >>> import torch
@@ -91,7 +92,7 @@ class Distillation(pl.LightningModule):
             raise UserError(f"Expected `weight_factor` and `temperature` > 0, got {weight_factor} and {temperature}.")
         self.student, self.last_layer = student, last_layers(student)[-1]
         teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-        # Out of the module tree: in no checkpoint, and never in train mode.
+        # Outside the module tree: in no checkpoint, and never in train mode.
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
         self.distillation_weight, self.weight_factor, self.temperature = distillation_weight, weight_factor, temperature
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
@@ -99,7 +100,7 @@ class Distillation(pl.LightningModule):
         self._control: list[Tensor] = []
 
     def forward(self, x: Any) -> Tensor:
-        """Logits (B, L) of the student, float32 also in mixed precision."""
+        """Logits (B, L) of the student, in float32 even with mixed precision."""
         return at_least_float32(self.student(x))
 
     def teacher_logits(self, x: Any, index: Index | None = None) -> Tensor:
@@ -108,7 +109,7 @@ class Distillation(pl.LightningModule):
         return answers[0] if len(answers) == 1 else torch.stack(answers)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of a batch (x, y), of a mapping with a key for y, or of (x, y, index) beside LossMixing."""
+        """Returns the loss of a batch: (x, y), a mapping with a key for y, or, with LossMixing, (x, y, index)."""
         x, y, *index = self._split(batch)
         terms = self._terms(x, y, *index)
         if self.sample_weights is not None:
@@ -126,7 +127,7 @@ class Distillation(pl.LightningModule):
         return kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs accuracy and cross entropy of the samples that have a label."""
+        """Logs accuracy and cross entropy over the labelled samples."""
         x, y, *_ = self._split(batch)
         logits = self(x)
         right, entropy, labelled = class_sums(logits, y)
@@ -136,7 +137,7 @@ class Distillation(pl.LightningModule):
     # ---- hooks
 
     def on_fit_start(self) -> None:
-        """Moves the teachers to the device; checks that a callback sets the weight of `auto`."""
+        """Moves the teachers to the device; with `auto`, checks that a callback sets the weight."""
         for teacher in self.teachers:
             teacher.to(self.device)
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -147,10 +148,10 @@ class Distillation(pl.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Checks that the options go with the data, and with the callbacks.
+        """Checks that the options are compatible with the data and the callbacks.
 
         Raises:
-            UserError: they do not.
+            UserError: they are not.
         """
         if self.sample_weights is not None and (self.unbiased or self.distillation_weight == "auto"):
             raise UserError(
@@ -162,7 +163,7 @@ class Distillation(pl.LightningModule):
             self._check_sampler(single_loader(self.trainer.train_dataloader))
 
     def _check_sampler(self, loader: Any) -> None:
-        """Raises UserError for a training loader over whose samples the mean is not that of the dataset."""
+        """Raises UserError for a training loader that does not draw each sample of the dataset once per epoch."""
         check_dataset(paired(loader, self.labels), LOADERS[0])
         if not (reads_all(loader) or isinstance(loader.sampler, DistributedSampler)):
             raise UserError(
@@ -179,9 +180,9 @@ class Distillation(pl.LightningModule):
             self._control = self.control_variate()
 
     def control_variate(self) -> list[Tensor]:
-        """Mean over the training part of grad CE - grad KL, one tensor per parameter of the student that is trained.
+        """Mean of grad CE - grad KL over the training part, one tensor per trainable parameter of the student.
 
-        In the student's mode in training, as batch norm has another gradient in eval mode, and in shuffled batches.
+        Computed in training mode and on shuffled batches, as batch norm has different gradients in eval mode.
         """
         given: Any = single_loader(self.trainer.train_dataloader)
         loader: DataLoader[Any] = DataLoader(
@@ -211,13 +212,13 @@ class Distillation(pl.LightningModule):
         self.weight = float(checkpoint["distillation_weight"])
 
     def configure_optimizers(self) -> Any:
-        """AdamW on a cosine over the fit."""
+        """AdamW with a cosine schedule over the fit."""
         length = schedule_length(self.trainer)
         return adamw_cosine(self.student.parameters(), self.lr, *length, weight_decay=self.weight_decay)
 
 
 def _mean_kl(terms: KDTerms) -> Tensor:
-    """Per-sample KL (B,), the mean over the teachers."""
+    """Per-sample KL (B,), averaged over the teachers."""
     return terms.kl if terms.kl.ndim == 1 else terms.kl.mean(0)
 
 
@@ -228,12 +229,12 @@ def generations(
 
     Args:
         make_student: returns a new student.
-        teacher: of the first student.
+        teacher: teacher of the first student.
         times: number of students.
-        options: of `Distillation`.
+        options: keyword arguments of `Distillation`.
 
     Yields:
-        A module per student; fit it before you take the next one.
+        One module per student; fit it before requesting the next one.
     """
     for _ in range(times):
         student = make_student()

@@ -30,10 +30,10 @@ class LastLayerBatch(NamedTuple):
     """A forward pass through the last linear layer.
 
     Attributes:
-        activations: its inputs (B, D), with a column of ones where it has a bias.
+        activations: inputs of the layer (B, D), with a column of ones if it has a bias.
         logits: (B, L).
         residuals: gradients of K losses with respect to its outputs, (K, B, L).
-        entropy: mean cross entropy of the labels; NaN where these are no classes, or there are none.
+        entropy: mean cross entropy to the labels; NaN if there are none or they are not classes.
     """
 
     activations: Tensor
@@ -43,18 +43,18 @@ class LastLayerBatch(NamedTuple):
 
 
 class Probe(ABC):
-    """Forward passes of a student in training; the module must be in eval mode and without a graph.
+    """Forward passes of a student in training; call it in eval mode and without gradients.
 
     Args:
-        module: in training.
-        samples: N, of the training part.
+        module: module in training.
+        samples: N, number of samples of the training part.
         train: the user's training loader, yields (x, y).
         val: the user's validation loader.
 
     Attributes:
         gain: change of the logits per unit of the last layer's output.
-        rows: numbers of the training samples that the student sees.
-        views: of the datasets of both loaders, where they augment at random and what is cached is of one view.
+        rows: indices of the training samples that the student is trained on.
+        views: cached views of the two datasets if these are augmented at random; otherwise None.
     """
 
     gain = 1.0
@@ -65,18 +65,18 @@ class Probe(ABC):
         self.rows: Sequence[int] = range(samples)
 
     def batches(self, groups: Sequence[Sequence[int]], *, validation: bool = False) -> Iterator[Batch]:
-        """(x, y, index) of groups of samples of the training or validation part, on the device of the module."""
+        """Yields groups of training or validation samples as batches (x, y, index), on the device of the module."""
         loader, views = (self.val, self.views[1]) if validation else (self.train, self.views[0])
         for x, y, index in rows_loader(loader, groups, views=views):
             yield *move_data_to_device((x, y), self.module.device), index
 
     @abstractmethod
     def mixing(self, batch: Batch) -> LastLayerBatch:
-        """A training batch with the residuals of the K losses that LossMixing weighs, the labels' first."""
+        """Runs a training batch; returns residuals of the K losses that LossMixing weights, the label loss first."""
 
     @abstractmethod
     def noise(self, batch: Batch) -> LastLayerBatch:
-        """A training batch with the two residuals that GradientNoise compares."""
+        """Runs a training batch; returns the two residuals that GradientNoise compares."""
 
     def validation(self) -> OuterLoss:
         """Cross entropy of the validation part as a function of the last layer."""
@@ -87,7 +87,7 @@ class Probe(ABC):
         return self.outer(activations, logits, target)
 
     def outer(self, activations: Tensor, logits: Tensor, target: Tensor) -> OuterLoss:
-        """Mean cross entropy of samples as a function of the last layer; activations (n, D), logits (n, L)."""
+        """Mean cross entropy of samples as a function of the last layer, from activations (n, D) and logits (n, L)."""
         share = torch.full((len(target),), 1.0 / len(target), device=target.device)
         return OuterLoss(activations, logits, target, share, self.gain)
 
@@ -97,7 +97,7 @@ class Probe(ABC):
 
 
 def training_rows(loader: DataLoader[Any]) -> Sequence[int]:
-    """Numbers of the samples that a training loader gives; all where they are chosen anew in each epoch."""
+    """Indices of the samples that a training loader draws; all indices if the selection changes between epochs."""
     samples: int = len(loader.dataset)  # type: ignore[arg-type]
     try:
         return given_rows(loader, LOADERS[0]) or range(samples)
@@ -106,7 +106,7 @@ def training_rows(loader: DataLoader[Any]) -> Sequence[int]:
 
 
 class DistillationProbe(Probe):
-    """Distillation in a `Distilling` module."""
+    """Probe of a `Distilling` module."""
 
     def __init__(self, module: pl.LightningModule, train: DataLoader[Any], val: DataLoader[Any]) -> None:
         super().__init__(module, check_dataset(train, LOADERS[0]), train, val)
@@ -130,7 +130,7 @@ class DistillationProbe(Probe):
 
 
 class RoundProbe(Probe):
-    """A round of boosting with an open ledger; logits and cross entropy are those of the prefix that it ends."""
+    """Probe of a boosting round with an open ledger; logits and cross entropy are those of the resulting prefix."""
 
     def __init__(self, module: BoostingRound) -> None:
         super().__init__(module, module.ledger.samples, module.train_part.loader, module.val_part.loader)
@@ -142,7 +142,7 @@ class RoundProbe(Probe):
         self.gain = 1.0 if isinstance(scale, tuple) else scale / (module.number + 1)
 
     def mixing(self, batch: Batch) -> LastLayerBatch:
-        """Residuals of the round's loss with the labels as its target, and with the teacher."""
+        """Residuals of the round's loss with the labels as its target, and with the teacher as its target."""
         activations, answer, target, error = self._state(batch, self.module.train_part)
         labels = label_target(batch[1], answer.shape[1])
         kappa = self.module.game.kappa
@@ -175,7 +175,7 @@ class RoundProbe(Probe):
         return activations, self._prefix(answer, target, error)
 
     def _state(self, batch: Batch, part: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Activations, the student's output f, target g and error S of a batch of a part."""
+        """Activations, the student's output f, target g and running error S for a batch of a part."""
         x, _, index = batch
         activations, answer = capture_last_layer(self.layers, lambda: self.module.answer(x, index, part))
         target, error = (rows.to(self.module.device) for rows in part.ledger.rows(index))
@@ -187,5 +187,5 @@ class RoundProbe(Probe):
 
 
 def probe_of(module: pl.LightningModule, loaders: tuple[DataLoader[Any], DataLoader[Any]]) -> Probe:
-    """The probe of a boosting round, or of a `Distilling` module with its training and validation loader."""
+    """Returns the probe of a boosting round, or of a `Distilling` module with its training and validation loader."""
     return RoundProbe(module) if isinstance(module, BoostingRound) else DistillationProbe(module, *loaders)

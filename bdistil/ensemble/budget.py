@@ -1,7 +1,7 @@
-"""Budgets of a prediction, confidence scores by which samples exit early, and the result of a prediction.
+"""Prediction budgets, confidence scores for early exit, and prediction results.
 
 An exit rule maps an answer to a confidence in 0 … 1. A sample is decided at the first stage whose confidence reaches
-the threshold of that stage; the last stage decides all that are left.
+the threshold of that stage; the last stage decides all remaining samples.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def confidence_of(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: T
     """Confidence of the answers of a prefix.
 
     ``max_prob`` is the largest softmax probability, ``margin`` its distance to the second largest, ``entropy`` is
-    1 - H / ln L, and ``agreement`` the share of the prefix's students whose own answer is that of the prefix. For a
+    1 - H / ln L, and ``agreement`` the share of the prefix's students that predict the same class as the prefix. For a
     single student agreement is undefined and set to 0.
 
     Args:
         logits: (B, L).
         rule: one of `RULES`.
         temperature: divides the logits; has no effect on agreement.
-        votes: (B, L), how many of the students answer each class; only for agreement.
+        votes: (B, L), number of students that predict each class; only for agreement.
 
     Returns:
         (B,) in 0 … 1, on the CPU.
@@ -50,7 +50,7 @@ def confidence_of(logits: Tensor, rule: Rule, temperature: float = 1.0, votes: T
 
 
 def host(tensor: Tensor) -> Array:
-    """A tensor as a NumPy array on the CPU, without a copy where it is there already; half precision as float32."""
+    """Converts a tensor to a NumPy array, without a copy if it is on the CPU; half precision becomes float32."""
     if not tensor.is_cpu or tensor.requires_grad or tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32))
     array: Array = tensor.numpy()
@@ -58,21 +58,21 @@ def host(tensor: Tensor) -> Array:
 
 
 def add_votes(votes: Tensor | None, logits: Tensor) -> Tensor:
-    """Adds the answers of one more student, with logits (B, L), to the votes (B, L); None before the first."""
+    """Adds the predicted classes of a student with logits (B, L) to the votes (B, L), None before the first student."""
     vote = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     return vote if votes is None else votes + vote
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of a prediction. They combine: the first that binds ends it. At least one stage always runs.
+    """Limits of a prediction. The first limit that is reached ends the prediction; at least one stage always runs.
 
     Attributes:
         stages: maximum number of students.
         macs: maximum number of multiply-adds per sample.
-        seconds: maximum time; no student is started that would end later by the measured stage times.
-        confidence: a sample is decided as soon as its confidence reaches this; ``fitted`` uses the thresholds fitted
-            on the validation part, and their rule.
+        seconds: maximum time; no student is started that would exceed it according to the measured stage times.
+        confidence: a sample is decided as soon as its confidence reaches this value; ``fitted`` uses the thresholds
+            fitted on the validation part, and their rule.
         rule: exit rule: ``max_prob`` (the default), ``margin``, ``entropy`` or ``agreement``.
 
     Raises:
@@ -103,10 +103,10 @@ class Budget:
         return stages_within(macs, self.stages, self.macs)
 
     def check_rule(self) -> None:
-        """Checks that a rule comes with a confidence; in a sweep over confidences it is added later.
+        """Checks that a rule comes with a confidence; separate from construction as a sweep sets the confidence later.
 
         Raises:
-            UserError: there is a rule and no confidence.
+            UserError: `rule` is set without `confidence`.
         """
         if self.confidence is None and self.rule is not None:
             raise UserError(
@@ -121,11 +121,11 @@ class Prediction:
 
     Attributes:
         logits: (B, L), in the teacher's units.
-        answered: number of students in the prefix that answers each sample, (B,) int64; an int where it is the same for
+        answered: number of students in the prefix that answers each sample, (B,) int64; an int if it is the same for
             all. It does not depend on the other samples of the batch.
         costs: cumulative multiply-adds per sample, one value per stage.
-        ran: number of students that were run on each sample, (B,) int64 or an int: more than answered it where it was
-            cheaper not to ask after each student, or to leave a decided sample in the batch. None: as `answered`.
+        ran: number of students that were run on each sample, (B,) int64 or an int: larger than `answered` where
+            skipping an exit check or keeping a decided sample in the batch was cheaper. None: same as `answered`.
 
     Example:
         >>> prediction = Prediction(torch.zeros(2, 10), torch.tensor([1, 3]), costs=[100, 200, 300], ran=3)

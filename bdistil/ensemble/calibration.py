@@ -1,6 +1,6 @@
 """Calibration of an ensemble for early exit: fitted thresholds, temperatures and weights, and measured stage times.
 
-It belongs to one ensemble. A further round makes it stale, so the commit of a round removes its file.
+A calibration is valid for one ensemble only: committing another round removes its file.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def in_points(loss: float) -> str:
 
 @dataclass(frozen=True)
 class Promise:
-    """What fitted thresholds promise for new samples, see `bdistil.evaluation.risk_control`.
+    """Guarantee of fitted thresholds for new samples, see `bdistil.evaluation.risk_control`.
 
     Attributes:
-        max_loss: percentage points of accuracy that they lose at most against all stages …
-        delta: … but with this probability.
-        kept: whether there are thresholds that keep it; if not, all stages run.
+        max_loss: largest loss of accuracy against running all stages, in percentage points.
+        delta: probability that the loss is larger.
+        kept: whether any thresholds satisfy the promise; if not, all stages run.
         validation: number of validation samples.
-        samples: how many of them were not used to fit, but to test the thresholds.
-        spoiled: how many of these all stages answer rightly and the exits wrongly.
-        bound: upper bound of the share of such samples, in percentage points.
-        needed: validation samples from which on such a promise is possible; None: no number is enough.
+        samples: number of validation samples used to test the thresholds rather than to fit them.
+        spoiled: number of tested samples that the full ensemble classifies correctly and the exits wrongly.
+        bound: upper bound on the share of spoiled samples, in percentage points.
+        needed: smallest number of validation samples that allows such a promise; None if no number does.
         needed_for_half: the same for half of `max_loss`.
     """
 
@@ -82,16 +82,16 @@ class ExitFigures:
 
     Attributes:
         rule: exit rule of the thresholds.
-        thresholds: one per stage; a sample is decided where its confidence reaches it. That of the last stage is 0;
-            `NEVER` at a stage decides no sample.
-        target: of the fit, as text: "lose at most 0.2 points".
+        thresholds: one per stage; a sample is decided at the first stage where its confidence reaches the threshold.
+            That of the last stage is 0; a stage with `NEVER` decides no sample.
+        target: target of the fit as text, such as "lose at most 0.2 points".
         decided_share: share of the validation samples decided at each stage; sums to 1.
-        accuracy: with these exits, in 0 … 1.
-        full_accuracy: of all stages, in 0 … 1.
-        average_macs: multiply-adds per sample with these exits.
-        held_out_loss: percentage points of accuracy lost against all stages on samples that were not fitted on: those
-            of the promise, or the other half for a naive fit.
-        promise: for new samples; None for a naive fit.
+        accuracy: accuracy with these exits, in 0 … 1.
+        full_accuracy: accuracy of all stages, in 0 … 1.
+        average_macs: average multiply-adds per sample with these exits.
+        held_out_loss: percentage points of accuracy lost against all stages on samples not used for the fit: the
+            tested samples of the promise, or the other half for a naive fit.
+        promise: guarantee for new samples; None for a naive fit.
     """
 
     rule: Rule
@@ -118,17 +118,17 @@ class ExitFigures:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything fitted and measured for early exit. Empty tuples stand for what was not.
+    """Everything fitted and measured for early exit; an empty tuple means not fitted or not measured.
 
     Attributes:
-        count: T, stages of the ensemble.
+        count: T, number of stages of the ensemble.
         exits: fitted thresholds.
         temperatures: one per stage: softmax(logits / temperature) is calibrated.
         calibration_error: expected calibration error of each stage on validation, before and after the temperatures.
-        weights: one per student, where weighted prefixes won on validation; empty for equal weights.
+        weights: one per student, if weighted prefixes were better on validation; empty for equal weights.
         shares: by exit rule, the share of validation samples decided at each stage with one threshold for all stages:
             a row (threshold, share of stage 1, …, share of stage T) per threshold, in ascending order.
-        times: by batch size, smallest first.
+        times: measured times by batch size, smallest first.
         device: type of the device of `times`, for example ``cpu``.
     """
 
@@ -142,22 +142,22 @@ class Calibration:
     device: str = "cpu"
 
     def temperature(self, number: int) -> float:
-        """Temperature of a stage, from 0; 1 where none was fitted."""
+        """Temperature of a stage, numbered from 0; 1 if none was fitted."""
         return self.temperatures[number] if self.temperatures else 1.0
 
     def schedule(self, batch: int, device: str) -> str:
-        """Schedule for a run of all stages: that of the measured batch size nearest by ratio."""
+        """Fastest schedule for all stages at the measured batch size nearest by ratio; `one` if not measured."""
         if not self.times or device != self.device:
             return "one"
         return min(self.times, key=lambda t: abs(math.log(t.batch / max(batch, 1)))).schedule
 
     @cached_property
     def native(self) -> int:
-        """Samples up to which torch's own convolutions were measured to be faster than those of oneDNN."""
+        """Largest measured batch size at which torch's own convolutions are faster than oneDNN's; 0 if none."""
         return max((times.batch for times in self.times if times.native), default=0)
 
     def clock(self, device: str) -> StageClock | None:
-        """The measured times, if they are of this type of device."""
+        """Clock of the measured times; None without measurements on this type of device."""
         return self._clock if self.times and device == self.device else None
 
     @cached_property
@@ -165,20 +165,20 @@ class Calibration:
         return StageClock(self.times)
 
     def shares_at(self, rule: Rule, threshold: float) -> tuple[float, ...] | None:
-        """Expected share of samples decided at each stage, interpolated between thresholds; None where unknown."""
+        """Expected share of samples decided at each stage, interpolated between thresholds; None if unknown."""
         return shares_at(self.shares.get(rule, ()), threshold)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Converts to plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """Inverse of `to_dict`; lists, as JSON gives them, become tuples.
+        """Inverse of `to_dict`; converts the lists of JSON to tuples.
 
         Raises:
             TypeError: a key is missing or unknown.
-            ValueError: a list has another length than the number of stages.
+            ValueError: the length of a list differs from the number of stages.
         """
         given = _tuples(values)
         if given.get("exits") is not None:
@@ -208,10 +208,10 @@ def save_calibration(run: RunDirectory, calibration: Calibration) -> None:
 
 
 def load_calibration(run: RunDirectory) -> Calibration | None:
-    """Reads the calibration of the ensemble of the committed rounds; None where there is none.
+    """Reads the calibration of the ensemble of the committed rounds; None if there is none.
 
     Raises:
-        RunError: the file is torn, or of an ensemble of another number of stages.
+        RunError: the file is torn, or belongs to an ensemble with another number of stages.
     """
     path = run.calibration
     if not path.exists():
@@ -229,11 +229,11 @@ def load_calibration(run: RunDirectory) -> Calibration | None:
 
 
 def exits_of(budget: Budget, calibration: Calibration) -> Exits | None:
-    """Exits of a budget; None where it has no confidence.
+    """Early exits of a budget; None if it sets no confidence.
 
     Raises:
-        UserError: the budget has a rule and no confidence, or wants fitted thresholds and there are none, or only those
-            of another rule.
+        UserError: the budget has a rule without a confidence, or asks for fitted thresholds that do not exist or belong
+            to another rule.
     """
     budget.check_rule()
     if budget.confidence is None:

@@ -29,20 +29,20 @@ from bdistil.utils.modules import first_difference, structure_of
 from bdistil.utils.trees import device_of, row_count
 
 SCHEDULES = ("one", "all")
-PLANS = 64  # budgets whose exits are kept
+PLANS = 64  # largest number of budgets whose exits are cached
 
 
 class ProgressiveEnsemble(nn.Module):
     """Students in the order of their rounds. The prefix of k students answers scale * (f_1 + … + f_k) / k (+ offset).
 
     Args:
-        students: in order.
-        scale: one unit of the students' logits in the teacher's units; one per output for real outputs.
-        macs: cumulative multiply-adds per sample, one value per stage; needed for budgets of them.
-        calibration: what was fitted and measured for early exit.
-        inputs: shape and dtype of a sample, where known; inputs are checked against it.
-        offset: added to real outputs and to logits of several labels, one per output.
-        task: of the run; without an offset classification, else regression, by default.
+        students: the students, in order.
+        scale: one unit of the students' logits in the teacher's units; one value per output for real outputs.
+        macs: cumulative multiply-adds per sample, one value per stage; required by budgets that limit them.
+        calibration: values fitted and measured for early exit.
+        inputs: shape and dtype of a sample, if known; inputs are checked against it.
+        offset: added to real outputs and to multi-label logits, one value per output.
+        task: task of the run; by default classification without an offset, regression with one.
 
     Example:
         >>> from bdistil import Budget, ProgressiveEnsemble, Student
@@ -87,7 +87,7 @@ class ProgressiveEnsemble(nn.Module):
         self.macs = list(macs) or [0] * len(self.students)
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
         self.wiring = Wiring(students)
-        self._stacked: StackedBodies | None = None  # copies of the weights, made again when these change
+        self._stacked: StackedBodies | None = None  # copies of the weights, rebuilt when these change
         self.register_load_state_dict_post_hook(_unstack)  # type: ignore[no-untyped-call]
         self._plans: dict[Any, ExitPlan | None] = {}  # by budget and device, of one calibration
         self._plans_of: Calibration | None = None
@@ -103,16 +103,16 @@ class ProgressiveEnsemble(nn.Module):
     ) -> ProgressiveEnsemble:
         """Loads the ensemble of a run; needs no recipe, no teacher and no data.
 
-        round.json names the classes of the students' modules, which are imported: such a file is code, as a Python
-        file is. Weights are safetensors, which are not.
+        The classes of modules named in round.json are imported, so treat that file as code. Weights are safetensors,
+        which execute nothing.
 
         Args:
             run_dir: the run directory.
-            student: the run's `make_student`; needed only where a student's classes cannot be imported by name.
+            student: the run's `make_student`; needed only if a student's classes cannot be imported by name.
             calibration: load the calibration of the run, if it has one.
 
         Raises:
-            UserError: no round is committed there, or a student's class cannot be imported.
+            UserError: the run has no committed round, or a student's class cannot be imported.
             RunError: a file of a committed round is missing or torn.
         """
         run = RunDirectory(run_dir)
@@ -137,11 +137,11 @@ class ProgressiveEnsemble(nn.Module):
         return len(self.students)
 
     def train(self, mode: bool = True) -> ProgressiveEnsemble:
-        """Keeps eval mode: students are finished."""
+        """Stays in eval mode: students are not trained any further."""
         return super().train(False)
 
     def stage_runner(self, x: Any) -> StageRunner:
-        """A `StageRunner` of the students on a batch, before its first stage; checks x, see `InputSpec.check`."""
+        """Returns a `StageRunner` for a batch, before its first stage; checks x, see `InputSpec.check`."""
         self.inputs.check(x)
         x = self.inputs.select(x)
         students, weights, native = list(self.students), self.calibration.weights, self.calibration.native
@@ -150,20 +150,20 @@ class ProgressiveEnsemble(nn.Module):
     def stages(self, x: Any) -> Iterator[Stage]:
         """Yields the answers of the prefixes; a student runs only when its stage is requested.
 
-        The loop may be left between any two stages, with the last stage as the best answer so far.
+        The loop may be left after any stage, which then holds the best answer so far.
 
         Args:
-            x: a batch (B, ...), or a tuple or mapping of tensors of that form, on the device of the ensemble.
+            x: a batch (B, ...), or a tuple or mapping of such tensors, on the device of the ensemble.
         """
         runner = self.stage_runner(x)
         for _ in range(len(self)):
             yield runner.step()
 
     async def astages(self, x: Any) -> AsyncIterator[Stage]:
-        """`stages` for asyncio: each student runs in a thread, so that the event loop stays free.
+        """`stages` for asyncio: each student runs in a thread, so the event loop is not blocked.
 
-        If the wait is cancelled, by a timeout for example, the last stage is the best answer so far; the student that
-        was running ends in its thread, and no other starts.
+        If the wait is cancelled, for example by a timeout, the last stage is the best answer so far; the running
+        student finishes in its thread, and no other starts.
         """
         runner = self.stage_runner(x)
         for _ in range(len(self)):
@@ -173,10 +173,10 @@ class ProgressiveEnsemble(nn.Module):
         """Logits (B, L) of the prefix of `stages` students, in the teacher's units; of all students by default.
 
         Args:
-            x: a batch (B, ...), or a tuple or mapping of tensors of that form, on the device of the ensemble.
+            x: a batch (B, ...), or a tuple or mapping of such tensors, on the device of the ensemble.
             stages: number of students.
-            schedule: ``one`` student after the other, or ``all`` bodies together on stacked parameters, where all
-                students run; by default the faster one by the calibration.
+            schedule: ``one`` student after the other, or ``all`` bodies together on stacked parameters if all
+                students run; by default the faster one according to the calibration.
 
         Raises:
             UserError: `stages` is not in 1 … T, or the schedule is unknown or not supported by the students.
@@ -197,7 +197,7 @@ class ProgressiveEnsemble(nn.Module):
         return runner.step().logits
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ProgressiveEnsemble:
-        """Moves or converts all parameters, as nn.Module does; real x is then expected in their type."""
+        """Moves or converts all parameters, as nn.Module does; floating-point x must then have their dtype."""
         before, self._stacked = self._real_type(), None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if (now := self._real_type()) != before and now is not None:
@@ -210,17 +210,17 @@ class ProgressiveEnsemble(nn.Module):
     def predict(self, x: Any, budget: Budget | None = None) -> Prediction:
         """Predicts within a budget.
 
-        With a confidence, a sample is answered by the first stage that is sure of it, whatever else is in the batch.
-        Decided samples are removed from the batch, so that the next student runs on fewer. Where that was measured to
-        cost more than it saves they stay; `macs` of the prediction counts what was run.
+        With a confidence, a sample is answered by the first stage that reaches it, independently of the other samples
+        in the batch. Decided samples are removed from the batch, unless the measured times show that removing them
+        costs more than it saves; `macs` of the prediction counts what was run.
 
         Args:
-            x: a batch (B, ...), or a tuple or mapping of tensors of that form, on the device of the ensemble.
+            x: a batch (B, ...), or a tuple or mapping of such tensors, on the device of the ensemble.
             budget: limits; None runs all students.
 
         Raises:
-            UserError: x differs in shape or dtype from training or holds NaN; the budget needs fitted thresholds and
-                there are none; or it has a confidence, which real outputs lack.
+            UserError: x differs in shape or dtype from training or contains NaN; the budget requires fitted thresholds
+                and there are none; or it sets a confidence, which is defined for classification only.
         """
         started = time.perf_counter()
         budget = budget or Budget()
@@ -245,7 +245,7 @@ class ProgressiveEnsemble(nn.Module):
         return Prediction(logits, torch.from_numpy(answer.stages), self.macs, ran)
 
     def _plan(self, budget: Budget, allowed: int, device: str) -> ExitPlan | None:
-        """The exits of a budget, kept with what they learn of the samples served; None without a confidence."""
+        """Exits of a budget, cached together with their statistics of past samples; None without a confidence."""
         if self._plans_of is not self.calibration or len(self._plans) >= PLANS:
             self._plans, self._plans_of = {}, self.calibration
         key = (budget.confidence, budget.rule, allowed, device)
@@ -266,7 +266,7 @@ class ProgressiveEnsemble(nn.Module):
         return self.exit_plan(exits, Guard(self.calibration.clock(device), allowed, exits.shares))
 
     def exit_plan(self, exits: Exits, guard: Guard) -> ExitPlan:
-        """Exits with the factors of these prefixes."""
+        """Combines exits with the logit factors of the prefixes."""
         numbers, weights = range(1, len(self) + 1), self.calibration.weights
         return ExitPlan(exits, [float(prefix_factor(self.scale, weights, number)) for number in numbers], guard)
 
@@ -278,12 +278,13 @@ def _unstack(ensemble: ProgressiveEnsemble, _: object) -> None:
 def restore_student(
     run: RunDirectory, number: int, earlier: Sequence[nn.Module], make: Callable[..., nn.Module] | None
 ) -> nn.Module:
-    """Loads the student of a committed round, from 0, in eval mode.
+    """Loads the student of a committed round, numbered from 0, in eval mode.
 
-    `make` is `make_student`, which reads the earlier students; None builds the student from its description.
+    `make` is the user's `make_student`, and `earlier` are the students before it; None builds the student from the
+    description in its files.
 
     Raises:
-        UserError: the classes cannot be imported and `make` was not given, or `make` makes another student.
+        UserError: the classes cannot be imported and `make` is None, or `make` builds a different student.
         RunError: a file is missing or torn.
     """
     record, tensors = run.record(number), run.weights(number)
@@ -303,7 +304,7 @@ def _made_again(
     run: RunDirectory, number: int, earlier: Sequence[nn.Module], make: Callable[..., nn.Module],
     tensors: Mapping[str, Tensor],
 ) -> nn.Module:  # fmt: skip
-    """The student of a committed round by `make_student`, with its weights. Raises UserError where it is another."""
+    """Builds a committed student with `make_student` and loads its weights. Raises UserError if they do not match."""
     record = run.record(number)
     with isolate_rng(include_cuda=False):
         student = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
@@ -325,10 +326,10 @@ def _made_again(
 
 
 def _restore_drawn(student: nn.Module, blueprint: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Restores tensors outside the state dict, which `make_student` may draw anew, as far as the files have them."""
+    """Restores the saved tensors outside the state dict, which `make_student` may have drawn at random again."""
     try:
         described = rebuild(blueprint, tensors)
-    except (UserError, ImportError, AttributeError, KeyError):  # its classes cannot be imported here
+    except (UserError, ImportError, AttributeError, KeyError):  # the classes cannot be imported here
         return
     for name, module in described.named_modules():
         own = student.get_submodule(name)
@@ -339,16 +340,16 @@ def _restore_drawn(student: nn.Module, blueprint: dict[str, Any], tensors: Mappi
 
 
 def _example(record: Mapping[str, Any]) -> Any:
-    """Two samples of the structure of a run's x; None where it is not known."""
+    """Two random samples with the structure of a run's x; None if the structure is unknown."""
     spec = InputSpec.of(record)
     return spec.random(2) if spec.known else None
 
 
 def _once(student: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a student by the first of their names: a module that is used twice was written once.
+    """Saved tensors of a student, each under the first of its names: a module that is used twice is saved once.
 
     Raises:
-        KeyError: one is missing.
+        KeyError: a tensor is missing.
     """
     names = {id(value): name for name, value in reversed(student.state_dict(keep_vars=True).items())}
     return {name: tensors[name] for name in names.values()}
@@ -362,9 +363,9 @@ def prefix_accuracies(
     task: Task = "classification",
     teacher: nn.Module | None = None,
 ) -> list[float]:
-    """Accuracy in 0 … 1, or what replaces it, of every prefix, in one pass over a loader that yields (x, y).
+    """Accuracy in 0 … 1, or the score of another task, of every prefix; one pass over a loader that yields (x, y).
 
-    `teacher` answers where there are no labels.
+    The answers of `teacher` replace missing labels.
     """
     scores: PrefixMetric | None = None
     for x, y in loader:

@@ -27,8 +27,8 @@ def prefix_factor(scale: float | Tensor, weights: Sequence[float], count: int) -
 
     Args:
         scale: one unit of the students' logits in the teacher's units; one per output (L,) for real outputs.
-        weights: of the students in the sum; empty for equal weights.
-        count: students in the prefix.
+        weights: weights of the students in the sum; empty for equal weights.
+        count: number of students in the prefix.
 
     Example:
         >>> prefix_factor(6.0, (), 3), prefix_factor(6.0, (1.0, 3.0, 2.0), 2)
@@ -42,7 +42,7 @@ class Stage:
     """Answer of a prefix.
 
     Attributes:
-        total: (B, L), weighted sum of the students' own logits.
+        total: (B, L), weighted sum of the logits of the individual students.
         factor: see `prefix_factor`.
         index: number of students in the prefix.
         macs: cumulative multiply-adds per sample.
@@ -63,14 +63,14 @@ class Stage:
 
 
 class Wiring:
-    """What each student of an ensemble reads of earlier ones.
+    """Activations that each student of an ensemble reads from earlier students.
 
-    An activation is named by the number of its student, from 0, and its key, see `bdistil.models.stages`.
+    An activation is identified by the number of its student, from 0, and its key, see `bdistil.models.stages`.
 
     Attributes:
-        reads: for each student, the activations that it reads, in the order of its argument `linked`.
+        reads: for each student, the activations it reads, in the order of its argument `linked`.
         gives: for each student, the keys of its activations that later students read.
-        drops: for each student, the activations that no student reads after it.
+        drops: for each student, the activations that no later student reads.
     """
 
     def __init__(self, students: Sequence[nn.Module]) -> None:
@@ -82,9 +82,9 @@ class Wiring:
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Lets torch's own kernels convolve: oneDNN takes as long for two samples of a tiny student as for sixteen.
+    """Uses torch's own convolution kernels: with oneDNN, two samples of a tiny student take as long as sixteen.
 
-    The switch is one for all threads. Where it is off, the user or another thread has it, who sees to its end.
+    The switch is global to all threads. If it is off already, whoever turned it off restores it.
     """
     if not torch.backends.mkldnn.enabled:
         yield
@@ -98,14 +98,14 @@ def without_onednn() -> Iterator[None]:
 
 @dataclass(eq=False)
 class StageRunner:
-    """Runs the students on a batch, one per call, and keeps their sum and the activations that later students read.
+    """Runs the students on a batch, one per call; keeps their summed logits and the activations read by later students.
 
-    It is a `bdistil.runner.exits.Stages`.
+    Implements `bdistil.runner.exits.Stages`.
 
     Attributes, besides those of `ProgressiveEnsemble` and `Calibration`:
-        x: a batch (B, ...), or several tensors of that form in a tuple or mapping.
-        native: samples up to which torch's own convolutions run, see `without_onednn`.
-        bodies: features (B, D) of all students, if they were computed before.
+        x: a batch (B, ...), or a tuple or mapping of such tensors.
+        native: largest batch size for which torch's own convolutions are used, see `without_onednn`.
+        bodies: features (B, D) of all students, if already computed.
         totals: weighted sums (n, L) of the logits of the students that ran, by stage.
         owns: logits (n, L) of these students.
     """
@@ -125,19 +125,19 @@ class StageRunner:
 
     @property
     def number(self) -> int:
-        """Students that ran."""
+        """Number of students that ran."""
         return len(self.totals)
 
     @property
     def size(self) -> int:
-        """Number of samples in the batch; 1 before the first stage where x does not tell."""
+        """Number of samples in the batch; 1 before the first stage if x does not show it."""
         if self.totals:
             return self.totals[-1].shape[0]
         return row_count(self.x) if self.divisible else 1
 
     @cached_property
     def divisible(self) -> bool:
-        """Whether samples can be taken out of x: a tensor, or several in a tuple or mapping."""
+        """Whether rows can be selected from x: a tensor, or a tuple or mapping of tensors."""
         try:
             row_count(self.x)
         except UserError:
@@ -167,7 +167,7 @@ class StageRunner:
         self.totals.append(self.totals[-1] + logits if self.totals else logits)
 
     def advance_to(self, count: int) -> None:
-        """Runs the students up to the first `count`."""
+        """Runs students until `count` of them have run."""
         while self.number < count:
             self.advance()
 
@@ -182,16 +182,16 @@ class StageRunner:
         return Stage(self.totals[-1], factor, self.number, self.macs[self.number - 1], self.offset)
 
     def total(self, number: int) -> Array:
-        """Sum (n, L) of the logits of the students up to one that ran, from 0, on the host."""
+        """Sum (n, L) of the logits of the students up to `number`, from 0, which has run; on the host."""
         return host(self.totals[number])
 
     def own(self, number: int) -> Array:
-        """Logits (n, L) of a student that ran, from 0, on the host."""
+        """Logits (n, L) of student `number`, from 0, which has run; on the host."""
         return host(self.owns[number])
 
     @torch.no_grad()
     def keep(self, rows: Array) -> None:
-        """Reduces the batch to the given rows (m,), and the sum of the last stage with it."""
+        """Reduces the batch, the sum of the last stage and the activations to the given rows (m,)."""
         kept = torch.from_numpy(rows).to(self.totals[-1].device)
         self.x = take_rows(self.x, kept)
         self.totals[-1] = self.totals[-1].index_select(0, kept)
@@ -214,13 +214,13 @@ class _Features(nn.Module):
 
 
 class StackedBodies:
-    """The bodies of students of one shape as one module on stacked parameters.
+    """Bodies of students with identical architectures as one module on stacked parameters.
 
-    Links join at the head, so the bodies of students that read no earlier state can run together; the heads follow one
-    after the other. The logits are those of the students run in order. The parameters are copied.
+    Links join at the head, so the bodies of students that read no earlier state can run together; the heads then run
+    one after the other. The logits equal those of the students run in order. The parameters are copied.
 
     Raises:
-        UserError: the students are not of one shape.
+        UserError: the architectures of the students differ.
     """
 
     def __init__(self, students: Sequence[nn.Module]) -> None:
@@ -243,7 +243,7 @@ class StackedBodies:
 
 
 def _of_one_shape(students: Sequence[nn.Module]) -> list[Student]:
-    """The students, if their bodies differ in nothing but the values of their tensors."""
+    """Returns the students if their bodies differ only in tensor values; otherwise raises UserError."""
     same = [student for student in students if isinstance(student, Student) and not student.states_read]
     try:
         shapes = [_shape(student) for student in same]
@@ -268,7 +268,7 @@ def _shape(student: Student) -> tuple[Any, ...]:
 
 
 def time_of(device: torch.device) -> float:
-    """Seconds, after the device has finished its work."""
+    """Time in seconds, read after synchronising the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -22,7 +22,7 @@ BATCHES = (1, 2, 8, 16, 64, 256)  # torch convolves one sample by itself twice a
 SECONDS = 0.3  # for the repeats of one batch size, beyond the first `LEAST`
 LEAST, MOST = 7, 100
 TYPICAL, LATE = 0.25, 0.99  # quantiles; other programs disturb the lower quartile less than a median
-WORTH = 0.97  # of the time, below which bodies run together, or without oneDNN
+WORTH = 0.97  # bodies run together, or without oneDNN, only if that takes less than this share of the time
 TOLERANCE = 1e-5
 
 
@@ -32,10 +32,10 @@ def measure_times(
     """Measures an ensemble at several batch sizes.
 
     Args:
-        ensemble: on the device to be measured.
-        x: samples (N, ...) on that device, repeated where a batch needs more.
+        ensemble: the ensemble, on the device to be measured.
+        x: samples (N, ...) on that device, repeated if a batch needs more.
         rule: exit rule whose check is timed.
-        batches: sizes.
+        batches: batch sizes.
 
     Returns:
         Times by batch size, smallest first.
@@ -79,7 +79,7 @@ def _times_of_all(ensemble: ProgressiveEnsemble, x: Any) -> tuple[bool, dict[str
 
 
 def _repeated(measure: Callable[[], list[float]]) -> np.ndarray[Any, Any]:
-    """Repeats a measurement of several times, until there are enough repeats or the time is up: (repeats, times)."""
+    """Repeats a measurement that returns several times; stops at enough repeats or elapsed time: (repeats, times)."""
     rows: list[list[float]] = []
     began = time.perf_counter()
     while len(rows) < LEAST or (len(rows) < MOST and time.perf_counter() - began < SECONDS):
@@ -99,7 +99,7 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def _supports_all(ensemble: ProgressiveEnsemble, x: Any) -> bool:
-    """Whether the bodies can run together, with the same logits."""
+    """Whether the bodies can run together and give the same logits as one after the other."""
     expected = ensemble(x, schedule="one")
     try:
         found = ensemble(x, schedule="all")

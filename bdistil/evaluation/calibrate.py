@@ -1,4 +1,4 @@
-"""Calibration of an ensemble for early exit, on the validation part and the device at hand."""
+"""Calibration of an ensemble for early exit, on the validation part and the current device."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def fit_anytime(
     """Fits temperatures, thresholds and weights, measures stage times, and sets `ensemble.calibration` to the result.
 
     Args:
-        ensemble: finished; it stays on the device.
-        loader: of the validation part, read more than once; yields (x, y), or mappings with a key for y, and its order
-            must not change. Of soft labels the largest is the class; samples without a label are left out.
-        target: of the thresholds.
-        weights: try weighted prefixes, kept where they win on held-out halves of the samples fitted on.
-        device: for the measurements.
+        ensemble: finished ensemble; it stays on the device.
+        loader: loader of the validation part, read more than once in the same order; yields (x, y), or mappings with a
+            key for y. The class of soft labels is their largest entry; samples without a label are skipped.
+        target: target of the thresholds.
+        weights: try weighted prefixes, and keep them if they are better on held-out halves of the fitting samples.
+        device: device for the measurements.
         labels: key of y in batches that are mappings.
 
     Raises:
-        UserError: another task than classification; labels that are not class numbers; no stage meets the target.
+        UserError: the task is not classification, labels are not class numbers, or no stage meets the target.
     """
     if ensemble.task != "classification":
         raise UserError(
@@ -63,7 +63,7 @@ def fit_anytime(
         timed = move_data_to_device(first_samples(loader, TIMED_SAMPLES, labels), device)
         own, classes = own_logits(ensemble, loader, device, labels)
         calibration = fit_calibration(own, classes, ensemble.macs, target, weights)
-        # Times depend on the weights, and are measured without exits and temperatures.
+        # Times depend on the weights, but must be measured without exits and temperatures.
         ensemble.calibration = replace(calibration, temperatures=(), exits=None)
         times = measure_times(ensemble, timed, rule=target.rule)
     except BaseException:
@@ -80,7 +80,7 @@ def own_logits(
     """Logits of each student alone, in the teacher's units, (T, N, L), and the classes (N,) of labelled samples.
 
     Raises:
-        UserError: there are no labels, or they are no classes.
+        UserError: there are no labels, or they are not classes.
     """
     logits, classes, read = [], [], 0
     for x, y in pairs_of(loader, labels):
@@ -105,9 +105,9 @@ def own_logits(
 def fit_calibration(
     own: Tensor, labels: Tensor, macs: Sequence[int], target: ExitTarget, weights: bool = False
 ) -> Calibration:
-    """Temperatures, thresholds and, if requested and better, student weights, from `own_logits`; no times.
+    """Fits temperatures, thresholds and, if requested and better, student weights to `own_logits`; measures no times.
 
-    For a promise, temperatures and weights are fitted on the samples that are not tested.
+    For a promise, temperatures and weights are fitted on the samples that are not used for the test.
     """
     tested = np.zeros(len(labels), bool) if target.naive else held_back(len(labels), target.points, target.risk)
     learn = torch.from_numpy(~tested)
@@ -131,7 +131,7 @@ def fit_calibration(
 
 
 def _confidence(own: Tensor, prefixes: Tensor, rule: Rule, temperatures: Sequence[float]) -> Array:
-    """Confidences (T, N) of the prefixes, whose logits are (T, N, L), as those of the students alone."""
+    """Confidences (T, N) of the prefixes; `own` and `prefixes` are logits (T, N, L) of single students and prefixes."""
     confidences, votes = [], None
     for answer, prefix, temperature in zip(own, prefixes, temperatures, strict=True):
         votes = add_votes(votes, answer) if rule == "agreement" else None
@@ -141,13 +141,13 @@ def _confidence(own: Tensor, prefixes: Tensor, rule: Rule, temperatures: Sequenc
 
 
 def _shares(confidence: Array, level: float) -> tuple[float, ...]:
-    """A threshold, and the share of samples that it decides at each stage."""
+    """The threshold `level`, followed by the share of samples that it decides at each stage."""
     stages = exit_stages(confidence, np.full(len(confidence), level))
     return level, *(np.bincount(stages, minlength=len(confidence)) / len(stages)).tolist()
 
 
 def _fit_exits(confidence: Array, right: Array, tested: Array, macs: Sequence[int], target: ExitTarget) -> ExitFigures:
-    """Fits thresholds on confidences (T, N) and on whether the prefixes are right (T, N), and sums up their effect."""
+    """Fits thresholds to confidences (T, N) and correctness (T, N) of the prefixes, and summarises their effect."""
     promise = None
     if target.naive:
         thresholds, loss = _naive_thresholds(confidence, right, macs, target)
@@ -172,7 +172,7 @@ def _fit_exits(confidence: Array, right: Array, tested: Array, macs: Sequence[in
 def _naive_thresholds(
     confidence: Array, right: Array, macs: Sequence[int], target: ExitTarget
 ) -> tuple[list[float], float]:
-    """The best thresholds on these samples, and the points that they lose on halves that they were not fitted on."""
+    """The best thresholds on these samples, and the percentage points that such a fit loses on held-out halves."""
     fits = [partial(fit_thresholds, macs=macs, target=target, shared=shared) for shared in (False, True)]
     losses = [_held_out_loss(confidence, right, fit) for fit in fits]
     best = losses.index(min(losses))  # a threshold per stage only where it loses no more on held-out samples
@@ -180,7 +180,7 @@ def _naive_thresholds(
 
 
 def _held_out_loss(confidence: Array, right: Array, fit: Callable[[Array, Array], list[float]]) -> float:
-    """Points lost against all stages, with thresholds fitted on one half of the samples and applied to the other."""
+    """Percentage points lost against all stages, with thresholds fitted on one half and applied to the other."""
     even = np.arange(right.shape[1]) % 2 == 0
     if even.all():
         return 0.0
@@ -191,14 +191,14 @@ def _held_out_loss(confidence: Array, right: Array, fit: Callable[[Array, Array]
 
 
 def _loss(confidence: Array, right: Array, thresholds: Sequence[float]) -> float:
-    """Percentage points lost against all stages; 0 of no samples."""
+    """Percentage points lost against all stages; 0 if there are no samples."""
     stages = exit_stages(confidence, np.array(thresholds))
     lost = right[-1].astype(int) - right[stages, np.arange(right.shape[1])]
     return 100 * float(lost.mean()) if len(lost) else 0.0
 
 
 def format_calibration(calibration: Calibration, macs: Sequence[int]) -> str:
-    """A calibration as text: a table by stage, and the effect of the exits on the validation part."""
+    """Formats a calibration as a table by stage, and the effect of the exits on the validation part."""
     rows: list[dict[str, Any]] = []
     exits = calibration.exits
     for number in range(calibration.count):

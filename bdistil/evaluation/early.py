@@ -1,7 +1,7 @@
-"""Figures of early classification: how early sequences are decided, and at what accuracy.
+"""Metrics of early classification: how early sequences are decided, and at which accuracy.
 
 A sample is decided at the first stage whose largest softmax probability reaches a threshold. A sample that no stage
-decides is answered at the last step and counts as undecided. The share decided early is only meaningful beside the
+decides is answered at the last step and counts as undecided. The share decided early is only meaningful with the
 accuracy of all samples, so both are always reported together.
 """
 
@@ -20,22 +20,22 @@ from bdistil.errors import UserError
 from bdistil.metrics.quality import class_numbers
 from bdistil.models.segment_student import SegmentStudent
 
-FRACTIONS = (0.55, 0.75)  # of the steps, as in the literature
+FRACTIONS = (0.55, 0.75)  # fractions of the steps, as in the literature
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 
 def early_row(
     confidence: Tensor, right: Tensor, ends: Sequence[int] | Tensor, steps: int | Tensor, threshold: float
 ) -> dict[str, float]:
-    """Figures at one threshold: shares decided by 55 % and 75 % of the steps, accuracy of all samples, steps saved.
+    """Metrics at one threshold: shares decided by 55 % and 75 % of the steps, accuracy of all samples, steps saved.
 
-    The steps saved are 1 - the sum of the e_i steps that were read, over that of the M_i steps of all samples.
+    The share of steps saved is 1 - sum(e_i) / sum(M_i), where e_i of the M_i steps of sample i were read.
 
     Args:
-        confidence: of each stage's answer, (T, N).
-        right: whether that answer is right, (T, N) bool.
-        ends: steps read after each stage, (T,), or (T, N) where lengths vary.
-        steps: of a whole sequence, or of each, (N,).
+        confidence: confidence of each stage's answer, (T, N).
+        right: whether that answer is correct, (T, N) bool.
+        ends: number of steps read up to each stage, (T,), or (T, N) if lengths vary.
+        steps: length of a sequence, or lengths of all sequences, (N,).
         threshold: smallest confidence that decides a sample.
 
     Example:
@@ -57,15 +57,15 @@ def early_row(
 def early_figures(
     ensemble: ProgressiveEnsemble, loader: DataLoader[Any], confidence: float | str | None = None
 ) -> dict[str, Any]:
-    """Figures of an ensemble that reads sequences in segments, by threshold; empty for any other ensemble.
+    """Metrics of an ensemble that reads sequences in segments, by threshold; empty for any other ensemble.
 
     Args:
-        ensemble: of a run.
+        ensemble: ensemble of a run.
         loader: yields (x, y).
-        confidence: one more threshold beside the usual ones.
+        confidence: additional threshold.
 
     Returns:
-        ``early@0.9`` and so on: the figures of `early_row`.
+        The metrics of `early_row` by threshold, under ``early@0.9`` and so on.
     """
     students = [student for student in ensemble.students if isinstance(student, SegmentStudent)]
     if not students:

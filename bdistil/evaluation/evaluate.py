@@ -37,13 +37,13 @@ def evaluate_budgets(
 ) -> list[dict[str, Any]]:
     """Accuracy (R² and rms error for a regression), average cost, latency and exits, one row per budget.
 
-    With a single budget, students that read segments of a sequence also get the figures of early classification.
+    With a single budget, the row of students that read segments of a sequence includes early-classification metrics.
 
     Args:
         run: a run of a recipe.
-        budgets: limits.
-        part: of the data.
-        batch_size: of the second latency; the first is that of single samples.
+        budgets: budgets to evaluate.
+        part: part of the data.
+        batch_size: batch size of the second latency; the first is that of single samples.
 
     Raises:
         UserError: `batch_size` < 1, or the run was not started by a recipe.
@@ -96,7 +96,7 @@ def _quality(ensemble: ProgressiveEnsemble, loader: Iterable[Any], budget: Budge
 
 
 def _latency(ensemble: ProgressiveEnsemble, calls: Sequence[Any], budget: Budget, name: str) -> dict[str, float]:
-    """Median and 95th percentile of the milliseconds of a call, after one warm-up call."""
+    """Median and 95th percentile of the time per call in milliseconds, after one warm-up call."""
     ensemble.predict(calls[0], budget)
     milliseconds = []
     for x in calls:
@@ -120,10 +120,10 @@ def sweep_budgets(
         budget: the other limits.
         macs: cumulative, one value per stage.
         calibration: measured times, for deadlines.
-        batch_size: of the deadlines.
+        batch_size: batch size for which the deadlines are computed.
 
     Raises:
-        UserError: `budget` sets that limit itself, or a sweep of seconds lacks measured times.
+        UserError: `budget` itself sets the limit to vary, or a sweep over seconds has no measured times.
     """
     if getattr(budget, sweep) is not None:
         raise UserError(f"Expected `budget.{sweep}` to be unset as `sweep` varies it, got {budget_text(budget)}.")
@@ -148,11 +148,12 @@ def sweep_budgets(
 def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
     """Costs of each stage, after those of the teacher: MACs per sample, parameters, bytes, latency.
 
-    The teacher's were measured at the start of the run with a batch size of 1; what depends on it is None for others.
+    The teacher was measured at the start of the run with a batch size of 1; for other batch sizes, its activation bytes
+    and latency are None.
 
     Args:
         run: the run directory.
-        batch_size: for the activation bytes and the latency.
+        batch_size: batch size for the activation bytes and the latency.
 
     Raises:
         UserError: `batch_size` < 1, no round is committed, or x is of unknown shape.

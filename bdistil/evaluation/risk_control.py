@@ -1,12 +1,13 @@
-"""Exit thresholds with a promise for new samples: learn-then-test with exact binomial bounds.
+"""Exit thresholds with a guarantee for new samples: learn-then-test with exact binomial bounds.
 
-Thresholds that lose at most ε on the samples they were fitted on lose more on new ones: the fit picks the luckiest.
-Here a sequence of thresholds, from careful to bold, is learned on one part of the samples and tested on the others, in
-order, up to the first that fails. The last that passes loses at most ε on new samples from the same distribution, with
-probability 1 - δ over the draw of the samples: fixed sequence testing with a split, of Angelopoulos, Bates, Candès,
-Jordan and Lei, Learn then Test (arXiv 2110.01052). The test counts spoiled samples, which all stages answer rightly and
-the exits wrongly. Their number is binomial, so its bound is exact (Clopper and Pearson, Biometrika 26, 1934). The
-accuracy lost is the share of spoiled samples minus that of samples which an exit mends, so it is never larger.
+Thresholds that lose at most ε on the samples they were fitted on lose more on new ones, as the fit overfits. Here a
+sequence of thresholds, from conservative to aggressive, is learned on one part of the samples and tested on the others,
+in order, up to the first that fails. The last that passes loses at most ε on new samples from the same distribution,
+with probability 1 - δ over the draw of the samples: fixed sequence testing with a split, of Angelopoulos, Bates,
+Candès, Jordan and Lei, Learn then Test (arXiv 2110.01052). The test counts spoiled samples, which all stages together
+classify correctly and the exits wrongly. Their number is binomial, so its bound is exact (Clopper and Pearson,
+Biometrika 26, 1934). The accuracy lost is the share of spoiled samples minus that of samples corrected by an exit, so
+it is never larger.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from bdistil.ensemble.calibration import Promise
 from bdistil.evaluation.thresholds import exit_stages
 from bdistil.runner.confidence import Array
 
-LEARNED = 5  # one sample in five is for learning
+LEARNED = 5  # one sample in five is used for learning
 CANDIDATES = 200
 
 
 def binomial_cdf(events: int, samples: int, share: float) -> float:
-    """Probability of at most this number of events among samples that each have one with probability `share`.
+    """Probability of at most `events` events among independent samples that each have one with probability `share`.
 
     Example:
         >>> round(binomial_cdf(1, 3, 0.5), 4)
@@ -40,7 +41,7 @@ def binomial_cdf(events: int, samples: int, share: float) -> float:
 
 
 def upper_bound(events: int, samples: int, delta: float) -> float:
-    """Clopper and Pearson's upper bound of a share, by its number of events; it is too low with probability `delta`.
+    """Clopper and Pearson's upper bound on a share, given the number of events; it holds with probability 1 - `delta`.
 
     Example:
         >>> round(upper_bound(0, 400, 0.1), 5), round(upper_bound(1, 400, 0.1), 5)
@@ -54,7 +55,7 @@ def upper_bound(events: int, samples: int, delta: float) -> float:
 
 
 def events_allowed(samples: int, share: float, delta: float) -> int:
-    """Largest number of events at which the bound of a share is not above `share`; -1 where even none is too many."""
+    """Largest number of events for which `upper_bound` does not exceed `share`; -1 if even 0 events exceed it."""
     events = -1
     while events < samples and binomial_cdf(events + 1, samples, share) <= delta:
         events += 1
@@ -62,10 +63,10 @@ def events_allowed(samples: int, share: float, delta: float) -> int:
 
 
 def samples_needed(max_loss: float, delta: float) -> int | None:
-    """Samples, learned ones included, from which on a promise is possible at all; None: no number of them is enough.
+    """Smallest number of samples, learned ones included, for which a promise is possible; None if no number suffices.
 
     Args:
-        max_loss: percentage points.
+        max_loss: largest loss of accuracy, in percentage points.
         delta: probability that the promise is broken.
 
     Example:
@@ -83,14 +84,14 @@ def samples_needed(max_loss: float, delta: float) -> int | None:
 
 
 def learned_samples(samples: int) -> int:
-    """How many of the samples the sequence is learned on."""
+    """Number of samples on which the sequence is learned."""
     return max(samples // LEARNED, 1)
 
 
 def held_back(samples: int, max_loss: float, delta: float) -> Array:
-    """Mask (N,) of the samples to test on, the others being those to learn from; none where there are too few of them.
+    """Mask (N,) of the samples to test on; the others are used for learning. Empty if there are too few samples.
 
-    It is always the same, and does not follow the order of the samples, which may be one of classes or of time.
+    The choice is random, as samples may be ordered by class or time, but always the same.
     """
     mask, needed = np.zeros(samples, bool), samples_needed(max_loss, delta)
     if needed is not None and samples >= needed:
@@ -101,19 +102,19 @@ def held_back(samples: int, max_loss: float, delta: float) -> Array:
 def promised_thresholds(
     confidence: Array, right: Array, tested: Array, max_loss: float, delta: float
 ) -> tuple[list[float], Promise]:
-    """The boldest thresholds of the sequence for which the promise holds; all stages, where it holds for none.
+    """The most aggressive thresholds of the sequence for which the promise holds; all stages run if it holds for none.
 
-    The sequence has one threshold for all stages, from the highest of 200 quantiles of the learned confidences down.
+    Each element of the sequence is one threshold for all stages: 200 quantiles of the learned confidences, descending.
 
     Args:
         confidence: (T, N); may depend on the labels of the learned samples, but not on those of the tested ones.
-        right: (T, N) bool, whether the answer of a prefix is right.
+        right: (T, N) bool, whether the answer of a prefix is correct.
         tested: (N,) bool, see `held_back`.
         max_loss: percentage points of accuracy that may be lost against all stages.
         delta: probability with which more may be lost.
 
     Returns:
-        One threshold per stage, see `fit_thresholds`, and what is promised.
+        One threshold per stage, see `fit_thresholds`, and the promise.
     """
     stages, samples, kept, spoiled = len(confidence), int(tested.sum()), NEVER, 0
     if samples and stages > 1:

@@ -20,7 +20,7 @@ Split = Literal["test", "val"]
 
 
 def datamodule_of(run: RunDirectory) -> LightningDataModule:
-    """The data module named in config.yaml of a run. The file names classes that are imported: treat it as code.
+    """Builds the data module named in config.yaml of a run, whose classes are imported: treat the file as code.
 
     Raises:
         UserError: the run was not started by a recipe.
@@ -39,14 +39,14 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
 
 @contextmanager
 def run_data(run: RunDirectory, datamodule: LightningDataModule | None = None) -> Iterator[LightningDataModule]:
-    """Context with the data module of a run, set up for a fit, with a Trainer, and with the samples of the run.
+    """Context with the data module of a run, set up for a fit and attached to a Trainer; checks its samples.
 
     Args:
         run: the run.
-        datamodule: that the run was trained on, where it is at hand; by default a new one.
+        datamodule: the data module that the run was trained on, if available; by default a new one.
 
     Raises:
-        UserError: the run was not started by a recipe, or the validation part holds other samples than in the run.
+        UserError: the run was not started by a recipe, or the validation part has other samples than in the run.
     """
     datamodule = datamodule_of(run) if datamodule is None else datamodule
     with with_trainer(datamodule):
@@ -62,7 +62,7 @@ def loader_of(run: RunDirectory, part: Split, datamodule: LightningDataModule | 
 
     Args:
         run: the run.
-        part: of the data.
+        part: part of the data.
         datamodule: as in `run_data`.
 
     Raises:
@@ -79,7 +79,7 @@ def loader_of(run: RunDirectory, part: Split, datamodule: LightningDataModule | 
 
 
 def pairs_loader(run: RunDirectory, loader: Any, name: str) -> Any:
-    """A loader that the method `name` of the data module of a run returned, with batches (x, y) as in the run."""
+    """Converts a loader, returned by method `name` of a run's data module, to batches (x, y) as in the run."""
     config: Any = run.read_config() if run.config.exists() else {}
     settings = config.get("boosting") or config.get("model", {}).get("boosting") or {}
     labels, ignore_index = settings.get("labels", "labels"), settings.get("ignore_index", UNLABELLED)

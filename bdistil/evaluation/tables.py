@@ -14,12 +14,12 @@ from bdistil.reporting.tables import format_table
 from bdistil.storage.files import disk_errors, write_atomically
 from bdistil.storage.run_directory import RunDirectory
 
-# Column of the score.
+# Name of the score column by task.
 SCORES: dict[Task, str] = {"regression": "r2", "multilabel": "mean_average_precision", "classification": "accuracy"}
 
 
 def reference_row(run: RunDirectory, part: str) -> dict[str, Any] | None:
-    """The teacher as a row beside those of budgets; None where the run recorded no figures of it."""
+    """The teacher as a row to append to those of budgets; None if the run recorded no scores of it."""
     figures, test = run.read("teacher"), run.read("test")
     if figures is None:
         return None
@@ -73,7 +73,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws accuracy, or R² for a regression, against average MACs of rows of budgets and of the teacher.
+    """Draws accuracy, or R² for a regression, against average MACs for the rows of budgets and teacher.
 
     Raises:
         RunError: the file cannot be written.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bounds of a temperature: it tends to 0 for a prefix that is right on all samples, to infinity for a random one.
+# Bounds of a temperature: it tends to 0 for a prefix that is correct on all samples, to infinity for a random one.
 LOWEST, HIGHEST = 0.05, 20.0
 BINS = 15
 
@@ -14,8 +14,9 @@ BINS = 15
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T that minimises the cross entropy of softmax(logits / T) (Guo et al., arXiv 1706.04599).
 
-    Labels are smoothed by 1 / (N + 1), as if one of N + 1 was drawn from all classes: T would tend to 0 where all of a
-    few samples are right. The cross entropy is convex in 1 / T: its slope, the mean of E_p[z] - z_label, is bisected.
+    Labels are smoothed by 1 / (N + 1), as if one of N + 1 were drawn from all classes: otherwise T would tend to 0 if
+    all of a few samples are correct. The cross entropy is convex in 1 / T; its slope, the mean of E_p[z] - z_label, is
+    bisected.
 
     Logits are (N, L), labels (N,); the temperature is in 0.05 … 20.
     """
@@ -38,14 +39,14 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) 
 
 
 def weighted_prefixes(own: Tensor, weights: Tensor) -> Tensor:
-    """Logits (T, N, L) of the prefixes: means with weights (T,) of the students' own logits (T, N, L) up to each."""
+    """Logits (T, N, L) of the prefixes: means, weighted by (T,), of the students' logits `own` (T, N, L) up to each."""
     return (own * weights[:, None, None]).cumsum(0) / weights.cumsum(0)[:, None, None]
 
 
 def fit_weights(own: Tensor, labels: Tensor) -> list[float]:
     """Weights of the students that minimise the mean cross entropy of all prefixes, each with its own temperature.
 
-    `own` are the logits (T, N, L) of the students alone, in the teacher's units. The weight of the first is 1.
+    `own` are the logits (T, N, L) of the individual students, in the teacher's units. The weight of the first is 1.
     """
     own = own.double()
     free = torch.zeros(2, len(own), dtype=torch.float64, requires_grad=True)  # logarithms of weights and of 1 / T
@@ -67,13 +68,13 @@ def fit_weights(own: Tensor, labels: Tensor) -> list[float]:
 
 
 def winning_weights(own: Tensor, labels: Tensor) -> list[float]:
-    """`fit_weights` where they beat equal weights on held-out samples; else an empty list.
+    """Returns `fit_weights` if they are better than equal weights on held-out samples; otherwise an empty list.
 
-    Weights and temperatures are fitted on one half of the samples and applied to the other, and vice versa. They win
-    when the mean cross entropy of the prefixes is lower and their mean accuracy higher than with equal weights.
+    Weights and temperatures are fitted on one half of the samples and applied to the other, and vice versa. They are
+    better if the mean cross entropy of the prefixes is lower and their mean accuracy higher than with equal weights.
     """
     even = torch.arange(len(labels)) % 2 == 0
-    entropy, accuracy = [0.0, 0.0], [0.0, 0.0]  # of fitted and of equal weights
+    entropy, accuracy = [0.0, 0.0], [0.0, 0.0]  # with fitted and with equal weights
     for half in (even, ~even):
         for row, weights in enumerate((fit_weights(own[:, ~half], labels[~half]), [1.0] * len(own))):
             logits = weighted_prefixes(own.double(), torch.tensor(weights, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Targets of exit thresholds, and the naive fit: the best thresholds on the samples at hand."""
+"""Targets of exit thresholds, and the naive fit: the best thresholds on the given samples."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ Numbers = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class ExitTarget:
-    """Target of fitted thresholds; give one of the two numbers.
+    """Target of fitted thresholds; set either `max_loss` or `average_macs`.
 
     Attributes:
         rule: exit rule.
         max_loss: percentage points of accuracy that the exits may lose against all stages; 1 by default.
         average_macs: average multiply-adds per sample that the exits may cost.
         delta: probability with which new samples may lose more than `max_loss`, 0.1 by default, see
-            `bdistil.evaluation.risk_control`; ``none`` is the naive fit, which keeps to it on the validation part only.
+            `bdistil.evaluation.risk_control`; ``none`` is the naive fit, which meets `max_loss` on the validation part
+            only.
 
     Raises:
-        UserError: both numbers are given, points below 0, or a probability outside of 0 … 1 or for `average_macs`.
+        UserError: both `max_loss` and `average_macs` are set, `max_loss` < 0, or `delta` is outside of 0 … 1 or set for
+            `average_macs`.
     """
 
     rule: Rule = "max_prob"
@@ -58,12 +60,12 @@ class ExitTarget:
 
     @property
     def naive(self) -> bool:
-        """Whether the target is one of the validation part only, without a promise for new samples."""
+        """Whether the target holds on the validation part only, without a promise for new samples."""
         return self.delta == "none"
 
     @property
     def points(self) -> float:
-        """`max_loss` as a number; 0 where there is none."""
+        """`max_loss` as a number; 0 if not set."""
         return float(self.max_loss or 0)
 
     @property
@@ -79,7 +81,7 @@ class ExitTarget:
 
 
 class Outcome(NamedTuple):
-    """Effect of thresholds: right answers, multiply-adds of all samples, and samples that leave at each stage (T,)."""
+    """Effect of thresholds: correct answers, multiply-adds of all samples, and samples that exit at each stage (T,)."""
 
     right: int
     macs: int
@@ -87,7 +89,7 @@ class Outcome(NamedTuple):
 
 
 def exit_stages(confidence: Numbers, thresholds: Numbers) -> Numbers:
-    """The stage (N,), from 0, at which confidences (T, N) reach thresholds (T,); the last one decides what is left."""
+    """First stage (N,), from 0, at which confidences (T, N) reach thresholds (T,); the last stage decides the rest."""
     decided = confidence >= thresholds[:, None]
     decided[-1] = True
     stages: Numbers = decided.argmax(0)
@@ -95,7 +97,7 @@ def exit_stages(confidence: Numbers, thresholds: Numbers) -> Numbers:
 
 
 def exit_outcome(stages: Numbers, right: Numbers, macs: Numbers) -> Outcome:
-    """Right answers and cost of exits at stages (N,), from 0; `right` and `macs` as in `fit_thresholds`."""
+    """Correct answers and cost of exits at stages (N,), from 0; `right` and `macs` as in `fit_thresholds`."""
     samples = np.arange(right.shape[1])
     return Outcome(int(right[stages, samples].sum()), int(macs[stages].sum()), np.bincount(stages, minlength=len(macs)))
 
@@ -103,20 +105,20 @@ def exit_outcome(stages: Numbers, right: Numbers, macs: Numbers) -> Outcome:
 def fit_thresholds(
     confidence: Numbers, right: Numbers, macs: Sequence[int], target: ExitTarget, *, shared: bool = False
 ) -> list[float]:
-    """Thresholds for a target: the least MACs at an accuracy, or the best accuracy at an average of MACs.
+    """Fits thresholds to a target: the least MACs at an accuracy, or the best accuracy at average MACs.
 
-    Coordinate search from the best threshold shared by all stages: one threshold at a time moves to the best of all its
-    values, while that helps. No change of a single threshold improves the result; a change of several may.
+    Coordinate search from the best threshold shared by all stages: one threshold at a time moves to its optimal value
+    as long as this improves the result. No change of a single threshold improves it further; a change of several may.
 
     Args:
         confidence: (T, N).
-        right: (T, N) bool, whether the answer of a prefix is right.
-        macs: cumulative, of one sample, one value per stage.
-        target: points of accuracy that may be lost against all stages, or average MACs per sample.
-        shared: one threshold for all stages: it saves less here, and generalises better to new samples.
+        right: (T, N) bool, whether the answer of a prefix is correct.
+        macs: cumulative MACs per sample, one value per stage.
+        target: percentage points of accuracy that may be lost against all stages, or average MACs per sample.
+        shared: use one threshold for all stages, which saves less on these samples but generalises better.
 
     Returns:
-        One threshold per stage; `NEVER` where a stage decides no sample, 0 at the last.
+        One threshold per stage; `NEVER` if a stage decides no sample, 0 at the last.
 
     Raises:
         UserError: no stage meets the target.
@@ -132,18 +134,18 @@ def fit_thresholds(
 
 
 class _Search:
-    """Samples and a target; larger values are better, compared lexicographically."""
+    """Search for thresholds; results are compared lexicographically, larger is better."""
 
     def __init__(self, confidence: Numbers, right: Numbers, macs: Numbers, target: ExitTarget) -> None:
         self.confidence, self.right, self.macs, self.target = confidence, right, macs, target
 
     def value(self, right: Numbers | int, macs: Numbers | int) -> tuple[Numbers, Numbers, Numbers]:
-        """(target met, quantity to maximise, tie-breaker) of counts of right answers and MACs."""
+        """(target met, quantity to maximise, tie-breaker) for given numbers of correct answers and MACs."""
         right, saved, samples = np.asarray(right), -np.asarray(macs), self.right.shape[1]
         if self.target.max_loss is None:
             met = -saved <= self.target.average_macs * samples
             return met, np.where(met, right, saved), np.where(met, saved, right)
-        # 0.2 points of 500 samples are one sample, whatever the rounding of 0.2
+        # 1e-6 absorbs rounding: 0.2 points of 500 samples are exactly one sample.
         met = right >= self.right[-1].sum() - self.target.max_loss / 100 * samples - 1e-6
         return met, np.where(met, saved, right), np.where(met, right, saved)
 
@@ -158,7 +160,7 @@ class _Search:
         return max(tries, key=self.of)
 
     def improved(self, thresholds: Numbers) -> Numbers | None:
-        """Thresholds with one of them moved for the better; None where no such move exists."""
+        """Thresholds with a single one improved; None if no single change improves the result."""
         now = self.of(thresholds)
         for number in range(len(self.macs) - 1):
             moved: Numbers = thresholds.copy()
@@ -168,9 +170,9 @@ class _Search:
         return None
 
     def best_threshold(self, thresholds: Numbers, number: int) -> float:
-        """The best threshold of one stage with the others fixed: all its values in one sorted pass."""
+        """The best threshold of one stage with the others fixed; tries all its values in one sorted pass."""
         place = np.arange(len(thresholds))
-        closed = np.where(place == number, NEVER, thresholds)  # no sample leaves at this stage
+        closed = np.where(place == number, NEVER, thresholds)  # no sample exits at this stage
         base = exit_outcome(exit_stages(self.confidence, closed), self.right, self.macs)
         later = exit_stages(self.confidence, np.where(place <= number, NEVER, thresholds))
         reaching = np.flatnonzero((self.confidence < closed[:, None])[:number].all(0))
@@ -181,13 +183,13 @@ class _Search:
         right = base.right + np.concatenate(([0], gain.cumsum()))
         macs = base.macs + np.concatenate(([0], saved.cumsum()))
         falls = np.concatenate(([True], np.append(ordered[1:] < ordered[:-1], True)))[: len(order) + 1]
-        counts = np.flatnonzero(falls)  # of samples that may leave: tied samples leave together
+        counts = np.flatnonzero(falls)  # possible numbers of exiting samples: tied samples exit together
         met, first, second = self.value(right, macs)
         return _between(ordered, int(max(counts, key=lambda m: (met[m], first[m], second[m]))))
 
 
 def _between(ordered: Numbers, count: int) -> float:
-    """A threshold that the first `count` of descending values reach, halfway to the next: robust to rounding."""
+    """Threshold reached by the first `count` of descending values, halfway to the next to be robust to rounding."""
     if count == 0:
         return NEVER
     following = ordered[count] if count < len(ordered) else ordered[count - 1] * (1 - 1e-4)

@@ -1,10 +1,10 @@
 """Composition of the graphs of the stages into one ONNX graph with early exits: an `If` after each stage but the last.
 
-The condition of an `If` is one boolean for the whole batch, that of the sample with the lowest confidence, so the graph
-is meant for one sample.
+The condition of an `If` is a single boolean for the whole batch, determined by the sample with the lowest confidence,
+so the graph is intended for one sample.
 
-The weights of a stage lie in the branch that uses them, as onnxruntime optimises a branch only as far as it holds its
-weights: with weights in the outer graph, convolutions took twice as long.
+The weights of a stage are stored in the branch that uses them, as onnxruntime fully optimises a branch only if it
+contains its weights: with weights in the outer graph, convolutions took twice as long.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ ANSWER = """
 
 
 def write_exits(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes `exits.onnx`, with the rule of the fitted thresholds where it is one of `RULES`, else `max_prob`.
+    """Writes `exits.onnx`, with the rule of the fitted thresholds if it is one of `RULES`, otherwise `max_prob`.
 
     Args:
-        folder: with the graphs of the stages.
-        manifest: of these graphs.
+        folder: folder with the graphs of the stages.
+        manifest: manifest of these graphs.
 
     Returns:
         `kind`, `graphs` and `rule` of the manifest's entry `fused`.
@@ -79,12 +79,12 @@ def write_exits(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ExitGraph:
-    """Reads x and `thresholds` (T,); gives `logits` (B, L) in the teacher's units and `stages`, how many students ran.
+    """Graph from x and `thresholds` (T,) to `logits` (B, L), in the teacher's units, and `stages`, the students run.
 
     Args:
-        folder: with the graphs of the stages.
-        manifest: of these graphs.
-        rule: of confidence, one of `RULES`.
+        folder: folder with the graphs of the stages.
+        manifest: manifest of these graphs.
+        rule: exit rule, one of `RULES`.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], rule: str) -> None:
@@ -98,7 +98,7 @@ class ExitGraph:
     def model(self) -> ModelProto:
         """The complete model."""
         first, graph = self.models[0], self._from_stage(0)
-        graph.input.extend(first.graph.input)  # the first stage reads x alone
+        graph.input.extend(first.graph.input)  # the first stage reads only x
         graph.input.extend([helper.make_tensor_value_info("thresholds", self.onnx_dtype, [len(self.stages)])])
         opsets = {opset.domain: opset for model in self.models for opset in model.opset_import}
         functions = {function.name: function for model in self.models for function in model.functions}
@@ -110,7 +110,7 @@ class ExitGraph:
         )
 
     def _from_stage(self, number: int) -> GraphProto:
-        """The stages from `number`, from 0, each with its weights."""
+        """Graph of stage `number`, counted from 0, and all later ones, each with its weights."""
         prefix, source = f"s{number + 1}_", self.models[number].graph
         # add_prefix_graph renames weights after the subgraphs that may read them, unless they are in name_map.
         weights = {tensor.name: prefix + tensor.name for tensor in source.initializer}
@@ -131,7 +131,7 @@ class ExitGraph:
         return graph
 
     def _append(self, graph: GraphProto, text: str, number: int, prefix: str) -> None:
-        """Appends nodes, given as ONNX text, and the constants that they read; prefixes the names that they define."""
+        """Appends nodes, given as ONNX text, and the constants they read; prefixes all names that they define."""
         factor = self.stages[number]["factor"]
         scalars = {"factor": factor, "scale": factor / self.temperatures[number], "unity": 1.0}
         scalars["unit"] = 1 / math.log(self.outputs) if self.outputs > 1 else 1.0

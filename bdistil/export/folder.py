@@ -1,4 +1,4 @@
-"""The exported folder: written atomically, with size and sha256 of its files for the manifest."""
+"""Atomic writing of the exported folder; size and sha256 of its files for the manifest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Checks that an export may be written to a path.
 
     Raises:
-        UserError: the path exists and is no export, or is one that must not be replaced.
+        UserError: the path exists and is not an export, or is an export that must not be replaced.
     """
     if not output.exists() and not output.is_symlink():
         return
@@ -43,14 +43,14 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _other_files(output: Path) -> list[str]:
-    """Files of a folder that are not of its export."""
+    """Files in an export folder that do not belong to the export."""
     written = {"manifest.json", *_files_of(json.loads((output / "manifest.json").read_text(encoding="utf-8")))}
     found = [path for path in output.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return sorted({path.relative_to(output).as_posix() for path in found} - written)
 
 
 def _files_of(entry: Any) -> Iterator[str]:
-    """The files that a manifest, or a part of it, names."""
+    """Yields the files named in a manifest or a part of it."""
     if isinstance(entry, Mapping):
         yield from ([entry["file"]] if isinstance(entry.get("file"), str) else [])
     for value in entry.values() if isinstance(entry, Mapping) else entry if isinstance(entry, list) else ():
@@ -62,7 +62,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """Yields a temporary folder that replaces `output` when the block ends, and is removed if it raises.
 
     Raises:
-        RunError: in place of an OSError.
+        RunError: replaces an OSError.
     """
     old = output.with_name(f".{output.name}.{os.getpid()}.old")
     try:
@@ -82,7 +82,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def copy_runner(folder: Path) -> list[dict[str, Any]]:
-    """Copies the runner into the folder; returns the entry `runner` of the manifest."""
+    """Copies the runner into the folder; returns its manifest entry `runner`."""
     source, target = Path(runner.__file__).parent, folder / "runner"
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     return [{**seal(path), "file": f"runner/{path.name}"} for path in sorted(target.iterdir())]
@@ -96,7 +96,7 @@ def seal(path: Path) -> dict[str, Any]:
 def graph_entry(
     path: Path, segment: Segment, values: Mapping[str, Tensor], batch: int | str = "batch"
 ) -> dict[str, Any]:
-    """Entry of a graph in the manifest; `batch` is its batch size, or the word for a dynamic one."""
+    """Manifest entry of a graph; `batch` is its batch size, or the name of a dynamic one."""
 
     def tensors(names: Sequence[str]) -> list[dict[str, Any]]:
         dtypes = {name: str(values[name].dtype).removeprefix("torch.") for name in names}

@@ -1,4 +1,4 @@
-"""Files of each format, with their entries in the manifest."""
+"""Writers of the files of each format; they return the manifest entries."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
 
     problems, exporters = [], dict(EXPORTERS)
     if export.datamodule is None and any(spec.is_number for spec in export.ensemble.inputs.tensors().values()):
-        # Random samples have one and the same length, with which a graph that made it a constant would be compared.
+        # Random samples all have the same length, so the comparison would miss a graph that made it a constant.
         exporters["torchscript"] = partial(traced_onnx, constants=False)
     for name, exporter in exporters.items():
         try:
             entries = export.write_stages(folder, "onnx", exporter)
             parity = export.compare(_onnx_stages(folder, entries))
             break
-        except Exception as error:  # the errors of torch's exporters have no common class
+        except Exception as error:  # errors of torch's exporters share no base class
             problems.append(f"{name}: {error}")
     else:
         raise RunError("No exporter of torch wrote graphs that match PyTorch.\n" + "\n".join(problems))
@@ -67,7 +67,7 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
 
 
 def _onnx_stages(folder: Path, entries: Sequence[Mapping[str, Any]]) -> RunStage:
-    """Runs stages with the code of the runner."""
+    """Returns a function that runs the stages with the code of the runner."""
     from bdistil.runner import Graph
 
     graphs = [Graph(folder, entry, threads=1) for entry in entries]
@@ -82,10 +82,9 @@ def _onnx_stages(folder: Path, entries: Sequence[Mapping[str, Any]]) -> RunStage
 
 
 def executorch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes one program with a method per stage, which reads one sample per call.
+    """Writes one program with a method per stage, for one sample per call, as is usual on a device.
 
-    A device has one sample at a time. A dynamic batch size is left to ONNX: lowering silently narrows its range where a
-    stage reads the outputs of another.
+    A dynamic batch size is left to ONNX, as lowering silently narrows its range if a stage reads outputs of another.
     """
     if export.ensemble.inputs.varies:
         raise UserError(
@@ -104,12 +103,12 @@ def executorch_files(export: Export, folder: Path, manifest: Mapping[str, Any]) 
 
 
 def method_name(number: int) -> str:
-    """Name of the ExecuTorch method of a stage, from 0."""
+    """Name of the ExecuTorch method of a stage, counted from 0."""
     return f"stage_{number + 1:02d}"
 
 
 def _write_program(segments: Sequence[Segment], values: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a `.pte` file for XNNPACK, which takes the operators that it supports."""
+    """Writes a `.pte` file that delegates supported operators to XNNPACK."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
@@ -124,7 +123,7 @@ def _write_program(segments: Sequence[Segment], values: Mapping[str, Tensor], pa
 
 
 def _program_stages(path: Path, segments: Sequence[Segment]) -> RunStage:
-    """Runs stages with the runtime of ExecuTorch."""
+    """Returns a function that runs the stages with the ExecuTorch runtime."""
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(str(path))

@@ -1,4 +1,4 @@
-"""All stages as one graph, plain or with early exits: compared with PyTorch, and measured beside the single stages."""
+"""All stages as one graph, plain or with early exits: compared with PyTorch, and timed against the separate stages."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from bdistil.export.parity import BATCHES, TOLERANCE, difference
 from bdistil.runner import ALWAYS, Exits, ExportedEnsemble
 from bdistil.utils.trees import take_rows
 
-MEASURED = (1, 64)  # batch sizes
+MEASURED = (1, 64)  # timed batch sizes
 REPEATS = 100
-COMPARED = 32  # samples, each at every exit
+COMPARED = 32  # number of compared samples, each at every exit
 NEAR = 1e-3  # distance of the thresholds from the confidence of a compared sample
 
 
@@ -29,12 +29,12 @@ def fuse_all(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[
     """Exports all stages as one graph.
 
     Args:
-        export: of the run.
-        folder: with the graphs of the stages.
-        manifest: of these graphs.
+        export: export of the run.
+        folder: folder with the graphs of the stages.
+        manifest: manifest of these graphs.
 
     Returns:
-        The entry `fused` of the manifest; the graph is `faster` if it is so for one sample.
+        The manifest entry `fused`; `faster` tells whether the graph is faster for one sample.
 
     Raises:
         RunError: the graph differs from PyTorch.
@@ -57,7 +57,7 @@ def fuse_all(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[
 
 
 def fuse_exits(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the graph with early exits; arguments and result as of `fuse_all`.
+    """Writes the graph with early exits; arguments and result as for `fuse_all`.
 
     Raises:
         UserError: the run is a regression.
@@ -83,13 +83,13 @@ def fuse_exits(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
 
 
 def _exit_difference(export: Export, runner: ExportedEnsemble, rule: Rule) -> float:
-    """Largest difference to PyTorch over samples and exits.
+    """Largest difference from PyTorch over samples and exits.
 
-    For each exit the thresholds lie just above the confidence of the sample before that stage, and just below from
-    there on.
+    To force an exit at a stage, the thresholds are set just above the confidences of the sample at all earlier stages,
+    and just below from that stage on.
 
     Raises:
-        RunError: the graph exits after another stage.
+        RunError: the graph exits at another stage.
     """
     ensemble, count, largest = export.ensemble, len(export.ensemble), 0.0
     answers = [stage.logits for stage in ensemble.stages(take_rows(export.x, slice(COMPARED)))]
@@ -109,17 +109,17 @@ def _exit_difference(export: Export, runner: ExportedEnsemble, rule: Rule) -> fl
 
 
 def exit_after(number: int, count: int) -> list[float]:
-    """Thresholds (T,) at which every sample exits after a stage, from 0."""
+    """Thresholds (T,) at which every sample exits after stage `number`, counted from 0."""
     return [NEVER] * number + [ALWAYS] * (count - number)
 
 
 def fused_runner(folder: Path, manifest: Mapping[str, Any], fused: Mapping[str, Any] | None) -> ExportedEnsemble:
-    """A runner that uses the fused graph, if there is one, whether it is faster or not."""
+    """A runner that uses the fused graph, if there is one, even if it is slower."""
     return ExportedEnsemble(folder, {**manifest, "fused": fused and {**fused, "faster": True}}, threads=1)
 
 
 def best_ms(function: Callable[..., object], *args: Any) -> float:
-    """Shortest time of a call in ms."""
+    """Shortest time of a call in milliseconds."""
     return 1e3 * min(timeit.repeat(lambda: function(*args), number=1, repeat=REPEATS))
 
 

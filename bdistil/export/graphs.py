@@ -1,8 +1,8 @@
-"""Stages of an ensemble as a module of tensors, and the exporters that write this module to a file.
+"""Stages of an ensemble as a module with tensor inputs and outputs, and exporters that write it to a file.
 
 Stage k reads x (``x``, or ``x_KEY`` for each of several tensors), the running sum `total_{k-1}`, and the `features_j`
-and `activation_j_s` (after the student's own stage s) of the stages that it links to. It returns `total_k`, and what
-later stages read of it; all count from 1.
+and `activation_j_s` (after stage s inside that student) of the stages that it links to. It returns `total_k` and the
+activations that later stages read; all numbers count from 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Normalisation = tuple[Tensor, Tensor]
 
 
 def activation_name(number: int, key: int) -> str:
-    """Name of an activation of a stage, both from 0, in graphs."""
+    """Name of an activation in graphs; stage and key count from 0."""
     return f"features_{number + 1}" if key == FEATURES else f"activation_{number + 1}_{key + 1}"
 
 
@@ -35,15 +35,15 @@ class Segment(nn.Module):
     """Consecutive stages of an ensemble.
 
     Args:
-        ensemble: all stages.
-        numbers: of the stages, from 0, without a gap.
-        normalisation: mean and standard deviation that are applied to x before the first body; None if x is as in
+        ensemble: ensemble with all stages.
+        numbers: consecutive indices of the stages, from 0.
+        normalisation: mean and standard deviation to normalise x with before the first body; None if x is already as in
             training.
 
     Attributes:
         reads: names of the inputs.
         gives: names of the outputs.
-        sizes: by name of an input of x, the sizes of one sample; a name for one that varies.
+        sizes: sizes of one sample by input name of x; a varying size is given by its name.
     """
 
     def __init__(
@@ -97,27 +97,27 @@ def _sizes(name: str, spec: InputSpec) -> list[int | str]:
 
 
 def _varying(segment: Segment, name: str) -> list[int]:
-    """Axes of an input, counted with the batch, whose size varies beside that of the batch."""
+    """Axes of an input with varying size; the batch axis is counted but not included."""
     return [axis for axis, size in enumerate(segment.sizes.get(name, ()), 1) if isinstance(size, str)]
 
 
 Exporter = Callable[[Segment, Sequence[Tensor], Path], None]
-# What torch warns of where a decision of the code depends on values, which become constants of a traced graph.
+# Part of torch's warning about Python decisions on tensor values, which become constants of a traced graph.
 CONSTANT = "Converting a tensor to a Python"
 
 
 def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path, *, constants: bool = True) -> None:
     """Writes ONNX with torch's TorchScript exporter: small files in 0.1 s, also for recurrent nets.
 
-    It records one run, so decisions in Python that depend on the values or the number of samples become constants: the
-    graph must be compared with PyTorch on other samples and batch sizes. Without `constants` they are an error.
+    The exporter traces one run, so Python decisions that depend on values or the number of samples become constants:
+    the graph must be compared with PyTorch on other samples and batch sizes. Without `constants` they are an error.
     """
     dynamic = {
         name: {0: "batch", **{axis: f"{name}_{axis}" for axis in _varying(segment, name)}}
         for name in (*segment.reads, *segment.gives)
     }
     with warnings.catch_warnings(record=True) as told, _silent_stdout():
-        warnings.simplefilter("always")  # one that was raised before would be left out
+        warnings.simplefilter("always")  # otherwise a warning raised before would be suppressed
         torch.onnx.export(
             segment, tuple(example), str(path), dynamo=False, opset_version=OPSET,
             input_names=segment.reads, output_names=segment.gives, dynamic_axes=dynamic,
@@ -142,7 +142,7 @@ def _silent_stdout() -> Iterator[None]:
 
 
 def _exported_program(segment: Segment, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
-    """Exports with a dynamic batch size, and dynamic lengths; torch.export raises an error if the module fixes one."""
+    """Exports with dynamic batch size and lengths; torch.export raises an error if the module fixes one of them."""
     dynamic = torch.export.Dim.DYNAMIC
     shapes = (tuple(dict.fromkeys([0, *_varying(segment, name)], dynamic) for name in segment.reads),)
     with warnings.catch_warnings():
@@ -151,7 +151,7 @@ def _exported_program(segment: Segment, example: Sequence[Tensor]) -> torch.expo
 
 
 def dynamo_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None:
-    """Writes ONNX with torch's newer exporter: takes seconds per graph, and per time step of recurrent nets."""
+    """Writes ONNX with torch's newer exporter, which takes seconds per graph and per time step of recurrent nets."""
     import onnx
 
     program = _exported_program(segment, example)
@@ -162,7 +162,7 @@ def dynamo_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None
         )
     assert exported is not None
     model = exported.model_proto
-    # Per node the exporter stores 1 kB about its source, with paths of this machine.
+    # The exporter stores 1 kB of source information per node, with paths of this machine.
     for part in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
         del part.metadata_props[:]
     del model.graph.value_info[:]
@@ -170,7 +170,7 @@ def dynamo_onnx(segment: Segment, example: Sequence[Tensor], path: Path) -> None
 
 
 def torch_file(segment: Segment, example: Sequence[Tensor], path: Path) -> None:
-    """Writes the `.pt2` archive of torch.export, without the example input, which would be a pickle."""
+    """Writes the `.pt2` archive of torch.export, without the example input, which would be pickled."""
     program = _exported_program(segment, example)
     program.example_inputs = None
     torch.export.save(program, path)

@@ -1,7 +1,7 @@
-"""Int8 weights by onnxruntime, with the accuracy of every prefix in int8 and in float.
+"""Int8 quantisation by onnxruntime, with the accuracy of every prefix in int8 and in float.
 
-onnxruntime quantises convolutions and linear layers, and LSTMs if it does so dynamically; GRUs stay float. The running
-sum and the features between the stages are float.
+onnxruntime quantises convolutions and linear layers, and LSTMs in dynamic mode only; GRUs stay float. The running sum
+and the features passed between stages are float.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from bdistil.export.job import Export
 from bdistil.metrics.quality import class_numbers
 from bdistil.runner import Array, ExportedEnsemble
 
-CALIBRATION = 256  # samples
-BATCH = 32  # samples of them at once
+CALIBRATION = 256  # number of calibration samples
+BATCH = 32  # calibration samples per batch
 OPERATORS = ["Conv", "Gemm", "MatMul"]
 
 
 class _Batches(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
-    """Yields what a stage reads, batch by batch."""
+    """Yields the inputs of a stage, batch by batch."""
 
     def __init__(self, values: Mapping[str, Array]) -> None:
         rows = range(0, len(next(iter(values.values()))), BATCH)
@@ -43,13 +43,13 @@ def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
     """Replaces the stages by int8 ones.
 
     Args:
-        export: of the run.
-        folder: with the float graphs.
-        manifest: of these graphs.
+        export: export of the run.
+        folder: folder with the float graphs.
+        manifest: manifest of these graphs.
 
     Returns:
-        The entries `stages`, `quantised` and `exits` of the manifest. The promise of fitted thresholds is left out: it
-        was tested on float graphs.
+        The manifest entries `stages`, `quantised` and `exits`. The promise of fitted thresholds is omitted, as it was
+        tested on float graphs.
 
     Raises:
         UserError: the run is a regression, or names no data.
@@ -66,7 +66,7 @@ def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
         )
     with with_trainer(datamodule):
         train = pairs_loader(export.run, datamodule.train_dataloader(), "train_dataloader")
-    rows = spread(len(train.dataset), CALIBRATION)  # the first samples may be of one class
+    rows = spread(len(train.dataset), CALIBRATION)  # the first samples may all belong to one class
     samples = export.to_raw(train.collate_fn([train.dataset[number] for number in rows])[0])
     batches = []
     for x, y in export.loader:
@@ -84,7 +84,7 @@ def int8_stages(export: Export, folder: Path, manifest: Mapping[str, Any]) -> di
 
 
 def _quality(folder: Path, manifest: Mapping[str, Any], batches: Sequence[tuple[Any, Array]]) -> dict[str, Any]:
-    """Accuracy of every prefix on batches (x, y), where there are labels, and bytes of all stages."""
+    """Accuracy of every prefix on the labelled samples of batches (x, y), and bytes of all stages."""
     ensemble = ExportedEnsemble(folder, manifest, 1)
     correct = sum(np.array([(stage.logits.argmax(1) == y).sum() for stage in ensemble.stages(x)]) for x, y in batches)
     accuracy = np.round(correct / sum((y >= 0).sum() for _, y in batches), 6).tolist()
@@ -92,11 +92,11 @@ def _quality(folder: Path, manifest: Mapping[str, Any], batches: Sequence[tuple[
 
 
 def _quantise(folder: Path, entry: Mapping[str, Any], dynamic: bool, values: Mapping[str, Array]) -> dict[str, Any]:
-    """Replaces a graph by one with int8 weights; returns its new entry in the manifest.
+    """Replaces a graph by one with int8 weights; returns its new manifest entry.
 
     Args:
-        folder: with the float graph.
-        entry: of the float graph.
+        folder: folder with the float graph.
+        entry: manifest entry of the float graph.
         dynamic: take the ranges of activations from each batch at run time, not from `values`.
         values: outputs of all float stages on training samples.
     """
@@ -104,7 +104,7 @@ def _quantise(folder: Path, entry: Mapping[str, Any], dynamic: bool, values: Map
     prepared, quantised = path.with_suffix(".prepared"), path.with_suffix(".int8")
     quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
     if dynamic:
-        # Unsigned: with signed weights onnxruntime lacks the convolution on some processors.
+        # Unsigned, as onnxruntime has no convolution with signed weights on some processors.
         quantize_dynamic(str(prepared), str(quantised), weight_type=QuantType.QUInt8)
     else:
         reader = _Batches({tensor["name"]: values[tensor["name"]] for tensor in entry["inputs"]})

@@ -23,7 +23,7 @@ from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.trees import row_count, take_rows
 
 SAMPLES = 256
-LENGTHS = 8  # lengths, where these vary, on which graphs are compared beside that of the samples
+LENGTHS = 8  # number of additional lengths, if these vary, on which graphs are compared
 VAL = "val_dataloader"
 EXAMPLE = 3  # samples in the example input: a batch of one may become a constant of the graph
 
@@ -40,7 +40,7 @@ class ExportOptions:
         quantise: int8 weights: ``dynamic`` takes the ranges of activations from each batch, ``static`` from training
             samples.
         fuse: ``all`` adds one graph of all stages, ``exits`` one that stops at the first stage whose confidence
-            reaches a threshold. The runner uses it if it was faster during the export.
+            reaches its threshold. The runner uses it if it was faster during the export.
         overwrite: replace an older export.
 
     Raises:
@@ -66,22 +66,22 @@ class Export:
 
     Args:
         run: the run directory.
-        options: of the export.
+        options: options of the export.
 
     Attributes:
         run: the run directory.
-        ensemble: of the run, on the CPU.
-        datamodule: of the run's recipe, set up; None if the run names no data.
-        x: (256, ...), samples as in training: of the validation part, else random; padded to one length.
-        alone: batches of one sample of other lengths, where lengths vary.
+        ensemble: ensemble of the run, on the CPU.
+        datamodule: data module of the run's recipe, set up; None if the run names no data.
+        x: (256, ...), validation samples as in training, padded to one length; random if the run names no data.
+        alone: batches of one sample with other lengths, if lengths vary.
         raw: the samples x as the graphs read them.
-        source: of the samples, in words.
+        source: description of the origin of the samples.
         normalisation: mean and standard deviation that the data module declares, or None.
-        inside: the same if the graphs apply it, else None.
-        values: example of all tensors, by name.
+        inside: `normalisation` if the graphs apply it, otherwise None.
+        values: example values of all tensors, by name.
 
     Raises:
-        UserError: nothing is committed in the run, its x is of unknown shape, or the normalisation is not declared.
+        UserError: the run has no committed round, the shape of its x is unknown, or the normalisation is not declared.
     """
 
     def __init__(self, run: RunDirectory, options: ExportOptions) -> None:
@@ -138,11 +138,11 @@ class Export:
         return list(shapes.values())[:LENGTHS]
 
     def tensors(self, x: Any) -> dict[str, Tensor]:
-        """The tensors of x by the names of the graphs' inputs."""
+        """Maps names of graph inputs to the tensors of x."""
         return self.ensemble.inputs.take_apart(x)
 
     def arrays(self, x: Any) -> Any:
-        """A batch as the runner reads it: an array, or several in a tuple or dictionary."""
+        """Converts a batch for the runner: an array, or a tuple or dictionary of arrays."""
         arrays = {name: tensor.numpy() for name, tensor in self.tensors(x).items()}
         return self.ensemble.inputs.put_together(arrays)
 
@@ -168,7 +168,7 @@ class Export:
         ]
 
     def describe(self, number: int) -> dict[str, Any]:
-        """Values of a stage, from 0, in the manifest that do not depend on its file."""
+        """Manifest values of a stage, counted from 0, that do not depend on its file."""
         weights = self.ensemble.calibration.weights or (1.0,) * len(self.ensemble)
         return {
             "links": list(dict.fromkeys(n + 1 for n, _ in self.ensemble.wiring.reads[number])),
@@ -188,5 +188,5 @@ class Export:
 
 
 def to_list(value: float | Tensor | None) -> Any:
-    """A factor for JSON; one value per output for real outputs."""
+    """Converts a factor for JSON; a list with one value per output for real outputs."""
     return value.tolist() if isinstance(value, Tensor) else value

@@ -15,14 +15,14 @@ from bdistil.utils.trees import row_count, take_rows
 
 TOLERANCE = 1e-4
 BATCHES = (1, 2, 5, 64, 256)
-MOST = 32  # batches of each size
+MOST = 32  # maximum number of batches of each size
 Values = dict[str, Tensor]
 RunStage = Callable[[int, Values], Mapping[str, Tensor]]
 
 
 @torch.no_grad()
 def reference(ensemble: ProgressiveEnsemble, x: Any) -> Values:
-    """Sums `total_k` (B, L) of every stage k, from 1, and the activations that later stages read, by PyTorch."""
+    """Computes in PyTorch `total_k` (B, L) of every stage k, from 1, and the activations that later stages read."""
     runner, values = ensemble.stage_runner(x), {}
     for number in range(len(ensemble)):
         values[f"total_{number + 1}"] = runner.step().total
@@ -45,11 +45,11 @@ def check_parity(
     """Compares every stage, run on the outputs of the exported stages before it, with PyTorch.
 
     Args:
-        run_stage: returns the outputs of a stage, from 0, by name, given all values so far.
-        ensemble: reads the same batches, since the answers of a student may depend on its batch.
+        run_stage: returns the outputs of a stage, counted from 0, by name, given all values so far.
+        ensemble: evaluated on the same batches, since the answers of a student may depend on its batch.
         x: samples (N, ...) as in training.
         raw: the same samples as the graphs read them.
-        batches: sizes.
+        batches: batch sizes.
 
     Returns:
         The largest difference of each stage, over its sum and its activations; see `difference`.
@@ -67,7 +67,7 @@ def check_parity(
             for number in range(len(ensemble)):
                 try:
                     given = run_stage(number, values)
-                except Exception as error:  # the errors of the runtimes have no common class
+                except Exception as error:  # errors of the runtimes share no base class
                     raise RunError(
                         f"Stage {number + 1} as exported cannot be run with a batch of {batch}: {error}. If its "
                         "student fixes the batch size, write its shapes as -1 or flatten(1)."

@@ -20,7 +20,7 @@ from bdistil.storage.run_directory import RunDirectory
 
 __all__ = ["ExportOptions", "export_run", "export_summary"]
 
-# By format: the extra of this package, and the packages that it installs.
+# By format: the extra of this package and the packages it installs.
 NEEDED = {"onnx": ("export", ("onnx", "onnxruntime")), "executorch": ("executorch", ("executorch",))}
 
 
@@ -35,7 +35,7 @@ def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = 
     Args:
         run: the run directory.
         output: a new folder.
-        options: of the export.
+        options: options of the export.
 
     Returns:
         The manifest.
@@ -94,16 +94,16 @@ def _manifest(export: Export) -> dict[str, Any]:
 
 
 def _class_names(datamodule: Any) -> list[str] | None:
-    """The attribute `labels` of a data module, if it holds names of classes and not, say, the labels of its samples."""
+    """The attribute `labels` of a data module if it holds class names, and not, for example, the labels of samples."""
     labels = getattr(datamodule, "labels", None)
     names = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else []
     return [str(name) for name in names] if names and all(isinstance(name, str) for name in names) else None
 
 
 def _inputs(export: Export) -> list[dict[str, Any]]:
-    """The tensors of x: their names, the keys by which they are found in x, and their sizes in a sample.
+    """Manifest entries of the tensors of x: name, key in x, and sizes of one sample.
 
-    A size that may vary has a name, and the largest one that was seen in training is in `largest`.
+    A varying size is given by a name; `largest` holds its largest value in the data of the run.
     """
     inputs, sizes, entries = export.ensemble.inputs, export.segment([0]).sizes, []
     for (name, spec), path in zip(inputs.tensors().items(), inputs.paths(), strict=True):
@@ -121,7 +121,7 @@ def _version(name: str) -> str | None:
 
 
 def export_summary(manifest: Mapping[str, Any], output: Path) -> str:
-    """Formats what was exported as a table with one row per stage."""
+    """Formats a summary of the export as a table with one row per stage."""
     parity = manifest["parity"]
     rows = [
         [f"{number}", f"{stage['macs']:,}", f"{stage['bytes']:,}", f"{difference:.1e}"]

@@ -1,4 +1,4 @@
-"""What people see of a run: tables, pictures, the HTML report, Weights & Biases."""
+"""Reporting of a run: tables, pictures, the HTML report, Weights & Biases."""
 
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tables import curve_table

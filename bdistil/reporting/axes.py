@@ -1,4 +1,4 @@
-"""The look of all pictures: colours, axes, lines and labels."""
+"""Common style of all pictures: colours, axes, lines and labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Points = list[tuple[float, float]]
-# Name: colour on a light page, on a dark one. Blue and vermilion of Okabe and Ito differ for every colour vision.
+# Name: colour on a light page, on a dark one. Okabe and Ito's blue and vermilion are distinct in any colour vision.
 COLOURS = {
     "blue": ("#0072b2", "#56b4e9"), "orange": ("#d55e00", "#f0a04b"), "ink": ("#1f2328", "#e6edf3"),
     "muted": ("#59636e", "#9aa4ae"), "line": ("#d8dee4", "#2f363d"), "paper": ("#ffffff", "#0d1117"),
@@ -23,7 +23,7 @@ BLUE, ORANGE, INK, MUTED, LINE, PAPER = (light for light, _ in COLOURS.values())
 
 
 def panels_figure(width: float, height: float, panels: Mapping[str, int]) -> tuple[Figure, list[Axes]]:
-    """A figure with panels one above the other, given by title and share of the height; independent of pyplot."""
+    """A figure of stacked panels, given as title and share of the height; independent of pyplot."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -40,7 +40,7 @@ def panels_figure(width: float, height: float, panels: Mapping[str, int]) -> tup
 
 
 def log_ticks(axis: Axis, steps: Sequence[int], label: Callable[[float], str]) -> None:
-    """Ticks of a logarithmic axis at these multiples of powers of ten."""
+    """Sets the ticks of a logarithmic axis to multiples (`steps`) of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
@@ -49,13 +49,13 @@ def log_ticks(axis: Axis, steps: Sequence[int], label: Callable[[float], str]) -
 
 
 def draw(axes: Axes, points: Points, style: str, colour: str, size: float = 5.5) -> None:
-    """A line through points, or marks at them."""
+    """Draws a line through points, or marks at them."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     axes.plot(xs, ys, style, color=colour, linewidth=1.8, markersize=size, markeredgecolor=PAPER)
 
 
 def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **kw: Any) -> None:
-    """Text beside a point, with a halo that keeps it readable over lines."""
+    """Writes text beside a point, with a halo that keeps it readable over lines."""
     from matplotlib.patheffects import withStroke
 
     kw = {"fontsize": 9.5, "weight": "bold", "path_effects": [withStroke(linewidth=3, foreground=PAPER)], **kw}
@@ -63,7 +63,7 @@ def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, fl
 
 
 def cost_axis(axes: Axes, costs: Sequence[float], last: float) -> None:
-    """A logarithmic axis of MACs, with room for labels to the right of the last prefix."""
+    """Sets up a logarithmic axis of MACs, with room for labels to the right of the last prefix."""
     low, high = math.log10(min(costs)), math.log10(max(costs))
     pad, room = 0.06 * (high - low) + max(0.0, 0.25 - (high - low) / 2), 0.3
     low, high = low - pad, max(high + pad, (math.log10(last) - room * (low - pad)) / (1 - room))

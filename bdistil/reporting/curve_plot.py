@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 def _points(rows: Sequence[Row], x: str, y: str) -> Points:
-    """The points of two columns; x is positive, as its axis is logarithmic."""
+    """Points of two columns, restricted to x > 0 for a logarithmic axis."""
     pairs = ((number(row, x), number(row, y)) for row in rows)
     return [(a, b) for a, b in pairs if a is not None and b is not None and a > 0]
 
 
 def _number_stages(axes: Axes, stages: Sequence[Row]) -> None:
-    """Numbers the prefixes above their marks, from the last one backwards, without numbers that would overlap."""
+    """Labels the prefixes with their numbers, from the last one backwards; skips numbers that would overlap."""
     low, high = axes.get_xlim()
     limit = math.inf
     for row in reversed(stages):
@@ -49,9 +49,9 @@ def curve_figure(curve: Curve, size: tuple[float, float], title: str = "") -> Fi
     """Validation and test accuracy (or R²) of every prefix against its cumulative MACs, with the teacher as reference.
 
     Args:
-        curve: of the run.
+        curve: curve of the run.
         size: width and height in inches.
-        title: of the figure.
+        title: title of the figure.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -72,7 +72,7 @@ def curve_figure(curve: Curve, size: tuple[float, float], title: str = "") -> Fi
     below = goal if goal and not beaten else math.inf
     for points, style, colour, name in sorted(curves, key=lambda drawn: -drawn[0][-1][1]):
         macs, accuracy = points[-1]
-        below = min(accuracy, below - 0.075 * span)  # labels are below one another and below the teacher's line
+        below = min(accuracy, below - 0.075 * span)  # labels are stacked below each other and the teacher's line
         draw(axes, points, style, colour)
         note(axes, f"{name} {curve.score(accuracy, 1)}", (macs, below), (9, 0), colour, va="center")
     _number_stages(axes, stages)
@@ -89,7 +89,7 @@ def error_figure(curve: Curve, size: tuple[float, float]) -> Figure:
     """Rms and largest error to the teacher, and the share of outputs that meet their margin, by stage.
 
     Args:
-        curve: of the run.
+        curve: curve of the run.
         size: width and height in inches.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -120,8 +120,8 @@ def plot_curve(rows: Sequence[Row], path: Path, *, title: str = "", task: str = 
     Args:
         rows: the rows of curve.csv, the teacher first; any cell may be empty.
         path: the PNG, written atomically.
-        title: of the picture.
-        task: of the run.
+        title: title of the picture.
+        task: task of the run.
     """
     with atomic(path) as temporary:
         curve_figure(Curve(rows, task), (7.2, 4.2), title).savefig(temporary, format="png", dpi=150)

@@ -31,10 +31,10 @@ TextTable = tuple[list[str], list[list[str]]]  # header and rows
 
 @default_style()
 def write_report(run: RunDirectory) -> Path:
-    """Writes the HTML report of a run, one file without references, and the picture of its curve.
+    """Writes the HTML report of a run, one self-contained file, and the picture of its curve.
 
     Args:
-        run: has a curve.csv; decisions, configuration and calibration are reported if they exist.
+        run: run directory with a curve.csv; decisions, configuration and calibration are reported if they exist.
 
     Returns:
         The path of the report, `run.report`.
@@ -66,13 +66,13 @@ def write_report(run: RunDirectory) -> Path:
 
 
 def template(name: str) -> Template:
-    """A page of this folder; a variable that is not given is an error."""
+    """Loads an HTML template of this package; undefined variables are errors."""
     loader = PackageLoader("bdistil.reporting", ".")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(name)
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """A figure as inline SVG: without URLs, with ids of its own and colours that follow the colour scheme."""
+    """A figure as inline SVG: without URLs, with ids prefixed by `name` and colours that follow the colour scheme."""
     file = io.StringIO()
     figure.savefig(file, format="svg", facecolor="none")
     text = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->|\sxmlns(:xlink)?="[^"]*"', "", file.getvalue(), flags=re.DOTALL)
@@ -83,7 +83,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
 
 
 def _decisions(run: RunDirectory, curve: Curve) -> list[tuple[int, list[str]]]:
-    """Number of each round, with the rejected students and the accepted one."""
+    """The rejected and the accepted students of each round, by its number."""
     found, done = [], run.committed()
     for number in range(max(done, len(curve.stages)) + 1):
         tries = run.record(number).get("tries", []) if number < done else run.tries(number)
@@ -126,7 +126,7 @@ def _times_table(calibration: Calibration) -> TextTable:
 
 
 def versions() -> str:
-    """Versions of the packages that figures depend on."""
+    """Versions of the packages that the results depend on."""
     found = ((name, [d.version for d in distributions(name=name)]) for name in ("bdistil", "torch", "lightning"))
     named = [f"{name} {(installed or ['not installed'])[0]}" for name, installed in found]
     return ", ".join([*named, f"python {platform.python_version()}"])

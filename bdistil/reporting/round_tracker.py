@@ -19,7 +19,7 @@ from bdistil.storage.run_directory import RunDirectory
 
 
 def logger_step(trainer: pl.Trainer) -> int:
-    """The step at which loggers are: it continues over the rounds of a run, `trainer.global_step` does not."""
+    """Current step of the loggers, which continues over the rounds of a run, unlike `trainer.global_step`."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
@@ -36,11 +36,11 @@ class RoundTracker:
         self._started, self._warned, self._keep_students = False, False, True
 
     def start(self, trainer: pl.Trainer, number: int) -> None:
-        """Uses the loggers of this round's Trainer; at a start of the process, the committed rounds are logged again.
+        """Uses the loggers of this round's Trainer; the first call in a process logs the committed rounds again.
 
         Args:
-            trainer: of the round.
-            number: of the round, from 0.
+            trainer: Trainer of the round.
+            number: index of the round, from 0.
         """
         records = [self.run.record(t) for t in range(number)]
         steps = [0, *accumulate(record["steps"] for record in records)]
@@ -49,17 +49,17 @@ class RoundTracker:
             self._started = True
             for record, step in zip(records, steps[1:], strict=True):
                 self.log_round(record["curve"], record["round"] + 1, step)
-        # Each Trainer counts its steps from 0; the step axis of the loggers continues where the rounds before ended.
-        # There is no public way to set or to read it (lightning 2.6).
+        # Each Trainer counts its steps from 0; the step axis of the loggers continues where the last round ended.
+        # No public API sets or reads it (lightning 2.6).
         trainer.fit_loop.epoch_loop._batches_that_stepped = steps[-1]
 
     def committed(self, trainer: pl.Trainer, row: Mapping[str, Any], number: int) -> None:
         """Logs a committed round: its row of the curve, and its student as an artifact.
 
         Args:
-            trainer: of the round.
-            row: of curve.csv.
-            number: of the round, from 0.
+            trainer: Trainer of the round.
+            row: row of curve.csv.
+            number: index of the round, from 0.
         """
         self.log_round(row, number + 1, logger_step(trainer))
         self._log_student(self.run.folder(number), number + 1, row)
@@ -68,9 +68,9 @@ class RoundTracker:
         """Logs `round` and `round/<key>` for each number in a row of the curve, with `round` as x axis.
 
         Args:
-            row: of curve.csv; cells that are no numbers are left out.
-            number: of the round, from 1.
-            step: at which it ended, on the step axis of the loggers.
+            row: row of curve.csv; non-numeric cells are skipped.
+            number: number of the round, from 1.
+            step: step of the loggers at which the round ended.
         """
         metrics = {f"round/{key}": float(value) for key, value in row.items() if isinstance(value, (int, float))}
         for logger in self.loggers:
@@ -88,7 +88,7 @@ class RoundTracker:
             for run in _wandb_runs(self.loggers) if self._keep_students else ():
                 _log_artifact(run, folder, number, metadata)
         except Exception as error:
-            self._keep_students = False  # each of the next would wait for up to a minute
+            self._keep_students = False  # each further attempt could wait for a minute
             rank_zero_warn(
                 f"The student of round {number} was not logged to W&B, and those of later rounds will not be: they are "
                 f"in {folder.parent}. {type(error).__name__}: {error}"
@@ -105,7 +105,7 @@ class RoundTracker:
             rank_zero_warn(f"The curve was not logged to W&B: {self.run.curve}. {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Ends the W&B run; call it in a `finally`: during an exception, the run is marked as failed."""
+        """Ends the W&B run; call it in a `finally` block, so that an exception marks the run as failed."""
         failed = sys.exc_info()[0] is not None
         for logger in self.loggers:
             with self._harmless(logger):
@@ -126,7 +126,7 @@ class RoundTracker:
 
 
 def _wandb_runs(loggers: Sequence[Logger]) -> list[Any]:
-    """The W&B runs of loggers, on rank zero; a logger that was lost has none."""
+    """W&B runs of the loggers, on rank zero; loggers that have failed are skipped."""
     working = [logger for logger in loggers if isinstance(logger, WandbLogger) and not getattr(logger, "lost", False)]
     return [logger.experiment for logger in working if getattr(rank_zero_only, "rank", 0) == 0]
 
@@ -150,7 +150,7 @@ def _log_curve(run: Any, rows: Sequence[Mapping[str, str]], score: str) -> None:
 
 
 def _numbers(cells: Sequence[str]) -> Sequence[float | str | None]:
-    """A column as numbers if all cells are, else as text: a W&B table has one type for each column."""
+    """A column as numbers if all cells are numeric, else as text: a W&B table has one type per column."""
     try:
         return [float(cell) if cell else None for cell in cells]
     except ValueError:

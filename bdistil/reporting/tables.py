@@ -16,8 +16,8 @@ from rich.text import Text
 from bdistil.metrics.quality import score_name
 
 Row = Mapping[str, str]
-WIDTH = 100  # characters of a table for people
-# A rule below the header and nothing else, in ASCII: a table can be printed to any terminal, file or pipe.
+WIDTH = 100  # characters per line of a table in the terminal
+# The only rule is below the header and in ASCII, so that a table can be printed to any terminal, file or pipe.
 HEADER_RULE = Box("    \n    \n -  \n" + "    \n" * 5, ascii=True)
 
 
@@ -26,8 +26,8 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], width: in
 
     Args:
         header: names of the columns.
-        rows: cells as text, one for each column.
-        width: characters to which the last column is wrapped; unlimited by default.
+        rows: cells as text, one per column.
+        width: maximum line width, to which the last column is wrapped; unlimited by default.
 
     Example:
         >>> print(format_table(["stage", "MACs"], [["1", "5.91k"], ["2", "11.8k"]]))
@@ -48,7 +48,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], width: in
 
 
 def number(row: Row, column: str) -> float | None:
-    """The number in a cell; None if it is empty, no number, or not finite."""
+    """The number in a cell; None if the cell is empty, not numeric or not finite."""
     try:
         value = float(row.get(column) or "nan")
     except ValueError:
@@ -57,7 +57,7 @@ def number(row: Row, column: str) -> float | None:
 
 
 def format_count(value: float) -> str:
-    """A number with three digits and k, M, G, T or P.
+    """Formats a number with three digits and k, M, G, T or P.
 
     Example:
         >>> format_count(21_488)
@@ -71,7 +71,7 @@ def format_count(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for people: ``3.21 s``, ``0:12:30``."""
+    """Formats seconds for display: ``3.21 s``, ``0:12:30``."""
     return f"{seconds:.3g} s" if seconds < 59.5 else str(timedelta(seconds=round(seconds)))
 
 
@@ -94,8 +94,8 @@ class Curve:
     """The rows of curve.csv, with the names and units of their cells.
 
     Attributes:
-        rows: of curve.csv, the teacher first; any cell may be empty.
-        task: of the run. In a regression, the columns named accuracy hold R².
+        rows: rows of curve.csv, the teacher first; any cell may be empty.
+        task: task of the run. In a regression, the columns named accuracy hold R².
     """
 
     rows: Sequence[Row]
@@ -124,16 +124,16 @@ class Curve:
         return label.replace("loss", "rms error on labels") if self.task == "regression" else label
 
     def score(self, value: float, digits: int = 2) -> str:
-        """An accuracy as percentage, or R²."""
+        """Formats an accuracy as percentage, or R²."""
         return f"{value:.3f}" if self.regression else f"{value:.{digits}%}"
 
     def cell(self, row: Row, column: str, empty: str = "–") -> str:
-        """A cell with its unit.
+        """Formats a cell with its unit.
 
         Args:
-            row: of the curve.
+            row: row of the curve.
             column: name of a column.
-            empty: stands for an empty cell.
+            empty: text for an empty cell.
         """
         value = number(row, column)
         if value is None:
@@ -146,7 +146,7 @@ def curve_table(rows: Sequence[Row], task: str = "classification") -> str:
 
     Args:
         rows: the rows of curve.csv, the teacher first; any cell may be empty.
-        task: of the run.
+        task: task of the run.
     """
     curve = Curve(rows, task)
     names = (

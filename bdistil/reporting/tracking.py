@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from bdistil.storage.files import write_atomically
 
 INIT_SECONDS, FINISH_SECONDS = 10.0, 60.0  # longest waits for the server, at the start and at the end of a run
-KEPT_ROWS = 1000  # more than are logged in the 15 seconds between two writes of W&B, save for the shortest steps
+KEPT_ROWS = 1000  # more than W&B gets in the 15 seconds between two of its writes, except with very short steps
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Tracking:
         project: the W&B project.
         group: groups related runs, such as the seeds of one recipe.
         name: display name of the run; W&B generates one by default.
-        tags: labels to filter by, such as the data set, the teacher and the student.
+        tags: labels to filter by, such as the dataset, the teacher and the student.
         job_type: kind of job, such as fit, evaluate or profile.
     """
 
@@ -46,16 +46,16 @@ class Tracking:
 class RunLogger(WandbLogger):
     """`WandbLogger` for a run that may be killed, and that continues without W&B if W&B fails.
 
-    After a kill, W&B lacks the rows of about the last 15 seconds: its process ends without writing or uploading them.
+    If the process is killed, W&B loses the rows of about the last 15 seconds, which it has not yet written or uploaded.
     The last rows are therefore kept in ``wandb_rows.jsonl`` in the run directory until the W&B run has ended properly;
     the next start logs them again, at the same x.
 
     Args:
         folder: the run directory.
-        options: of `WandbLogger`.
+        options: options of `WandbLogger`.
 
     Attributes:
-        lost: W&B has failed, for example because its process was killed.
+        lost: whether W&B has failed, for example because its process was killed.
     """
 
     def __init__(self, folder: Path, **options: Any) -> None:
@@ -65,7 +65,7 @@ class RunLogger(WandbLogger):
         lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
         self._last, self._count = deque(lines, KEPT_ROWS), len(lines)
         for line in lines:
-            with suppress(ValueError):  # torn, as the host crashed
+            with suppress(ValueError):  # torn by a crash of the host
                 self._guarded(self.experiment.log, json.loads(line))
 
     def _guarded(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -84,7 +84,7 @@ class RunLogger(WandbLogger):
             f"W&B failed ({type(error).__name__}: {error}). Nothing more is logged there until the run is started "
             "again; training continues, and curve.csv and report.html are complete."
         )
-        with suppress(Exception):  # otherwise it fails at exit, with a traceback
+        with suppress(Exception):  # without the teardown, W&B fails at exit with a traceback
             rank_zero_only(_teardown)()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -100,7 +100,7 @@ class RunLogger(WandbLogger):
     def _keep(self, row: dict[str, Any]) -> None:
         self._last.append(json.dumps(row, default=str) + "\n")
         self._count += 1
-        if self._count % KEPT_ROWS == 0:  # the file begins anew
+        if self._count % KEPT_ROWS == 0:  # truncates the file to the last rows
             write_atomically(self._file, "".join(self._last))
         else:
             with open(self._file, "a") as file:
@@ -112,10 +112,10 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def finish(self, exit_code: int) -> None:
-        """Ends the W&B run, which then has all rows.
+        """Ends the W&B run after all rows have been uploaded.
 
         Raises:
-            TimeoutError: the server did not take them in time.
+            TimeoutError: the server did not accept them in time.
         """
         self.experiment.finish(exit_code=exit_code)
         self._file.unlink(missing_ok=True)
@@ -149,12 +149,12 @@ def make_logger(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> 
 
 
 def _is_copy(folder: Path) -> bool:
-    """Whether the run directory in which the W&B run was started last is still there beside this one."""
+    """Whether this run directory is a copy: the folder in which the W&B run was last started still exists."""
     try:
         origin = Path((folder / "wandb_place.txt").read_text(encoding="utf-8"))
         ids = [(place / "wandb_id.txt").read_text() for place in (folder, origin)]
         return ids[0] == ids[1] and not origin.samefile(folder)
-    except OSError:  # it was moved, or is of an earlier version
+    except OSError:  # the folder was moved, or its file belongs to an earlier version
         return False
 
 
@@ -190,7 +190,7 @@ def _start(tracking: Tracking, folder: Path, config: Mapping[str, Any]) -> Any:
                 reason = "no API key is configured, see `wandb login`"
                 tell = rank_zero_warn if tracking.mode == "online" else rank_zero_info
         except Exception as error:
-            wandb.teardown()  # the id stays in use otherwise
+            wandb.teardown()  # otherwise the id stays in use
             message = " ".join(str(error).split())
             reason, tell = f"{configured.base_url} did not start the run ({message})", rank_zero_warn
     if run is None:

@@ -1,1 +1,1 @@
-"""Validation of what a user gives, before anything is trained."""
+"""Validation of user inputs before training."""

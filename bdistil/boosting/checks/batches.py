@@ -1,4 +1,4 @@
-"""Validation of how batches are made: hooks of a data module, samples that depend on their batch, data of a fit."""
+"""Validation of batches: hooks of a data module, samples that depend on their batch, and the data of a fit."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from bdistil.metrics.cost import as_written
 from bdistil.utils.modules import eval_mode, module_device
 from bdistil.utils.trees import take_rows
 
-TRIES = 8  # of a hook that changes some batches at random
+TRIES = 8  # calls of each hook, as it may change batches at random
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-READ, COMPARED = 16, 4  # samples whose sizes are looked at, and smallest and largest ones that are compared
+READ, COMPARED = 16, 4  # samples whose sizes are read, and how many of the smallest and of the largest are compared
 # Largest change of a logit, relative to the largest logit, that counts as rounding.
 ROUNDING = 1e-3
-# Training samples about which a teacher is asked again when a run goes on, and the largest rms of the differences, in
-# units of the ledger, that counts as rounding: the run may go on on another device, or in bfloat16.
+# Number of training samples on which the teacher is evaluated again when a run is resumed, and the largest rms
+# difference, in units of the ledger, that counts as rounding: a run may resume on another device, or in bfloat16.
 ASKED, UNCHANGED = 8, 0.02
 
 
 def check_hooks(owner: pl.LightningDataModule | pl.LightningModule, loader: Any, *, indexed: bool = True) -> None:
-    """Tries hooks of a data module, or of a module, on a batch (x, y, index) of a loader of (x, y), as in training.
+    """Calls the batch hooks of a data module or a module on a batch (x, y, index), as in training.
 
-    With `indexed` off it is a batch as the loader of the user gives it.
+    `loader` yields (x, y). Without `indexed`, the batch is passed as this loader yields it.
 
     Raises:
-        UserError: one changes the batch after it was read, or fails.
+        UserError: a hook changes the batch, or fails.
     """
     hooks = [hook for hook in HOOKS if is_overridden(hook, owner)]
     if not hooks or not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Sized) or not loader.dataset:
@@ -69,7 +69,7 @@ def check_hooks(owner: pl.LightningDataModule | pl.LightningModule, loader: Any,
 
 
 def indexed(batch: Any) -> tuple[Any, Any, Index]:
-    """A batch (x, y, index) as it is. Raises UserError for one of loaders without the index."""
+    """Returns a batch (x, y, index) unchanged. Raises UserError if the index is missing."""
     if not isinstance(batch, tuple | list) or len(batch) != 3:
         raise UserError(
             "Expected a batch (x, y, index) of the data module that `controller.rounds(datamodule)` was given, got one "
@@ -80,7 +80,7 @@ def indexed(batch: Any) -> tuple[Any, Any, Index]:
 
 
 def check_fit(trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:
-    """Raises UserError where a Trainer fits other data than those of the run, or only the first batches of an epoch."""
+    """Raises UserError if a Trainer fits other data than those of the run, or only the first batches of an epoch."""
     if getattr(trainer, "datamodule", None) is not datamodule:
         raise UserError(
             "Expected the data module that `controller.rounds(datamodule)` was given, got another one or loaders. "
@@ -94,17 +94,18 @@ def check_fit(trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) ->
 
 
 class _Twice(NamedTuple):
-    """x of one sample, as a batch of it alone and as a row of a batch of several."""
+    """x of one sample, as a batch of one and as a row of a larger batch."""
 
     alone: Any
     together: Any
 
 
 def check_independence(parts: Iterable[Part], nets: Mapping[str, nn.Module]) -> None:
-    """Checks that cached logits belong to a sample in any batch.
+    """Checks that the logits of a sample do not depend on its batch, so that they can be cached.
 
     Raises:
-        UserError: a collate function mixes samples at random, or pads them, and one of the networks sees the padding.
+        UserError: the collate function mixes samples at random, or pads them and the padding changes the logits of a
+            network.
     """
     for part in parts:
         batches = _batches_of(part.loader, part.items)
@@ -128,22 +129,22 @@ def check_independence(parts: Iterable[Part], nets: Mapping[str, nn.Module]) -> 
 
 
 def _batches_of(loader: DataLoader[Any], items: Any) -> list[_Twice]:
-    """Some of the smallest and of the largest samples, alone and together; none where batches cannot be cut."""
+    """Some of the smallest and the largest samples, alone and in one batch; none if a batch cannot be split."""
     read = [items[number] for number in spread(len(items), READ)]
     alone = [loader.collate_fn([item])[0] for item in read]
     order = sorted(range(len(read)), key=lambda number: sum(leaf.numel() for leaf in leaves(alone[number])))
     chosen = sorted({*order[:COMPARED], *order[-COMPARED:]})
     together, _ = loader.collate_fn([read[number] for number in chosen])
-    with suppress(UserError):  # a batch of which no sample can be cut out
+    with suppress(UserError):  # a batch that cannot be split into samples
         return [_Twice(alone[number], take_rows(together, slice(row, row + 1))) for row, number in enumerate(chosen)]
     return []
 
 
 @torch.no_grad()
 def check_teacher(teacher: nn.Module, part: Part) -> None:
-    """Compares the teacher's answers to some samples with those in the ledger: its weights do not decide them alone.
+    """Compares the teacher's logits of some samples with the ledger, as equal weights do not imply equal logits.
 
-    A teacher that answers at random is not compared.
+    A non-deterministic teacher is not compared.
 
     Raises:
         UserError: they differ by more than rounding.
@@ -152,7 +153,7 @@ def check_teacher(teacher: nn.Module, part: Part) -> None:
     numbers = spread(part.samples, ASKED)
 
     def ask() -> Tensor:
-        items = ([part.items[number]] * min(2, part.batch_size) for number in numbers)  # many networks need two
+        items = ([part.items[number]] * min(2, part.batch_size) for number in numbers)  # many networks need two samples
         batches = (move_data_to_device(part.loader.collate_fn(pair)[0], device) for pair in items)
         return part.ledger.units.inward(torch.cat([teacher(x)[:1].float().cpu() for x in batches]))
 
@@ -170,7 +171,7 @@ def check_teacher(teacher: nn.Module, part: Part) -> None:
 
 @torch.no_grad()
 def _sees_the_batch(net: nn.Module, rows: Sequence[_Twice]) -> bool:
-    """Whether the logits of samples differ between both forms; without drawing a random number."""
+    """Whether the logits of samples differ between both forms; leaves the random state unchanged."""
     device = module_device(net)
     with as_written(net), eval_mode(net):
         for row in rows:

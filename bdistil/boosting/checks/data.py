@@ -31,10 +31,10 @@ TEST = "test_dataloader"
 
 
 def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | None = None) -> tuple[Any, Any]:
-    """Sets up a data module and returns its two loaders, whose batches become (x, y).
+    """Sets up a data module and returns its training and validation loader, converted to batches (x, y).
 
     Raises:
-        UserError: it lacks one, or changes batches.
+        UserError: a loader is missing, or a hook changes batches.
     """
     for method in ("train_dataloader", "val_dataloader"):
         if not is_overridden(method, datamodule, pl.LightningDataModule):
@@ -53,12 +53,12 @@ def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | 
 
 @contextmanager
 def _data_errors(datamodule: pl.LightningDataModule) -> Iterator[None]:
-    """Explains errors of torch's samplers in the user's methods."""
+    """Context that explains errors raised by torch's samplers in the user's methods."""
     kind = type(datamodule).__name__
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if "num_samples" in str(error):  # torch's own sampler refuses an empty dataset that is to be shuffled
+        if "num_samples" in str(error):  # torch's RandomSampler rejects an empty dataset
             message = f"Expected the datasets of `{kind}` to hold samples, got an empty one ({error})."
             raise UserError(message) from error
         if "process group" in str(error):
@@ -70,10 +70,10 @@ def _data_errors(datamodule: pl.LightningDataModule) -> Iterator[None]:
 
 
 def test_loader_of(datamodule: pl.LightningDataModule, settings: BoostingSettings) -> Any:
-    """The loader of the test part, whose batches become (x, y); None where a data module has none.
+    """The loader of the test part, converted to batches (x, y); None if the data module has none.
 
     Raises:
-        UserError: it is not one loader.
+        UserError: the method returned anything but a single loader.
     """
     if not is_overridden(TEST, datamodule, pl.LightningDataModule):
         return None
@@ -89,14 +89,14 @@ def test_loader_of(datamodule: pl.LightningDataModule, settings: BoostingSetting
 
 
 def as_pairs(loader: Any, name: str, settings: BoostingSettings | None = None) -> Any:
-    """A loader that a user's method returned, with batches (x, y) by the settings; without settings as it is."""
+    """Converts a user's loader to batches (x, y) according to the settings; unchanged without settings."""
     if settings is None:
         return loader
     return paired(loader, settings.labels, ignore_index=settings.ignore_index, name=name)
 
 
 def check_batches(loader: Any) -> Any:
-    """A training loader, as it is. Raises UserError where it has samples, but no batch."""
+    """Returns a training loader unchanged. Raises UserError if it has samples but yields no batch."""
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized) and isinstance(loader.batch_sampler, Sized):
         samples, batches = len(loader.dataset), len(loader.batch_sampler)
         if samples and not batches:
@@ -109,9 +109,9 @@ def check_batches(loader: Any) -> Any:
 
 
 def warn_of_undrawn(loader: DataLoader[Any]) -> None:
-    """Warns where the sampler of a training loader is a list of some samples of its dataset.
+    """Warns if the sampler of a training loader is a fixed list that omits samples of its dataset.
 
-    They are not cut out of the dataset: a curriculum gives other lists in later epochs, which nobody knows yet.
+    The omitted samples stay in the run, as a curriculum may draw them in later epochs.
     """
     sampler = getattr(loader.batch_sampler, "sampler", None)
     rows = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
@@ -128,7 +128,7 @@ def warn_of_undrawn(loader: DataLoader[Any]) -> None:
 
 
 def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bool:
-    """Whether a training loader augments at random. Raises UserError where cached logits would not fit the batches."""
+    """Whether a training loader augments at random. Raises UserError if cached logits would not match the batches."""
     random = is_random(loader.dataset)
     if settings.state == "recompute":
         return random
@@ -149,7 +149,7 @@ def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bo
 
 
 class _Collated(Dataset[Any]):
-    """A dataset of the collated batches of one sample."""
+    """A dataset whose items are the samples as collated batches of one."""
 
     def __init__(self, loader: Any, dataset: Any) -> None:
         self.loader, self.dataset = loader, dataset
@@ -165,17 +165,17 @@ class _Collated(Dataset[Any]):
 def check_outputs(
     teacher: nn.Module, student: nn.Module, example: Any, task: Task = "classification", *, recomputed: bool = False
 ) -> int:
-    """L, after a check that teacher and student return logits (B, L) of the same L.
+    """Checks that teacher and student return logits (B, L) with the same L; returns L.
 
     Args:
         teacher: the teacher.
         student: an unlinked student; it is left in eval mode.
         example: x of two samples.
-        task: of the run; classification needs L >= 2.
-        recomputed: whether the teacher answers to every batch again, and shares its x with students.
+        task: task of the run; classification requires L >= 2.
+        recomputed: whether the teacher runs on every batch and shares its x with the students.
 
     Raises:
-        UserError: another shape, two different L, or a teacher that does not give the same answer again.
+        UserError: the logits have another shape, the two L differ, or the teacher is not deterministic.
     """
     with as_written(teacher, student):
         answer = student.eval()(move_data_to_device(example, module_device(student)))
@@ -204,10 +204,10 @@ def check_outputs(
 
 
 def check_repeatable(answer: Callable[[Any], Any], name: str, x: Any) -> Any:
-    """The answer to a batch x on its device, after a check that it is the same when asked again.
+    """Returns the output for a batch x on its device, after checking that a second call gives the same output.
 
     Raises:
-        UserError: x was changed in place, or the second answer differs.
+        UserError: x was changed in place, or the second output differs.
     """
     before = copy.deepcopy(x)
     first = answer(x)
@@ -226,7 +226,7 @@ def check_repeatable(answer: Callable[[Any], Any], name: str, x: Any) -> Any:
 
 
 def check_task(task: Task, teacher: nn.Module) -> None:
-    """Raises UserError where teachers of another task than classification are averaged as probabilities."""
+    """Raises UserError if teachers of another task than classification are averaged as probabilities."""
     inner = teacher.network if isinstance(teacher, AdaptedTeacher) else teacher
     if task != "classification" and isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
         raise UserError(

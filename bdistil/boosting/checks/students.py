@@ -1,4 +1,4 @@
-"""Validation of `student` and of the modules that it makes, before they are trained."""
+"""Validation of `student` and of the modules that it builds, before they are trained."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def check_factory(make: Any) -> None:
             f"Expected `student` to be a function of the round, make_student(round) -> module, got one that cannot be "
             f"called with a number ({error}). Write student=lambda round: …"
         ) from error
-    except ValueError:  # a callable without a signature
+    except ValueError:  # a callable whose signature is unavailable
         return
 
 
 def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None:
-    """Raises UserError where the ladder has wider rungs but `student` takes no `width`."""
+    """Raises UserError if the ladder has wider rungs but `student` takes no `width`."""
     wider = [rung.width for rung in ladder if rung.width != 1]
     parameters = inspect.signature(make).parameters.values()
     if wider and not any(p.name == "width" or p.kind is p.VAR_KEYWORD for p in parameters):
@@ -56,7 +56,7 @@ def check_widths(make: Callable[..., nn.Module], ladder: Sequence[Rung]) -> None
 
 
 def check_rounds(student: nn.Module, rounds: int) -> None:
-    """Raises UserError where there are more rounds than segments that the students read."""
+    """Raises UserError if there are more rounds than segments that the students read."""
     most = student.most_rounds if isinstance(student, Student) else None
     if most is not None and rounds > most:
         raise UserError(
@@ -66,16 +66,16 @@ def check_rounds(student: nn.Module, rounds: int) -> None:
 
 
 def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any, outputs: int | None = None) -> None:
-    """Checks a new student, and gives its lazy layers their sizes.
+    """Checks a new student, and materialises its lazy layers.
 
     Args:
-        student: new, linked; it stays in its mode.
+        student: the new, linked student; its mode is kept.
         earlier: the students before it, on the same device.
         example: x of a few samples.
-        outputs: L of the teacher; None where it is not known yet.
+        outputs: L of the teacher; None if not known yet.
 
     Raises:
-        UserError: it cannot be trained, saved or evaluated; the message says why, and the way out.
+        UserError: the student cannot be trained, saved or evaluated; the message gives the reason and the fix.
     """
     _refuse_compiled(student)
     _check_state(student)
@@ -102,15 +102,15 @@ def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any
 
 
 def check_reads(student: nn.Module, loader: Any, name: str) -> None:
-    """Checks that a new student, unlinked, reads a sample of another part than the training part.
+    """Checks that a new, unlinked student can read a sample of the validation or test part.
 
     Args:
-        student: checked by `check_student`.
-        loader: of the part, its batches are (x, y); None where there is no such part.
-        name: of the user's method that returned it.
+        student: a student that passed `check_student`.
+        loader: loader of the part with batches (x, y); None if there is no such part.
+        name: name of the user's method that returned it.
 
     Raises:
-        UserError: the student fails on it.
+        UserError: the student fails on the sample.
     """
     if loader is None or isinstance(loader.dataset, IterableDataset):
         return
@@ -132,16 +132,16 @@ def _form(x: Any) -> str:
 
 
 def check_ladder(make: Callable[..., nn.Module], settings: BoostingSettings, x: Any, outputs: int) -> None:
-    """Builds and evaluates the students of all rounds and classes, and each class that reads stages after each other.
+    """Builds and checks a student of each class in every round; if classes read stages, also pairs of them in sequence.
 
     Args:
         make: ``make_student(round)``.
-        settings: of the run.
-        x: a batch (B, ...) as an example.
+        settings: settings of the run.
+        x: an example batch (B, ...).
         outputs: L of the teacher.
 
     Raises:
-        UserError: one of them cannot be built or evaluated; its round and class are named.
+        UserError: a student cannot be built or evaluated; names its round and class.
     """
     earlier: list[nn.Module] = []
     rungs: list[Rung] = []
@@ -161,7 +161,7 @@ def check_ladder(make: Callable[..., nn.Module], settings: BoostingSettings, x: 
 def _next_student(
     make: Callable[..., nn.Module], earlier: list[nn.Module], rungs: list[Rung], rung: Rung, x: Any, outputs: int
 ) -> nn.Module:
-    """A student of a class after others, checked, in eval mode."""
+    """Builds and checks a student of a class after the `earlier` ones; returns it in eval mode."""
     number = len(earlier)
     try:
         student = build_student(make, number, earlier, rung, x).cpu()
@@ -174,7 +174,7 @@ def _next_student(
 
 
 def _way_out(rungs: Sequence[Rung], rung: Rung) -> str:
-    """What to change in the ladder, where two of its classes do not fit together."""
+    """Advice for the error message if two classes of the ladder are incompatible."""
     if rung.at and rungs and rung.width != rungs[-1].width:
         return " Give both classes the same `width`, or the student a `refinement` to its own channels."
     if rung.at and rungs and rungs[-1].links and rung != rungs[-1]:
@@ -183,7 +183,7 @@ def _way_out(rungs: Sequence[Rung], rung: Rung) -> str:
 
 
 def _check_outputs(student: nn.Module, answer: Any, outputs: int) -> None:
-    """Raises UserError unless the logits, and what a `Student` says of them, have the L of the teacher."""
+    """Raises UserError unless the logits, and the `outputs` of a `Student`, have the L of the teacher."""
     shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
     if not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] != outputs:
         raise UserError(
@@ -197,7 +197,7 @@ def _check_outputs(student: nn.Module, answer: Any, outputs: int) -> None:
 
 
 def _check_parts(student: Student, earlier: Sequence[nn.Module], example: Any, answer: Any) -> None:
-    """Raises UserError where a `forward` of the user's own does not do what its parts do, which run alone later."""
+    """Raises UserError if an overridden `forward` differs from `answer` after `features`, which run in an ensemble."""
     x = move_data_to_device(example, module_device(student))
     linked = linked_activations(student, earlier, x)
     by_parts: Any = student.answer(student.activations(x, linked)[FEATURES], linked)
@@ -225,13 +225,13 @@ def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) ->
 
 
 def _check_alone(student: nn.Module, earlier: Sequence[nn.Module], example: Any, answer: Any) -> None:
-    """Raises UserError where a sample gets another answer alone, as at an early exit, than in a batch of several."""
+    """Raises UserError if the logits of a sample alone, as at an early exit, differ from those in a larger batch."""
     x = move_data_to_device(example, module_device(student))
     try:
         first, samples = take_rows(x, slice(0, 1)), row_count(x)
-    except UserError:  # no sample can be cut out
+    except UserError:  # the batch cannot be split into samples
         return
-    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != samples:  # refused elsewhere
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != samples:  # rejected elsewhere
         return
     try:
         same = close(run_student(student, earlier, first), answer[:1])
@@ -255,7 +255,7 @@ def _tensors(student: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _refuse_compiled(student: nn.Module) -> None:
-    """Refuses TorchScript, and a module around another one, as `torch.compile(network)` makes it."""
+    """Raises UserError for TorchScript, and for a module that wraps another one, as `torch.compile(network)` does."""
     if isinstance(student, torch.jit.ScriptModule):
         raise UserError(
             f"Expected a student written in Python, got a {type(student).__name__} of TorchScript, which cannot be "
@@ -271,7 +271,7 @@ def _refuse_compiled(student: nn.Module) -> None:
 
 
 def _check_state(student: nn.Module) -> None:
-    """Raises UserError unless the state is tensors, some of them to be trained."""
+    """Raises UserError unless the state consists of unquantised tensors and some parameter is trainable."""
     for name, value in student.state_dict().items():
         if not isinstance(value, Tensor) or (not isinstance(value, UninitializedBuffer) and value.is_quantized):
             kind = "a quantized tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -288,7 +288,7 @@ def _check_state(student: nn.Module) -> None:
 
 
 def _check_types(student: nn.Module) -> None:
-    """Raises UserError for weights in half precision, whose steps would be rounded away, and links in two types."""
+    """Raises UserError for half-precision weights, which round small updates away, and float64 weights with links."""
     if isinstance(student, Student) and student.links and torch.float64 in {p.dtype for p in student.parameters()}:
         raise UserError(
             "Expected a student with weights in float32, as it links to earlier ones, got float64. Leave them in "

@@ -17,16 +17,16 @@ from bdistil.errors import UserError
 
 # Strategies with one device, or one process per device that runs the script from its top; `auto` chooses between them.
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
-# WeightAveraging is there from lightning 2.6 on.
+# WeightAveraging exists since lightning 2.6.
 AVERAGING = (StochasticWeightAveraging, getattr(lightning_callbacks, "WeightAveraging", StochasticWeightAveraging))
 
 
 def check_trainer(trainer: pl.Trainer, settings: BoostingSettings) -> None:
-    """Checks all that a Trainer shows before it is used.
+    """Checks the configuration of a Trainer before it is used.
 
     Raises:
-        UserError: the strategy, the precision or a callback is none that a round allows, or the Trainer would not train
-            or not validate.
+        UserError: a round does not support the strategy, the precision or a callback, or the Trainer would not train or
+            not validate.
     """
     if trainer.barebones:
         raise UserError(
@@ -41,7 +41,7 @@ def check_trainer(trainer: pl.Trainer, settings: BoostingSettings) -> None:
 
 
 def check_strategy(strategy: Strategy | str) -> None:
-    """Raises UserError for a strategy, or its name, under which no process holds a whole student."""
+    """Raises UserError for a strategy, given as object or name, that shards the student or starts new processes."""
     if isinstance(strategy, str):
         name, known = strategy, strategy in STRATEGIES
     else:
@@ -69,7 +69,7 @@ def check_precision(precision: str) -> None:
 
 
 def _check_length(trainer: pl.Trainer) -> None:
-    """Raises UserError for limits with which a Trainer makes no step."""
+    """Raises UserError for limits with which a Trainer performs no step."""
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if (value := getattr(trainer, name)) == 0:
             raise UserError(
@@ -79,7 +79,7 @@ def _check_length(trainer: pl.Trainer) -> None:
 
 
 def _check_finders(trainer: pl.Trainer) -> None:
-    """Raises UserError for callbacks that fit a module on trial, before the ledger of the round is open."""
+    """Raises UserError for callbacks that run trial fits before the ledger of the round is open."""
     for finder, found, way_out in (
         (LearningRateFinder, "learning rate", "give it as BoostingSettings(lr=…) or `optimizer`"),
         (BatchSizeFinder, "batch size", "give it to the data module"),
@@ -93,7 +93,7 @@ def _check_finders(trainer: pl.Trainer) -> None:
 
 
 def _check_validation(trainer: pl.Trainer) -> None:
-    """Raises UserError where a Trainer does not validate, which `keep_epoch` needs."""
+    """Raises UserError if a Trainer does not validate, which `keep_epoch` requires."""
     if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise UserError(
             "Expected keep_epoch='last' beside StochasticWeightAveraging, whose average the best epoch would replace."
@@ -107,7 +107,7 @@ def _check_validation(trainer: pl.Trainer) -> None:
 
 
 def check_unused(trainer: pl.Trainer) -> None:
-    """Raises UserError for a Trainer that has trained already: it is at its end, and would train nothing."""
+    """Raises UserError for a Trainer that has already been used: it has reached its limits and would not train."""
     if trainer.global_step > 0:
         raise UserError(
             f"Expected a Trainer of its own for each round, got one that has trained {trainer.global_step} steps "
@@ -117,16 +117,16 @@ def check_unused(trainer: pl.Trainer) -> None:
 
 
 class SharedCallbacks:
-    """Callbacks of the tries so far: some of Lightning's carry the past of one student over to the next."""
+    """Tracks the callbacks of all tries, as some of Lightning's carry state from one student over to the next."""
 
     def __init__(self) -> None:
         self._used: dict[tuple[int, int], list[pl.Callback]] = {}
 
     def start(self, trainer: pl.Trainer, attempt: tuple[int, int]) -> None:
-        """Lets each EarlyStopping begin anew with a try of a round, which (round, try) names.
+        """Resets each EarlyStopping at the start of a try, identified by (round, try).
 
         Raises:
-            UserError: a callback that averages weights was in the Trainer of another round.
+            UserError: a callback that averages weights was used by the Trainer of another try.
         """
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         before = [callback for key, used in self._used.items() if key != attempt for callback in used]
@@ -143,10 +143,10 @@ class SharedCallbacks:
 
 
 def check_uncompiled(module: pl.LightningModule) -> None:
-    """Raises UserError for a round that was compiled as a whole: its steps read the ledger's files."""
+    """Raises UserError for a round that was compiled as a whole, as its steps read the ledger's files."""
     try:
         to_uncompiled(module)
-    except ValueError:  # it is not compiled
+    except ValueError:  # the module is not compiled
         return
     raise UserError(
         "Expected the module of a round as it is, got torch.compile(module). Compile the network that is trained: "
@@ -155,12 +155,12 @@ def check_uncompiled(module: pl.LightningModule) -> None:
 
 
 def check_trained(steps: int, number: int, student: nn.Module, initial: Sequence[Tensor]) -> None:
-    """Raises UserError for a round whose optimizer made no step, or changed no weight.
+    """Raises UserError for a round whose optimizer performed no step, or changed no weight.
 
     Args:
-        steps: of the optimizer.
-        number: of the round, from 0.
-        student: after the fit.
+        steps: number of optimizer steps.
+        number: index of the round, from 0.
+        student: the student after the fit.
         initial: its parameters before the fit.
     """
     if steps == 0:
@@ -178,6 +178,6 @@ def check_trained(steps: int, number: int, student: nn.Module, initial: Sequence
 
 
 def equal_parameters(module: nn.Module, values: Sequence[Tensor]) -> bool:
-    """Whether the parameters of a module have these values, which are on the CPU."""
+    """Whether the parameters of a module equal `values`, which are on the CPU."""
     now = [parameter.detach().cpu() for parameter in module.parameters()]
     return all(torch.equal(one, other) for one, other in zip(now, values, strict=True))

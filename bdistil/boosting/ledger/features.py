@@ -18,18 +18,18 @@ Shapes = Mapping[int, tuple[int, ...]]
 class FeatureCache:
     """Activations (N, ...) of recent students by sample index, on disk: features in float32, others in float16.
 
-    With them no body of an earlier student runs in training: a step costs the same in round 2 and in round 20.
-    Activations of a student have the keys of `bdistil.models.stages`.
+    The cache saves running the bodies of earlier students in training: a step costs the same in round 2 and in round
+    20. Activations of a student have the keys of `bdistil.models.stages`.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
         samples: N.
     """
 
     def __init__(self, folder: Path, samples: int) -> None:
         self.folder, self.samples = folder, samples
         self._open: dict[tuple[int, int], tuple[RowFile, tuple[int, ...]]] = {}
-        self._next: dict[int, RowFile] = {}  # while they are written
+        self._next: dict[int, RowFile] = {}  # files being written
 
     def _file(self, number: int, key: int) -> Path:
         name = f"features.{number:03d}.f32" if key == FEATURES else f"features.{number:03d}.{key + 1}.f16"
@@ -43,13 +43,13 @@ class FeatureCache:
         }
 
     def write(self, low: int, activations: Mapping[int, Tensor]) -> None:
-        """Writes activations (rows, ...) from row `low` on; those that no file was created for are left out."""
+        """Writes activations (rows, ...) from row `low` on; skips those for which no file was created."""
         for key, file in self._next.items():
             rows = activations[key].flatten(1)
             file.write(low, rows if key == FEATURES else rows.clamp(-LARGEST_HALF, LARGEST_HALF))
 
     def publish(self, number: int) -> None:
-        """Makes the files that were written those of student `number`."""
+        """Publishes the written files as those of student `number`."""
         written, self._next = self._next, {}
         for key, file in written.items():
             publish(file.path, self._file(number, key))
@@ -74,11 +74,11 @@ class FeatureCache:
                 path.unlink(missing_ok=True)
 
     def holds(self, places: Sequence[tuple[int, int]]) -> bool:
-        """Whether all of some activations, given as (number, key), are open."""
+        """Whether all the given activations, identified by (number, key), are open."""
         return all(place in self._open for place in places)
 
     def rows(self, places: Sequence[tuple[int, int]], index: Array) -> list[Tensor]:
-        """Activations (B, ...) given as (number, key), in this order, on the CPU."""
+        """Activations (B, ...) of samples, identified by (number, key) and in this order, on the CPU."""
         opened = [self._open[place] for place in places]
         return [file.gather(index).view(len(index), *shape) for file, shape in opened]
 

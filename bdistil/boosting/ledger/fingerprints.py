@@ -1,4 +1,4 @@
-"""Sketches of all samples as they were when the teacher was evaluated, beside its logits."""
+"""Sketches of all samples at the time the teacher was evaluated, stored with its logits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class SampleSketches:
     """Sketches of x and y, (N, 2) by sample index, on disk.
 
     Args:
-        folder: of the file.
+        folder: folder of the file.
         samples: N.
     """
 
     def __init__(self, folder: Path, samples: int) -> None:
         self.folder, self.shape = folder, (samples, 2)
         self._open: RowFile | None = None
-        self._next: RowFile | None = None  # while it is written
+        self._next: RowFile | None = None  # file being written
 
     @property
     def _file(self) -> Path:
@@ -36,7 +36,7 @@ class SampleSketches:
         self._next.write(low, sketches)
 
     def publish(self) -> None:
-        """Completes the file."""
+        """Publishes the written file."""
         assert self._next is not None, "begin() creates the file"
         path, self._next = self._next.path, None
         publish(path, self._file)

@@ -1,7 +1,7 @@
 """The ledger: teacher logits g and running error S of all samples, on disk, by sample index.
 
 S = sum over committed students of (f_s - g) is the whole state of the game: its weights are two exponentials of S and L
-log-normalisers, and S / t is the error of the prefix of t students. A process holds a batch of the rows, whatever N.
+log-normalisers, and S / t is the error of the prefix of t students. Memory is bounded by a batch of rows, whatever N.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class ErrorLedger:
     """g and S by sample index, both (N, L), in the files of one folder; read as float32.
 
     Logits of a classifier are centred per sample and divided by their rms over all samples, so that settings have the
-    same meaning for any teacher. Outputs of a regression are standardised, each with its own mean and deviation.
-    `units` holds these numbers.
+    same meaning for any teacher. Outputs of a regression are standardised, each with its own mean and standard
+    deviation. `units` holds these numbers.
 
     Args:
-        folder: of the files; made by `create`.
-        storage: type of the numbers on disk; arithmetic is in float32. ``float16`` halves the size of the files and
-            rounds each number to 11 bits; numbers beyond 65504 are refused.
+        folder: folder of the files; created by `create`.
+        storage: dtype on disk; arithmetic is in float32. ``float16`` halves the size of the files and rounds each
+            number to 11 bits; numbers beyond 65504 are rejected.
 
     Example:
         >>> import tempfile
@@ -111,11 +111,11 @@ class ErrorLedger:
             logits: (first row, teacher logits (rows, L)) of the rows of this process (`distributed.my_blocks`).
             outputs: L.
             teacher: fingerprint of the teacher, compared at the next start.
-            task: classification or regression.
-            units: of another ledger (that of the training part), instead of measured ones.
+            task: task of the run.
+            units: units of another ledger (that of the training part), instead of measured ones.
 
         Raises:
-            RunError: a logit is NaN or infinite (the first sample is named), or all rows are the same.
+            RunError: a logit is NaN or infinite (names the first such sample), or all rows are equal.
         """
         raw_file, scaled_file = self.folder / "teacher.next.tmp", self.folder / "teacher.scaled.tmp"
         raw = allocate(raw_file, (samples, outputs))
@@ -135,7 +135,7 @@ class ErrorLedger:
         distributed.barrier()
 
     def open(self, samples: int, teacher: str = "") -> None:
-        """Opens what `create` wrote.
+        """Opens the files that `create` wrote.
 
         Raises:
             UserError: N or the teacher differs from the start of the run.
@@ -163,7 +163,7 @@ class ErrorLedger:
 
     @property
     def units(self) -> Units:
-        """Units of this ledger, in those of the teacher."""
+        """Units of this ledger, expressed in the teacher's units."""
         return Units(self.head.scale, self.head.offset)
 
     @property
@@ -178,7 +178,7 @@ class ErrorLedger:
         return version == 0 or is_complete(self._error_file(version), self._shape, self.storage)
 
     def use(self, version: int) -> None:
-        """Opens g and S after `version` rounds, and removes other versions of S; a restart can compute them again.
+        """Opens g and S after `version` rounds, and removes other versions of S, which a restart can recompute.
 
         Raises:
             RunError: the version is missing or torn.
@@ -204,10 +204,10 @@ class ErrorLedger:
         Args:
             logits: (first row, student logits in units of the ledger (rows, L)) of the rows of this process.
             eta: step size of the game, for the margins.
-            tolerance: a margin counts as met from -tolerance * b on.
+            tolerance: a margin of at least -tolerance * b counts as met.
 
         Raises:
-            RunError: a logit is NaN or infinite; the first sample is named.
+            RunError: a logit is NaN or infinite; names the first such sample.
         """
         state = passes.GameState(self._g, self._s, self.version, eta, self.log_normaliser(eta))
         target = allocate(self._next_file, self._shape, self.storage)
@@ -217,7 +217,7 @@ class ErrorLedger:
         return evidence
 
     def publish(self) -> None:
-        """Makes what `advance` wrote the next version of S. It counts once the round is committed."""
+        """Publishes what `advance` wrote as the next version of S, which becomes valid when the round is committed."""
         publish(self._next_file, self._error_file(self.version + 1))
 
     # ---- reading
@@ -226,7 +226,7 @@ class ErrorLedger:
         """g and S of a batch, both (B, L) float32 on the CPU.
 
         Args:
-            index: sample numbers, shape (B,); one on the CPU needs no synchronisation with a device.
+            index: sample numbers, shape (B,); on the CPU they need no synchronisation with a device.
 
         Raises:
             UserError: a number is not in 0 … N-1.
@@ -247,10 +247,10 @@ class ErrorLedger:
             raise UserError(message) from None
 
     def log_normaliser(self, eta: float) -> Tensor:
-        """log Z of the open version, shape (L,) float64: computed with S, or in one pass over it, then cached.
+        """log Z of the open version, shape (L,) float64; computed by `advance`, or in one pass over S, then cached.
 
         Raises:
-            RunError: S holds NaN or infinity.
+            RunError: S contains NaN or infinity.
         """
         if eta not in self._log_z:
             self._log_z[eta] = passes.log_normaliser(self._s, eta)

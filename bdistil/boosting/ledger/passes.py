@@ -28,19 +28,19 @@ from bdistil.metrics.quality import Task
 from bdistil.utils import distributed
 from bdistil.utils.threads import ordered_map
 
-# Numbers in the rows that are worked on at once. Their arrays are freed and used again; twice as many are fresh pages.
+# Numbers processed at once. Arrays of this size are reused by the allocator; twice as large ones need fresh pages.
 PIECE = 1 << 18
-# Most threads of a pass over a file that is not held in memory; more would wait for the disk.
+# Maximum number of threads of a pass over a file that is not memory-mapped; more would wait for the disk.
 THREADS = 4
 
 
 def measure_units(logits: RowFile, task: Task) -> Units:
-    """Units in which the rows (N, L) have rms 1: for each output of a regression, for all together otherwise.
+    """Units in which the rows (N, L) have rms 1: per output in a regression, over all outputs otherwise.
 
-    Logits of a classification are centred per sample, before they are written; other outputs have an offset.
+    Classification logits are centred per sample before they are written; other outputs have an offset.
 
     Raises:
-        RunError: all rows are the same.
+        RunError: all rows are equal.
     """
     samples, outputs = logits.shape
     mean = torch.zeros(outputs, dtype=torch.float64)
@@ -84,7 +84,7 @@ class GameState:
         s: running error S (N, L).
         students: number of students in S.
         eta: step size of the game.
-        log_z: of S, shape (L,) float64.
+        log_z: log-normaliser of S, shape (L,) float64.
     """
 
     g: RowFile
@@ -100,7 +100,7 @@ def advance(
     """Writes S with a new student, in one pass.
 
     Args:
-        state: before the student.
+        state: state before the student.
         target: file of the new S.
         logits: (first row, student logits in units of the ledger (rows, L)) of the rows of this process.
         smallest: smallest margin that counts as met.
@@ -109,7 +109,7 @@ def advance(
         The evidence on the student, and log Z of the new S, shape (L,) float64.
 
     Raises:
-        RunError: a logit is NaN or infinite; the first sample is named.
+        RunError: a logit is NaN or infinite; names the first such sample.
     """
     samples, outputs = target.shape
     margins, squares = block_sums(samples, outputs), block_sums(samples, 2)
@@ -148,10 +148,10 @@ def _advance_rows(state: GameState, target: RowFile, low: int, logits: Tensor) -
 
 
 def log_normaliser(s: RowFile, eta: float) -> Tensor:
-    """log Z of S, shape (L,) float64: the same bits in all processes, each of which reads its own blocks.
+    """log Z of S, shape (L,) float64, identical to the bit in all processes; each process reads its own blocks.
 
     Raises:
-        RunError: S holds NaN or infinity.
+        RunError: S contains NaN or infinity.
     """
     samples, outputs = s.shape
     normalisers, size = block_sums(samples, outputs, -np.inf), _piece_rows(outputs)

@@ -1,4 +1,4 @@
-"""Units and metadata of a ledger, and the evidence on which a new student is accepted or rejected."""
+"""Units and metadata of a ledger, and the evidence by which a new student is accepted or rejected."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bdistil.storage.files import write_atomically
 
 @dataclass(frozen=True)
 class Units:
-    """Units of a ledger, in those of the teacher.
+    """Units of a ledger, expressed in the teacher's units.
 
     Attributes:
-        scale: one for all outputs, or one for each output (regression).
-        offset: one for each output. None in classification: its logits are centred per sample, because softmax does
-            not depend on their mean.
+        scale: one value for all outputs, or one per output in a regression.
+        offset: one value per output. None in classification, where logits are centred per sample, as softmax does not
+            depend on their mean.
     """
 
     scale: float | tuple[float, ...] = 1.0
@@ -49,8 +49,8 @@ class LedgerHead:
     Attributes:
         samples: N.
         outputs: L.
-        scale: of `Units`.
-        offset: of `Units`.
+        scale: scale of `Units`.
+        offset: offset of `Units`.
         largest: max|g|, in units of the ledger.
         teacher: fingerprint of the teacher's weights; empty if unknown.
     """
@@ -84,10 +84,10 @@ class LedgerHead:
         write_atomically(path, json.dumps(asdict(self), indent=1))
 
     def refuse_others(self, folder: Path, samples: int, teacher: str) -> None:
-        """Refuses the ledger of another dataset or teacher.
+        """Rejects the ledger of another dataset or teacher.
 
         Args:
-            folder: of the ledger.
+            folder: folder of the ledger.
             samples: N of the dataset.
             teacher: fingerprint; empty if unknown.
 
@@ -109,13 +109,13 @@ class LedgerHead:
 
 @dataclass(frozen=True)
 class RoundEvidence:
-    """Evaluation of a new student over all samples, on which it is accepted or rejected.
+    """Evaluation of a new student over all samples, by which it is accepted or rejected.
 
     Attributes:
         margin_share: share of the L outputs whose margin is at least -tolerance * b.
         margin_min: smallest margin.
-        rms_before: rms error to the teacher of the prefix without the student; in round 0, of a constant answer.
-        rms_after: the same with the student.
+        rms_before: rms error to the teacher of the prefix without the student; in round 0, of a constant prediction.
+        rms_after: rms error to the teacher of the prefix with the student.
         sup_after: largest error to the teacher of the prefix with the student.
     """
 

@@ -1,4 +1,4 @@
-"""Sums over rows of a ledger. Joined over all blocks, they have the same bits for any number of processes."""
+"""Sums over rows of a ledger; joined over all blocks, they are bitwise identical for any number of processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bdistil.errors import RunError
 from bdistil.functional.boosting import game_rows, log_normaliser
 from bdistil.utils import distributed
 
-# Rows of a block. Each block belongs to one process, whatever the number of processes.
+# Rows per block. A block is never split between processes.
 BLOCK = 512
-# Rows that are added up in float32 before float64 takes their sum.
+# Rows summed in float32 before their sum is added in float64.
 GROUP = 16
 # exp(x) = 2^(x LOG2E); exp2 takes half the time of exp in torch on some processors.
 LOG2E = math.log2(math.e)
@@ -27,13 +27,13 @@ REMOVE_FILE = "Remove that file: it is computed again."
 
 @dataclass(frozen=True)
 class RowSums:
-    """Contribution of some rows to the sums over all samples, when a student is added.
+    """Contribution of some rows to the sums over all samples when a student is added.
 
     Attributes:
-        margins: shape (L,) float64.
+        margins: contribution to the margins, shape (L,) float64.
         squares: sums of the squared errors before and after; before the first student, of g.
         largest: max|S| after.
-        log_normaliser: of S after, shape (L,) float64.
+        log_normaliser: log-normaliser of S after, shape (L,) float64.
     """
 
     margins: Array
@@ -43,7 +43,7 @@ class RowSums:
 
 
 def block_sums(samples: int, columns: int, fill: float = 0.0) -> Array:
-    """Table (blocks, columns) for one sum of each block: `joined` adds them up in one order for all processes."""
+    """Table (blocks, columns) for the sums of each block, which `joined` adds in the same order in all processes."""
     return np.full((-(-samples // BLOCK), columns), fill)
 
 
@@ -53,25 +53,25 @@ def joined(sums: Array) -> Tensor:
 
 
 def joined_normalisers(normalisers: Array) -> Tensor:
-    """log Z (L,) from that of each block (blocks, L); -inf stands for the blocks of other processes."""
+    """log Z (L,) from those of the blocks (blocks, L); the blocks of other processes hold -inf."""
     own = np.where(normalisers > -np.inf, normalisers, 0.0)
     return torch.logsumexp(distributed.all_sum(torch.from_numpy(own)), 0)
 
 
 def column_sum(rows: Tensor) -> Tensor:
-    """Sum of rows (B, L) in float64, (L,), at the cost of one in float32: groups of rows are added in float32."""
+    """Sum over rows (B, L) in float64, (L,); groups of rows are summed in float32, which costs no more than float32."""
     whole = len(rows) // GROUP * GROUP
     groups = rows[:whole].view(-1, GROUP, rows.shape[1]).sum(1)
     return torch.cat((groups, rows[whole:])).sum(0, dtype=torch.float64)
 
 
 def square_sum(rows: Tensor) -> Tensor:
-    """Sum of squares: of a column in float32, over columns in float64. Other orders depend on the number of threads."""
+    """Sum of squares: per column in float32, over columns in float64; independent of the number of threads."""
     return rows.square().sum(0).sum(dtype=torch.float64)
 
 
 def normaliser_sums(error: Tensor, eta: float) -> Tensor:
-    """`functional.log_normaliser` of some rows of a block, (L,) float64, in a third of the time.
+    """`functional.log_normaliser` of some rows of a block, (L,) float64, three times as fast.
 
     Args:
         error: rows of S (B, L), B up to `BLOCK`.
@@ -108,9 +108,9 @@ def largest_finite(rows: Tensor, low: int, what: str = "the student's logits", c
     """Largest absolute value of the rows that begin with sample `low`.
 
     Raises:
-        RunError: one is NaN or infinite; names the first such sample.
+        RunError: a value is NaN or infinite; names the first such sample.
     """
-    low_end, high_end = torch.aminmax(rows)  # both are NaN if a number is
+    low_end, high_end = torch.aminmax(rows)  # both are NaN if any value is
     largest = torch.maximum(-low_end, high_end)
     if not torch.isfinite(largest):
         bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])

@@ -1,4 +1,4 @@
-"""Files with one row of numbers for each sample: all processes write disjoint rows, one of them renames the file."""
+"""Files with one row of numbers per sample; all processes write disjoint rows, then one of them renames the file."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ LARGEST_HALF = torch.finfo(torch.float16).max
 class RowFile:
     """Rows (N, D) of a file, read and written as float32 tensors on the CPU.
 
-    A file larger than `LARGE` is read and written by system calls: a process is charged for all memory mapped around
-    a row, which is up to 2 MB of it. A scattered row then costs 2 µs.
+    A file larger than `LARGE` is read and written by system calls, at 2 µs per scattered row, because memory-mapping
+    would charge the process for up to 2 MB around each row.
 
     Args:
-        path: of the file; it exists.
+        path: path of an existing file.
         shape: (N, D).
-        storage: type of the numbers in the file.
+        storage: dtype of the numbers in the file.
         writable: whether rows will be written.
     """
 
@@ -49,7 +49,7 @@ class RowFile:
         self._map: Array | None = None
         self.in_memory = size_of(shape, storage) <= LARGE or not hasattr(os, "preadv")
         if self.in_memory:
-            # As a plain array: the subclass adds microseconds to every look-up.
+            # As a plain array: the memmap subclass adds microseconds to every look-up.
             self._map = np.asarray(np.memmap(path, self._dtype, "r+" if writable else "r", shape=shape))
             return
         self._handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
@@ -71,7 +71,7 @@ class RowFile:
         Raises:
             IndexError: a number is not in 0 … N-1.
         """
-        mapped = self._map is not None  # then NumPy refuses large numbers itself, and counts negative ones from the end
+        mapped = self._map is not None  # then NumPy itself rejects large indices, and wraps negative ones
         if len(index) and (index.min() < 0 or (not mapped and index.max() >= self.shape[0])):
             raise IndexError(f"Expected rows in 0 … {self.shape[0] - 1} of {self.path}.")
         if self._map is not None:
@@ -83,14 +83,14 @@ class RowFile:
         return torch.from_numpy(np.frombuffer(content, self._dtype).reshape(len(index), self.shape[1])).float()
 
     def write(self, low: int, rows: Tensor) -> Tensor:
-        """Writes rows (B, D) from row `low` on; returns them as they will be read.
+        """Writes rows (B, D) from row `low` on; returns them as they will be read back.
 
         Raises:
             RunError: a number is too large for float16.
         """
         stored = self._stored(rows, low)
         if self._map is None:
-            with self._writing:  # the system admits one thread at a time, and others would spin
+            with self._writing:  # the system lets one thread write at a time, and others would spin
                 self._transfer(os.pwritev, stored.numpy(), low)
         else:
             self._map[low : low + len(rows)] = stored.numpy()
@@ -98,9 +98,9 @@ class RowFile:
 
     @contextmanager
     def flushed(self) -> Iterator[None]:
-        """Flushes a large file to the disk while it is being written, so that `publish` has little to wait for.
+        """Flushes a large file to disk while it is being written, so that `publish` has less to wait for.
 
-        On a slow disk it took a commit at the size of ImageNet from 2.6 to 2.0 times the seconds of cat and cp.
+        On a slow disk this reduced an ImageNet-sized commit from 2.6 to 2.0 times the duration of cat and cp.
         """
         if self._map is not None:
             yield
@@ -117,7 +117,7 @@ class RowFile:
                 yield
             finally:
                 over.set()
-            flushing.result()  # the disk reports an error once, and may have done so here
+            flushing.result()  # raises a disk error, which is reported only once
 
     def _stored(self, rows: Tensor, low: int) -> Tensor:
         rows = rows.detach().float().cpu().contiguous()
@@ -149,7 +149,7 @@ def size_of(shape: tuple[int, int], storage: Storage = "float32") -> int:
 
 
 def allocate(path: Path, shape: tuple[int, int], storage: Storage = "float32") -> RowFile:
-    """Creates a file of zeros. Its space is reserved now: a full disk is an error here, not a crash later."""
+    """Creates a file of zeros and reserves its space, so that a full disk is an error here and not a crash later."""
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
@@ -164,13 +164,13 @@ def allocate(path: Path, shape: tuple[int, int], storage: Storage = "float32") -
 def _reserve(handle: int, size: int) -> None:
     try:
         os.posix_fallocate(handle, 0, size)
-    except OSError as error:  # some mounts have no such call
+    except OSError as error:  # some file systems do not support this call
         if error.errno not in files.UNSUPPORTED:
             raise
 
 
 def publish(beside: Path, path: Path) -> None:
-    """`storage.files.publish` of a file that all processes have written."""
+    """Calls `storage.files.publish` for a file that all processes have written."""
     distributed.barrier()
     if distributed.rank() == 0:
         files.publish(beside, path)

@@ -1,4 +1,4 @@
-"""Samples are compared with those that state was kept for: at the start of a run and of a fit, and in its batches."""
+"""Checks that samples are still those for which the ledger holds state: at each start, in each fit and in batches."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from bdistil.errors import UserError
 from bdistil.storage.files import write_atomically
 from bdistil.utils import distributed
 
-# Samples that are compared at the start of a fit.
+# Number of samples compared at the start of a fit.
 FEW = 4
-# Batches of a fit that are compared: the first ones, and then one in as many.
+# Batches of a fit that are compared: the first `FIRST`, then every `EVERY`-th.
 FIRST, EVERY = 8, 32
-# Numbers of a batch that are sketched; the rest of its rows is left out.
+# Largest number of values of a batch that are sketched; the remaining rows are skipped.
 NUMBERS = 1 << 14
 
 SEED = (
@@ -66,12 +66,12 @@ def check_stored(folder: Path, name: str, items: Items) -> None:
     """Compares some samples of a run with those of a dataset, see `check_known`.
 
     Args:
-        folder: of the ledger of a part; a run without one is not checked.
-        name: of the user's method that returned the loader.
+        folder: ledger folder of a part; nothing is checked if it holds no digests.
+        name: name of the user's method that returned the loader.
         items: its dataset.
 
     Raises:
-        UserError: one differs.
+        UserError: a sample differs.
     """
     file = folder / "samples.json"
     if file.exists():
@@ -79,29 +79,29 @@ def check_stored(folder: Path, name: str, items: Items) -> None:
 
 
 def store_samples(folder: Path, items: Items) -> None:
-    """Keeps the digests of some samples of a part for `check_stored`, unless they are there."""
+    """Stores the digests of some samples of a part for `check_stored`, unless already stored."""
     if not (file := folder / "samples.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(stable_digests(items, spread(len(items)))))
 
 
 def read_known(stored: Mapping[str, Any]) -> dict[int, Digests]:
-    """Digests of samples by number, as JSON has kept them."""
+    """Converts stored JSON to digests by sample number."""
     return {int(number): _from_json(found) for number, found in stored.items()}
 
 
 def check_known(known: Mapping[int, Digests], name: str, items: Items, where: str, way: str) -> None:
-    """Compares some samples with those of a dataset, up to what one of both draws at random.
+    """Compares samples of a dataset with known digests, ignoring elements that are random in either.
 
     Args:
-        known: digests of samples that are spread over a dataset, its last one among them.
-        name: of the user's method that returned the loader.
+        known: digests of samples spread over the dataset, including the last one.
+        name: name of the user's method that returned the loader.
         items: its dataset.
-        where: the samples are known from, for the message.
-        way: out, for the message.
+        where: origin of the known samples, for the message.
+        way: how to fix it, for the message.
 
     Raises:
-        UserError: one differs, or there are more or fewer.
+        UserError: a sample or the number of samples differs.
     """
     if known and max(known) + 1 != len(items):
         raise UserError(f"`{name}()` gives a dataset of {len(items)} samples, not {max(known) + 1} as {where}. {way}")
@@ -120,18 +120,18 @@ class _Compared(NamedTuple):
 
 
 class SampleGuard:
-    """Compares samples of a part with those that state was kept for.
+    """Checks that the samples of a part are still those for which the ledger holds state.
 
-    Some are compared whenever a loader is made. Where nothing augments, sketches of all samples are kept with the
-    teacher's logits, and rows of the batches of a fit are compared with them.
+    Some samples are compared whenever a loader is created. Without augmentation, sketches of all samples are stored
+    with the teacher's logits, and rows of the batches of a fit are compared with them.
 
     Args:
-        name: of the user's method that returned the loader.
-        loader: of the part, its batches are (x, y).
+        name: name of the user's method that returned the loader.
+        loader: loader of the part; its batches are (x, y).
         items: its dataset, or a view of it.
-        folder: of the ledger.
-        augmented: the items are fixed views of samples that are random.
-        recomputed: the teacher is evaluated on every batch, so that x may be random.
+        folder: ledger folder of the part.
+        augmented: whether the items are fixed views of randomly augmented samples.
+        recomputed: whether the teacher is evaluated on every batch, so that x may be random.
     """
 
     def __init__(
@@ -141,11 +141,11 @@ class SampleGuard:
         self.digests = stable_digests(items, spread(len(items)))
         self.fixed, self.recomputed = not augmented and not recomputed, recomputed
         self.sketches = SampleSketches(folder, len(items)) if self.fixed and self._sketches_hold() else None
-        self._compared: Any = None  # the dataset that was compared last
+        self._compared: Any = None  # the dataset compared most recently
         self.restart()
 
     def _sketches_hold(self) -> bool:
-        """Whether the sketch of a sample is the same in a batch of several and alone, as with padding by zeros."""
+        """Whether sketches of samples do not depend on the batch, also if samples are padded with zeros."""
         items = [self.items[number] for number in spread(len(self.items), FIRST)]
         x, y = self.loader.collate_fn(items)
         together = _sketches(x, y, len(items))
@@ -161,22 +161,22 @@ class SampleGuard:
         """Compares some samples with those of earlier starts.
 
         Raises:
-            UserError: one differs.
+            UserError: a sample differs.
         """
         if self.file.exists():
             stored = json.loads(self.file.read_text(encoding="utf-8"))
             self._compare({int(number): _from_json(found) for number, found in stored.items()}, self.digests)
 
     def store(self) -> None:
-        """Keeps the digests of some samples for later starts."""
+        """Stores the digests of some samples for later starts."""
         if distributed.rank() == 0 and not self.file.exists():
             write_atomically(self.file, json.dumps(self.digests))
 
     def compare_processes(self) -> None:
-        """Compares some samples of all processes; to be called by all of them.
+        """Compares some samples between processes; must be called by all of them.
 
         Raises:
-            UserError: on all of them, where they differ.
+            UserError: the samples differ; raised in all processes.
         """
         first = distributed.from_first(self.digests)
         same = first.keys() == self.digests.keys()
@@ -185,10 +185,10 @@ class SampleGuard:
             raise UserError(f"The processes read different samples behind the same numbers of `{self.name}()`. {SEED}")
 
     def renew(self, loader: DataLoader[Any], items: Items) -> None:
-        """Takes the loader that a data module gives now, and compares some of its samples.
+        """Replaces loader and dataset by the data module's current ones, and compares some samples.
 
         Raises:
-            UserError: one differs, or there are more or fewer.
+            UserError: a sample or the number of samples differs.
         """
         if len(items) != len(self.items):
             raise UserError(
@@ -205,11 +205,11 @@ class SampleGuard:
     def _compare(self, before: Mapping[int, Digests], now: Mapping[int, Digests]) -> None:
         both = {number: changed(before[number], found) for number, found in now.items() if number in before}
         differ = {number: names for number, names in both.items() if names}
-        if differ:  # some elements of a sample may be those of another one by chance
+        if differ:  # reports the elements of all samples, as two samples may share some elements by chance
             self._refuse_item(next(iter(differ)), list(dict.fromkeys(chain.from_iterable(differ.values()))))
 
     def _refuse_item(self, number: int, names: Sequence[str]) -> None:
-        """Raises UserError where an item differs; where it is random, only if nothing may be."""
+        """Raises UserError for a changed item; a random item is only an error if no randomness is allowed."""
         if random := changed(digests(self.items[number]), digests(self.items[number])):
             if not self.fixed:
                 self._forget(random)
@@ -229,28 +229,28 @@ class SampleGuard:
         )
 
     def _forget(self, names: Sequence[str]) -> None:
-        """Compares some elements no longer: they are random."""
+        """Excludes random elements from later comparisons."""
         for found in self.digests.values():
             found.update(dict.fromkeys(set(names) & set(found)))
 
     # ---- batches
 
     def restart(self) -> None:
-        """A fit begins: its dataset is compared, and so are its first batches."""
+        """Starts a new fit: its dataset and its first batches will be compared again."""
         self._compared = None
         self._seen: int = 0
         self._pending: list[_Compared] = []
 
     def record(self, x: Any, y: Any, index: Index) -> None:
-        """Keeps the sketches of samples on which the teacher is evaluated."""
+        """Stores the sketches of samples on which the teacher is evaluated."""
         if self.sketches is not None:
             self.sketches.write(int(index[0]), _sketches(x, y, len(index)))
 
     def see(self, x: Any, y: Any, index: Index) -> None:
-        """Compares some rows of some batches with the samples that the teacher was asked about.
+        """Compares some rows of some batches with the samples on which the teacher was evaluated.
 
         Raises:
-            UserError: one differs.
+            UserError: a row differs.
         """
         number, self._seen = self._seen, self._seen + 1
         if self.sketches is None or (number >= FIRST and number % EVERY):
@@ -263,10 +263,10 @@ class SampleGuard:
             self.settle()
 
     def settle(self) -> None:
-        """Compares what was seen, which waits for the device.
+        """Completes the pending comparisons, which synchronises with the device.
 
         Raises:
-            UserError: a row differs from the sample that the teacher was asked about.
+            UserError: a row differs from the sample on which the teacher was evaluated.
         """
         pending, self._pending = self._pending, []
         for rows in pending:
@@ -282,7 +282,7 @@ class SampleGuard:
                 self._refuse_row(int(rows.numbers[first]), names, rows.shapes)
 
     def _refuse_row(self, number: int, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
-        """Raises UserError where a row of a batch differs; warns where it is padded."""
+        """Raises UserError for a row of a batch that differs from its sample; warns if it is only padded."""
         assert self.sketches is not None
         stored, item = self.sketches.rows(torch.tensor([number]).numpy())[0], self.items[number]
         if not bool(same_sketch(self._alone(item), stored).all()):

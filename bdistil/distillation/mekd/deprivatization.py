@@ -24,11 +24,11 @@ from bdistil.functional.mekd import (
 from bdistil.teachers.api import ApiTeacher
 from bdistil.utils.seeding import reseed, seed_of
 
-PREVIEWS = 256  # generated samples in the distance of a validation
+PREVIEWS = 256  # number of generated samples for the validation distance
 
 
 def latents(count: int, outputs: int, *key: object) -> Tensor:
-    """Standard normal z (count, L), a function of the key alone, on the CPU."""
+    """Standard normal z (count, L) on the CPU, determined by the key alone."""
     return torch.randn(count, outputs, generator=torch.Generator().manual_seed(seed_of(*key)))
 
 
@@ -44,12 +44,12 @@ class Deprivatization(EmulationStage):
         generator: maps z (B, L) to samples; its range is that of the data.
         discriminator: maps samples to logits (B,).
         teacher: the API, queried on generated samples; None for a plain GAN.
-        queries: Q, size of the pool of latents; None draws new latents, and queries, in every step.
+        queries: Q, size of the pool of latents; None draws new latents and queries the teacher in every step.
         share: weight of the teacher's term in the generator's loss.
         lr: learning rate of Adam, for both networks; its betas are 0.5 and 0.999.
-        average: decay per step of the running mean of the generator's weights, which is evaluated and saved. 0, the
-            paper's, uses the last weights.
-        seed: all randomness is a function of it and the epoch.
+        average: decay per step of the running mean of the generator's weights, which is evaluated and saved. 0, as in
+            the paper, uses the last weights.
+        seed: determines, with the epoch, all randomness.
 
     Raises:
         UserError: an argument is out of its range.
@@ -81,7 +81,7 @@ class Deprivatization(EmulationStage):
         self.generator, self.discriminator = generator, discriminator
         self.averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(average), use_buffers=True)
         self.queries, self.share, self.lr, self.seed = queries, share, lr, seed
-        object.__setattr__(self, "teacher", teacher)  # out of the module tree, and so of every checkpoint
+        object.__setattr__(self, "teacher", teacher)  # outside the module tree, hence in no checkpoint
         self.register_buffer("answers", torch.full((queries or 0, generator.outputs), torch.nan))
         self.register_buffer("counts", torch.zeros(generator.outputs))
         self._pool = latents(queries or 0, generator.outputs, seed, "stage 1")
@@ -89,7 +89,7 @@ class Deprivatization(EmulationStage):
 
     @property
     def trained(self) -> Generator:
-        """The generator of averaged weights."""
+        """The generator with averaged weights."""
         generator = self.averaged.module
         assert isinstance(generator, Generator)
         return generator
@@ -99,17 +99,17 @@ class Deprivatization(EmulationStage):
         return metrics["mekd/distance"]
 
     def forward(self, z: Tensor) -> Tensor:
-        """Samples (B, ...) of z (B, L), by the generator of averaged weights."""
+        """Generates samples (B, ...) from z (B, L) with averaged weights."""
         samples: Tensor = self.averaged(z)
         return samples
 
     def on_train_epoch_start(self) -> None:
-        """Seeds dropout and latents of the epoch."""
+        """Seeds dropout and the latents of the epoch."""
         reseed(self.seed, "stage 1", self.current_epoch)
         self._random = torch.Generator().manual_seed(seed_of(self.seed, "stage 1", self.current_epoch, "z"))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """A step of the discriminator, then one of the generator."""
+        """Performs a discriminator step, then a generator step."""
         real, critic = batch[0] if isinstance(batch, tuple | list) else batch, self.discriminator
         z, rows = self._draw(len(real))
         samples = self.generator(z.to(self.device))
@@ -156,7 +156,7 @@ class Deprivatization(EmulationStage):
         rows = rows.to(self.device)
         new = self.answers[rows].isnan().any(-1)
         if bool(new.any()):
-            # A latent that was drawn twice has one sample: batch norm sees the whole batch either way.
+            # A latent drawn twice gives the same sample both times, as batch norm sees the whole batch.
             self.answers[rows[new]] = teacher(samples[new])
             known = self.answers[~self.answers.isnan().any(-1)]
             self.counts.copy_(F.one_hot(known.argmax(-1), self.generator.outputs).sum(0))
@@ -170,13 +170,13 @@ class Deprivatization(EmulationStage):
         """Logs the distance between generated and held-out local samples."""
         held_out, self._held_out = torch.cat(self._held_out), []
         distance = narrow_distance if held_out.ndim == 3 else kernel_distance
-        # On the CPU, as it is computed in float64, which not all devices have.
+        # On the CPU, as it is computed in float64, which not all devices support.
         self.log("mekd/distance", distance(self.preview(PREVIEWS).cpu(), held_out.cpu()).float(), prog_bar=True)
 
     @torch.no_grad()
     def preview(self, count: int) -> Tensor:
-        """Generated samples (count, ...) of latents that are the same in every epoch."""
-        self.averaged.eval()  # training steps do not run it
+        """Generated samples (count, ...) from latents that are the same in every epoch."""
+        self.averaged.eval()  # never run in training steps
         samples: Tensor = self(latents(count, self.generator.outputs, self.seed, "preview").to(self.device))
         return samples
 

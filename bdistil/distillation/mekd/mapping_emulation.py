@@ -27,16 +27,16 @@ class MappingEmulation(EmulationStage):
 
     Args:
         student: maps x to logits (B, L).
-        generator: of stage 1, trained; None leaves out the first part of the loss, which is plain distillation.
+        generator: trained generator of stage 1; None omits the first part of the loss, leaving plain distillation.
         hard: the teacher answers with labels; y are one-hots of any norm.
-        mean: of the teacher's centred logits (L,), see `bdistil.functional.statistics`; for soft answers.
-        sd: their standard deviation (L,).
+        mean: mean of the teacher's centred logits (L,), see `bdistil.functional.statistics`; for soft answers.
+        sd: standard deviation of the teacher's centred logits (L,).
         tau: temperature of soft answers.
         kl: weight of the second part of the loss.
-        optimizer: `sgd`, the paper's, has momentum 0.9 and divides its rate by 10 after one and after two thirds of the
-            steps; `adamw` has a rate that falls to 0 as a cosine.
+        optimizer: `sgd`, as in the paper, has momentum 0.9 and divides its learning rate by 10 after one third and
+            after two thirds of the steps; `adamw` has a cosine schedule that ends at 0.
         lr: learning rate of the optimizer.
-        seed: all randomness is a function of it and the epoch.
+        seed: determines, with the epoch, all randomness.
 
     Raises:
         UserError: an argument is out of its range, or mean and sd are missing.
@@ -68,8 +68,8 @@ class MappingEmulation(EmulationStage):
         self.student, self.hard, self.tau, self.kl = student, hard, tau, kl
         self.optimizer, self.lr, self.seed = optimizer, lr, seed
         frozen = generator.requires_grad_(False).eval() if generator is not None else None
-        object.__setattr__(self, "generator", frozen)  # out of the module tree: frozen, in no checkpoint
-        # Without a generator they do not count.
+        object.__setattr__(self, "generator", frozen)  # outside the module tree: frozen, in no checkpoint
+        # Unused without a generator.
         self.mean, self.sd = (torch.zeros(()) if t is None else t for t in (mean, sd))
         self._sums = torch.zeros(3)
 
@@ -79,7 +79,7 @@ class MappingEmulation(EmulationStage):
         return self.student
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """Agreement, negated; at equal agreement the smaller cross entropy, whose term stays below 1e-6."""
+        """Negated agreement; ties are broken by the cross entropy, whose term stays below 1e-6."""
         entropy = metrics["mekd/val_loss"]
         return -metrics["mekd/agreement"] + 1e-6 * entropy / (1 + entropy)
 
@@ -89,7 +89,7 @@ class MappingEmulation(EmulationStage):
         return logits
 
     def on_fit_start(self) -> None:
-        """Refuses several processes; moves generator and statistics to the device."""
+        """Rejects several processes; moves generator and statistics to the device."""
         super().on_fit_start()
         if self.generator is not None:
             self.generator.to(self.device)
@@ -108,17 +108,17 @@ class MappingEmulation(EmulationStage):
         return images + answers
 
     def losses(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The two parts of the loss, images and answers, from logits (B, L) of both."""
+        """The two parts of the loss, on images and on answers, from the logits (B, L) of student and teacher."""
         if self.hard:
             return hard_emulation(self.generator, student, teacher.argmax(-1), kl=self.kl)
         return soft_emulation(self.generator, student, teacher, self.mean, self.sd, tau=self.tau, kl=self.kl)
 
     def on_validation_epoch_start(self) -> None:
-        """Resets the sums of equal classes, cross entropy and samples."""
+        """Resets the sums of matching classes, cross entropy and samples."""
         self._sums = torch.zeros(3, device=self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Compares with the teacher's answers."""
+        """Compares the student's answers with the teacher's."""
         student, teacher = self(batch[0]), batch[1]
         equal = (student.argmax(-1) == teacher.argmax(-1)).sum()
         target = F.one_hot(teacher.argmax(-1), teacher.shape[1]).float() if self.hard else teacher.softmax(-1)

@@ -16,7 +16,7 @@ SLOPE, DROPOUT = 0.2, 0.25
 
 
 def _layout(shape: Sequence[int], smallest: int = 4) -> tuple[int, tuple[int, ...], Any, Any, bool]:
-    """(channels, sides, convolution, batch norm, whether channels are last) for samples of a shape.
+    """Returns (channels, sides, convolution, batch norm, whether channels are last) for samples of a shape.
 
     Raises:
         UserError: the shape is neither that of an image nor of a sequence, or a side is shorter than `smallest`.
@@ -35,16 +35,16 @@ class Generator(nn.Module):
     """Maps latents of the length of the teacher's answers to samples: the emulated inverse of the teacher.
 
     A linear layer to width x (side/4), then two blocks of upsampling by 2 and a convolution of size 3 with batch norm
-    and leaky ReLU; a last convolution with tanh, scaled to the range of the data. Sequences have 1-d convolutions. A
-    side that 4 does not divide is generated longer and cut.
+    and leaky ReLU; a last convolution with tanh, scaled to the range of the data. Sequences use 1-d convolutions. A
+    side that is not a multiple of 4 is generated longer and cropped.
 
     Args:
         outputs: L.
-        shape: of a sample, (C, H, W) or (steps, channels).
-        width: channels after the linear layer; half of it before the last convolution.
+        shape: shape of a sample, (C, H, W) or (steps, channels).
+        width: channels after the linear layer; half as many before the last convolution.
 
     Raises:
-        UserError: a shape of neither kind, or `width` or `outputs` < 2.
+        UserError: the shape is neither of an image nor of a sequence, or `width` or `outputs` < 2.
     """
 
     low: Tensor
@@ -75,7 +75,7 @@ class Generator(nn.Module):
         self.high.copy_(flat.amax(1).view_as(self.high))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Samples (B, *shape) of z (B, L)."""
+        """Generates samples (B, *shape) from z (B, L)."""
         made = self.layers(self.linear(z).unflatten(1, self.start))
         for axis, side in enumerate(self.sides, 2):
             made = made.narrow(axis, 0, side)
@@ -99,22 +99,23 @@ class Discriminator(nn.Module):
     """Distinguishes local from generated samples: four convolutions of stride 2, then one logit.
 
     Each convolution has leaky ReLU and dropout, and from the second on batch norm, except before the logit of a
-    sequence or of an image of at most 16 x 16. Local and generated samples come in separate batches, and a norm gives
-    both the same mean. With a single position left, or with equal positions as in sequences that begin anywhere, both
-    would then have the same mean logit, and the loss could not fall below 2 log 2, whatever the samples.
+    sequence or of an image of at most 16 x 16. Local and generated samples come in separate batches, and batch norm
+    gives both the same mean. With a single position left, or with equivalent positions as in sequences that begin
+    anywhere, both would then have the same mean logit, and the loss could not fall below 2 log 2.
 
-    In training, samples are shifted at random, so that a few local ones are not memorised (the translation of
+    In training, samples are shifted at random, so that few local samples are not memorised (the translation of
     "Differentiable Augmentation for Data-Efficient GAN Training", arXiv 2006.10738).
 
     Args:
-        shape: of a sample, as of `Generator`.
+        shape: shape of a sample, as for `Generator`.
         width: channels of the first convolution, doubled by each of the others.
         low: smallest value of the data; inputs are scaled to -1 … 1.
         high: largest value of the data.
         shift: largest shift, in pixels or steps; 0 for none.
 
     Raises:
-        UserError: a shape of neither kind, `width` < 1, `high` <= `low`, or a shift not shorter than a side.
+        UserError: the shape is neither of an image nor of a sequence, `width` < 1, `high` <= `low`, or the shift is not
+            shorter than a side.
     """
 
     def __init__(

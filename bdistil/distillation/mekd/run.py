@@ -44,7 +44,7 @@ class Mekd:
     """Settings of MEKD; the defaults are the paper's.
 
     Attributes:
-        queries: query budget in samples: stage 1, local samples, and the rest for generated samples.
+        queries: query budget in samples, for stage 1, the local samples and, with the rest, generated samples.
         first_queries: queries of stage 1.
         width: channels of the generator.
         critic_width: channels of the discriminator's first convolution.
@@ -60,8 +60,8 @@ class Mekd:
         lr: learning rate of stage 2.
         tau: temperature of stage 2, for soft answers.
         kl: weight of the answers relative to the images in stage 2.
-        local_share: share of local samples in the training samples of stage 2 and of the rounds; they cost queries too,
-            and are repeated to make up the share. 0 uses generated samples alone.
+        local_share: share of local samples in the training samples of stage 2 and of the rounds; they also cost
+            queries, and are repeated to reach the share. 0 uses generated samples alone.
         student: whether to train one student by stage 2, before the boosting run.
 
     Raises:
@@ -101,19 +101,19 @@ class Mekd:
 
 
 class Emulation:
-    """One run of MEKD in a folder; a restart continues it, and repeats no finished part and no query.
+    """One run of MEKD in a folder; a restart resumes it without repeating finished parts or queries.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         teacher: the API.
-        local: data module with local samples, x alone or (x, y), whose y is not read; its validation part is held out.
-        folder: of the run.
-        seed: all randomness is a function of it.
-        make_trainer: takes keyword arguments of a Trainer, such as max_epochs and callbacks.
+        local: data module with local samples, x or (x, y) with y ignored; its validation part is held out.
+        folder: folder of the run.
+        seed: determines all randomness.
+        make_trainer: returns a Trainer with the given keyword arguments, such as max_epochs and callbacks.
 
     Raises:
-        UserError: the teacher is not an ApiTeacher, the samples are random, or neither images nor sequences, the
-            queries do not suffice, or the folder holds a run with other settings.
+        UserError: the teacher is not an ApiTeacher, the samples are random or neither images nor sequences, the query
+            budget is too small, or the folder holds a run with other settings.
     """
 
     def __init__(
@@ -165,10 +165,10 @@ class Emulation:
         """Runs both stages; returns the training data of a boosting run.
 
         Args:
-            make_student: of the boosting run; stage 2 trains a student like its first.
+            make_student: builds the students of the boosting run; stage 2 trains one like the first.
 
         Raises:
-            UserError: the student does not fit the teacher's answers.
+            UserError: the outputs of the student do not match the teacher's answers.
         """
         reseed(self.seed, "student of stage 2")
         student = make_student(0)
@@ -201,7 +201,7 @@ class Emulation:
         return stage.trained
 
     def answered(self, generator: Generator) -> tuple[Answered, Answered]:
-        """Training samples (generated, and local ones where `local_share` > 0) and held-out samples, with answers."""
+        """Training samples (generated, and local ones if `local_share` > 0) and held-out samples, with answers."""
         held_out = self.held_out, answers_of(self.teacher, self.held_out)
         local = repeated(self.samples, self.pool, self.settings.local_share)
         samples = generate(generator, self.pool, local, self.folder, self.seed)

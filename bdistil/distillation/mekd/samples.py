@@ -1,4 +1,4 @@
-"""Training data of MEKD: local and generated samples with the teacher's answers, in memory and on the disk."""
+"""Training data of MEKD: local and generated samples with the teacher's answers, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from bdistil.errors import UserError
 from bdistil.storage.files import atomic, disk_errors
 from bdistil.teachers.api import ApiTeacher
 
-# Fixed, as the last bits of a sample depend on the size of its batch, and the bits of a sample are the key under which
-# its answer is cached.
+# Fixed, as the last bits of a generated sample depend on the batch size, and answers are cached by the exact bits of
+# the sample.
 GENERATED_AT_ONCE = 256
 Answered = tuple[Tensor, Tensor]  # x (N, ...) and the teacher's logits (N, L)
 
@@ -35,7 +35,7 @@ class AnsweredSamples(pl.LightningDataModule):
         self.parts, self.batch_size = {"train": TensorDataset(*train), "val": TensorDataset(*val)}, batch_size
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the training part, shuffled; none of one sample, of which batch norm knows no variance."""
+        """Shuffled batches of the training part; none has a single sample, for which batch norm has no variance."""
         samples, size = len(self.parts["train"]), self.batch_size
         alone = samples > size and samples % size == 1
         return DataLoader(self.parts["train"], batch_size=size, shuffle=True, drop_last=alone)
@@ -46,14 +46,14 @@ class AnsweredSamples(pl.LightningDataModule):
 
 
 class GeneratedSamples(AnsweredSamples):
-    """The same samples for a boosting run: y is the teacher's top-1 class, as there are no labels.
+    """Answered samples for a boosting run: y is the teacher's top-1 class, as there are no labels.
 
-    Accuracies on the validation part are therefore agreement with the teacher.
+    Accuracy on the validation part is therefore agreement with the teacher.
 
     Args:
         train: generated samples and the teacher's logits.
         val: held-out local samples and the teacher's logits.
-        batch_size: of training.
+        batch_size: batch size of training.
         local: data module of the local samples; its test part, if it has one, is the test part here.
     """
 
@@ -71,14 +71,14 @@ class GeneratedSamples(AnsweredSamples):
 
 
 def samples_of(loader: DataLoader[Any], name: str) -> Tensor:
-    """All x (N, ...) that a loader of local samples gives, in the order of its dataset.
+    """Reads all x (N, ...) of a loader of local samples, in the order of its dataset.
 
     Args:
-        loader: its batches are x, or begin with it.
-        name: of the user's method that returned it.
+        loader: loader whose batches are x or begin with x.
+        name: name of the user's method that returned it.
 
     Raises:
-        UserError: batches of another form, or x that is another one at each reading.
+        UserError: batches have another form, or x changes between two readings.
     """
     check_dataset(paired(loader, labels=None), name)
     loader = only_given(loader, name)
@@ -103,7 +103,7 @@ def _x_of(batch: Any, name: str) -> Tensor:
 
 
 def repeated(samples: Tensor, others: int, share: float) -> Tensor:
-    """Local samples (N, ...), repeated to be a share of the whole beside `others` other samples; none for share 0."""
+    """Repeats local samples (N, ...) to make up `share` of the total, beside `others` other samples; none for 0."""
     copies = max(1, round(share / (1 - share) * others / len(samples))) if share else 0
     return samples.repeat(copies, *[1] * (samples.ndim - 1))
 
@@ -112,8 +112,8 @@ def repeated(samples: Tensor, others: int, share: float) -> Tensor:
 def generate(generator: Generator, count: int, local: Tensor, folder: Path, seed: int) -> Tensor:
     """Training samples (N, ...): `count` generated ones, then the local ones (n, ...), if any.
 
-    They are written to ``samples.f32`` in the folder of the run, and read where it has them. The generator has to be on
-    the CPU and in eval mode.
+    They are written to ``samples.f32`` in the folder of the run, and read from there if it exists. The generator must
+    be on the CPU and in eval mode.
     """
     path = folder / "samples.f32"
     if not path.exists():
@@ -125,14 +125,14 @@ def generate(generator: Generator, count: int, local: Tensor, folder: Path, seed
 
 
 def save_answers(folder: Path, answers: Tensor, held_out: Answered) -> None:
-    """Writes the teacher's answers beside the generated samples, to read the data later without a teacher."""
+    """Writes the teacher's answers beside the generated samples, so that the data can be read without a teacher."""
     values = {"answers": answers, "held_out": held_out[0].contiguous(), "held_out_answers": held_out[1]}
     with disk_errors("the teacher's answers", folder), atomic(folder / "answers.safetensors") as temporary:
         save_file(values, temporary)
 
 
 def open_generated(folder: Path, local: pl.LightningDataModule) -> GeneratedSamples:
-    """The data that a run of MEKD generated, read from its folder; needs no teacher."""
+    """Reads the data generated by a run of MEKD from its folder; needs no teacher."""
     values = load_file(folder / "answers.safetensors")
     held_out = values["held_out"]
     samples = torch.from_numpy(np.fromfile(folder / "samples.f32", np.float32)).view(-1, *held_out.shape[1:])
@@ -140,5 +140,5 @@ def open_generated(folder: Path, local: pl.LightningDataModule) -> GeneratedSamp
 
 
 def answers_of(teacher: ApiTeacher, x: Tensor, batch_size: int = 4096) -> Tensor:
-    """The teacher's logits (N, L) of samples; cached answers cost no query."""
+    """The teacher's logits (N, L) for samples; cached answers cost no query."""
     return torch.cat([teacher(batch) for batch in x.split(batch_size)])

@@ -1,4 +1,4 @@
-"""Fits one stage of MEKD: saved after every epoch, with the weights of its best epoch, and resumed by a restart."""
+"""Fitting of one stage of MEKD: saves every epoch, keeps the weights of the best one, and resumes after a restart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class EmulationStage(pl.LightningModule):
     @property
     @abstractmethod
     def trained(self) -> nn.Module:
-        """The network that the stage trains, with the weights to save."""
+        """The network trained by the stage, with the weights to save."""
 
     @abstractmethod
     def score(self, metrics: Mapping[str, float]) -> float:
@@ -42,16 +42,16 @@ class EmulationStage(pl.LightningModule):
         return None
 
     def on_fit_start(self) -> None:
-        """Refuses several processes, whose latents and discriminators would diverge."""
+        """Rejects several processes, whose latents and discriminators would diverge."""
         if self.trainer.world_size > 1:
             raise UserError("Expected one device for the stages of MEKD. Give the Trainer devices=1.")
 
 
 class StageKeeper(Checkpoint):
-    """Saves a stage after every epoch, keeps the weights of its best epoch, and draws what a generator makes.
+    """Saves a stage after every epoch, keeps the weights of its best epoch, and draws generated samples.
 
-    The best epoch is the one with the smallest score on the validation part; the first among equals. `pictures` is the
-    number of epochs between two pictures.
+    The best epoch is the first with the smallest score on the validation part. `pictures` is the number of epochs
+    between two pictures.
     """
 
     def __init__(self, folder: Path, pictures: int = 10) -> None:
@@ -96,9 +96,9 @@ def run_stage(
     seed: int,
     make_trainer: MakeTrainer,
 ) -> dict[str, Any]:
-    """Fits a stage, resumes it, or finds it finished; then loads the weights of its best epoch into it.
+    """Fits or resumes a stage unless it is finished; then loads the weights of its best epoch into it.
 
-    `seed` is that of the order of samples. Returns the best epoch, its score, and the number of epochs.
+    `seed` determines the order of the samples. Returns the best epoch, its score, and the number of epochs.
 
     Raises:
         UserError: the Trainer does not validate after each epoch.
@@ -125,7 +125,7 @@ def run_stage(
 
 
 def _check_validation(trainer: pl.Trainer) -> None:
-    """Raises UserError for a Trainer that ends some epochs without a validation."""
+    """Raises UserError for a Trainer that does not validate after each epoch."""
     every, batches = trainer.check_val_every_n_epoch, trainer.limit_val_batches
     if every != 1 or batches == 0:
         raise UserError(
@@ -135,7 +135,7 @@ def _check_validation(trainer: pl.Trainer) -> None:
 
 
 def show_samples(trainer: pl.Trainer, samples: Tensor, path: Path) -> None:
-    """Writes samples (N, C, H, W), or sequences (N, steps, channels), as one picture; logs it where a logger can."""
+    """Writes samples (N, C, H, W), or sequences (N, steps, channels), as one picture; logs it if a logger can."""
     from torchvision.utils import save_image
 
     images = samples if samples.ndim == 4 else samples.transpose(1, 2).unsqueeze(1)
