@@ -7,15 +7,17 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from bdistil.callbacks.fit_state import FitState
 from bdistil.errors import UserError
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
+from bdistil.reporting.round_tracker import logger_step
 from bdistil.utils.trees import leaves_of, map_tensors
 
 
-class ComputeCost(Callback):
+class ComputeCost(FitState):
     """Logs the cost of a forward pass of one sample before the first step, and the cost of training at its end.
 
     Keys: ``cost/macs``, ``params``, ``weight_bytes``, ``activation_bytes``, ``latency_ms``, as in
@@ -63,7 +65,7 @@ class ComputeCost(Callback):
         """The counts so far."""
         return {"samples_seen": self.samples_seen, "seconds": self.seconds}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def restore(self, state_dict: dict[str, Any]) -> None:
         """Restores the counts of a checkpoint."""
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
 
@@ -129,4 +131,4 @@ def _log(trainer: Trainer, figures: dict[str, Any]) -> None:
     named = {f"cost/{name}": value for name, value in figures.items()}
     trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in named.items()})
     for logger in trainer.loggers if trainer.is_global_zero else []:
-        logger.log_metrics(named, step=trainer.global_step)
+        logger.log_metrics(named, step=logger_step(trainer))

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from bdistil.boosting.round import BoostingRound
+from bdistil.callbacks.fit_state import FitState
 from bdistil.distillation.gradient_noise import (
     NoiseEstimate,
     check_full,
@@ -29,7 +30,7 @@ from bdistil.reporting.round_tracker import logger_step
 from bdistil.storage.files import write_atomically
 
 
-class GradientNoise(pl.Callback):
+class GradientNoise(FitState):
     """Measures the gradient noise every few epochs, from the last linear layer and without a backward pass.
 
     In distillation (`bdistil.distillation.Distilling`) it compares label and teacher gradient, and suggests a
@@ -102,7 +103,7 @@ class GradientNoise(pl.Callback):
         """The figures measured so far."""
         return {"history": self.history}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def restore(self, state_dict: dict[str, Any]) -> None:
         """Restores the figures measured so far."""
         self.history = list(state_dict["history"])
 
@@ -110,6 +111,7 @@ class GradientNoise(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks module and data."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self.history = []  # discards an earlier fit; a checkpoint of this one is loaded later
@@ -140,7 +142,7 @@ class GradientNoise(pl.Callback):
         if isinstance(pl_module, BoostingRound):
             folder, name = pl_module.run_dir / "noise", f"noise.{pl_module.number:03d}"
             title = "without and with the game"
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
             rows = [{key: _plain(value) for key, value in row.items()} for row in self.history]
             write_atomically(folder / f"{name}.json", json.dumps(rows, indent=1, allow_nan=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from bdistil.boosting.labels import read_labels
 from bdistil.boosting.round import BoostingRound
+from bdistil.callbacks.fit_state import FitState
 from bdistil.data.label_noise import flipped_labels
 from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders, only_given
+from bdistil.data.loaders.fingerprints import Digests, changed, read_digests, spread, stable_digests
+from bdistil.data.loaders.order import SEEDED
 from bdistil.distillation.last_layer import distilling_loaders, label_key
 from bdistil.distillation.loss_mixing import (
     check_boosting,
@@ -36,7 +39,7 @@ from bdistil.utils.modules import eval_mode
 from bdistil.utils.seeding import seed_of
 
 
-class LossMixing(pl.Callback):
+class LossMixing(FitState):
     """Learns per-sample weights of label loss and teacher losses on the clean validation part.
 
     In a LightningModule that implements `bdistil.distillation.Distilling`, batches of the training loader become
@@ -55,7 +58,7 @@ class LossMixing(pl.Callback):
 
     Raises:
         UserError: the module or its data do not meet the requirements, or the boosting run cannot mix in labels.
-        RunError: the weights in the checkpoint or the folder belong to other data.
+        RunError: the weights in the checkpoint or the folder belong to other data or another mode.
 
     Example:
         >>> import lightning, tempfile, torch
@@ -89,25 +92,38 @@ class LossMixing(pl.Callback):
         self.settings, self.folder, self.seed = settings, folder, seed
         self.history: list[dict[str, float]] = []
         self.mix: Tensor | None = None
+        self._samples: Mapping[int, Digests] = {}  # some of the samples that the weights belong to
         self._open = ExitStack()
 
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The learned parameters of all samples (N, C), and the history of statistics."""
-        return {"mix": self.mix, "history": self.history}
+        """The learned parameters of all samples (N, C), how they were learned, and the history of statistics."""
+        return {"mix": self.mix, "mode": self.settings.mode, "samples": self._samples, "history": self.history}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the learned parameters and the history of statistics."""
+    def restore(self, state_dict: dict[str, Any]) -> None:
+        """Restores the learned parameters and the history of statistics.
+
+        Raises:
+            RunError: they were learned in another mode.
+        """
+        if (mode := state_dict.get("mode", self.settings.mode)) != self.settings.mode:
+            raise RunError(
+                f"Expected a checkpoint of mode {self.settings.mode!r} of LossMixing, got one of {mode!r}. Give the "
+                "mode that the fit was started with, or start again."
+            )
         self.mix, self.history = state_dict["mix"], list(state_dict["history"])
+        self._samples = state_dict.get("samples", {})
 
     # ---- hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks module and data; outside a boosting run adds the index to the training batches."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.mix, self.history = None, []  # discards an earlier fit; a checkpoint of this one is loaded later
+        if trainer.global_step == 0:  # not a second fit of a Trainer, which goes on with the weights of the first
+            self.mix, self.history, self._samples = None, [], {}
         if isinstance(pl_module, BoostingRound):
             check_boosting(pl_module.settings, self.settings)
             return
@@ -151,16 +167,23 @@ class LossMixing(pl.Callback):
                 "learned with, or start again without them."
             )
         self.mix = start if found is None else found.view(start.shape)
+        if not isinstance(pl_module, BoostingRound):  # the ledger of a boosting run has samples of its own to compare
+            dataset: Any = self._loaders[0].dataset
+            self._check_samples(dataset)
+            with isolate_rng():
+                self._samples = stable_digests(dataset, spread(self.probe.samples))
         self.flipped = flipped_labels(self._loaders[0].dataset)
         self._open.enter_context(_restored(pl_module))
         self._attach(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Updates the weights when an update is due, and logs them."""
+        if self._samples:
+            self._check_samples(trainer.train_dataloader.dataset.dataset)  # type: ignore[union-attr]
         if not self.settings.due(trainer.current_epoch):
             return
         assert self.mix is not None
-        lr, key = trainer.optimizers[0].param_groups[0]["lr"], (self.seed, self._round, trainer.current_epoch)
+        lr, key = _learning_rate(trainer, pl_module), (self.seed, self._round, trainer.current_epoch)
         with eval_mode(pl_module), torch.no_grad(), isolate_rng():
             self.mix = update_mix(self.probe, self.mix, self.settings, lr=lr, key=key)
         self._attach(pl_module)
@@ -171,9 +194,23 @@ class LossMixing(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the learned parameters, and a histogram of the label weights."""
         assert self.mix is not None
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         save_mix(self._file, self.mix)
         if trainer.is_global_zero and self.history:
             draw_weights(self._file.with_name("mixing.png"), self.weights(), self.flipped)
+
+    def _check_samples(self, dataset: Any) -> None:
+        """Raises RunError if a training sample differs from the one that its weights were learned on."""
+        with isolate_rng():  # a dataset may augment at random
+            now = read_digests(dataset, [row for row in self._samples if row < len(dataset)])
+        wrong = [row for row, before in self._samples.items() if row not in now or changed(before, now[row])]
+        if wrong:
+            raise RunError(
+                f"Expected `{LOADERS[0]}()` to give the samples that LossMixing has learned weights of, got another "
+                f"sample {wrong[0]}. Where it splits or selects at random, seed it: random_split(dataset, lengths, "
+                f"{SEEDED}). A dataset must not change between epochs."
+            )
 
     def weights(self, index: Index | None = None) -> Tensor:
         """Weights (B, K) of samples, the label weight first; of all N samples by default."""
@@ -187,6 +224,14 @@ class LossMixing(pl.Callback):
             mix_round(module, self.mix, self._labels)
         else:
             module.sample_weights = lambda index: self.weights(index).to(module.device)
+
+
+def _learning_rate(trainer: pl.Trainer, module: Any) -> float:
+    """Learning rate of the last layer, which the look-ahead step changes; of the first group where it has none."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    weight = getattr(getattr(module, "last_layer", None), "weight", None)
+    own = (group for group in groups if any(parameter is weight for parameter in group["params"]))
+    return float(next(own, groups[0])["lr"])
 
 
 @contextmanager

@@ -6,11 +6,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from bdistil.callbacks.fit_state import FitState
 from bdistil.errors import UserError
 from bdistil.metrics.curve import curve_figures, merge_points
+from bdistil.reporting.round_tracker import logger_step
 
 
-class MetricCurves(pl.Callback):
+class MetricCurves(FitState):
     """Collects one (cost, accuracy) point for each fit, and logs the area under the curve and its falls.
 
     Works with any LightningModule: pass one instance to the Trainers of several fits, in any order of cost. Fits of
@@ -44,9 +46,10 @@ class MetricCurves(pl.Callback):
         """The points so far."""
         return {"points": [list(point) for point in self.points]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the points of a checkpoint."""
-        self.points = [(float(cost), float(value)) for cost, value in state_dict["points"]]
+    def restore(self, state_dict: dict[str, Any]) -> None:
+        """Restores the points of earlier fits, unless this instance has more: those of fits since the checkpoint."""
+        if len(state_dict["points"]) > len(self.points):
+            self.points = [(float(cost), float(value)) for cost, value in state_dict["points"]]
 
     def add(self, cost: float, accuracy: float) -> dict[str, float]:
         """Adds a point with a cost > 0 and an accuracy in 0 … 1; returns area and falls so far."""
@@ -79,8 +82,10 @@ class MetricCurves(pl.Callback):
             raise UserError(f"MetricCurves expected {self.cost!r} to be > 0, got {float(metrics[self.cost]):g}.")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the point of this fit from the logged metrics."""
+        """Adds the point of this fit from the logged metrics; none for a `fast_dev_run`."""
         self._check(trainer)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         figures = self.add(*(float(trainer.callback_metrics[key]) for key in (self.cost, self.metric)))
         for logger in trainer.loggers:
-            logger.log_metrics({f"curve/{key}": value for key, value in figures.items()}, step=trainer.global_step)
+            logger.log_metrics({f"curve/{key}": value for key, value in figures.items()}, step=logger_step(trainer))

@@ -133,7 +133,8 @@ def export(
         output: folder to create.
         format: onnx runs with onnxruntime and numpy alone; torch writes .pt2 files; executorch a program for devices.
         normalisation: inside puts the normalisation of the data into the graphs, which then read raw samples.
-        quantise: int8 weights; static takes ranges from training samples. Prints accuracies in int8 and in float.
+        quantise: int8 weights; static takes ranges from training samples, dynamic from each batch, so that answers
+            depend on the other samples of the batch. Prints accuracies in int8 and in float.
         fuse: all adds one graph of all stages, exits one with early exits; the runner uses it if it was faster here.
         overwrite: replace an older export.
     """

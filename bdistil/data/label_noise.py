@@ -48,7 +48,7 @@ def flip_labels(
         New labels (N,), and whether each is wrong, (N,) bool.
 
     Raises:
-        UserError: a rate outside of 0 … 1, an unknown kind, or a class outside of 0 … L-1.
+        UserError: a rate outside of 0 … 1, an unknown kind, or a label or class outside of 0 … L-1.
 
     Example:
         >>> flip_labels(torch.tensor([0, 0, 1, 1]), 0.5, classes=2, seed=0)
@@ -64,6 +64,8 @@ def flip_labels(
         table[list(wrong)] = torch.tensor(list(wrong.values()))
     shift = torch.randint(1, classes, (len(labels),), generator=generator)
     given = has_label(labels, ignore_index)
+    if bool((labels[given] >= classes).any()):
+        raise UserError(f"Expected labels in 0 … {classes - 1} for {classes} classes, got {int(labels[given].max())}.")
     known = labels.where(given, 0)
     goal = labels.where(~given, (known + shift) % classes if kind == "symmetric" else table[known])
     able = (goal != labels).nonzero().flatten()
@@ -98,7 +100,7 @@ class NoisyLabels(Dataset[Any]):
         noise: `kind` and `to`, as for `flip_labels`.
 
     Raises:
-        UserError: no sample has a label.
+        UserError: no sample has a label, or the labels are not class numbers.
 
     Attributes:
         rate, seed: as given.
@@ -138,12 +140,32 @@ def labels_of(dataset: Dataset[Any]) -> Tensor:
     """Labels (N,) of a dataset that yields (x, y), read from its items.
 
     Label attributes of arbitrary datasets are not used: they may belong to other samples, or change on access.
+
+    Raises:
+        UserError: an item is not a pair, or the labels are not class numbers.
     """
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
-        return dataset.tensors[1]
-    if isinstance(dataset, ArrayImages):  # without decoding the images
-        return dataset.labels
-    return torch.tensor([int(dataset[index][1]) for index in range(len(cast(Sized, dataset)))])
+        labels = dataset.tensors[1]
+    elif isinstance(dataset, ArrayImages):  # without decoding the images
+        labels = dataset.labels
+    else:
+        labels = torch.stack([_label(dataset[index]) for index in range(len(cast(Sized, dataset)))])
+    if labels.is_floating_point() or labels.numel() != len(labels):
+        raise UserError(
+            "Expected class numbers as labels, of which some are made wrong, got "
+            f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}. Give y.argmax(-1) of one-hot "
+            "labels; those of a regression have no such noise."
+        )
+    return labels.reshape(-1)
+
+
+def _label(item: Any) -> Tensor:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, tuple | list) else ""
+        raise UserError(
+            f"Expected items (x, y) of a dataset whose labels are made wrong, got a {type(item).__name__}{size}."
+        )
+    return torch.as_tensor(item[1])
 
 
 def flipped_labels(dataset: Any) -> Tensor | None:
@@ -202,8 +224,9 @@ class LabelNoise(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """The training part with wrong labels, in the order of the data module."""
         loader = single_loader(self.data.train_dataloader())
-        if self.noisy is None:
-            self.noisy = NoisyLabels(loader.dataset, **self.noise)
-            wrong, kind, seed = int(self.noisy.flipped.sum()), self.noise["kind"], self.noise["seed"]
-            rank_zero_info(f"{wrong:,} of {len(self.noisy):,} training labels made wrong ({kind}, seed {seed}).")
+        if self.noisy is None or self.noisy.dataset is not loader.dataset:
+            before, self.noisy = self.noisy, NoisyLabels(loader.dataset, **self.noise)
+            if before is None or not torch.equal(before.labels, self.noisy.labels):
+                wrong, kind, seed = int(self.noisy.flipped.sum()), self.noise["kind"], self.noise["seed"]
+                rank_zero_info(f"{wrong:,} of {len(self.noisy):,} training labels made wrong ({kind}, seed {seed}).")
         return with_dataset(loader, self.noisy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ def estimate_noise(probe: Probe, module: Any, samples: int, *, full: bool = Fals
         # On the CPU, as the moments are in float64, which not all devices support.
         activations, logits = torch.cat([s.activations for s in seen]).cpu(), torch.cat([s.logits for s in seen]).cpu()
         g, k = torch.cat([s.residuals for s in seen], 1).cpu()
-        entropy = sum(s.entropy * len(s.logits) for s in seen) / len(logits)
+        labelled = sum(s.labelled for s in seen)
+        entropy = sum(s.entropy * s.labelled for s in seen if s.labelled) / labelled if labelled else math.nan
         curvature = None if isinstance(probe, RoundProbe) else pull_curvature(activations, logits, g, k)
         if not full:
             return NoiseEstimate(last_layer_moments(activations, g, k, population), entropy, curvature)

@@ -90,8 +90,15 @@ class Distillation(pl.LightningModule):
             raise UserError(f"Expected `distillation_weight` to be in 0 … 1, or 'auto', got {weight!r}.")
         if weight_factor <= 0 or temperature <= 0:
             raise UserError(f"Expected `weight_factor` and `temperature` > 0, got {weight_factor} and {temperature}.")
+        if distillation_weight == "auto" and weight_factor != 1:
+            raise UserError(
+                f"Expected `weight_factor` = 1 with `distillation_weight: auto`, which changes the weight itself, got "
+                f"{weight_factor}."
+            )
         self.student, self.last_layer = student, last_layers(student)[-1]
         teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        if not teachers:
+            raise UserError("Expected `teacher` to be a module or several, got an empty list.")
         # Outside the module tree: in no checkpoint, and never in train mode.
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
         self.distillation_weight, self.weight_factor, self.temperature = distillation_weight, weight_factor, temperature
@@ -115,8 +122,12 @@ class Distillation(pl.LightningModule):
         if self.sample_weights is not None:
             return mixed_loss(terms, self.sample_weights(index[0]))
         loss = ((1.0 - self.weight) * terms.ce + self.weight * _mean_kl(terms)).mean()
-        pull = zip(self._control, self._trained(), strict=False)
-        return loss + self.weight * sum(((c * p).sum() for c, p in pull), torch.zeros((), device=self.device))
+        if not self.unbiased:
+            return loss
+        if not self._control:  # a fit that was resumed within an epoch
+            self._control = self.control_variate()
+        pull = sum((c * p).sum() for c, p in zip(self._control, self._trained(), strict=True))
+        return loss + self.weight * pull
 
     def _split(self, batch: Any) -> tuple[Any, ...]:
         """(x, y), or (x, y, index), of a batch."""
@@ -160,7 +171,18 @@ class Distillation(pl.LightningModule):
             )
         if self.unbiased:
             check_precision(str(self.trainer.precision))
+            self._check_whole_epochs()
             self._check_sampler(single_loader(self.trainer.train_dataloader))
+
+    def _check_whole_epochs(self) -> None:
+        """Raises UserError for an option of the Trainer that leaves out batches of an epoch."""
+        for name, whole in (("overfit_batches", 0.0), ("limit_train_batches", 1.0)):
+            value = getattr(self.trainer, name)
+            if value != whole and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise UserError(
+                    "Expected all batches of the training part in an epoch, as `unbiased` adds a mean over them, got "
+                    f"Trainer({name}={value}). Leave it out, or leave out `unbiased`."
+                )
 
     def _check_sampler(self, loader: Any) -> None:
         """Raises UserError for a training loader that does not draw each sample of the dataset once per epoch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -33,13 +34,15 @@ class LastLayerBatch(NamedTuple):
         activations: inputs of the layer (B, D), with a column of ones if it has a bias.
         logits: (B, L).
         residuals: gradients of K losses with respect to its outputs, (K, B, L).
-        entropy: mean cross entropy to the labels; NaN if there are none or they are not classes.
+        entropy: mean cross entropy of the labelled samples; NaN if there are none or the labels are not classes.
+        labelled: number of labelled samples.
     """
 
     activations: Tensor
     logits: Tensor
     residuals: Tensor
     entropy: float
+    labelled: int
 
 
 class Probe(ABC):
@@ -118,7 +121,9 @@ class DistillationProbe(Probe):
         activations, logits = self._validation_batch(batch)
         teachers = self.module.teacher_logits(x, index).float()
         terms = kd_terms(logits, teachers, y, temperature=self.module.temperature)
-        return LastLayerBatch(activations, logits, residuals_of(terms), float(terms.ce.mean()))
+        labelled = len(y) if y.ndim > 1 else int((y >= 0).sum())  # cross entropy is 0 for the others
+        entropy = float(terms.ce.sum()) / labelled if labelled else math.nan
+        return LastLayerBatch(activations, logits, residuals_of(terms), entropy, labelled)
 
     def noise(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the labels and of the teachers' mean loss."""
@@ -167,8 +172,9 @@ class RoundProbe(Probe):
     def _captured(self, activations: Tensor, logits: Tensor, residuals: Tensor, target: Tensor) -> LastLayerBatch:
         soft = self.labelled and target.ndim > 1
         target = target.to(logits.dtype) if soft else target
-        entropy = float(F.cross_entropy(logits, target)) if self.labelled else float("nan")
-        return LastLayerBatch(activations, logits, residuals, entropy)
+        labelled = (len(target) if soft else int((target >= 0).sum())) if self.labelled else 0
+        entropy = float(F.cross_entropy(logits, target)) if labelled else math.nan
+        return LastLayerBatch(activations, logits, residuals, entropy, labelled)
 
     def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         activations, answer, target, error = self._state(batch, self.module.val_part)

@@ -64,7 +64,7 @@ class Promise:
             return f"No threshold loses {goal} on new samples: all stages run."
         tighter = (
             ""
-            if self.needed_for_half is None
+            if self.needed_for_half is None or self.needed_for_half <= self.validation
             else (
                 f" A promise of {in_points(self.max_loss / 2)} needs at least {self.needed_for_half:,} validation "
                 f"samples; there are {self.validation:,}."
@@ -178,7 +178,7 @@ class Calibration:
 
         Raises:
             TypeError: a key is missing or unknown.
-            ValueError: the length of a list differs from the number of stages.
+            ValueError: the length of a list differs from the number of stages, or a temperature is not positive.
         """
         given = _tuples(values)
         if given.get("exits") is not None:
@@ -193,6 +193,8 @@ class Calibration:
         lists += [seconds for times in calibration.times for seconds in (times.stages, times.late)]
         if wrong := [len(numbers) for numbers in lists if len(numbers) not in (0, calibration.count)]:
             raise ValueError(f"{wrong[0]} numbers for {calibration.count} stages")
+        if not all(temperature > 0 and math.isfinite(temperature) for temperature in calibration.temperatures):
+            raise ValueError(f"temperatures that are not positive: {calibration.temperatures}")
         return calibration
 
 

@@ -108,7 +108,7 @@ class Export:
                 "Expected students that read one tensor x for --normalisation inside, got several. Use "
                 "--normalisation declared and normalise x before."
             )
-        self.x, self.source = self._samples()
+        self.x, self.distinct, self.source = self._samples()
         self.alone = self._alone()
         self.raw = self.to_raw(self.x)
         x, raw = (take_rows(batch, slice(EXAMPLE)) for batch in (self.x, self.raw))
@@ -120,11 +120,13 @@ class Export:
                 f"{tuple(self.values[wide[0]].shape)}, whose size would vary, too. Pad x to one length in the data."
             )
 
-    def _samples(self) -> tuple[Any, str]:
+    def _samples(self) -> tuple[Any, int, str]:
+        """Samples on which the graphs are compared, the number of different ones among them, and their source."""
         if self.loader is None:
-            return self.ensemble.inputs.random(SAMPLES), "random numbers, as the run names no data"
+            return self.ensemble.inputs.random(SAMPLES), SAMPLES, "random numbers, as the run names no data"
         x = first_samples(self.loader, SAMPLES)
-        return take_rows(x, torch.arange(SAMPLES) % row_count(x)), "the validation part"
+        count = row_count(x)
+        return take_rows(x, torch.arange(SAMPLES) % count), count, "the validation part"
 
     def _alone(self) -> list[Any]:
         inputs = self.ensemble.inputs
@@ -183,7 +185,7 @@ class Export:
         for x in self.alone:
             single = check_parity(run_stage, self.ensemble, x, self.to_raw(x), (1,))
             found = [max(pair) for pair in zip(found, single, strict=True)]
-        compared = min(SAMPLES, MOST * max(batches))
+        compared = min(self.distinct, MOST * max(batches))
         return {"samples": compared, "source": self.source, "batches": tuple(batches), "differences": tuple(found)}
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdistil.errors import UserError
+
 
 def centre(logits: Tensor) -> Tensor:
     """Logits (B, L) minus their mean over the outputs, to which softmax is invariant.
@@ -57,12 +59,20 @@ def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, 
         target: class numbers y, (B,), -100 for a sample without a label, or soft labels (B, L).
         temperature: tau > 0 of both softmaxes of the teacher's loss.
 
+    Raises:
+        UserError: student and teacher differ in the number of classes.
+
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 1.0]])
         >>> ce, kl, *_ = kd_terms(student, teacher, torch.tensor([0]), temperature=2.0)
         >>> ce, kl
         (tensor([0.1269]), tensor([0.4805]))
     """
+    if student_logits.shape[-1] != teacher_logits.shape[-1]:
+        raise UserError(
+            f"Expected as many logits of the student as of the teacher, got {student_logits.shape[-1]} and "
+            f"{teacher_logits.shape[-1]}."
+        )
     soft = F.log_softmax(student_logits / temperature, -1)
     goal = F.log_softmax(teacher_logits / temperature, -1)
     kl = temperature**2 * F.kl_div(soft.expand_as(goal), goal, reduction="none", log_target=True).sum(-1)

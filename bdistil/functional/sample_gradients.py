@@ -49,11 +49,13 @@ def sample_gradients(
     """
     names = trained_names(student) if parameters is None else parameters
     weights = {name: p.detach() for name, p in student.named_parameters() if name in names}
+    shared = _names_of_parameters(student)
 
     def loss(weights: dict[str, Tensor], which: int, x: Any, y: Tensor, z: Tensor) -> Tensor:
         # `tie_weights` would swap a module with two names twice, and restore the wrong weights.
         batch = map_tensors(x, lambda leaf: leaf[None])
-        logits = functional_call(student, weights, (batch,), tie_weights=False)
+        every = {name: weights[first] for name, first in shared.items() if first in weights}
+        logits = functional_call(student, every, (batch,), tie_weights=False)
         return kd_terms(logits, z[None], y[None], temperature=temperature)[which].sum()
 
     found = []
@@ -62,6 +64,16 @@ def sample_gradients(
         gradients = per_sample(weights, which, x, target, teacher_logits)
         found.append(torch.cat([value.flatten(1) for value in gradients.values()], 1))
     return found[0], found[1]
+
+
+def _names_of_parameters(student: nn.Module) -> dict[str, str]:
+    """The first name of each parameter, by all its names: one for each module that holds it."""
+    first = {id(parameter): name for name, parameter in student.named_parameters()}
+    return {
+        f"{place}.{name}" if place else name: first[id(parameter)]
+        for place, module in student.named_modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
 
 
 def trained_names(student: nn.Module) -> list[str]:

@@ -201,7 +201,7 @@ class Answers:
         votes = self._count_votes(first, last) if plan.rule == "agreement" else None
         if last - first > 1:
             scales, thresholds = plan.repeated(first, last, samples)
-            return (confidence_of(totals, plan.rule, scales, votes) >= thresholds).reshape(-1, samples)
+            return (confidence_of(totals, plan.rule, scales, votes) >= thresholds).reshape(last - first, samples)
         if totals.size <= FEW and votes is None:
             return np.array([[plan.decides(first, row) for row in totals.tolist()]], bool)
         return (confidence_of(totals, plan.rule, plan.scales[first], votes) >= plan.thresholds[first])[None]

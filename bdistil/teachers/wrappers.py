@@ -48,6 +48,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) float32 of a batch, without a graph."""
+        if any(part.training for part in self.module.modules()):  # by a call on the module itself
+            self.train(False)
         return run_teacher(self.module, x).float()
 
     @property

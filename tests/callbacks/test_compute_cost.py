@@ -232,6 +232,7 @@ def test_samples_of_all_ranks_are_summed_and_rank_zero_logs():
     for rank, batches in enumerate(([4, 4], [4])):
         callback = ComputeCost()
         trainer = SimpleNamespace(
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
             global_step=0, world_size=2, is_global_zero=rank == 0, callback_metrics={},
             loggers=[SimpleNamespace(log_metrics=lambda figures, step, rank=rank: lines.append((rank, figures)))],
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bdistil import RunError, Rung, UserError
 from bdistil.callbacks import LossMixing, RoundController
+from bdistil.callbacks.loss_mixing import _learning_rate
 from bdistil.data.label_noise import LabelNoise, NoisyLabels, flip_labels
 from bdistil.distillation import MixingSettings
 from bdistil.distillation.loss_mixing import read_mix, save_mix
@@ -282,6 +284,69 @@ def test_weights_of_other_data_are_refused(noisy, tmp_path):
     options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
     with pytest.raises(RunError, match="learned weights of 2000 samples with 1 columns, got 600 numbers"):
         trainer.fit(Own(noisy[1]), datamodule=noisy[0], **options)
+
+
+def test_weights_of_other_samples_or_another_mode_are_refused(noisy, tmp_path):
+    """Their number is the same."""
+    callback, path = LossMixing(SOON, folder=tmp_path), tmp_path / "last.ckpt"
+    fit(Own(noisy[1]), callback, Gaussians(train=600), epochs=2).save_checkpoint(path)
+
+    def go_on(data, mode="convex"):
+        settings = MixingSettings(mode=mode, warmup=1, every=1, inner=2)
+        options = {"epochs": 3, "limit_val_batches": 0, "enable_checkpointing": False}
+        trainer = make_trainer(LossMixing(settings, folder=tmp_path / "new"), **options)
+        trainer.fit(Own(noisy[1]), datamodule=data, ckpt_path=path, weights_only=True)
+
+    with pytest.raises(RunError, match="samples that LossMixing has learned weights of, got another sample 0"):
+        go_on(Gaussians(train=600, rate=0.1))
+    with pytest.raises(RunError, match="of mode 'independent' of LossMixing, got one of 'convex'"):
+        go_on(Gaussians(train=600), "independent")
+
+
+def test_samples_that_change_between_epochs_are_refused(noisy, tmp_path):
+    data = Gaussians(train=600)
+    train_dataloader = data.train_dataloader
+
+    def changing():
+        loader = train_dataloader()
+        if data.trainer is not None and data.trainer.current_epoch:
+            loader = DataLoader([(x + 1, y) for x, y in loader.dataset], 128)
+        return loader
+
+    data.train_dataloader = changing
+    with pytest.raises(RunError, match="A dataset must not change between epochs"):
+        fit(Own(noisy[1]), LossMixing(SOON, folder=tmp_path), data, reload_dataloaders_every_n_epochs=1)
+
+
+def test_a_fit_that_a_trainer_goes_on_with_keeps_its_weights(noisy, tmp_path):
+    callback, module, seen = LossMixing(SOON, folder=tmp_path), Own(noisy[1]), []
+    trainer = fit(module, callback, noisy[0], Hook(on_train_start=lambda *_: seen.append(callback.mix.clone())))
+    learned = callback.mix.clone()
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, datamodule=noisy[0])
+    assert torch.equal(seen[1], learned)
+    assert [row["epoch"] for row in callback.history] == [1, 2, 3]
+
+
+def test_a_rehearsal_writes_nothing_and_a_validation_changes_nothing(noisy, tmp_path):
+    fit(Own(noisy[1]), LossMixing(SOON, folder=tmp_path), noisy[0], fast_dev_run=True)
+    assert not list(tmp_path.iterdir())
+    callback, module = LossMixing(SOON, folder=tmp_path), Own(noisy[1])
+    trainer = fit(module, callback, noisy[0], epochs=2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    callback.mix += 1
+    learned = callback.mix.clone()
+    trainer.validate(module, noisy[0], ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert torch.equal(callback.mix, learned)
+
+
+def test_the_look_ahead_has_the_rate_of_the_last_layer(noisy):
+    module = Own(noisy[1])
+    others = [p for p in module.parameters() if p is not module.last_layer.weight]
+    groups = [{"params": others, "lr": 1e-3}, {"params": [module.last_layer.weight], "lr": 0.5}]
+    trainer = SimpleNamespace(optimizers=[torch.optim.SGD(groups)])
+    assert _learning_rate(trainer, module) == 0.5
+    assert _learning_rate(SimpleNamespace(optimizers=[torch.optim.SGD(others, 0.1)]), module) == 0.1
 
 
 @pytest.mark.parametrize("own", [{}, {"sample_weights": None}], ids=str)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.toys import CLASSES, FEATURES, Toys, make_trainer
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from bdistil import UserError
@@ -51,6 +52,24 @@ def test_fits_of_equal_and_falling_cost_are_points():
     assert merge_points(curves.points) == (costs, pytest.approx(means))
     figures = curves.add(100_000, 1.0)
     assert figures["area"] == pytest.approx(area_under_curve([*costs, 100_000], [*means, 1.0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*`ckpt_path`")
+def test_points_outlive_a_test_with_a_checkpoint_of_the_fit(tmp_path):
+    """It was saved before the fit ended, and so before the fit had its point; a rehearsal has none."""
+    curves, cost, saved = MetricCurves(), ComputeCost(), ModelCheckpoint(tmp_path, save_last=True)
+    fitted(Foreign(), ComputeCost(), curves, fast_dev_run=True)
+    assert curves.points == []
+    trainer = make_trainer(cost, curves, saved)
+    trainer.fit(Foreign(), Toys())
+    seen = cost.samples_seen
+    trainer.validate(datamodule=Toys(), ckpt_path="best", verbose=False)
+    assert len(curves.points) == 1
+    assert cost.samples_seen == seen
+    again = MetricCurves()
+    trainer = make_trainer(ComputeCost(), again, epochs=3, enable_checkpointing=False)
+    trainer.fit(Foreign(), Toys(), ckpt_path=tmp_path / "last.ckpt")
+    assert len(again.points) == 1
 
 
 def test_a_point_that_costs_less_and_is_better_is_a_fall():

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.toys import Hook, make_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
 
@@ -100,11 +101,13 @@ def test_the_weight_that_auto_has_come_to_is_kept():
         ({"distillation_weight": "much"}, "got 'much'"),
         ({"temperature": 0.0}, r"`temperature` > 0, got 1\.0 and 0\.0"),
         ({"weight_factor": -1.0}, r"`weight_factor` .*got -1\.0"),
+        ({"weight_factor": 2.0, "distillation_weight": "auto"}, r"`weight_factor` = 1 with .*got 2\.0"),
+        ({"teacher": []}, "got an empty list"),
     ],
 )
 def test_what_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
-        Distillation(nn.Linear(6, 4), nn.Linear(6, 4), **options)
+        Distillation(nn.Linear(6, 4), **{"teacher": nn.Linear(6, 4), **options})
 
 
 # ---- the mean control variate
@@ -132,6 +135,29 @@ def unbiased_fit(student, loader, *callbacks, **options):
 def test_a_mean_over_samples_that_are_not_drawn_alike_is_refused(loader):
     with pytest.raises(UserError, match=r"to read each sample once an epoch.*unbiased"):
         unbiased_fit(nn.Linear(6, 4), loader(data_of()))
+
+
+@pytest.mark.parametrize("options", [{"overfit_batches": 2}, {"limit_train_batches": 2}])
+def test_a_mean_over_samples_that_an_epoch_leaves_out_is_refused(options):
+    with pytest.raises(UserError, match=f"{next(iter(options))}=2"):
+        unbiased_fit(nn.Linear(6, 4), DataLoader(data_of(), 8), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*`ckpt_path`", "ignore:You're resuming")
+def test_a_fit_resumed_within_an_epoch_has_its_control_variate(tmp_path):
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4), unbiased=True)
+    loader, val = DataLoader(data_of(), 8), DataLoader(data_of(), 24)
+    make_trainer(saved, epochs=1).fit(module, loader, val)
+    again, seen = Distillation(nn.Linear(6, 4), nn.Linear(6, 4), unbiased=True), []
+    look = Hook(on_train_batch_end=lambda trainer, module, *_: seen.append(len(module._control)))
+    make_trainer(look, epochs=1).fit(again, loader, val, ckpt_path=tmp_path / "step=1.ckpt")
+    assert seen == [2, 2]
+
+
+def test_students_and_teachers_of_other_classes_are_refused():
+    with pytest.raises(UserError, match="as many logits of the student as of the teacher, got 1 and 3"):
+        kd_terms(torch.zeros(2, 1), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), temperature=1.0)
 
 
 def test_the_control_variate_is_the_mean_of_training_steps():

@@ -256,6 +256,9 @@ def test_samples_without_a_label_have_no_label_gradient(tmp_path):
         residual = (module(X).softmax(-1) - nn.functional.one_hot(Y, 3)) * (y >= 0)[:, None]
     gradients = (residual[:, :, None] * torch.cat([X, torch.ones(96, 1)], 1)[:, None]).flatten(1)
     assert noise.history[0]["v_gg"] == pytest.approx(float(gradients.var(0).sum()), rel=1e-4)
+    with torch.no_grad():
+        entropy = nn.functional.cross_entropy(module(X), y)  # of the labelled samples
+    assert noise.history[0]["label_loss"] == pytest.approx(float(entropy), rel=1e-4)
 
 
 @pytest.mark.parametrize(

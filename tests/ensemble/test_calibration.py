@@ -52,10 +52,11 @@ def test_another_round_makes_them_stale(run):
         (json.dumps(FIGURES.to_dict())[:-9], "anytime.json cannot be used"),
         (json.dumps({"count": 2, "surprise": 1}), "surprise"),
         (json.dumps({**FIGURES.to_dict(), "temperatures": [1.0]}), "1 numbers for 2 stages"),
+        (json.dumps({**FIGURES.to_dict(), "temperatures": [1.0, 0.0]}), "temperatures that are not positive"),
         (json.dumps(replace(FIGURES, count=3, exits=None, temperatures=(), calibration_error=(), times=()).to_dict()),
          "of 3 stages, 2 are committed"),
     ],
-    ids=["empty", "no object", "torn", "unknown key", "too few", "another ensemble"],
+    ids=["empty", "no object", "torn", "unknown key", "too few", "no temperature", "another ensemble"],
 )  # fmt: skip
 def test_a_file_that_is_not_to_be_used_is_named(run, text, names):
     (run.root / "anytime.json").write_text(text)

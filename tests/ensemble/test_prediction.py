@@ -147,6 +147,15 @@ def test_what_was_run_is_reported_beside_what_answered(ensemble, x):
         assert rows_seen(ensemble) == [int((ran > number).sum()) for number in range(T)]
 
 
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_batch_without_samples_is_answered(ensemble, x, rule, clock):
+    ensemble.calibration = CLOCKS[clock]
+    prediction = ensemble.predict(x[:0], Budget(confidence=0.9, rule=rule))
+    assert prediction.logits.shape == (0, L)
+    assert prediction.stages.tolist() == []
+
+
 def test_all_decided_is_the_end_whatever_removal_costs(ensemble, x):
     ensemble.calibration = Calibration(T, times=times(compact=1.0))
     prediction = ensemble.predict(x, Budget(confidence=1e-6))

@@ -34,8 +34,21 @@ def test_last_layer_scalars_equal_the_full_version_on_a_linear_model(bias, tempe
         assert getattr(found, name) == pytest.approx(getattr(full, name), rel=1e-12), name
 
 
-def test_sample_gradients_equal_one_backward_a_sample():
-    student = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+class Tied(nn.Module):
+    """Two layers of one weight, one of which has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.second.weight, self.again = self.first.weight, self.first
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.again(torch.tanh(self.second(torch.tanh(self.first(x)))))))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), Tied])
+def test_sample_gradients_equal_one_backward_a_sample(make):
+    student = make().double()
     x, y, z = normal(5, 6), torch.randint(4, (5,)), normal(5, 4)
     found = sample_gradients(student, x, y, z, temperature=3.0, chunk=2)
     for row in range(5):

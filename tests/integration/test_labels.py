@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from bdistil import ApiTeacher, Budget, ProgressiveEnsemble, UserError
+from bdistil import AdaptedTeacher, ApiTeacher, Budget, ProgressiveEnsemble, UserError
 from bdistil.evaluation import fit_anytime
 
 ONE = {"settings": settings_for(1), "trainer": {"epochs": 1}}
@@ -287,6 +287,23 @@ def test_logits_of_several_labels_are_not_centred(multilabel):
         answers = teacher(x)
     off = (controller.ensemble(x) - answers).square().mean().sqrt()
     assert off < 0.35 * (answers - answers.mean(0)).square().mean().sqrt()  # a mean per sample would be lost otherwise
+
+
+def sigmoid_api(x):
+    return 1 / (1 + np.exp(-x[:, :CLASSES]))
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_probabilities_are_no_logits_of_several_labels(task, tmp_path):
+    """Their logarithms would be taken for logits: a label of probability 0.9 would have a logit below 0."""
+    adapted = AdaptedTeacher(nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.Sigmoid()), probabilities=True)
+    with pytest.raises(UserError, match=rf"for task='{task}', got AdaptedTeacher\(..., probabilities=True\)"):
+        boost(tmp_path / "adapted", Several(), teacher=adapted, settings=settings_for(1, task=task))
+    for answers in ("probabilities", "labels"):
+        api = ApiTeacher(sigmoid_api, CLASSES, tmp_path / f"{answers}.sqlite", answers=answers)
+        with pytest.raises(UserError, match=f"for task='{task}', got answers='{answers}'"):
+            boost(tmp_path / answers, Several(), teacher=api, settings=settings_for(1, task=task))
+        assert api.queries == 0
 
 
 def test_several_labels_have_no_class_probabilities(multilabel):

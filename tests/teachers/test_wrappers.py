@@ -118,6 +118,16 @@ def test_a_frozen_teacher_never_trains(tmp_path):
         assert not teacher(x).requires_grad
 
 
+def test_a_frozen_teacher_goes_back_to_eval_mode():
+    """The module inside is the user's, who may have it in train mode."""
+    network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())
+    teacher, x = FrozenTeacher(network), torch.randn(8, 4)
+    before = teacher(x)
+    network.train()
+    assert torch.equal(teacher(x), before)
+    assert int(network[0].num_batches_tracked) == 0
+
+
 def test_work_that_is_not_counted_is_named_in_torchscript_too(tmp_path):
     class Waves(nn.Module):
         def forward(self, x):

@@ -22,6 +22,7 @@ from bdistil.data.loaders import LOADERS, Views, is_random, paired, same_x, sing
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written
 from bdistil.metrics.quality import Task
+from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.offline import table_of
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
@@ -226,9 +227,23 @@ def check_repeatable(answer: Callable[[Any], Any], name: str, x: Any) -> Any:
 
 
 def check_task(task: Task, teacher: nn.Module) -> None:
-    """Raises UserError if teachers of another task than classification are averaged as probabilities."""
+    """Raises UserError if a teacher's probabilities or labels would be taken for the logits of another task."""
+    if task == "classification":
+        return
+    if isinstance(teacher, ApiTeacher) and teacher.answers != "logits":
+        raise UserError(
+            f"Expected an API that answers with the network's outputs for task={task!r}, got answers="
+            f"{teacher.answers!r}, which become logits of a softmax. Give answers='logits'; for sigmoid outputs p, "
+            "return log(p / (1 - p))."
+        )
+    if isinstance(teacher, AdaptedTeacher) and teacher.probabilities:
+        raise UserError(
+            f"Expected a network that returns its outputs for task={task!r}, got AdaptedTeacher(..., "
+            "probabilities=True), whose logarithms are logits of a softmax. Leave it out; for sigmoid outputs p, give "
+            "a module that returns torch.logit(p)."
+        )
     inner = teacher.network if isinstance(teacher, AdaptedTeacher) else teacher
-    if task != "classification" and isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
+    if isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
         raise UserError(
             f"Expected an average of the outputs of several teachers for task={task!r}, got AveragedTeacher(..., "
             "of='probabilities'). Give of='logits'."

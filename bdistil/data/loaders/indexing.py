@@ -149,9 +149,11 @@ def with_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[A
     options, batches = {"generator": loader.generator, **worker_options(loader)}, own_batches(loader)
     if batches is not None:
         return DataLoader(dataset, collate_fn=loader.collate_fn, batch_sampler=batches, **options)
-    options |= {"sampler": sampler_of(loader), **batch_options(loader)}
+    sampler = sampler_of(loader)
     if reads_all(loader):  # torch's samplers hold the dataset
-        options |= {"sampler": None, "shuffle": isinstance(sampler_of(loader), RandomSampler)}
+        shuffled = isinstance(sampler, RandomSampler)
+        sampler = RandomSampler(cast(Sized, dataset), generator=sampler.generator) if shuffled else None
+    options |= {"sampler": sampler, **batch_options(loader)}
     return DataLoader(dataset, collate_fn=loader.collate_fn, **options)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -91,6 +91,21 @@ class Mekd:
         for name in ("queries", "first_queries", "gan_epochs", "epochs", "gan_batch_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"Expected `{name}` of MEKD to be >= 1, got {getattr(self, name)}.")
+        for name in ("gan_lr", "lr", "tau"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"Expected `{name}` of MEKD to be > 0, got {getattr(self, name)}.")
+        if self.optimizer not in get_args(Optimizer):
+            raise UserError(f"Expected `optimizer` of MEKD to be 'sgd' or 'adamw', got {self.optimizer!r}.")
+        if self.width < 2 or self.critic_width < 1 or self.shift < 0:
+            raise UserError(
+                "Expected `width` >= 2, `critic_width` >= 1 and `shift` >= 0 of MEKD, got "
+                f"{self.width}, {self.critic_width} and {self.shift}."
+            )
+        if not (self.share >= 0 and self.kl >= 0 and 0 <= self.average < 1):
+            raise UserError(
+                "Expected `share` >= 0, `kl` >= 0 and `average` in [0, 1) of MEKD, got "
+                f"{self.share}, {self.kl} and {self.average}."
+            )
         if not 0 <= self.local_share < 1:
             raise UserError(f"Expected `local_share` of MEKD in [0, 1), got {self.local_share}.")
         if self.first_queries >= self.queries:

@@ -135,6 +135,9 @@ def test_other_settings_and_too_few_queries_are_refused(run, tmp_path):
         emulate(tmp_path, queries=53, local_share=0.1)
     with pytest.raises(UserError, match=r"Expected `local_share` of MEKD in \[0, 1\), got 1"):
         Mekd(local_share=1.0)
+    for wrong in ({"optimizer": "adam"}, {"tau": -1.0}, {"lr": 0.0}, {"kl": -1.0}, {"average": 2.0}, {"width": 1}):
+        with pytest.raises(UserError, match=f"`{next(iter(wrong))}`.* of MEKD"):
+            Mekd(**wrong)
     with pytest.raises(UserError, match="Expected `first_queries` < `queries`"):
         Mekd(queries=10, first_queries=10)
     with pytest.raises(UserError, match="Expected the teacher of MEKD to be an ApiTeacher, got Linear"):
