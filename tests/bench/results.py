@@ -79,6 +79,7 @@ def keep(folder, kept):
     names = ("config.yaml", "figures.json", "environment.json", "rounds/*/*.json")
     files = [*folder.glob("*.json"), folder / "recipe.yaml", *folder.glob("runs/teacher-seed0/teacher.safetensors")]
     files += [file for cell in done for name in names for file in cell.glob(name)]
+    kept.parent.mkdir(exist_ok=True)
     with tarfile.open(kept, "w:gz") as archive:
         for file in files:
             archive.add(file, file.relative_to(folder))
