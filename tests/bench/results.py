@@ -36,7 +36,7 @@ PARTS = (
     ),
 )  # fmt: skip
 # These take hours: the figures of their cells are kept, so that another machine goes on with them.
-LONG = ("fsdd-start", "mnist", "cifar10-tiny")
+LONG = ("fsdd-start", "cifar10-tiny")
 CELLS = HERE / "cells"
 MISSING = "Not measured:"
 HEAD = """# Results
