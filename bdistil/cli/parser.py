@@ -15,6 +15,17 @@ def _as_typed(keys: str) -> str:
     return ", ".join(f"--{key.removeprefix('fit.')}" for key in keys.split(", "))
 
 
+def _in_words(message: str) -> str:
+    """A message without Python's names of types, and with the nearest of the allowed values."""
+    message = message.replace("a <class 'int'>", "a whole number").replace("a <class 'float'>", "a number")
+    choice = re.search(r"a typing\.Literal\[(.+?)\]\. Got value: (\S+)", message)
+    if choice is None:
+        return message
+    near = difflib.get_close_matches(choice[2], re.findall("'(.+?)'", choice[1]), 1)
+    hint = f". Did you mean '{near[0]}'?" if near else ""
+    return message.replace(choice[0], f"one of {choice[1]}. Got value: {choice[2]}{hint}")
+
+
 class Parser(LightningArgumentParser):
     """A parser with single-message errors, which suggest the nearest spelling, and a short help."""
 
@@ -43,7 +54,7 @@ class Parser(LightningArgumentParser):
             message += f"\n  Did you mean '{near[0]}'?" if near else ""
         if spaceless := re.search(r"Option '(\w+):(\S+)' is not accepted", message):
             message += f"\n  YAML has a space after the colon of a key: {{{spaceless[1]}: {spaceless[2]}}}."
-        super().error(message, ex)
+        super().error(_in_words(message), ex)
 
     def _options(self) -> list[str]:
         commands = [c.values() for a in self._actions if isinstance(c := getattr(a, "choices", None), dict)]

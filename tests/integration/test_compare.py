@@ -174,6 +174,8 @@ def test_widths_beside_a_run_need_only_the_small_files_of_its_cells(tmp_path):
     ("options", "message"),
     [
         (["--methods", "bdistil", "boosting"], "Got value: boosting"),
+        (["--methods", "bdistil", "no_reshed"], "Got value: no_reshed. Did you mean 'no_resched'?"),
+        (["--seeds", "two"], "Expected a whole number. Got value: two"),
         (["--seeds", "0"], "Expected `seeds` and `workers` >= 1, got 0 and 1"),
         (["--model.boosting.round", "2"], "Did you mean 'model.boosting.rounds'"),
         (["--model.mekd.queries", "1000"], "got one with `model.mekd`"),
