@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
 from bdistil.functional.gradient_noise import Suggestion, scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
 from bdistil.metrics.quality import class_sums
+from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.wrappers import FrozenTeacher
 from bdistil.utils.modules import kept_buffers
 from bdistil.utils.optimizers import adamw_cosine, schedule_length
@@ -105,6 +107,7 @@ class Distillation(pl.LightningModule):
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
         self.weight, self.labels, self._pairs = float(weight), labels, PairCollate(list, labels)
         self._control: list[Tensor] = []
+        self._answered = False
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) of the student, in float32 even with mixed precision."""
@@ -130,12 +133,26 @@ class Distillation(pl.LightningModule):
         return loss + self.weight * pull
 
     def _split(self, batch: Any) -> tuple[Any, ...]:
-        """(x, y), or (x, y, index), of a batch."""
+        """(x, y), or (x, y, index), of a batch.
+
+        Raises:
+            UserError: the third part are real numbers, such as weights of the samples, which no loss here reads.
+        """
         pair, index = (batch, ()) if isinstance(batch, Mapping) else (batch[:2], batch[2:])
+        if any(isinstance(part, Tensor | np.ndarray) and torch.as_tensor(part).is_floating_point() for part in index):
+            raise UserError(
+                "Expected batches (x, y) for Distillation, got a third part of real numbers. Weights of samples would "
+                "be ignored: leave them out, or override `training_step`."
+            )
         return *self._pairs.split(pair), *index
 
     def _terms(self, x: Any, y: Tensor, index: Index | None = None) -> KDTerms:
-        return kd_terms(self(x), self.teacher_logits(x, index), y, temperature=self.temperature)
+        answers = self.teacher_logits(x, index)
+        if not self._answered:
+            self._answered = True
+            for teacher in answers if answers.ndim == 3 else [answers]:
+                warn_of_probabilities(teacher)
+        return kd_terms(self(x), answers, y, temperature=self.temperature)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs accuracy and cross entropy over the labelled samples."""

@@ -1,6 +1,9 @@
 """Distillation without boosting: the loss by hand, in full and in mixed precision, and what is kept of it."""
 
+import warnings
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,6 +79,26 @@ def test_batches_may_be_mappings_with_a_key_for_the_labels(unbiased):
     torch.testing.assert_close(module.student.weight, plain.student.weight)
     assert found[0] == found[1]
     assert set(found[0]) == {"val_accuracy", "val_loss"}
+
+
+def test_teachers_that_answer_with_probabilities_are_told_once(batch):
+    soft = nn.Sequential(nn.Linear(6, 4), nn.Softmax(-1))
+    for teachers, told in ((soft, 1), ([nn.Linear(6, 4), soft], 1), (nn.Linear(6, 4), 0)):
+        module = Distillation(nn.Linear(6, 4), teachers)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                module.training_step(batch, 0)
+        assert sum("look like probabilities" in str(warning.message) for warning in found) == told
+
+
+@pytest.mark.parametrize("weights", [torch.ones(16), np.ones(16)], ids=["tensor", "array"])
+def test_weights_of_samples_are_refused_and_an_index_is_not(batch, weights):
+    module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4))
+    with pytest.raises(UserError, match="third part of real numbers"):
+        module.training_step((*batch, weights), 0)
+    for index in (np.arange(16), torch.arange(16), [f"{number}.png" for number in range(16)]):
+        torch.testing.assert_close(module.training_step((*batch, index), 0), module.training_step(batch, 0))
 
 
 def test_teachers_are_frozen_and_in_no_checkpoint():

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from bdistil.boosting.checks.data import check_outputs, loaders_of
+from bdistil.boosting.ledger.samples import check_stored, store_samples
 from bdistil.data.loaders import LOADERS, single_loader
 from bdistil.distillation.mekd.deprivatization import Deprivatization
 from bdistil.distillation.mekd.mapping_emulation import MappingEmulation, Optimizer
@@ -128,7 +129,7 @@ class Emulation:
 
     Raises:
         UserError: the teacher is not an ApiTeacher, the samples are random or neither images nor sequences, the query
-            budget is too small, or the folder holds a run with other settings.
+            budget is too small, or the folder holds a run with other settings or other local samples.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Emulation:
                 f"local samples ({local_queries}), got {settings.queries}."
             )
         self._freeze_settings()
+        self._freeze_samples()
 
     def _freeze_settings(self) -> None:
         """Writes the settings of a new run, or compares them with those of the run in the folder."""
@@ -175,6 +177,12 @@ class Emulation:
                 f"{self.folder} holds a run of MEKD with other settings ({'; '.join(differing)}). Give those, or "
                 "choose another `run_dir`."
             )
+
+    def _freeze_samples(self) -> None:
+        """Keeps digests of some local samples of a new run, or compares them: other samples cost queries again."""
+        for name, x in zip(LOADERS, (self.samples, self.held_out), strict=True):
+            check_stored(folder := self.folder / "local" / name, name, x)
+            store_samples(folder, x)
 
     def run(self, make_student: Callable[[int], nn.Module]) -> GeneratedSamples:
         """Runs both stages; returns the training data of a boosting run.

@@ -207,6 +207,17 @@ def test_samplers_choose_the_local_samples(tmp_path):
     assert torch.equal(found.held_out, x[30:])
 
 
+def test_a_restart_with_another_split_is_refused_before_it_asks(tmp_path):
+    x, model = images(40, 1)[0], Model()
+    emulation_of(tmp_path, loader_of(x[:30]), loader_of(x[30:]))
+    emulation_of(tmp_path, loader_of(x[:30]), loader_of(x[30:]))
+    with pytest.raises(UserError, match=r"`train_dataloader\(\)` has another x than in the run.*seed it: random_split"):
+        emulation_of(tmp_path, loader_of(x[10:]), loader_of(x[:10]), model=model)
+    with pytest.raises(UserError, match=r"`val_dataloader\(\)` has another x than in the run"):
+        emulation_of(tmp_path, loader_of(x[:30]), loader_of(x[20:30]), model=model)
+    assert not model.asked
+
+
 @pytest.mark.parametrize("part", ["train_dataloader", "val_dataloader"])
 def test_local_samples_that_are_random_are_refused(tmp_path, part):
     x, model = images(LOCAL, 1)[0], Model()
