@@ -57,12 +57,13 @@ and [other packages](peers.md).
 """
 
 
-def measure(part, output, data, seeds):
+def measure(part, output, data, seeds=None, methods=None):
     """Runs one comparison, as far as it has not been run; its figures are kept in CELLS if it takes hours."""
-    name, _, recipe, _, methods, options = part
+    name, _, recipe, all_seeds, all_methods, options = part
+    seeds, methods = seeds or all_seeds, methods or all_methods.split()
     folder, kept = output / name, CELLS / f"{name}.tar.gz"
     command = [sys.executable, "-m", "bdistil.cli", "compare", "--config", recipe, "--output", str(folder)]
-    command += ["--seeds", str(seeds), "--methods", *methods.split(), *options.format(data=data).split()]
+    command += ["--seeds", str(seeds), "--methods", *methods, *options.format(data=data).split()]
     if kept.exists() and not folder.exists():
         with tarfile.open(kept) as archive:
             archive.extractall(folder, filter="data")
@@ -117,10 +118,11 @@ def main():
     parser.add_argument("--data", default="data")
     parser.add_argument("--only", nargs="*", help="names of parts; the sections of the others stay as they are")
     parser.add_argument("--seeds", type=int, help="fewer than the part has")
+    parser.add_argument("--methods", nargs="+", help="fewer than the part has")
     given = parser.parse_args()
     parts = [part for part in PARTS if given.only is None or part[0] in given.only]
     for part in parts:
-        measure(part, given.output, given.data, given.seeds or part[3])
+        measure(part, given.output, given.data, given.seeds, given.methods)
     write_page(
         sections() | {heading: section(heading, recipe, given.output / name) for name, heading, recipe, *_ in parts}
     )
