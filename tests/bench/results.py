@@ -93,12 +93,24 @@ def minutes(folder):
     return sum(whole.values()) / 60
 
 
-def section(heading, recipe, folder):
-    name = Path(recipe).stem
+def lacking(part, folder):
+    """A sentence on the methods and seeds of a part that were not measured yet, or nothing."""
+    _, _, _, seeds, methods, _ = part
+    with (folder / "compare.csv").open() as file:
+        there = list(csv.DictReader(file))
+    missing = [method for method in methods.split() if method not in {row["method"] for row in there}]
+    fewer = seeds - len({row["seed"] for row in there})
+    missing += [f"{fewer} of {seeds} seeds"] if fewer else []
+    return f" Not measured yet: {', '.join(missing)}." if missing else ""
+
+
+def section(part, folder):
+    _, heading, recipe, *_ = part
     picture = f"results-{folder.name}.png"
     (DOCS / picture).write_bytes((folder / "compare-macs.png").read_bytes())
     text = (folder / "compare.md").read_text()
-    intro = f"Recipe `{name}`, {minutes(folder):.0f} minutes of training beside other programs; {environment()}."
+    trained = f"{minutes(folder):.0f} minutes of training beside other programs"
+    intro = f"Recipe `{Path(recipe).stem}`, {trained}; {environment()}.{lacking(part, folder)}"
     return f"{heading}\n\n{intro}\n\n![Test figures of every method over MACs]({picture})\n\n{text}\n"
 
 
@@ -123,9 +135,7 @@ def main():
     parts = [part for part in PARTS if given.only is None or part[0] in given.only]
     for part in parts:
         measure(part, given.output, given.data, given.seeds, given.methods)
-    write_page(
-        sections() | {heading: section(heading, recipe, given.output / name) for name, heading, recipe, *_ in parts}
-    )
+    write_page(sections() | {part[1]: section(part, given.output / part[0]) for part in parts})
 
 
 def write_page(found):
