@@ -35,9 +35,8 @@ PARTS = (
         f"--data.root {{data}} --model.teacher.checkpoint {HERE}/cifar10-teacher.safetensors",
     ),
 )  # fmt: skip
-# These take hours: the figures of their cells are kept, so that another machine goes on with them.
-LONG = ("fsdd-start", "cifar10-tiny")
-CELLS = HERE / "cells"
+# This one takes hours: the figures of its cells are kept, so that another machine goes on with them.
+LONG, CELLS = "cifar10-tiny", HERE / "cells"
 MISSING = "Not measured:"
 HEAD = """# Results
 
@@ -58,7 +57,7 @@ and [other packages](peers.md).
 
 
 def measure(part, output, data, seeds=None, methods=None):
-    """Runs one comparison, as far as it has not been run; its figures are kept in CELLS if it takes hours."""
+    """Runs one comparison, as far as it has not been run; its figures are kept in CELLS if it is LONG."""
     name, _, recipe, all_seeds, all_methods, options = part
     seeds, methods = seeds or all_seeds, methods or all_methods.split()
     folder, kept = output / name, CELLS / f"{name}.tar.gz"
@@ -70,7 +69,7 @@ def measure(part, output, data, seeds=None, methods=None):
     try:
         subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "disabled"})
     finally:
-        if name in LONG:
+        if name == LONG:
             keep(folder, kept)
 
 
