@@ -78,7 +78,7 @@ def close_round(
         verdict = _evaluate(settings, plan, device)
     name = f"Round {number + 1} of {settings.rounds}, class {plan.rung.name}"
     if not verdict.accepted:
-        then = "A wider class is tried." if _reject(boosting, plan, verdict.reason, state) else "Boosting stops."
+        then = "A wider class is tried." if _reject(boosting, plan, verdict.reason, state, steps) else "Boosting stops."
         rank_zero_info(f"{name}: rejected, {verdict.reason}. {then}")
         return None
     row = _curve_row(boosting, plan, verdict, state, device)
@@ -183,12 +183,14 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
     distributed.barrier()
 
 
-def _reject(boosting: Boosting, plan: RoundPlan, reason: str, state: RoundState) -> bool:
+def _reject(boosting: Boosting, plan: RoundPlan, reason: str, state: RoundState, steps: int) -> bool:
     """Records a rejected try and its cost; stops the run after the last rung. Returns whether the run continues."""
     number, last = plan.module.number, plan.attempt + 1 >= len(plan.rungs)
     if distributed.rank() == 0:
         macs = _training_macs(boosting, plan, state)
-        boosting.run.reject(number, f"{plan.rung.name}: {reason}", train_macs=macs, seconds=state.elapsed())
+        boosting.run.reject(
+            number, f"{plan.rung.name}: {reason}", train_macs=macs, seconds=state.elapsed(), steps=steps
+        )
         if last:
             boosting.stop(number, reason)
     distributed.barrier()

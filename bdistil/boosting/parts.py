@@ -104,6 +104,12 @@ class Parts:
             if part.guard is not None:
                 part.guard.compare_stored()
 
+    def store(self) -> None:
+        """Stores some samples for later starts, if no earlier one has."""
+        for part in (self.train, self.val):
+            if part.guard is not None:
+                part.guard.store()
+
     def __iter__(self) -> Iterator[Part]:
         yield from (self.train, self.val, *self.views)
 

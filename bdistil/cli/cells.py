@@ -91,7 +91,7 @@ class TeacherCLI(ComparedCLI):
     ) -> LightningDataModule:
         run, started = controller.run, time.perf_counter()
         plan = controller.boosting.check(datamodule)
-        self._teach(model, datamodule, controller)
+        self._teach(model, datamodule, controller, plan.parts)
         teacher = controller.boosting.teacher
         if (table := table_of(teacher)) is not None:
             loaders = ((part, loader_of(run, part, datamodule)) for part in PARTS)
@@ -121,7 +121,7 @@ class JointCLI(TeacherCLI):
         run, settings = controller.run, model.boosting
         seed, config = controller.boosting.seed, controller.boosting.planner.config({})
         checked = controller.boosting.check(datamodule)
-        self._teach(model, datamodule, controller)
+        self._teach(model, datamodule, controller, checked.parts)
         plan = plan_joint(controller.boosting, checked)
         loggers = controller.tracker.loggers = self._loggers(run, config)
         keeper, ledger = EpochKeeper(run.checkpoint(0), seed, "joint"), JointLedger(controller.boosting, plan)

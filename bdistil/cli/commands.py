@@ -44,7 +44,8 @@ def evaluate(
         budget: limits; without any, all students run.
         part: part of the data.
         sweep: limit to vary over its range; the other limits are those of `budget`.
-        batch_size: samples per batch for the second latency; the first is measured on single samples.
+        batch_size: samples per batch for the second latency, and for all figures within seconds; the first latency is
+            measured on single samples.
         csv: file to write the results to.
         picture: PNG file to draw accuracy against average MACs to.
         as_json: print one JSON object; for a sweep, a list of them.

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from bdistil.boosting.checks.trainer import check_strategy, check_trainer
+from bdistil.boosting.parts import Parts
 from bdistil.boosting.plan import FREE_KEYS, GROWING_KEYS, complete
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.callbacks import EpochKeeper, LossMixing, RoundController, RoundProgressBar
@@ -268,9 +269,9 @@ class BoostCLI(LightningCLI):
             run.freeze(config, self.free_keys, GROWING_KEYS, self._complete)
             loggers = self._loggers(run, config) if loggers is None else loggers
             datamodule = self._emulate(model.mekd, model, datamodule, controller, loggers)
-        controller.boosting.check(datamodule)
+        plan = controller.boosting.check(datamodule)
         model.speed_up(model.teacher.network)
-        self._teach(model, datamodule, controller)
+        self._teach(model, datamodule, controller, plan.parts)
         loggers = self._loggers(run, config) if loggers is None else loggers
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
@@ -303,7 +304,9 @@ class BoostCLI(LightningCLI):
         tracked = make_logger(self.config_init.fit.tracking, run.root, config)
         return [*(given if isinstance(given, list) else [given] if given else []), *([tracked] if tracked else [])]
 
-    def _teach(self, model: Distiller, datamodule: LightningDataModule, controller: RoundController) -> None:
+    def _teach(
+        self, model: Distiller, datamodule: LightningDataModule, controller: RoundController, parts: Parts
+    ) -> None:
         """Loads the teacher's weights; trains the teacher first if the run has none."""
         spec, seed = model.teacher, controller.boosting.seed
         if comes_trained(spec.network) and not spec.checkpoint:
@@ -315,8 +318,14 @@ class BoostCLI(LightningCLI):
                     "The data have no labels (model.boosting.labels: null), so the recipe cannot train its teacher. "
                     "Give a trained one by model.teacher.checkpoint."
                 )
+            if controller.run.scratch is None:
+                parts.compare_stored()  # an interrupted training goes on with the same samples
+                if distributed.early_rank() == 0:
+                    parts.store()
             rank_zero_info(f"Training the teacher (max_epochs={spec.epochs}) …")
             spec.network.requires_grad_(True).train()
+            for part in filter(comes_trained, spec.network.modules()):  # such as one of an AveragedTeacher
+                part.requires_grad_(False)
             keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")
             trainer = self.new_trainer(
                 controller.signals, keeper,

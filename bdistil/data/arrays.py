@@ -16,7 +16,7 @@ from bdistil.data.base import PARTS, TensorParts
 from bdistil.data.folders import check_shares
 from bdistil.data.readers import share_split
 from bdistil.data.readers.files import Array
-from bdistil.errors import UserError
+from bdistil.errors import UserError, listed
 from bdistil.utils.paths import user_path
 
 
@@ -80,8 +80,9 @@ class Arrays(TensorParts):
         parts = {part: (self._samples(x, part), _labels(labels[part], part)) for part, (x, _) in found.items()}
         parts |= self._split(*parts["train"], {part: s for part, s in self.shares.items() if part not in parts})
         if self.standardise:
-            mean, spread = self.normalisation = self._moments(parts["train"][0])
-            parts = {part: ((x - mean) / spread, y) for part, (x, y) in parts.items()}
+            mean, spread = self._moments(parts["train"][0])
+            self.normalisation = mean.float(), spread.float()
+            parts = {part: (((x - mean) / spread).float(), y) for part, (x, y) in parts.items()}
         return {part: TensorDataset(*parts[part]) for part in PARTS}
 
     def _number(self, labels: dict[str, Array]) -> dict[str, Array]:
@@ -107,8 +108,8 @@ class Arrays(TensorParts):
                 f"Expected {where} to be real numbers, got {x.dtype} of shape {x.shape}. Give `standardise` "
                 "(--data.standardise true) for pixels, or save them as float32."
             )
-        if self.standardise or x.dtype.kind in "bf":
-            x = x.astype(np.float32)
+        if self.standardise or x.dtype.kind in "bf":  # the mean is taken off before numbers are rounded
+            x = x.astype(np.float64 if self.standardise and not np.can_cast(x.dtype, np.float32) else np.float32)
         if x.dtype.kind == "f" and not np.isfinite(x).all():
             wrong = int(np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1))[0])
             raise UserError(f"Expected {where} without NaN or infinity, got some in sample {wrong}.")
@@ -132,14 +133,15 @@ class Arrays(TensorParts):
             )
         others = [axis for axis in range(x.ndim) if axis != self.axis % x.ndim]
         mean, spread = x.double().mean(others, keepdim=True), x.double().std(others, correction=0, keepdim=True)
-        return mean[0].float(), torch.where(spread[0] < 1e-6, 1.0, spread[0]).float()
+        rounding = 8 * torch.finfo(x.dtype).eps * x.abs().amax(others, keepdim=True)
+        return mean[0].to(x.dtype), torch.where(spread <= rounding, 1.0, spread)[0].to(x.dtype)
 
 
 def read_arrays(file: Path) -> dict[str, tuple[Array, Array]]:
     """x and y of each part in a .npz file; `x` and `y` without a suffix are the training part.
 
     Raises:
-        UserError: the file or an array is missing, or x and y differ in length.
+        UserError: the file or an array is missing, a part has another name, or x and y differ in length.
     """
     if not file.is_file():
         raise UserError(f"Expected `file` of Arrays to be a .npz file, got {str(file)!r}, which is not there.")
@@ -156,6 +158,12 @@ def read_arrays(file: Path) -> dict[str, tuple[Array, Array]]:
     if lacking := [name for pair in names.values() for name in pair if name not in arrays]:
         raise UserError(
             f"Expected arrays x and y, or x_train, y_train …, in {file}, got {list(arrays)} ({lacking[0]} lacks)."
+        )
+    used = [x for x, _ in names.values()]
+    if unused := [name for name in arrays if name[:1] == "x" and f"y{name[1:]}" in arrays and name not in used]:
+        raise UserError(
+            f"Expected the parts in {file} to be named x_train, x_val and x_test, or x alone, got also "
+            f"{listed(unused)} beside {listed(used)}, which would be left out. Rename the arrays, or remove them."
         )
     found = {part: (arrays[x], arrays[y]) for part, (x, y) in names.items()}
     for part, (x, y) in found.items():

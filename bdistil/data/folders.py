@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from bdistil.utils.paths import user_path
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0 … 1, as most teachers expect
 GREY_MEAN, GREY_STD = 0.449, 0.226  # means over the channels
+
+# Names of folders that hold a part of a data set, not a class.
+PART_NAMES = re.compile(r"(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval)([ _-]?(set|data|images))?", re.IGNORECASE)
 
 Files = dict[str, list[Path]]  # by class
 
@@ -157,6 +161,12 @@ def find_parts(root: Path) -> dict[str, Files]:
     divided = (root / "train").is_dir() and any(_folders(root / "train"))
     folders = {part: root / part for part in PARTS if (root / part).is_dir()} if divided else {"train": root}
     found = {part: _classes(folder) for part, folder in folders.items()}
+    if not divided and found["train"] and all(PART_NAMES.fullmatch(name) for name in found["train"]):
+        raise UserError(
+            f"Expected one folder for each class in {root}, or the parts {', '.join(PARTS)}, got "
+            f"{listed(found['train'])}, which look like parts and would be the classes. Rename them, and let each hold "
+            "the folders of the classes."
+        )
     beside = [folder for folder in _folders(root) if folder not in folders.values()] if divided else []
     if odd := [folder.name for folder in beside if {each.name for each in _folders(folder)} & set(found["train"])]:
         raise UserError(

@@ -205,7 +205,16 @@ def _tuples(values: Any) -> Any:
 
 
 def save_calibration(run: RunDirectory, calibration: Calibration) -> None:
-    """Writes the calibration of the ensemble of the committed rounds to the run directory."""
+    """Writes the calibration of the ensemble of the committed rounds to the run directory.
+
+    Raises:
+        UserError: the run has another number of committed rounds.
+    """
+    if calibration.count != run.committed():
+        raise UserError(
+            f"Expected a calibration of the {run.committed()} committed rounds of {run.root}, got one of "
+            f"{calibration.count} stages. Give the run directory that the ensemble was loaded from."
+        )
     run.write(run.calibration.stem, calibration.to_dict())
 
 

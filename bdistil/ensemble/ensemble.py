@@ -26,7 +26,7 @@ from bdistil.runner.stage_clock import Deadline, Guard
 from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory, task_of
 from bdistil.utils.modules import first_difference, structure_of
-from bdistil.utils.trees import device_of, row_count
+from bdistil.utils.trees import device_of
 
 SCHEDULES = ("one", "all")
 PLANS = 64  # largest number of budgets whose exits are cached
@@ -83,6 +83,11 @@ class ProgressiveEnsemble(nn.Module):
         if macs and len(macs) != len(students):
             raise UserError(
                 f"Expected `macs` to hold one number for each of {len(students)} students, got {len(macs)}."
+            )
+        if sorted(macs) != [*macs] or (len(macs) > 1 and 0 < macs[0] == macs[-1]):
+            raise UserError(
+                f"Expected cumulative `macs`, which rise from stage to stage, got {list(macs)}. If they are those of "
+                "each student alone, give itertools.accumulate of them as a list."
             )
         self.macs = list(macs) or [0] * len(self.students)
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
@@ -186,7 +191,7 @@ class ProgressiveEnsemble(nn.Module):
             raise UserError(f"Expected `stages` to be in 1 … {len(self)}, got {stages}.")
         runner = self.stage_runner(x)
         if schedule is None:
-            schedule = self.calibration.schedule(row_count(x), device_of(x).type) if self.calibration.times else "one"
+            schedule = self.calibration.schedule(runner.size, device_of(x).type) if self.calibration.times else "one"
         if schedule not in SCHEDULES:
             raise UserError(f"Expected `schedule` to be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
         if schedule == "all":

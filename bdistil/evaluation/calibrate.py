@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from bdistil.evaluation.risk_control import held_back, promised_thresholds
 from bdistil.evaluation.tables import table
 from bdistil.evaluation.temperature import calibration_error, fit_temperature, weighted_prefixes, winning_weights
 from bdistil.evaluation.thresholds import ExitTarget, exit_outcome, exit_stages, fit_thresholds
-from bdistil.metrics.quality import class_numbers
+from bdistil.metrics.quality import UNLABELLED, class_numbers
 from bdistil.runner.confidence import Array
 
 TIMED_SAMPLES = 256
@@ -38,6 +38,7 @@ def fit_anytime(
     weights: bool = False,
     device: str | torch.device = "cpu",
     labels: str | None = "labels",
+    ignore_index: int = UNLABELLED,
 ) -> Calibration:
     """Fits temperatures, thresholds and weights, measures stage times, and sets `ensemble.calibration` to the result.
 
@@ -49,19 +50,31 @@ def fit_anytime(
         weights: try weighted prefixes, and keep them if they are better on held-out halves of the fitting samples.
         device: device for the measurements.
         labels: key of y in batches that are mappings.
+        ignore_index: class number of samples without a label, as in `BoostingSettings`.
 
     Raises:
-        UserError: the task is not classification, labels are not class numbers, or no stage meets the target.
+        UserError: the task is not classification, labels are not class numbers, the loader can be read only once, or no
+            stage meets the target.
     """
     if ensemble.task != "classification":
         raise UserError(
             f"Expected an ensemble of a classification, to fit exits for, got one of a {ensemble.task} task."
         )
+    if isinstance(loader, Iterator):  # the first pass would take some of its samples
+        raise UserError(
+            f"Expected a loader that can be read more than once, got a {type(loader).__name__}. Give a DataLoader or a "
+            "list of batches."
+        )
     target, device, before = target or ExitTarget(), torch.device(device), ensemble.calibration
+    if target.naive and not any(ensemble.macs):
+        raise UserError(
+            f"Expected an ensemble whose `macs` are known, to {target}, got one without. Give "
+            "ProgressiveEnsemble(students, macs=[…])."
+        )
     ensemble.to(device).calibration = Calibration(len(ensemble))
     try:
         timed = move_data_to_device(first_samples(loader, TIMED_SAMPLES, labels), device)
-        own, classes = own_logits(ensemble, loader, device, labels)
+        own, classes = own_logits(ensemble, loader, device, labels, ignore_index)
         calibration = fit_calibration(own, classes, ensemble.macs, target, weights)
         # Times depend on the weights, but must be measured without exits and temperatures.
         ensemble.calibration = replace(calibration, temperatures=(), exits=None)
@@ -75,7 +88,11 @@ def fit_anytime(
 
 @torch.no_grad()
 def own_logits(
-    ensemble: ProgressiveEnsemble, loader: Iterable[Any], device: torch.device, labels: str | None = "labels"
+    ensemble: ProgressiveEnsemble,
+    loader: Iterable[Any],
+    device: torch.device,
+    labels: str | None = "labels",
+    ignore_index: int = UNLABELLED,
 ) -> tuple[Tensor, Tensor]:
     """Logits of each student alone, in the teacher's units, (T, N, L), and the classes (N,) of labelled samples.
 
@@ -83,7 +100,7 @@ def own_logits(
         UserError: there are no labels, or they are not classes.
     """
     logits, classes, read = [], [], 0
-    for x, y in pairs_of(loader, labels):
+    for x, y in pairs_of(loader, labels, ignore_index):
         if y is None:
             raise UserError(
                 "Expected labels (N,) of the validation part, to fit thresholds and temperatures on, got none."

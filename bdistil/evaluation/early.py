@@ -1,8 +1,8 @@
 """Metrics of early classification: how early sequences are decided, and at which accuracy.
 
-A sample is decided at the first stage whose largest softmax probability reaches a threshold. A sample that no stage
-decides is answered at the last step and counts as undecided. The share decided early is only meaningful with the
-accuracy of all samples, so both are always reported together.
+A sample is decided at the first stage whose largest softmax probability, at the fitted temperature as in `predict`,
+reaches a threshold. A sample that no stage decides is answered at the last step and counts as undecided. The share
+decided early is only meaningful with the accuracy of all samples, so both are always reported together.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def early_figures(
     students = [student for student in ensemble.students if isinstance(student, SegmentStudent)]
     if not students:
         return {}
-    columns = []
+    columns, of_stage = [], ensemble.calibration.temperature
     for x, y in loader:
         if y is None:
             raise UserError("Expected labels (N,) for the figures of early classification, got none.")
@@ -79,7 +79,7 @@ def early_figures(
         samples, ends = len(logits[0]), torch.tensor([student.span(x.shape[1])[1] for student in students])
         columns.append(
             (
-                torch.stack([confidence_of(answer, "max_prob") for answer in logits]),
+                torch.stack([confidence_of(a, "max_prob", of_stage(n)) for n, a in enumerate(logits)]),
                 torch.stack([answer.argmax(-1) for answer in logits]) == classes[classes >= 0],
                 ends[:, None].expand(-1, samples),
                 torch.full((1, samples), x.shape[1]),

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
+from torch.utils.data import BatchSampler, DataLoader
 
 from bdistil.data.loaders import first_samples
 from bdistil.ensemble.budget import Budget
@@ -43,7 +44,8 @@ def evaluate_budgets(
         run: a run of a recipe.
         budgets: budgets to evaluate.
         part: part of the data.
-        batch_size: batch size of the second latency; the first is that of single samples.
+        batch_size: batch size of the second latency, and of all figures within seconds; the first latency is that of
+            single samples.
 
     Raises:
         UserError: `batch_size` < 1, or the run was not started by a recipe.
@@ -59,7 +61,8 @@ def evaluate_budgets(
         early = early_figures(ensemble, loader, budgets[0].confidence)
     rows = []
     for budget in budgets:
-        row = {"budget": budget_text(budget), "part": part, **_quality(ensemble, loader, budget)}
+        batches = loader if budget.seconds is None else _in_batches(loader, batch_size)
+        row = {"budget": budget_text(budget), "part": part, **_quality(ensemble, batches, budget)}
         row |= _latency(ensemble, singles, budget, "single") | _latency(ensemble, [batch] * BATCHES, budget, "batch")
         rows.append({**row, "batch_size": batch_size, **early})
     return rows
@@ -70,6 +73,12 @@ def budget_text(budget: Budget) -> str:
     limits = {key: value for key, value in asdict(budget).items() if value is not None}
     texts = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in limits.items())
     return " ".join(texts) or "none"
+
+
+def _in_batches(loader: DataLoader[Any], batch_size: int) -> DataLoader[Any]:
+    """The samples of a loader in batches of another size: what ends in time depends on it."""
+    batches = BatchSampler(loader.sampler, batch_size, drop_last=False)
+    return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
 
 
 def _quality(ensemble: ProgressiveEnsemble, loader: Iterable[Any], budget: Budget) -> dict[str, Any]:

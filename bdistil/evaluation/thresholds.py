@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from bdistil.ensemble.budget import NEVER, Rule
+from bdistil.ensemble.budget import NEVER, RULES, Rule
 from bdistil.ensemble.calibration import in_points
 from bdistil.errors import UserError
 
@@ -28,8 +28,8 @@ class ExitTarget:
             only.
 
     Raises:
-        UserError: both `max_loss` and `average_macs` are set, `max_loss` < 0, or `delta` is outside of 0 … 1 or set for
-            `average_macs`.
+        UserError: the rule is unknown, both `max_loss` and `average_macs` are set, `max_loss` < 0, or `delta` is
+            outside of 0 … 1 or set for `average_macs`.
     """
 
     rule: Rule = "max_prob"
@@ -38,6 +38,8 @@ class ExitTarget:
     delta: float | Literal["none"] | None = None
 
     def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise UserError(f"Expected `rule` to be one of {', '.join(RULES)}, got {self.rule!r}.")
         if self.max_loss is not None and self.average_macs is not None:
             raise UserError(
                 f"Give one of `max_loss` and `average_macs`, got {self.max_loss} and {self.average_macs}: thresholds "

@@ -38,8 +38,8 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
     from bdistil.runner import ExportedEnsemble
 
     problems, exporters = [], dict(EXPORTERS)
-    if export.datamodule is None and any(spec.is_number for spec in export.ensemble.inputs.tensors().values()):
-        # Random samples all have the same length, so the comparison would miss a graph that made it a constant.
+    if export.datamodule is None and any(map(export.reads_values, range(len(export.ensemble)))):
+        # Random samples may all take one branch, or have one length: the comparison would miss what became a constant.
         exporters["torchscript"] = partial(traced_onnx, constants=False)
     for name, exporter in exporters.items():
         try:

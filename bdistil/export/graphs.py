@@ -13,9 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.models.inputs import InputSpec
@@ -99,6 +101,20 @@ def _sizes(name: str, spec: InputSpec) -> list[int | str]:
 def _varying(segment: Segment, name: str) -> list[int]:
     """Axes of an input with varying size; the batch axis is counted but not included."""
     return [axis for axis, size in enumerate(segment.sizes.get(name, ()), 1) if isinstance(size, str)]
+
+
+class ValueReads(TorchFunctionMode):
+    """Notes whether a value of a tensor becomes a Python number, which a traced graph would keep as a constant."""
+
+    READS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= func in self.READS
+        return func(*args, **(kwargs or {}))
 
 
 Exporter = Callable[[Segment, Sequence[Tensor], Path], None]

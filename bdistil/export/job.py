@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from bdistil.ensemble.stages import prefix_factor
 from bdistil.errors import UserError
 from bdistil.evaluation.run_data import pairs_loader, run_data
 from bdistil.export.folder import graph_entry
-from bdistil.export.graphs import Exporter, Normalisation, Segment
+from bdistil.export.graphs import Exporter, Normalisation, Segment, ValueReads
 from bdistil.export.parity import BATCHES, MOST, RunStage, check_parity, reference
 from bdistil.models.inputs import InputSpec
 from bdistil.storage.run_directory import RunDirectory
@@ -26,6 +27,11 @@ SAMPLES = 256
 LENGTHS = 8  # number of additional lengths, if these vary, on which graphs are compared
 VAL = "val_dataloader"
 EXAMPLE = 3  # samples in the example input: a batch of one may become a constant of the graph
+
+Format = Literal["onnx", "torch", "executorch"]
+Normalising = Literal["declared", "inside"]
+Quantised = Literal["dynamic", "static", None]
+Fused = Literal["all", "exits", None]
 
 
 @dataclass(frozen=True)
@@ -44,16 +50,20 @@ class ExportOptions:
         overwrite: replace an older export.
 
     Raises:
-        UserError: two options exclude each other.
+        UserError: an option has an unknown value, or two exclude each other.
     """
 
-    format: Literal["onnx", "torch", "executorch"] = "onnx"
-    normalisation: Literal["declared", "inside"] = "declared"
-    quantise: Literal["dynamic", "static"] | None = None
-    fuse: Literal["all", "exits"] | None = None
+    format: Format = "onnx"
+    normalisation: Normalising = "declared"
+    quantise: Quantised = None
+    fuse: Fused = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        kinds = {"format": Format, "normalisation": Normalising, "quantise": Quantised, "fuse": Fused}
+        for name, kind in kinds.items():
+            if (value := getattr(self, name)) not in (values := get_args(kind)):
+                raise UserError(f"Expected `{name}` to be one of {', '.join(map(repr, values))}, got {value!r}.")
         chosen = [f"--{name}" for name in ("quantise", "fuse") if getattr(self, name)]
         if self.format != "onnx" and chosen:
             raise UserError(f"`{chosen[0]}` is for --format onnx, got --format {self.format}. Leave one out.")
@@ -139,6 +149,34 @@ class Export:
         shapes = {str(InputSpec.of_batch(x)): x for x in found}
         return list(shapes.values())[:LENGTHS]
 
+    def least(self) -> dict[str, int]:
+        """The smallest sizes that the students read, by name of the size that varies.
+
+        Below them PyTorch raises an error, but onnxruntime answers from nothing, or ends the process in a GRU.
+        """
+        inputs = self.ensemble.inputs
+        tensors = inputs.take_apart(inputs.random(1, smallest=True))
+        sizes = [
+            (name, axis, size[0])
+            for name, spec in inputs.tensors().items()
+            for axis, size in enumerate(spec.shape or (), 1)
+            if isinstance(size, tuple)
+        ]
+
+        def works(most: int) -> bool:
+            cut = dict(tensors)
+            for name, axis, size in sizes:
+                cut[name] = cut[name].narrow(axis, 0, min(size, most))
+            try:
+                reference(self.ensemble, inputs.put_together(cut))
+            except Exception:  # errors of the user's code share no base class
+                return False
+            return True
+
+        tried = range(1, max((size for *_, size in sizes), default=1))
+        least = 1 + bisect_left(tried, True, key=works)
+        return {f"{name}_{axis}": min(size, least) for name, axis, size in sizes}
+
     def tensors(self, x: Any) -> dict[str, Tensor]:
         """Maps names of graph inputs to the tensors of x."""
         return self.ensemble.inputs.take_apart(x)
@@ -155,6 +193,13 @@ class Export:
     def segment(self, numbers: Sequence[int]) -> Segment:
         """The given stages, from 0, as one module."""
         return Segment(self.ensemble, numbers, self.inside)
+
+    def reads_values(self, number: int) -> bool:
+        """Whether Python code of a stage reads a value of a tensor, as in `if x.max() > 1`."""
+        segment = self.segment([number])
+        with torch.no_grad(), ValueReads() as reads:
+            segment(*(self.values[name] for name in segment.reads))
+        return bool(reads.found)
 
     def write(self, folder: Path, name: str, numbers: Sequence[int], exporter: Exporter) -> dict[str, Any]:
         """Writes one graph; returns its entry in the manifest."""

@@ -103,13 +103,16 @@ def _class_names(datamodule: Any) -> list[str] | None:
 def _inputs(export: Export) -> list[dict[str, Any]]:
     """Manifest entries of the tensors of x: name, key in x, and sizes of one sample.
 
-    A varying size is given by a name; `largest` holds its largest value in the data of the run.
+    A varying size is given by a name; `largest` holds its largest value in the data of the run, and `least` the
+    smallest that the students read in PyTorch.
     """
     inputs, sizes, entries = export.ensemble.inputs, export.segment([0]).sizes, []
+    least = export.least()
     for (name, spec), path in zip(inputs.tensors().items(), inputs.paths(), strict=True):
         known = zip(sizes[name], spec.shape or (), strict=True)
         largest = {axis: size[1] for axis, size in known if isinstance(size, tuple)}
-        entries.append({"name": name, "path": path, "shape": sizes[name], "dtype": spec.dtype, "largest": largest})
+        entry = {"name": name, "path": path, "shape": sizes[name], "dtype": spec.dtype}
+        entries.append({**entry, "largest": largest, "least": {axis: least[str(axis)] for axis in largest}})
     return entries
 
 

@@ -43,7 +43,8 @@ class RoundTracker:
             number: index of the round, from 0.
         """
         records = [self.run.record(t) for t in range(number)]
-        steps = [0, *accumulate(record["steps"] for record in records)]
+        tries = [record.get("spent_on_tries", {}).get("steps", 0) for record in records]
+        steps = [0, *accumulate(record["steps"] + extra for record, extra in zip(records, tries, strict=True))]
         self.loggers = trainer.loggers
         if not self._started:
             self._started = True
@@ -51,7 +52,7 @@ class RoundTracker:
                 self.log_round(record["curve"], record["round"] + 1, step)
         # Each Trainer counts its steps from 0; the step axis of the loggers continues where the last round ended.
         # No public API sets or reads it (lightning 2.6).
-        trainer.fit_loop.epoch_loop._batches_that_stepped = steps[-1]
+        trainer.fit_loop.epoch_loop._batches_that_stepped = steps[-1] + int(self.run.spent(number)["steps"])
 
     def committed(self, trainer: pl.Trainer, row: Mapping[str, Any], number: int) -> None:
         """Logs a committed round: its row of the curve, and its student as an artifact.
@@ -95,12 +96,16 @@ class RoundTracker:
             )
 
     def finish(self) -> None:
-        """Logs the rows of curve.csv as a W&B table, and accuracy (or R²) over MACs as a line plot."""
+        """Logs the rows of curve.csv as a W&B table, and accuracy (or R²) over MACs as a line plot.
+
+        The summary of the W&B run becomes that of the ensemble: the student logged last may have been rejected.
+        """
         if not self.run.curve.exists():
             return
         try:
             for run in _wandb_runs(self.loggers):
                 _log_curve(run, self.run.read_curve(), score_name(self.run.task))
+                run.summary.update(_final_figures(self.run.rows()[-1]))
         except Exception as error:
             rank_zero_warn(f"The curve was not logged to W&B: {self.run.curve}. {type(error).__name__}: {error}")
 
@@ -147,6 +152,12 @@ def _log_curve(run: Any, rows: Sequence[Mapping[str, str]], score: str) -> None:
     table = Table(columns=[*cells], data=[[*row] for row in zip(*cells.values(), strict=True)])
     line = plot.line(table, "macs", "val_accuracy", title=f"{score.capitalize()} over multiply-adds per sample")
     run.log({"curve": table, "accuracy_vs_macs": line})
+
+
+def _final_figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a row of the curve under the keys of an epoch."""
+    keys = {"val_accuracy": "val_accuracy", "val_loss": "val_loss", "val_rms": "rms_error"}
+    return {key: row[column] for key, column in keys.items() if column in row}
 
 
 def _numbers(cells: Sequence[str]) -> Sequence[float | str | None]:

@@ -152,6 +152,6 @@ def curve_table(rows: Sequence[Row], task: str = "classification") -> str:
     names = (
         "stage", "macs", "share", "params", "val_accuracy", "test_accuracy", "rms_error", "seconds", "accepted_class",
     )  # fmt: skip
-    header = [curve.label(name).replace("accuracy", "acc.") for name in names]
+    header = [curve.label(name).replace("accuracy", "acc.").replace("mean average precision", "mAP") for name in names]
     lines = ([curve.cell(row, name, "-") for name in names] for row in (curve.teacher, *curve.stages) if row)
     return format_table(header, lines, WIDTH)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,7 +20,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """Predicts the samples of a .npy file: prints a line per sample with the class, the stages and the MACs."""
     parser = argparse.ArgumentParser(prog="runner", description=(main.__doc__ or "").split(":")[0])
     parser.add_argument("folder", nargs="?", default=Path(__file__).parent.parent, help="exported folder")
-    parser.add_argument("--input", required=True, help="x (B, ...) as .npy; several arrays by name as .npz")
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="x (B, ...) as .npy; several arrays as .npz, by name, or in order as np.savez(file, *x)",
+    )
     parser.add_argument("--output", help="write the logits (B, L) to this .npy instead of printing classes")
     parser.add_argument("--stages", type=int, help="maximum number of students")
     parser.add_argument("--macs", type=int, help="maximum number of multiply-adds per sample")
@@ -37,11 +42,17 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parts(arrays: dict[str, Any]) -> Any:
+    """x of several arrays: a tuple if `np.savez` was given them without names."""
+    names = [f"arr_{number}" for number in range(len(arrays))]
+    return tuple(arrays[name] for name in names) if arrays.keys() == set(names) else arrays
+
+
 def _print_predictions(given: argparse.Namespace) -> None:
     try:
         with open(given.input, "rb") as file:
             x = np.load(file, allow_pickle=False)
-            x = x if isinstance(x, np.ndarray) else dict(x)
+            x = x if isinstance(x, np.ndarray) else _parts(dict(x))
         confidence = float(given.confidence) if given.confidence not in (None, "fitted") else given.confidence
     except (ValueError, EOFError, BadZipFile) as error:  # the last two for empty or truncated files
         raise ExportError(

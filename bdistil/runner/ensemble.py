@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ class ExportedEnsemble:
         Raises:
             ExportError: x is not a batch as in training, or the budget needs missing confidences or thresholds.
         """
+        started = time.perf_counter()
         arrays, budget = self.check(x), budget or Budget()
         allowed = budget.stages_within(self.macs)
         plan = self._plan(budget, allowed) if budget.confidence is not None else None
@@ -144,7 +146,7 @@ class ExportedEnsemble:
         one = len(next(iter(arrays.values()))) == 1
         if self._exits and plan and one and budget.seconds is None and plan.rule == self._fused_rule:
             return self.run_exits(arrays, plan.exits.thresholds, allowed)
-        return self.run_stages(arrays, plan, allowed, budget.seconds)
+        return self.run_stages(arrays, plan, allowed, budget.seconds, started)
 
     @property
     def _fused_rule(self) -> str:
@@ -195,7 +197,12 @@ class ExportedEnsemble:
         return Exits(fitted["rule"], fitted["thresholds"], temperatures, fitted["decided_share"])
 
     def run_stages(
-        self, arrays: Arrays, plan: ExitPlan | None, allowed: int, seconds: float | None = None
+        self,
+        arrays: Arrays,
+        plan: ExitPlan | None,
+        allowed: int,
+        seconds: float | None = None,
+        started: float | None = None,
     ) -> Prediction:
         """Runs stage by stage, with exits and a time limit.
 
@@ -204,8 +211,9 @@ class ExportedEnsemble:
             plan: exits; None keeps all samples in the batch.
             allowed: maximum number of stages.
             seconds: maximum time.
+            started: start of `seconds`; None: now.
         """
-        deadline = None if seconds is None else Deadline(seconds, self.clock)
+        deadline = None if seconds is None else Deadline(seconds, self.clock, started=started)
         runner = self._runner(arrays)
         if plan is not None:
             answer = predict_within(runner, allowed, plan, deadline)

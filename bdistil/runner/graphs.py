@@ -147,7 +147,8 @@ class Pipeline:
                 binding.bind_input(*self._bound(tensor, named))
             for tensor in graph.outputs:
                 binding.bind_output(*self._bound(tensor, named))
-            self.steps.append(partial(graph.session.run_with_iobinding, binding))
+            # onnxruntime ends the process where a GRU or LSTM gets no sample; there is nothing to compute.
+            self.steps.append(partial(graph.session.run_with_iobinding, binding) if named["batch"] else _nothing)
 
     def _bound(self, tensor: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[Any, ...]:
         """Arguments that bind a tensor to its array, which is allocated at its first use."""
@@ -157,6 +158,10 @@ class Pipeline:
             self.values[name] = np.zeros(shape, tensor["dtype"])
         array = self.values[name]
         return name, "cpu", 0, array.dtype, array.shape, array.ctypes.data
+
+
+def _nothing() -> None:
+    """The step of a graph without samples."""
 
 
 class PipelinePool:

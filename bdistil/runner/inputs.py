@@ -18,7 +18,7 @@ class Inputs:
 
     Args:
         entries: `inputs` of the manifest: name, path in x, shape of one sample and dtype of each. A size that may vary
-            has a name, and its largest value in training is in `largest`.
+            has a name; its largest value in training is in `largest`, the smallest that the students read in `least`.
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -77,6 +77,10 @@ def _check(x: Any, entry: Mapping[str, Any], dtype: np.dtype[Any]) -> None:
         expected = ", ".join(("B", *("any" if isinstance(size, str) else str(size) for size in shape)))
         got = x.shape if isinstance(x, np.ndarray) else type(x).__name__
         raise ExportError(f"Expected `{name}` to be an array of shape ({expected}), got {got}.")
+    for axis, size in enumerate(shape, 1):
+        least = entry.get("least", {}).get(size, 1)  # below it, onnxruntime ends the process in a GRU
+        if isinstance(size, str) and x.shape[axis] < least:
+            raise ExportError(f"Expected `{name}` of at least {least} along axis {axis}, got {x.shape}.")
     if x.dtype != dtype:
         raise ExportError(f"Expected `{name}` of dtype {dtype}, got {x.dtype}. Convert it: {name}.astype('{dtype}').")
     if dtype.kind == "f" and not np.isfinite(x).all():

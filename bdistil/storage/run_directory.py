@@ -308,14 +308,15 @@ class RunDirectory:
         return list(self.read(f"work/{number:03d}/rejected") or [])
 
     def spent(self, number: int) -> dict[str, float]:
-        """Training MACs and seconds of the tries of a round rejected so far."""
-        return dict(self.read(f"work/{number:03d}/spent") or {"train_macs": 0, "seconds": 0.0})
+        """Training MACs, seconds and steps of the tries of a round rejected so far."""
+        return {"train_macs": 0, "seconds": 0.0, "steps": 0} | (self.read(f"work/{number:03d}/spent") or {})
 
-    def reject(self, number: int, reason: str, *, train_macs: int = 0, seconds: float = 0.0) -> None:
+    def reject(self, number: int, reason: str, *, train_macs: int = 0, seconds: float = 0.0, steps: int = 0) -> None:
         """Records a rejected try with its reason and cost, and removes its checkpoint."""
         reasons, before = [*self.tries(number), reason], self.spent(number)
         self.checkpoint(number).unlink(missing_ok=True)  # first, so that the next try cannot resume from it
-        spent = {"train_macs": before["train_macs"] + train_macs, "seconds": before["seconds"] + seconds}
+        spent = {"train_macs": train_macs, "seconds": seconds, "steps": steps}
+        spent = {key: before[key] + value for key, value in spent.items()}
         self.write(f"work/{number:03d}/spent", spent)
         self.write(f"work/{number:03d}/rejected", reasons)
 

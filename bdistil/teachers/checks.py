@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from bdistil.metrics.quality import Task
 from bdistil.models.inputs import expectation_of
 from bdistil.teachers.wrappers import AdaptedTeacher, per_channel
 
@@ -59,8 +60,15 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
         rank_zero_warn(f"The teacher was trained on images of {expected.size}, and reads some of {tuple(size)}. {cure}")
 
 
-def warn_of_probabilities(answers: Tensor) -> None:
+def warn_of_probabilities(answers: Tensor, task: Task = "classification") -> None:
     """Warns if the outputs (B, L) of a teacher are probabilities instead of logits."""
+    if task == "multilabel":
+        if bool(((answers >= 0) & (answers <= 1)).all()):
+            rank_zero_warn(
+                "The teacher's outputs are in 0 … 1: they look like probabilities of a sigmoid, but logits are "
+                "expected. Wrap it in a module that returns torch.logit(p, eps=1e-6)."
+            )
+        return
     if bool((answers >= 0).all()) and bool(((answers.sum(-1) - 1).abs() < 1e-3).all()):
         rank_zero_warn(
             "The teacher's outputs sum to 1: they look like probabilities, but logits are expected. "

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
 from bdistil.metrics.quality import Task, class_sums
-from bdistil.teachers.wrappers import run_teacher
+from bdistil.teachers.wrappers import comes_trained, run_teacher
 from bdistil.utils.optimizers import may_fuse
 from bdistil.utils.paths import user_path
 
@@ -77,6 +77,11 @@ class TeacherTraining(pl.LightningModule):
         super().__init__()
         self.network, self.spec, self.task = spec.network, spec, task
         self._score = MeanMetric()
+
+    def on_train_epoch_start(self) -> None:
+        """Leaves networks inside that come trained in eval mode, such as one of an `AveragedTeacher`."""
+        for part in filter(comes_trained, self.network.modules()):
+            part.eval()
 
     def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
         """Loss of a batch (x, y, index)."""

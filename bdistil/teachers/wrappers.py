@@ -190,6 +190,7 @@ class AdaptedTeacher(nn.Module):
         self.register_buffer("shift", (self.data_mean - own_mean) / own_std)
         self.trained = comes_trained(network)
         self.identity = f"{self.size} {axis} {probabilities}"  # settings that affect the logits besides the weights
+        self.register_load_state_dict_pre_hook(_keep_normalisation)  # type: ignore[no-untyped-call]
 
     def normalised(self, x: Tensor) -> Tensor:
         """Converts x (B, C, ...) to the network's normalisation; its size is unchanged."""
@@ -206,6 +207,11 @@ class AdaptedTeacher(nn.Module):
             return answers
         answers = at_least_float32(answers)
         return answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
+
+
+def _keep_normalisation(teacher: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Scale and shift stay as given: those in a file belong to the data on which its network was trained."""
+    state.update({prefix + name: value for name, value in teacher.named_buffers(recurse=False)})
 
 
 def per_channel(values: Any) -> Tensor:

@@ -13,11 +13,12 @@ from importlib.metadata import version
 import pytest
 import yaml
 
-from bdistil import ProgressiveEnsemble
+from bdistil import Budget, ProgressiveEnsemble
 from bdistil.callbacks import RoundController
 from bdistil.cli.app import _overview, main
 from bdistil.cli.commands import COMMANDS, EXAMPLES
 from bdistil.ensemble.calibration import load_calibration
+from bdistil.evaluation import evaluate_budgets
 from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
 
 pytestmark = pytest.mark.pictures
@@ -129,6 +130,16 @@ def test_calibrate_fits_again(run, capsys):
     assert status == 2
     assert "`average_macs` >= " in message
     assert (run.root / "anytime.json").read_bytes() == before  # a mistake costs nothing
+
+
+def test_figures_within_seconds_are_of_the_batch_size(run, monkeypatch):
+    predict, sizes = ProgressiveEnsemble.predict, set()
+    monkeypatch.setattr(
+        ProgressiveEnsemble, "predict", lambda self, x, budget: sizes.add(len(x)) or predict(self, x, budget)
+    )
+    (row,) = evaluate_budgets(run, [Budget(seconds=1.0)], "val", batch_size=30)
+    assert sizes == {1, 30, 500 % 30}
+    assert row["samples"] == 500
 
 
 @pytest.mark.parametrize(("sweep", "budgets"), [("stages", 2), ("macs", 2), ("seconds", 6), ("confidence", 7)])

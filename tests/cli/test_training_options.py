@@ -1,10 +1,15 @@
 """Options of a recipe that decide how students are trained: optimizer, schedule, length, epochs, rounds."""
 
+import json
+
+import numpy as np
 import pytest
 import yaml
 from helpers.toys import digests
 
+from bdistil.callbacks import EpochKeeper
 from bdistil.cli.app import main
+from bdistil.errors import RunError
 from bdistil.storage.run_directory import RunDirectory
 
 SMALL = [
@@ -128,3 +133,40 @@ def test_data_that_a_fit_has_torn_down_are_set_up_again_for_thresholds(tmp_path)
     (tmp_path / "closed.yaml").write_text(RECIPE)
     assert main(["fit", "--config", str(tmp_path / "closed.yaml"), "--run_dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/anytime.json").exists()
+
+
+def test_the_training_of_a_teacher_goes_on_with_the_same_samples_only(tmp_path, capsys, monkeypatch):
+    """Stopped to mend the labels: the epochs before were on the wrong ones."""
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(90, 4)), generator.integers(0, 3, 90)
+    parts = {"x_val": x, "y_val": y, "x_test": x, "y_test": y}
+    config = {
+        "tracking": {"mode": "disabled"},
+        "model": {
+            "teacher": {
+                "epochs": 2,
+                "network": {"class_path": "bdistil.models.MLP", "init_args": {"features": 4, "outputs": 3}},
+            },
+            "student": {"class_path": "bdistil.models.MLPStudent", "init_args": {"features": 4, "outputs": 3}},
+            "boosting": {"rounds": 1},
+        },
+        "data": {"class_path": "bdistil.data.Arrays", "init_args": {"file": str(tmp_path / "mine.npz")}},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(config))
+    command = ["fit", "--config", str(tmp_path / "recipe.yaml"), "--run_dir", str(tmp_path / "run")]
+    saved = EpochKeeper.on_train_epoch_end
+
+    def stopped(keeper, *args):
+        saved(keeper, *args)
+        raise RunError("stopped")
+
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=(y + 1) % 3, **parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochKeeper, "on_train_epoch_end", stopped)
+        assert main(command) == 1
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, **parts)
+    assert main(command) == 2
+    assert "Sample 0 of `train_dataloader()` is not the one" in capsys.readouterr().err
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=(y + 1) % 3, **parts)
+    assert main(command) == 0

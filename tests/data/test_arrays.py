@@ -157,3 +157,24 @@ def test_what_is_no_such_file(tmp_path):
     for name in ("x.npy", "text.npz"):
         with pytest.raises(UserError, match=r"a \.npz file of arrays of numbers, got"):
             Arrays(str(tmp_path / name)).setup()
+
+
+@pytest.mark.parametrize(
+    "names", [("x", "y", "x_test", "y_test"), ("x_train", "y_train", "x_valid", "y_valid")], ids=str
+)
+def test_a_part_of_another_name_is_refused(path, names):
+    """Otherwise its figures would be those of samples split off the training part."""
+    arrays = dict(zip(names, (X[:40], Y[:40], X[40:], Y[40:]), strict=True))
+    with pytest.raises(UserError, match=rf"named x_train, x_val and x_test.* got also {names[2]} beside {names[0]}, "):
+        opened(path, arrays=arrays)
+    opened(path, arrays={"x": X, "y": Y, "y_names": np.array(["a", "b", "c"])})  # no part
+
+
+def test_features_of_any_unit_are_standardised(path):
+    """Lengths of a tenth of a micrometre in metres, times of one hour in seconds since 1970, and a constant."""
+    x = np.stack([1e-7 * X[:, 0], 1.7e9 + np.linspace(0, 3600, 60), np.full(60, 0.1)], 1)
+    train = opened(path, arrays={"x": x, "y": Y}, standardise=True).parts["train"].tensors[0]
+    assert train.dtype is torch.float32
+    np.testing.assert_allclose(train.std(0, correction=0), [1, 1, 0], atol=1e-5)
+    np.testing.assert_allclose(train.mean(0), 0, atol=1e-5)
+    assert [len(column.unique()) for column in train.unbind(1)] == [len(train), len(train), 1]

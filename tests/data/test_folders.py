@@ -165,3 +165,13 @@ def test_a_folder_that_is_not_there(tmp_path):
         ImageFolder(str(tmp_path / "none")).setup()
     with pytest.raises(UserError, match=r"`data\.root` to be a path, got an empty one"):
         ImageFolder("")
+
+
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("Train", "Test", "Valid")], ids=str)
+def test_folders_named_as_parts_are_no_classes(tmp_path, names):
+    for name in names:
+        write(tmp_path / name, {"ant": 4, "bee": 4})
+    with pytest.raises(UserError, match=rf"got {', '.join(sorted(names))}, which look like parts"):
+        opened(tmp_path)
+    write(tmp_path, {"ant": 4})  # a class beside them
+    assert len(opened(tmp_path).labels) == len(names) + 1

@@ -9,7 +9,7 @@ import torch
 
 from bdistil.ensemble.budget import RULES, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures, load_calibration, save_calibration
-from bdistil.errors import RunError
+from bdistil.errors import RunError, UserError
 from bdistil.runner.stage_clock import BatchTimes
 from bdistil.storage.run_directory import RunDirectory
 
@@ -36,6 +36,13 @@ def test_figures_come_back_as_they_were(run, figures):
     assert load_calibration(run) is None
     save_calibration(run, figures)
     assert load_calibration(run) == figures
+
+
+def test_no_run_gets_the_figures_of_another(run, tmp_path):
+    for root in (run.root, tmp_path / "misspelt"):
+        with pytest.raises(UserError, match=r"calibration of the \d committed rounds of .* got one of 9 stages"):
+            save_calibration(RunDirectory(root), Calibration(9))
+    assert not (tmp_path / "misspelt").exists()
 
 
 def test_another_round_makes_them_stale(run):

@@ -129,6 +129,11 @@ def test_students_are_finished(ensemble, x):
     assert torch.equal(ensemble(x), before)  # in train mode, batch norm would have moved
 
 
+def test_costs_of_each_student_alone_are_refused():
+    with pytest.raises(UserError, match=r"cumulative `macs`, .* got \[42, 42, 42\]"):
+        ProgressiveEnsemble([nn.Linear(6, 7) for _ in range(3)], macs=[42, 42, 42])
+
+
 def test_costs_that_nobody_counted():
     assert ProgressiveEnsemble(make_students()).macs == [0] * T
 

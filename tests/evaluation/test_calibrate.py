@@ -111,6 +111,7 @@ def test_labels_that_are_no_classes(ensemble, data, labels):
     [
         ({"max_loss": 0.1, "average_macs": 200}, "one of `max_loss` and `average_macs`"),
         ({"average_macs": 99}, "`average_macs` >= 100"),
+        ({"rule": "maxprob"}, "`rule` to be one of max_prob, margin, entropy, agreement, got 'maxprob'"),
         ({"max_loss": -1}, "`max_loss` in points >= 0"),
         ({"delta": 1.0}, "`delta` to be in 0 … 1 or 'none', got 1.0"),
         ({"delta": "never"}, "`delta` to be in 0 … 1 or 'none', got 'never'"),
@@ -200,15 +201,29 @@ def test_times_are_measured_at_every_batch_and_decide_the_schedule(ensemble, dat
 
 
 @pytest.mark.parametrize(
-    ("batches", "samples"),
+    ("batches", "message"),
     [
-        (lambda x, y: iter([(x, y)]), 0),  # the first pass empties it
-        (lambda x, y: [(x, torch.full_like(y, -100))], N),
+        (lambda x, y: zip(x.split(150), y.split(150), strict=True), "read more than once, got a zip"),
+        (lambda x, y: [(x, torch.full_like(y, -100))], f"with labelled samples, got {N} samples"),
     ],
 )
-def test_a_refused_fit_leaves_the_calibration_as_it_is(ensemble, data, batches, samples):
+def test_a_refused_fit_leaves_the_calibration_as_it_is(ensemble, data, batches, message):
     x, y, loader = data
     before = fit_anytime(ensemble, loader)
-    with pytest.raises(UserError, match=f"read more than once, with labelled samples, got {samples} samples"):
+    with pytest.raises(UserError, match=message):
         fit_anytime(ensemble, batches(x, y))
     assert ensemble.calibration is before
+
+
+def test_samples_without_a_label_are_those_of_the_run(ensemble, data):
+    x, y, _ = data
+    batches = [(x, torch.where(torch.arange(N) < 100, 255, y))]
+    with pytest.raises(UserError, match="ignore_index"):
+        fit_anytime(ensemble, batches)
+    assert fit_anytime(ensemble, batches, ignore_index=255).exits.promise.validation == N - 100
+
+
+@pytest.mark.parametrize("limits", [{"average_macs": 200}, {"delta": "none"}])
+def test_costs_that_nobody_counted_are_not_saved(ensemble, data, limits):
+    with pytest.raises(UserError, match="whose `macs` are known"):
+        fit_anytime(ProgressiveEnsemble(ensemble.students), data[2], ExitTarget(**limits))

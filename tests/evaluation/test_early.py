@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from bdistil import ProgressiveEnsemble, Rung, UserError
+from bdistil import Budget, ProgressiveEnsemble, Rung, UserError
+from bdistil.ensemble.calibration import Calibration
 from bdistil.evaluation.early import early_figures, early_row
 from bdistil.models.convnets import ConvStudent
 from bdistil.models.recurrent import RecurrentSegmentStudent
@@ -65,6 +66,16 @@ def test_figures_of_an_ensemble_against_a_loop_over_samples(ensemble):
         expected = {"decided_by_55": by_55 / 40, "decided_by_75": by_75 / 40, "accuracy": right / 40}
         assert found[f"early@{p:g}"] == pytest.approx({**expected, "steps_saved": 1 - read / 480}, abs=1e-4)
         assert 0 < by_55 < by_75 < 40
+
+
+def test_figures_are_those_of_predict(ensemble):
+    x, y = torch.randn(40, 12, 3), torch.randint(0, 5, (40,))
+    served = ProgressiveEnsemble(ensemble.students, calibration=Calibration(4, temperatures=(3.0, 2.0, 0.5, 1.5)))
+    found = early_figures(served, DataLoader(TensorDataset(x, y), 7), 0.6)["early@0.6"]
+    prediction = served.predict(x, Budget(confidence=0.6))
+    assert 0 < found["steps_saved"] < 0.75
+    assert found["steps_saved"] == pytest.approx(1 - float(prediction.stages.double().mean()) / 4, abs=1e-4)
+    assert found["accuracy"] == pytest.approx(float((prediction.logits.argmax(1) == y).double().mean()), abs=1e-4)
 
 
 def test_other_ensembles_have_no_such_figures():

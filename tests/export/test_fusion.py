@@ -91,6 +91,15 @@ def test_an_int8_export_states_neither_promise_nor_parity_of_the_float_graphs_as
         assert words in export_summary(manifest, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "option", [{"fuse": "exit"}, {"normalisation": "Inside"}, {"quantise": "int8"}, {"format": "ONNX"}]
+)
+def test_an_option_that_is_none_is_refused(option):
+    ((name, value),) = option.items()
+    with pytest.raises(UserError, match=f"Expected `{name}` to be one of .*, got '{value}'"):
+        ExportOptions(**option)
+
+
 def test_options_that_do_not_go_together_are_refused(tmp_path):
     with pytest.raises(UserError, match="`--fuse` is for --format onnx"):
         ExportOptions(format="torch", fuse="all")

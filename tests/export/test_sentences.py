@@ -193,3 +193,16 @@ def test_lengths_without_data_become_no_constant(tmp_path):
     run.commit(0, tensors, record)
     with pytest.raises(RunError, match="torchscript: Converting a tensor to a Python"):
         export_run(run, tmp_path / "out")
+
+
+def test_the_command_reads_a_tuple_as_numpy_saves_it(tmp_path, capsys):
+    controller = boost(
+        tmp_path / "run", Halves(), teacher=nn.Sequential(Pair(), nn.Linear(6, 4)),
+        student=lambda round: Student(Pair(), nn.Linear(6, 4)), settings=settings_for(2), trainer={"epochs": 1},
+    )  # fmt: skip
+    export_run(controller.run, tmp_path / "out")
+    x = (torch.randn(3, 4), torch.randn(3, 4))
+    np.savez(tmp_path / "x.npz", *(part.numpy() for part in x))
+    assert main([str(tmp_path / "out"), "--input", str(tmp_path / "x.npz")]) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [int(line.split("\t")[0]) for line in lines] == controller.ensemble(x).argmax(1).tolist()

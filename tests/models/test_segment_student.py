@@ -10,11 +10,13 @@ from helpers.toys import TIMES, Hook, Killed, Toys, boost, by_hand, control, cur
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Rung, Student
+from bdistil.ensemble.calibration import Calibration
 from bdistil.errors import UserError
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.recurrent import RecurrentNet, RecurrentSegmentStudent
 from bdistil.models.segment_student import SegmentStudent
 from bdistil.models.student import build_student, linked_activations, run_student
+from bdistil.runner import BatchTimes
 
 M, C, L, H, T = 13, 3, 4, 5, 4
 
@@ -136,6 +138,12 @@ def test_steps_are_asked_for_when_their_stage_is(x):
     for number, stage in enumerate(ensemble.stages(stream)):
         assert stream.asked == list(zip([0, *ENDS], ENDS, strict=False))[: number + 1]
         assert torch.equal(stage.logits, expected[number].logits)
+
+
+def test_a_calibrated_ensemble_reads_a_stream(x):
+    times = BatchTimes(1, (1e-3,) * T, (1e-3,) * T, 1e-6, 1e-6)
+    ensemble = ProgressiveEnsemble(chain(), calibration=Calibration(T, times=(times,)))
+    assert torch.equal(ensemble(Arriving(x)), ensemble(x))
 
 
 def test_an_exit_ends_the_reading_of_a_sample(x):

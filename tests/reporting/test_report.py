@@ -271,3 +271,10 @@ def test_drawing_leaves_no_global_state(tmp_path):
     assert matplotlib.rcParams.copy() == settings
     assert not Gcf.figs
     assert "matplotlib.pyplot" not in set(sys.modules) - seen
+
+
+def test_the_table_of_a_multilabel_run_fits_the_terminal(tmp_path):
+    lines = curve_table(as_read(tmp_path, rows()), "multilabel").splitlines()
+    assert lines[0].split()[-1] == "class"
+    assert "val mAP" in lines[0]
+    assert "…" not in "".join(lines)

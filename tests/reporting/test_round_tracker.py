@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import wandb
+from helpers.toys import control, fit, settings_for
 from helpers.tracked_fits import CURVE, STEPS, commit, curve_row, fit_round, new_trainer
 from helpers.wandb_offline import finished_runs
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -129,6 +130,22 @@ def test_other_loggers_get_the_rounds(run):
     with open(run.root / "csv" / "version_0" / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["round"]]
     assert [(row["step"], row["round"], row["round/macs"]) for row in rows] == [("3", "1", "0.0"), ("6", "2", "10.0")]
+
+
+def test_rejected_tries_have_steps_of_their_own_and_no_part_in_the_summary(fresh, tmp_path):
+    controller = control(tmp_path, settings=settings_for(accept="progress", min_progress=0.9))
+    try:
+        fit(controller, logger=make_logger(Tracking(mode="offline"), tmp_path, {}), log_every_n_steps=1)
+    finally:
+        controller.tracker.close()
+    assert controller.run.stopped
+    (start,) = finished_runs(tmp_path)
+    steps = [row["trainer/global_step"] for row in start.history if "val_rms" in row]
+    assert len(steps) == 6  # two epochs of the first round and of both tries of the second
+    assert steps == sorted(set(steps))
+    last = controller.run.rows()[-1]
+    for key, column in (("val_accuracy", "val_accuracy"), ("val_loss", "val_loss"), ("val_rms", "rms_error")):
+        assert start.summary[key] == pytest.approx(last[column], rel=1e-5)
 
 
 # ---- loggers that fail

@@ -1,21 +1,25 @@
 """The runner by itself: without torch, on bad input, its command line."""
 
 import copy
+import json
 import multiprocessing
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from helpers.export_runs import change_manifest, exported_mlps
+from helpers.export_runs import KINDS, change_manifest, exported_mlps, write_run
+from torch import nn
 
-from bdistil import Budget, ProgressiveEnsemble
+from bdistil import Budget, ProgressiveEnsemble, Student
 from bdistil.ensemble.calibration import Calibration
+from bdistil.export import export_run
 from bdistil.runner import RULES, BatchTimes, ExportedEnsemble, ExportError, StageClock
 from bdistil.runner import Budget as RunnerBudget
 from bdistil.runner.command import main
@@ -302,3 +306,56 @@ def test_a_batch_may_lie_in_memory_as_it_likes(plain, lay):
     runner, wanted = plain
     x = lay(samples(5)[0])
     np.testing.assert_allclose(runner.predict(x).logits, wanted(np.ascontiguousarray(x))[-1], atol=1e-5)
+
+
+# ---- no samples, and too few steps
+
+
+class Pooled(nn.Sequential):
+    """Needs seven steps."""
+
+    def __init__(self):
+        super().__init__(nn.Conv1d(3, 4, 3, stride=2), nn.MaxPool1d(3), nn.AdaptiveMaxPool1d(1), nn.Flatten())
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2))
+
+
+EDGES = """
+import sys; sys.path.insert(0, ".")
+import numpy as np
+from runner import Budget, ExportedEnsemble, ExportError
+ensemble = ExportedEnsemble.load(".")
+x = np.zeros((4, 9, 3), np.float32)
+for budget in (Budget(), Budget(confidence=0.5), Budget(seconds=1.0)):
+    assert ensemble.predict(x[:0], budget).logits.shape == (0, 5)
+assert [len(stage.logits) for stage in ensemble.stages(x[:0])] == [0] * 4
+for steps in range(9):
+    try:
+        ensemble.predict(x[:, :steps])
+    except ExportError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(("kind", "least"), [("lstm", 1), ("gru", 1), ("segments", 4), ("pooled", 7)])
+def test_without_samples_or_steps_nothing_runs(kind, least, tmp_path):
+    """onnxruntime ends the process in a GRU or LSTM, and pools nothing to a number: in a process of its own."""
+    make, shape = KINDS.get(kind, (lambda number: Student(Pooled(), nn.Linear(4, 5)), (12, 3)))
+    run = write_run(tmp_path / "run", make, shape)
+    for number in range(4):  # lengths that vary
+        path = run.folder(number) / "round.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "input_shape": [[8, 12], 3]}))
+    export_run(run, tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", EDGES], cwd=tmp_path / "out", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [f"Expected `x` of at least {least} along axis 1, got (4, {steps}, 3)." for steps in range(least)]
+    assert done.stdout.splitlines() == expected
+
+
+def test_seconds_count_from_the_call(mlp, monkeypatch):
+    """Also while x is checked, which takes long for large batches."""
+    runner = ExportedEnsemble.load(mlp[1])
+    check = runner.check
+    monkeypatch.setattr(runner, "check", lambda x: time.sleep(0.3) or check(x))
+    assert runner.predict(np.zeros((4, 6), np.float32), RunnerBudget(seconds=0.2)).stages.tolist() == [1] * 4

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from helpers.teachers import SHAPE, scripted
 from helpers.toys import CLASSES, FEATURES, Toys, boost, control, curve, make_teacher, settings_for
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,6 +25,7 @@ from bdistil.cli.app import main
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.timm import TimmTeacher
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.storage.weights import load_weights, save_weights
 from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
 from bdistil.teachers.wrappers import comes_trained
 
@@ -579,6 +580,31 @@ def test_a_run_looks_at_its_inputs(tmp_path):
         control(tmp_path, teacher=AdaptedTeacher(make_teacher())).boosting.check(data)
 
 
+def test_weights_leave_an_adapted_teacher_its_own_settings(tmp_path):
+    """A teacher trained on normalised data, then used on raw data."""
+    net, x = make_teacher().eval(), torch.randn(6, FEATURES)
+    save_weights(AdaptedTeacher(net), tmp_path / "t.safetensors")
+    teacher = AdaptedTeacher(make_teacher(3).eval(), data_mean=-5.0, data_std=0.1)
+    load_weights(teacher, tmp_path / "t.safetensors", "checkpoint")
+    torch.testing.assert_close(teacher(10 * x + 50), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_warns_of_sigmoids_and_of_answers_that_depend_on_the_batch(tmp_path):
+    class Toys01(Toys):
+        def __init__(self):
+            super().__init__()
+            self.parts = {name: (x, (x[:, :4] > 0).long()) for name, (x, _) in self.parts.items()}
+
+    settings = settings_for(1, task="multilabel")
+    with pytest.warns(UserWarning, match=r"outputs are in 0 … 1: they look like probabilities of a sigmoid"):
+        control(
+            tmp_path / "sigmoid", teacher=nn.Sequential(make_teacher(), nn.Sigmoid()), settings=settings
+        ).boosting.check(Toys01())
+    whole = nn.Sequential(nn.BatchNorm1d(FEATURES, track_running_stats=False), make_teacher())
+    with pytest.warns(UserWarning, match="answers a sample differently among other samples"):
+        control(tmp_path / "batch", teacher=whole).boosting.check(Toys())
+
+
 # ---- from a recipe
 
 
@@ -611,3 +637,31 @@ def test_foreign_teachers_come_trained_in_a_recipe(tmp_path):
     assert run.committed() == 1
     assert not run.teacher.exists()
     assert run.read("teacher")["macs"] == 2 * 7840
+
+
+def test_a_trained_network_of_an_average_is_used_as_it_is(tmp_path):
+    """The other one is trained by the recipe."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).eval()
+    script = scripted(net, tmp_path / "net.ts", example=torch.randn(2, 1, 28, 28))
+    networks = [
+        {"class_path": "bdistil.TorchScriptTeacher", "init_args": {"path": script}},
+        {"class_path": "bdistil.models.StridedConvNet", "init_args": {"channels": [4, 8]}},
+    ]
+    config = {
+        "tracking": {"mode": "disabled"},
+        "model": {
+            "teacher": {
+                "network": {"class_path": "bdistil.AveragedTeacher", "init_args": {"networks": networks}}, "epochs": 1,
+            },
+            "student": {"class_path": "bdistil.models.convnets.ConvStudent"},
+            "boosting": {"rounds": 1},
+        },
+        "data": {"class_path": "bdistil.data.digits.Digits", "init_args": {"batch_size": 500}},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(config))
+    run = RunDirectory(tmp_path / "run")
+    assert main(["fit", "--config", str(tmp_path / "recipe.yaml"), "--run_dir", str(run.root)]) == 0
+    weights = load_file(run.teacher)
+    torch.testing.assert_close(weights["networks.0.network.1.weight"], net[1].weight, rtol=0, atol=0)
+    assert any(name.startswith("networks.1.") for name in weights)

@@ -27,8 +27,11 @@ from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.offline import table_of
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
 from bdistil.utils.modules import module_device
+from bdistil.utils.trees import take_rows
 
 TEST = "test_dataloader"
+# Change of a logit by the other sample of a batch, relative to the largest logit, that is no matter of int8 ranges.
+SEEN = 0.05
 
 
 def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | None = None) -> tuple[Any, Any]:
@@ -185,6 +188,7 @@ def check_outputs(
         else:
             x = move_data_to_device(example, module_device(teacher))
             goal = check_repeatable(teacher, "the teacher", x) if recomputed else teacher(copy.deepcopy(x))
+            _warn_of_batches(teacher, x, goal)
     for name, logits in (("teacher", goal), ("student", answer)):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -199,9 +203,26 @@ def check_outputs(
             f"The teacher gives L={goal.shape[1]} outputs, the student L={answer.shape[1]}. "
             f"Give the student a head of {goal.shape[1]} outputs."
         )
-    if task == "classification":
-        warn_of_probabilities(goal)
+    if task != "regression":
+        warn_of_probabilities(goal, task)
     return int(goal.shape[1])
+
+
+def _warn_of_batches(teacher: nn.Module, x: Any, goal: Any) -> None:
+    """Warns if the logits `goal` of the first of two samples x depend on the second one."""
+    try:
+        twice = take_rows(x, torch.tensor([0, 0]))
+    except UserError:  # the batch cannot be split into samples
+        return
+    if not isinstance(goal, Tensor) or goal.ndim != 2 or len(goal) != 2:
+        return
+    off = float((teacher(twice)[:1] - goal[:1]).abs().max())
+    if off > SEEN * float(goal.abs().max()) and close(goal, teacher(copy.deepcopy(x))):  # it does not draw at random
+        rank_zero_warn(
+            "The teacher answers a sample differently among other samples, as by batch norm with "
+            "track_running_stats=False or in training mode. Its answers then depend on the order of the samples and on "
+            "the batch size of the loaders; files sorted by class make them useless. Give a teacher in eval mode."
+        )
 
 
 def check_repeatable(answer: Callable[[Any], Any], name: str, x: Any) -> Any:

@@ -170,6 +170,7 @@ class SampleGuard:
     def store(self) -> None:
         """Stores the digests of some samples for later starts."""
         if distributed.rank() == 0 and not self.file.exists():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, json.dumps(self.digests))
 
     def compare_processes(self) -> None:
