@@ -608,6 +608,24 @@ def test_a_run_warns_of_sigmoids_and_of_answers_that_depend_on_the_batch(tmp_pat
 # ---- from a recipe
 
 
+def fitted(tmp_path, teacher):
+    """The run of a recipe with a teacher, one student of 5,000 digits."""
+    config = {
+        "seed_everything": 0, "tracking": {"mode": "disabled"},
+        "model": {
+            "teacher": teacher,
+            "student": {"class_path": "bdistil.models.convnets.ConvStudent"},
+            "boosting": {"rounds": 1},
+        },
+        "data": {"class_path": "bdistil.data.digits.Digits", "init_args": {"batch_size": 500}},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(config))
+    run = RunDirectory(tmp_path / "run")
+    assert main(["fit", "--config", str(tmp_path / "recipe.yaml"), "--run_dir", str(run.root)]) == 0
+    return run
+
+
 def test_foreign_teachers_come_trained_in_a_recipe(tmp_path):
     """Two files, one of ONNX and one of TorchScript, averaged and adapted, from YAML alone."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).eval()
@@ -621,19 +639,7 @@ def test_foreign_teachers_come_trained_in_a_recipe(tmp_path):
     ]
     averaged = {"class_path": "bdistil.AveragedTeacher", "init_args": {"networks": networks}}
     adapted = {"class_path": "bdistil.AdaptedTeacher", "init_args": {"network": averaged, "mean": 0.1, "std": 0.3}}
-    config = {
-        "seed_everything": 0, "tracking": {"mode": "disabled"},
-        "model": {
-            "teacher": {"network": adapted},
-            "student": {"class_path": "bdistil.models.convnets.ConvStudent"},
-            "boosting": {"rounds": 1},
-        },
-        "data": {"class_path": "bdistil.data.digits.Digits", "init_args": {"batch_size": 500}},
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(json.dumps(config))
-    run = RunDirectory(tmp_path / "run")
-    assert main(["fit", "--config", str(tmp_path / "recipe.yaml"), "--run_dir", str(run.root)]) == 0
+    run = fitted(tmp_path, {"network": adapted})
     assert run.committed() == 1
     assert not run.teacher.exists()
     assert run.read("teacher")["macs"] == 2 * 7840
@@ -647,21 +653,8 @@ def test_a_trained_network_of_an_average_is_used_as_it_is(tmp_path):
         {"class_path": "bdistil.TorchScriptTeacher", "init_args": {"path": script}},
         {"class_path": "bdistil.models.StridedConvNet", "init_args": {"channels": [4, 8]}},
     ]
-    config = {
-        "tracking": {"mode": "disabled"},
-        "model": {
-            "teacher": {
-                "network": {"class_path": "bdistil.AveragedTeacher", "init_args": {"networks": networks}}, "epochs": 1,
-            },
-            "student": {"class_path": "bdistil.models.convnets.ConvStudent"},
-            "boosting": {"rounds": 1},
-        },
-        "data": {"class_path": "bdistil.data.digits.Digits", "init_args": {"batch_size": 500}},
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(json.dumps(config))
-    run = RunDirectory(tmp_path / "run")
-    assert main(["fit", "--config", str(tmp_path / "recipe.yaml"), "--run_dir", str(run.root)]) == 0
+    averaged = {"class_path": "bdistil.AveragedTeacher", "init_args": {"networks": networks}}
+    run = fitted(tmp_path, {"network": averaged, "epochs": 1})
     weights = load_file(run.teacher)
     torch.testing.assert_close(weights["networks.0.network.1.weight"], net[1].weight, rtol=0, atol=0)
     assert any(name.startswith("networks.1.") for name in weights)
