@@ -54,6 +54,7 @@ def teacher_row(
     if is_api(teacher) or table_of(teacher) is not None:
         kind = "an API" if is_api(teacher) else "a table of logits"
         rank_zero_info(f"The teacher is {kind}: its MACs and parameters are unknown and written as 0.")
+        teacher.to(device)
         unknown = ("macs", "link_macs", "params", "train_macs", "activation_bytes", "weight_bytes")
         return {"stage": "teacher", **dict.fromkeys(unknown, 0), "latency_ms": 0.0}
     cost = measure_cost(teacher.cpu(), (example,), uncounted=uncounted)
@@ -73,8 +74,14 @@ def teacher_row(
 
 
 def is_api(teacher: nn.Module) -> bool:
-    """Whether a teacher is an ApiTeacher, possibly inside a FrozenTeacher."""
-    return isinstance(getattr(teacher, "module", teacher), ApiTeacher)
+    """Whether a teacher is an ApiTeacher or contains one, as an AdaptedTeacher or an AveragedTeacher may."""
+    return any(isinstance(part, ApiTeacher) for part in teacher.modules())
+
+
+def queries_of(teacher: nn.Module) -> int:
+    """Queries so far of all APIs in a teacher."""
+    apis = (part for part in teacher.modules() if isinstance(part, ApiTeacher))
+    return sum({api.cache.path: api.queries for api in apis}.values())
 
 
 def round_training_macs(

@@ -20,7 +20,7 @@ from torch import nn
 from bdistil.boosting.checks.batches import check_teacher
 from bdistil.boosting.checks.data import TEST, test_loader_of
 from bdistil.boosting.checks.students import check_student
-from bdistil.boosting.costs import Uncounted, is_api, student_cost, teacher_row
+from bdistil.boosting.costs import Uncounted, is_api, queries_of, student_cost, teacher_row
 from bdistil.boosting.labels import all_batches
 from bdistil.boosting.ledger.samples import check_stored
 from bdistil.boosting.optimization import Optimization
@@ -133,7 +133,8 @@ class Boosting:
 
     def _compare_teacher(self, part: Part) -> None:
         """Compares some of the teacher's answers with the ledger; skips APIs, which bill queries, and tables."""
-        if part.ledger.exists and self.settings.state == "cached" and declared_outputs(self.teacher) is None:
+        free = declared_outputs(self.teacher) is None and not is_api(self.teacher)
+        if part.ledger.exists and self.settings.state == "cached" and free:
             check_teacher(self.teacher, part)
 
     def _announce(self, student: nn.Module, new: bool) -> None:
@@ -244,7 +245,7 @@ class Boosting:
         teacher.cpu()
         if self.settings.task == "classification":
             warn_of_chance(accuracy, outputs, parts.val.samples)
-        spent = {"queries": teacher.module.queries} if is_api(teacher) else {}
+        spent = {"queries": queries_of(teacher)} if is_api(teacher) else {}
         if distributed.rank() == 0:
             self.run.write("teacher", {**row, "val_accuracy": accuracy, "val_loss": loss, **spent})
         distributed.barrier()

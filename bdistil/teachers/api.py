@@ -23,7 +23,7 @@ from bdistil.utils.paths import user_path
 
 Answers = Literal["logits", "probabilities", "labels"]
 LONGEST_WAIT = 60.0  # seconds between two attempts
-SMALLEST_PROBABILITY = 1e-7  # replaces 0 from an API that rounds; about the resolution of float32 near 1
+SMALLEST_PROBABILITY = 1e-7  # replaces 0 from a model that rounds or counts; about the resolution of float32 near 1
 
 
 class ApiTeacher(nn.Module):
@@ -130,12 +130,14 @@ class ApiTeacher(nn.Module):
         for low in range(0, len(new), self.batch_size):
             self._send(new[low : low + self.batch_size], batch[rows[low : low + self.batch_size]])
 
-    def _check_budget(self, wanted: int) -> None:
+    def _check_budget(self, wanted: int, failure: str = "") -> None:
+        """Raises RunError if `wanted` queries exceed the budget; `failure` is why they are sent again."""
         sent = self.queries
+        before = f"They were sent before, without an answer: {failure}" if failure else "None of them was sent"
         if self.budget is not None and sent + wanted > self.budget:
             raise RunError(
                 f"The query budget of the API is spent: {wanted} more would make {sent + wanted}, allowed are "
-                f"{self.budget}. None of them was sent; every answer so far is kept in {self.cache.path}. Raise "
+                f"{self.budget}. {before}; every answer so far is kept in {self.cache.path}. Raise "
                 "`budget` and give the same command again, or use fewer samples."
             )
 
@@ -144,7 +146,7 @@ class ApiTeacher(nn.Module):
         wait, reason = self.backoff, ""
         for attempt in range(self.retries + 1):
             if attempt:
-                self._check_budget(len(batch))
+                self._check_budget(len(batch), reason)
             self._wait(len(batch))
             failure = self._attempt(keys, batch)
             if failure is None:
@@ -187,7 +189,7 @@ class ApiTeacher(nn.Module):
         self.cache.answered(number, {key: row for key, row, fine in zip(keys, rows, good, strict=False) if fine})
         if fault:
             raise RunError(
-                f"{fault} Nothing wrong was kept; every other answer is in {self.cache.path}. Mend the API, or the "
+                f"{fault} Nothing invalid was kept; every other answer is in {self.cache.path}. Mend the API, or the "
                 "settings of ApiTeacher, and give the same command again."
             )
         return None
@@ -223,8 +225,8 @@ def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple
     """Validates the raw answers of an API to B = `count` samples.
 
     Returns:
-        Rows (B, L), or (B, 1) for labels, with NaN in invalid ones; and an error sentence without any of the values,
-        or "".
+        Rows (B, L), or (B, 1) for labels, with NaN in invalid ones, and in all if a label is L or more; and an error
+        sentence without any of the values, or "".
     """
     columns = 1 if kind == "labels" else outputs
     shape = (count,) if kind == "labels" else (count, outputs)
@@ -250,9 +252,16 @@ def read_answers(answers: Any, count: int, kind: Answers, outputs: int) -> tuple
             ),
         }[kind]
     wrong = ~valid.all(1)
+    beyond = kind == "labels" and bool((rows >= outputs).any())  # classes numbered differently: none can be trusted
     rows[wrong] = np.nan
-    bad = int(wrong.sum())
-    return rows, f"Expected {allowed} of the API, but {bad} of {count} answers are invalid." if bad else ""
+    bad, hint = int(wrong.sum()), ""
+    if beyond:
+        rows[:] = np.nan
+        hint = (
+            " None of this request was kept, as the classes may be numbered differently, such as from 1. If they are, "
+            "answers recorded before are wrong as well: give another `cache` with the mended function."
+        )
+    return rows, f"Expected {allowed} of the API, but {bad} of {count} answers are invalid.{hint}" if bad else ""
 
 
 def as_logits(rows: Tensor, kind: Answers, outputs: int) -> Tensor:

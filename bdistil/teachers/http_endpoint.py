@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ class ApiUnavailableError(Exception):
 
     Args:
         reason: text without addresses, keys or contents.
-        answered_nothing: whether the API itself reported the failure, so that it counted no query.
+        answered_nothing: whether the API itself reported the failure, or was not reached, so that it counted no query.
         wait: seconds to wait, from its Retry-After header.
     """
 
@@ -138,8 +139,8 @@ class HttpEndpoint:
         """
         body = json.dumps({self.request_field: batch.tolist()}).encode()
         response = self._post(body)
-        if isinstance(response, str):  # outside `except`, so that no chained error shows the address
-            raise ApiUnavailableError(response, answered_nothing=False)
+        if isinstance(response, ApiUnavailableError):  # outside `except`, so that no chained error shows the address
+            raise response
         status = response.status_code
         if status != 200:
             hint = f" Is the key in {self.key_env} right?" if status in (401, 403) and self.key_env else ""
@@ -147,7 +148,7 @@ class HttpEndpoint:
         return self._read(response.content)
 
     def _post(self, body: bytes) -> Any:
-        """The response, or the name of the error of the connection."""
+        """The response, or the error of the connection."""
         import requests
 
         headers = {"Content-Type": "application/json", **self._headers()}
@@ -157,7 +158,7 @@ class HttpEndpoint:
                 session.auth = lambda request: request
                 return session.post(self.url, data=body, headers=headers, timeout=self.timeout, allow_redirects=False)
         except requests.exceptions.RequestException as error:
-            return type(error).__name__
+            return ApiUnavailableError(type(error).__name__, answered_nothing=_is_unreached(error))
 
     def _read(self, content: bytes) -> Any:
         try:
@@ -169,6 +170,13 @@ class HttpEndpoint:
             f"{len(content)} bytes without it. Every answer before it is kept.",
             answered_nothing=False,
         )
+
+
+def _is_unreached(error: BaseException | None) -> bool:
+    """Whether the connection was refused or its host is unknown, so that nothing was sent."""
+    while error is not None and not isinstance(error, ConnectionRefusedError | socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _check_url(url: str) -> None:

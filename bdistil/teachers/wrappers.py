@@ -16,6 +16,7 @@ from bdistil.errors import UserError
 from bdistil.functional.distillation import at_least_float32
 from bdistil.metrics.cost import is_compiled
 from bdistil.models.inputs import call_on, expectation_of
+from bdistil.teachers.api import SMALLEST_PROBABILITY
 from bdistil.utils.trees import map_tensors
 
 
@@ -157,7 +158,8 @@ class AdaptedTeacher(nn.Module):
         data_std: standard deviation per channel, likewise; 1 if x is not normalised.
         size: (H, W), or the side, to which images (B, C, H, W) are scaled; None keeps their size.
         axis: axis of the channels in a batch.
-        probabilities: whether the network returns probabilities; their logarithm is taken.
+        probabilities: whether the network returns probabilities; their logarithm is taken, of at least 1e-7, as a
+            forest answers with zeros.
 
     Raises:
         UserError: a standard deviation or a size that is not positive.
@@ -205,8 +207,7 @@ class AdaptedTeacher(nn.Module):
         answers = run_teacher(self.network, x)
         if not self.probabilities:
             return answers
-        answers = at_least_float32(answers)
-        return answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
+        return at_least_float32(answers).clamp_min(SMALLEST_PROBABILITY).log()
 
 
 def _keep_normalisation(teacher: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:

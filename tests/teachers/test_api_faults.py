@@ -2,6 +2,7 @@
 
 import http.client
 import math
+import socket
 import time
 import traceback
 import urllib.error
@@ -14,7 +15,7 @@ import requests
 import torch
 from helpers.api_toys import FEATURES, OUTPUTS, SECRET, WEIGHTS, inputs, logits_of
 
-from bdistil import RunError, UserError
+from bdistil import HttpEndpoint, RunError, UserError
 from bdistil.teachers import ApiUnavailableError
 
 
@@ -51,7 +52,9 @@ def test_what_does_not_pass_stops_with_everything_kept(api, make):
 def test_asking_again_is_in_the_budget(api, make):
     api.faults = ["slow"]
     teacher = make(api, budget=7)
-    with pytest.raises(RunError, match=r"budget of the API is spent: 4 more would make 8, allowed are 7"):
+    with pytest.raises(
+        RunError, match=r"spent: 4 more would make 8, allowed are 7\. They were sent before.*: ReadTimeout"
+    ):
         teacher(inputs(4))
     assert api.requests == [4]
     assert teacher.queries == 4  # it may have been answered
@@ -106,6 +109,29 @@ def test_one_nan_costs_one_answer(api, make):
 def test_answers_that_cannot_be(make, answers, given):
     with pytest.raises(RunError, match="of the API, but 1 of 1 answers are invalid"):
         make(lambda batch: given, answers=answers)(inputs(1))
+
+
+def test_no_label_is_kept_of_classes_that_are_numbered_from_one(make):
+    """Labels 1 … 3 look valid, but are those of other classes; they must not be mixed with those of a mended API."""
+    x = inputs(4)
+    x[:, 0] = torch.arange(4)
+    with pytest.raises(
+        RunError, match=r"1 of 4 answers are invalid\. None of this request was kept.*from 1.*another `cache`"
+    ):
+        make(lambda batch: batch[:, 0] + 1, answers="labels")(x)
+    assert make(lambda batch: batch[:, 0], answers="labels")(x).argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_what_was_never_sent_is_no_query(make):
+    with socket.socket() as free:  # nobody listens once it is closed
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    teacher = make(HttpEndpoint(url), name="nobody", budget=4)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"no answer in \d attempts; last: ConnectionError") as error:
+            teacher(inputs(4))
+        assert url not in "".join(traceback.format_exception(error.value))
+    assert teacher.queries == 0
 
 
 def test_bad_inputs_are_not_sent(api, make):

@@ -9,7 +9,7 @@ import torch
 from helpers.api_toys import OUTPUTS, inputs
 from helpers.toys import Toys, boost, curve, in_child, make_teacher
 
-from bdistil import ApiTeacher, FrozenTeacher, HttpEndpoint, RunError
+from bdistil import AdaptedTeacher, ApiTeacher, AveragedTeacher, FrozenTeacher, HttpEndpoint, RunError
 from bdistil.storage.run_directory import RunDirectory
 
 
@@ -63,6 +63,17 @@ def test_a_run_asks_each_training_and_validation_sample_once_and_the_test_part_n
     assert sorted(ask.asked) == sorted(x.numpy().tobytes() for part in ("train", "val") for x in parts[part][0])
     assert teacher.queries == len(ask.asked) == 256
     assert RunDirectory(folder / "run").read("teacher")["queries"] == 256
+
+
+@pytest.mark.parametrize("wrap", [AdaptedTeacher, lambda api: AveragedTeacher([api, make_teacher()], of="logits")])
+def test_an_api_inside_another_teacher_is_asked_no_more(tmp_path, wrap):
+    ask = CountingApi()
+    boost(tmp_path / "run", teacher=wrap(ApiTeacher(ask, 4, tmp_path / "answers.sqlite", batch_size=50)))
+    test = {x.numpy().tobytes() for x in Toys().parts["test"][0]}
+    assert len(ask.asked) == 256
+    assert test.isdisjoint(ask.asked)
+    row = RunDirectory(tmp_path / "run").read("teacher")
+    assert (row["macs"], row["latency_ms"], row["queries"]) == (0, 0, 256)
 
 
 def test_the_fingerprint_is_of_the_api(api_run, tmp_path):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import AdaptedTeacher, AveragedTeacher, FrozenTeacher, OnnxTeacher, TorchScriptTeacher, UserError
-from bdistil.boosting.checks.data import check_outputs
+from bdistil.boosting.checks.data import check_outputs, check_task
 from bdistil.cli.app import main
 from bdistil.metrics.cost import measure_cost
 from bdistil.models.timm import TimmTeacher
@@ -578,6 +578,24 @@ def test_a_run_looks_at_its_inputs(tmp_path):
     data.mean, data.std = 0.5, 0.5
     with pytest.warns(UserWarning, match="The data module declares a normalisation"):
         control(tmp_path, teacher=AdaptedTeacher(make_teacher())).boosting.check(data)
+
+
+def test_a_probability_of_zero_is_a_small_one():
+    """A logarithm of -87 for the zeros of a forest would outweigh all other logits of a sample."""
+    logs = AdaptedTeacher(nn.Identity(), probabilities=True)(torch.tensor([[0.99, 0.01, 0.0]]))
+    np.testing.assert_allclose(logs.numpy(), np.log([[0.99, 0.01, 1e-7]]), rtol=1e-5)
+
+
+def test_probabilities_inside_another_teacher_are_refused_for_other_tasks():
+    sigmoid = AdaptedTeacher(nn.Sigmoid(), probabilities=True)
+    for inside, message in (
+        (AveragedTeacher([nn.Identity(), sigmoid], of="logits"), r"AdaptedTeacher\(\.\.\., probabilities=True\)"),
+        (AdaptedTeacher(sigmoid), r"AdaptedTeacher\(\.\.\., probabilities=True\)"),
+        (AveragedTeacher([AveragedTeacher([nn.Identity()])], of="logits"), r"of='probabilities'"),
+    ):
+        check_task("classification", inside)
+        with pytest.raises(UserError, match=message):
+            check_task("multilabel", inside)
 
 
 def test_weights_leave_an_adapted_teacher_its_own_settings(tmp_path):

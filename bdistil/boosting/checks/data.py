@@ -263,9 +263,11 @@ def check_task(task: Task, teacher: nn.Module) -> None:
             "probabilities=True), whose logarithms are logits of a softmax. Leave it out; for sigmoid outputs p, give "
             "a module that returns torch.logit(p)."
         )
-    inner = teacher.network if isinstance(teacher, AdaptedTeacher) else teacher
-    if isinstance(inner, AveragedTeacher) and inner.of == "probabilities":
+    if isinstance(teacher, AveragedTeacher) and teacher.of == "probabilities":
         raise UserError(
             f"Expected an average of the outputs of several teachers for task={task!r}, got AveragedTeacher(..., "
             "of='probabilities'). Give of='logits'."
         )
+    if isinstance(teacher, AdaptedTeacher | AveragedTeacher):
+        for network in [teacher.network] if isinstance(teacher, AdaptedTeacher) else teacher.networks:
+            check_task(task, network)

@@ -129,7 +129,8 @@ class Emulation:
 
     Raises:
         UserError: the teacher is not an ApiTeacher, the samples are random or neither images nor sequences, the query
-            budget is too small, or the folder holds a run with other settings or other local samples.
+            budget or that of the teacher is too small, or the folder holds a run with other settings or other local
+            samples.
     """
 
     def __init__(
@@ -158,6 +159,12 @@ class Emulation:
             raise UserError(
                 f"Expected `queries` of MEKD to be more than those of stage 1 ({settings.first_queries}) and of the "
                 f"local samples ({local_queries}), got {settings.queries}."
+            )
+        if teacher.budget is not None and teacher.budget < settings.queries:
+            raise UserError(
+                f"Expected `budget` of the ApiTeacher to be at least `queries` of MEKD ({settings.queries}), got "
+                f"{teacher.budget}, which would be spent in the middle of the run. Give fewer `queries`, or a larger "
+                "`budget`."
             )
         self._freeze_settings()
         self._freeze_samples()

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
-from bdistil import UserError
+from bdistil import ApiTeacher, UserError
 from bdistil.distillation.mekd.run import Emulation, Mekd
 from bdistil.distillation.mekd.samples import AnsweredSamples, GeneratedSamples, open_generated, repeated
 
@@ -142,6 +142,12 @@ def test_other_settings_and_too_few_queries_are_refused(run, tmp_path):
         Mekd(queries=10, first_queries=10)
     with pytest.raises(UserError, match="Expected the teacher of MEKD to be an ApiTeacher, got Linear"):
         Emulation(Mekd(), nn.Linear(2, 2), Local(), tmp_path, make_trainer=make_trainer)
+    few = ApiTeacher(Model(), CLASSES, tmp_path / "few.sqlite", budget=59)
+    with pytest.raises(
+        UserError, match=r"Expected `budget` of the ApiTeacher to be at least `queries` of MEKD \(60\), got 59"
+    ):
+        Emulation(Mekd(**SMALL), few, Local(), tmp_path / "mekd", make_trainer=make_trainer)
+    assert not (tmp_path / "mekd").exists()
     with pytest.raises(UserError, match=r"The teacher gives L=3 outputs, the student L=2"):
         emulate(tmp_path).run(lambda _: nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
     assert not (tmp_path / "mekd" / "stage1").exists()
