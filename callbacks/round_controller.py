@@ -116,6 +116,7 @@ class RoundController(Checkpoint):
         self._plan: RoundPlan | None = None
         self._datamodule: pl.LightningDataModule | None = None
         self._begun, self._closed, self._first_epoch, self._read = False, False, True, 0
+        self._saved: list[torch.Tensor] = []  # weights of the student in the checkpoint of this fit's last epoch
         self._final: list[torch.Tensor] = []  # weights of the evaluated student
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
@@ -133,7 +134,7 @@ class RoundController(Checkpoint):
         with self.signals, self.run.in_use():
             for plan in self.boosting.rounds(datamodule):
                 self._plan, self.state = plan, RoundState(plan.module.number, plan.attempt)
-                self._begun, self._closed, self._first_epoch, self._read = False, False, True, 0
+                self._begun, self._closed, self._first_epoch, self._read, self._saved = False, False, True, 0, []
                 try:
                     yield plan.module
                 except GeneratorExit:  # the loop was left, by `break` or by an error in its body
@@ -284,9 +285,13 @@ class RoundController(Checkpoint):
             return
         with disk_errors(f"round {self.number}", self.run.root):
             save_epoch(trainer, self.run.checkpoint(self.number))
+        self._saved = [parameter.detach().cpu().clone() for parameter in self.plan.module.student.parameters()]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluates the student, and commits or rejects it."""
+        """Saves the weights that other callbacks leave, such as an average; commits or rejects the student."""
+        if self._saved and not equal_parameters(self.plan.module.student, self._saved):
+            with disk_errors(f"round {self.number}", self.run.root):
+                save_epoch(trainer, self.run.checkpoint(self.number))
         self._close(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -320,6 +325,11 @@ class RoundController(Checkpoint):
         module = self.plan.module
         if (best := module.best) is not None:
             best.restore(module.student)
+            if best.epoch is None:
+                rank_zero_warn(
+                    f"Round {self.number + 1} keeps its last epoch, not the best: its fit ended before the first "
+                    "validation. Let the Trainer validate more often (check_val_every_n_epoch, val_check_interval)."
+                )
         check_trained(trainer.global_step, self.number, module.student, module.initial)
         self._final = [parameter.detach().cpu().clone() for parameter in module.student.parameters()]
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -80,7 +80,7 @@ class Optimization:
                 student.parameters(), settings.lr, 0, weight_decay=settings.weight_decay, **options
             )
             return optimizer
-        made = self.optimizer(student.parameters())
+        made = self.optimizer(list(student.parameters()))  # a function may read them twice, to make groups of them
         if not isinstance(made, Optimizer):
             raise UserError(f"Expected `optimizer` to return a torch Optimizer, got {type(made).__name__}.")
         held = {id(parameter) for group in made.param_groups for parameter in group["params"]}

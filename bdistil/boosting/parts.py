@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bdistil.boosting.checks.data import check_augmentation, warn_of_undrawn
+from bdistil.boosting.checks.data import check_augmentation, check_repeatable_x, warn_of_undrawn
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import CANONICAL, LOADERS, ViewPlan, check_dataset, is_random, only_given
+from bdistil.data.loaders import CANONICAL, LOADERS, ViewPlan, check_dataset, only_given
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils import distributed
@@ -54,7 +54,7 @@ class Parts:
         check_dataset(val, "val_dataloader")
         warn_of_undrawn(train)
         val = only_given(val, "val_dataloader")
-        augments, val_augments = check_augmentation(train, settings, seed), is_random(val.dataset)
+        augments, val_augments = check_augmentation(train, settings, seed), check_repeatable_x(val, seed)
         views = settings.views if augments else None
         part = partial(Part, folder=folder, settings=settings, seed=seed)
         return cls(

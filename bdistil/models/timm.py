@@ -14,8 +14,9 @@ from bdistil.errors import UserError
 from bdistil.models.inputs import Expectation
 from bdistil.models.student import Student, scaled
 from bdistil.storage.weights import load_weights
-from bdistil.utils.modules import eval_mode
+from bdistil.utils.modules import eval_mode, kept_buffers
 from bdistil.utils.paths import user_path
+from bdistil.utils.seeding import drawn_from
 
 
 class TimmTeacher(nn.Module):
@@ -202,12 +203,27 @@ def _stages(network: nn.Module, image: Tensor) -> list[nn.Module]:
         cast(nn.Sequential, stages[-1]).append(layer)
         if name in cuts:
             stages.append(nn.Sequential())
-    with eval_mode(network):
-        try:
-            same = len(stages) > 1 and torch.equal(nn.Sequential(*stages)(image), network(image))
-        except (RuntimeError, TypeError, ValueError):
+    chain, rate = nn.Sequential(*stages), float(getattr(network, "drop_rate", 0.0))
+    try:
+        if len(stages) < 2 or not _same(chain, network, image, training=False):
             return []
-    return stages if same else []
+        if not _same(chain, network, image, training=True):  # some networks call the dropout as a function
+            cast(nn.Sequential, stages[-1]).append(nn.Dropout(rate))
+            return stages if _same(chain, network, image, training=True) else []
+    except (RuntimeError, TypeError, ValueError):
+        return []
+    return stages
+
+
+def _same(chain: nn.Module, network: nn.Module, image: Tensor, *, training: bool) -> bool:
+    """Whether two modules with the same layers answer the same for an image (1, C, H, W); their state is restored."""
+    images, answers = image.repeat(2, 1, 1, 1), []  # batch norm trains on two values or more
+    with eval_mode(network), eval_mode(chain), kept_buffers(network):
+        for module in (chain, network):
+            module.train(training)
+            with drawn_from("dropout"):
+                answers.append(module(images))
+    return torch.equal(*answers)
 
 
 def _inseparable(name: str, why: str) -> UserError:

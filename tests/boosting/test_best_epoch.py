@@ -88,6 +88,19 @@ def test_averaged_weights_are_those_that_were_validated(tmp_path):
     assert controller.run.record(0)["curve"]["rms_error"] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"val_check_interval": 500, "check_val_every_n_epoch": None},
+        {"epochs": -1, "max_steps": 12, "check_val_every_n_epoch": 5},
+    ],
+)
+def test_a_fit_that_ends_before_its_first_validation_says_so(tmp_path, trainer):
+    with pytest.warns(UserWarning, match="Round 1 keeps its last epoch, not the best"):
+        controller, _ = watched(tmp_path, trainer=trainer, rounds=1, keep_epoch="best")
+    assert controller.run.record(0)["kept_epoch"] is None
+
+
 @pytest.mark.parametrize("trainer", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 9}])
 def test_a_trainer_that_does_not_validate_is_refused(tmp_path, trainer):
     with pytest.raises(UserError, match=r"a Trainer that validates, as keep_epoch='best' compares validation errors"):

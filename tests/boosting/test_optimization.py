@@ -51,6 +51,18 @@ def test_an_optimizer_of_ones_own_has_a_constant_rate(tmp_path):
     assert seen.rates == [0.05] * (2 * STEPS)
 
 
+def test_parameters_may_be_read_twice(tmp_path):
+    """As a function does that makes groups with and without weight decay."""
+
+    def grouped(parameters):
+        matrices, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+        return AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], 0.01)
+
+    seen = rates_of(tmp_path, optimizer=grouped)
+    assert [len(group["params"]) for group in seen.optimizer.param_groups] == [2, 3]
+    assert all(len(state) for state in seen.optimizer.state.values())
+
+
 def test_a_schedule_by_step(tmp_path):
     seen = rates_of(tmp_path, optimizer=sgd, lr_scheduler=warm_up, lr_interval="step")
     assert seen.rates == pytest.approx([0.05 * min(1.0, (step + 1) / 8) for step in range(2 * STEPS)])

@@ -289,6 +289,20 @@ def test_logits_of_several_labels_are_not_centred(multilabel):
     assert off < 0.35 * (answers - answers.mean(0)).square().mean().sqrt()  # a mean per sample would be lost otherwise
 
 
+def test_several_labels_may_be_unknown_in_any_type(tmp_path):
+    """Labels of a binary cross entropy are real numbers."""
+    for kind in (torch.int64, torch.float32):
+        data = Several()
+        for part in ("train", "val"):
+            x, y = data.parts[part]
+            data.parts[part] = (x, torch.where(torch.arange(len(y))[:, None] % 5 == 0, -1, y).to(kind))
+        boost(tmp_path / str(kind), data, settings=settings_for(1, task="multilabel", ignore_index=-1))
+    one, other = (
+        curve(tmp_path / str(kind), without={"latency_ms", "seconds"}) for kind in (torch.int64, torch.float32)
+    )
+    assert one == other
+
+
 def sigmoid_api(x):
     return 1 / (1 + np.exp(-x[:, :CLASSES]))
 

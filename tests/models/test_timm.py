@@ -207,3 +207,18 @@ def test_stages_are_those_of_feature_info(name, counts, rung):
     assert torch.equal(first.features(x), network(x))
     assert (second.stage_reads != ()) == bool(counts)
     assert run_student(second, [first], x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_a_dropout_that_timm_calls_as_a_function_is_kept(name):
+    student = TimmStudent(name, outputs=5, options={"drop_rate": 0.5})
+    network = timm.create_model(name, num_classes=0, drop_rate=0.5)
+    network.load_state_dict(dict(zip(network.state_dict(), student.body.state_dict().values(), strict=True)))
+    x = torch.randn(4, 3, 32, 32)
+    answers = []
+    for net in (student.body, network):
+        torch.manual_seed(0)
+        answers.append(net(x))
+    assert isinstance(student.body, StagedBody)
+    assert torch.equal(*answers)
+    assert not torch.equal(answers[0], student.body(x))  # other features are dropped

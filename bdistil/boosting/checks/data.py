@@ -152,6 +152,24 @@ def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bo
     return random
 
 
+def check_repeatable_x(loader: DataLoader[Any], seed: int) -> bool:
+    """Whether a validation loader augments at random, drawing from generators that a seed fixes.
+
+    Raises:
+        UserError: two readings of a sample with one seed differ. The teacher's logits of the validation part are cached
+            with any `state`.
+    """
+    random = is_random(loader.dataset)
+    if is_random(_Collated(loader, Views(loader.dataset, seed) if random else loader.dataset)):
+        raise UserError(
+            "Reading a sample of `val_dataloader()` twice gives two different x, also if the generators of Python, "
+            "NumPy and torch are seeded: the dataset has a generator of its own, or the collate function augments. The "
+            "teacher's logits of this part are cached, with any `state`, and students are accepted by their error to "
+            "them. Leave the augmentation out of the validation part."
+        )
+    return random
+
+
 class _Collated(Dataset[Any]):
     """A dataset whose items are the samples as collated batches of one."""
 

@@ -85,8 +85,8 @@ def as_labels(labels: Any, ignore_index: int = UNLABELLED) -> Tensor:
     """Converts the labels of a batch, of any type, to a tensor; integers become int64.
 
     Lists and arrays are converted; a list of L tensors (B,), as torch's collate function builds from items with L
-    numbers, becomes (B, L), and a column (B, 1) of integers becomes (B,). Integers equal to `ignore_index` become
-    `UNLABELLED`.
+    numbers, becomes (B, L), and a column (B, 1) of integers becomes (B,). Numbers equal to `ignore_index` become
+    `UNLABELLED`; real ones only if it is negative, as others may be probabilities.
 
     Raises:
         UserError: the labels are not numeric.
@@ -104,9 +104,10 @@ def as_labels(labels: Any, ignore_index: int = UNLABELLED) -> Tensor:
             f"Expected labels y that are numbers, got {type(labels).__name__} ({error}). Give each class a number, or "
             "BoostingSettings(labels=None) where there are none."
         ) from error
-    if y.is_floating_point():
+    if not y.is_floating_point():
+        y = y.long().squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y.long()
+    elif ignore_index >= 0:  # a probability
         return y
-    y = y.long().squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y.long()
     return y if ignore_index == UNLABELLED else torch.where(y == ignore_index, UNLABELLED, y)
 
 

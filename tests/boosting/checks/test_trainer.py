@@ -7,17 +7,20 @@ import pytest
 import torch
 from helpers.toys import (
     BATCH,
+    CLASSES,
     EPOCHS,
     FEATURES,
     ROUNDS,
     TRAIN,
     Hook,
+    Killed,
     Toys,
     boost,
     control,
     digests,
     everything,
     fit,
+    kill,
     make_plain,
     make_student,
     make_teacher,
@@ -257,6 +260,47 @@ def test_averaged_weights_are_committed(tmp_path):
 
     boost(tmp_path, callbacks=lambda: [Mean(decay=0.5)], settings=settings_for(1))
     assert torch.equal(ProgressiveEnsemble.load(tmp_path).students[0].head.weight, averages[0])
+
+
+class OwnAverage(Hook):
+    """An average of the weights that replaces them at the end of training, as people write it."""
+
+    average = None
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        now = [parameter.detach().clone() for parameter in pl_module.student.parameters()]
+        self.average = now if self.average is None else [(a + b) / 2 for a, b in zip(self.average, now, strict=True)]
+
+    def on_train_end(self, trainer, pl_module):
+        for parameter, value in zip(pl_module.student.parameters(), self.average, strict=True):
+            parameter.data.copy_(value)
+
+    def state_dict(self):
+        return {"average": self.average}
+
+    def load_state_dict(self, state_dict):
+        self.average = state_dict["average"]
+
+
+@pytest.mark.parametrize(
+    ("make", "student"),
+    [
+        (lambda: EMAWeightAveraging(decay=0.8), make_student),
+        (OwnAverage, make_student),
+        (lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1), lambda round: nn.Linear(FEATURES, CLASSES)),
+    ],
+    ids=["EMA", "own", "SWA"],
+)
+@pytest.mark.filterwarnings("ignore:.*`lr_scheduler.step.*", "ignore:Swapping scheduler")
+def test_averaged_weights_survive_a_kill_in_the_verdict(tmp_path, monkeypatch, make, student):
+    options = {"callbacks": lambda: [make()], "student": student, "settings": settings_for(1)}
+    boost(tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("bdistil.callbacks.round_controller.close_round", kill)
+        with pytest.raises(Killed):
+            boost(tmp_path / "run", **options)
+    boost(tmp_path / "run", **options)
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])

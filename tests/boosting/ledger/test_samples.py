@@ -309,6 +309,15 @@ def test_augmentation_by_a_generator_of_its_own_is_trained_on_with_a_recomputed_
     assert all(found["x"] is None and found["y"] for found in stored.values())
 
 
+@pytest.mark.parametrize("settings", [{}, {"state": "recompute"}, {"views": 2}], ids=str)
+def test_a_validation_part_with_a_generator_of_its_own_is_refused(tmp_path, settings):
+    """The teacher's logits of this part are cached in any case, and would be of another x than the students'."""
+    data = Parts(noisy=bool(settings))
+    data.train, data.val = (Noisy if settings else TensorDataset)(*data.parts["train"]), Drawing(data.parts["val"])
+    with pytest.raises(UserError, match=r"`val_dataloader\(\)` twice gives two different x, also if the generators"):
+        boost(tmp_path, data, settings=settings_for(1, **settings))
+
+
 def test_a_fit_goes_on_with_loaders_of_its_own(tmp_path):
     """Files that `teardown` has closed stay closed."""
 
