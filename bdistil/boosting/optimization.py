@@ -140,9 +140,14 @@ class Optimization:
 
 
 def _check_length(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
-    """Raises UserError for a OneCycleLR shorter than the fit, which would fail during training."""
+    """Raises UserError for a OneCycleLR that is shorter than the fit, or may be: it would fail during training."""
     scheduler, by_step = schedule["scheduler"], schedule.get("interval") == "step"
     length = trainer.estimated_stepping_batches if by_step else trainer.max_epochs or 0
+    if isinstance(scheduler, OneCycleLR) and trainer.max_epochs == trainer.max_steps == -1:
+        raise UserError(
+            "Expected a Trainer with `max_epochs` or `max_steps` for a OneCycleLR, which fails after its total_steps="
+            f"{scheduler.total_steps}, got one that is limited by time alone. Give one of them as well."
+        )
     if isinstance(scheduler, OneCycleLR) and length > scheduler.total_steps * int(schedule.get("frequency", 1)):
         raise UserError(
             f"Expected a OneCycleLR as long as the fit, {length} {'steps' if by_step else 'epochs'}, got one with "

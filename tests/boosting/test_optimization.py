@@ -254,3 +254,6 @@ def test_a_schedule_that_fails_before_the_fit_ends_is_refused(tmp_path, interval
         boost(tmp_path / "short", lr_scheduler=one_cycle(length - 1), **options)
     assert not list(digests(tmp_path / "short"))
     boost(tmp_path / "right", lr_scheduler=one_cycle(length), **options)
+    options["trainer"] = {"epochs": -1, "max_time": "00:01:00:00"}
+    with pytest.raises(UserError, match=r"`max_epochs` or `max_steps` for a OneCycleLR.* limited by time alone"):
+        boost(tmp_path / "endless", lr_scheduler=one_cycle(length), **options)
