@@ -117,7 +117,7 @@ def check_mode(image: Image.Image, path: str | Path) -> None:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(H, W) of an image after rotation by its EXIF orientation, from its header.
+    """(H, W) of an image after rotation by its EXIF orientation, from its header; a TIFF file is decoded.
 
     Raises:
         UserError: it is not an image, or one that `check_mode` refuses.
@@ -125,6 +125,9 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             check_mode(image, path)
+            if image.format == "TIFF":  # versions of Pillow differ in whether the size in its header is turned already
+                width, height = ImageOps.exif_transpose(image).size
+                return height, width
             width, height = image.size
             return (width, height) if image.getexif().get(ORIENTATION) in SIDEWAYS else (height, width)
     except UserError:

@@ -51,8 +51,9 @@ def test_numbers_without_a_range_are_refused(tmp_path, kind):
         read_image(str(path))
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path, orientation):
+def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path, orientation, kind):
     image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(6, 4) * 10)
     turn = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -60,10 +61,10 @@ def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path, orientation):
     expected = np.asarray(image.transpose(turn[orientation]) if orientation in turn else image)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "a.png", exif=exif)
-    x = pixels(GreyFiles, tmp_path / "a.png")
+    image.save(tmp_path / f"a.{kind}", exif=exif, compression="tiff_lzw")  # Pillow 13 mixes up uncompressed pixels
+    x = pixels(GreyFiles, tmp_path / f"a.{kind}")
     np.testing.assert_allclose(x[0].numpy() * 255, expected, atol=1e-3)
-    assert image_size(tmp_path / "a.png") == expected.shape
+    assert image_size(tmp_path / f"a.{kind}") == expected.shape
 
 
 def test_what_is_no_image_is_named(tmp_path):
