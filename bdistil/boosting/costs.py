@@ -54,7 +54,7 @@ def teacher_row(
     if is_api(teacher) or table_of(teacher) is not None:
         kind = "an API" if is_api(teacher) else "a table of logits"
         rank_zero_info(f"The teacher is {kind}: its MACs and parameters are unknown and written as 0.")
-        teacher.to(device)
+        teacher.to(device)  # as below; an API may be inside a module with buffers
         unknown = ("macs", "link_macs", "params", "train_macs", "activation_bytes", "weight_bytes")
         return {"stage": "teacher", **dict.fromkeys(unknown, 0), "latency_ms": 0.0}
     cost = measure_cost(teacher.cpu(), (example,), uncounted=uncounted)

@@ -15,15 +15,32 @@ def _as_typed(keys: str) -> str:
     return ", ".join(f"--{key.removeprefix('fit.')}" for key in keys.split(", "))
 
 
+KINDS = {
+    "a <class 'int'>": "a whole number",
+    "a <class 'float'>": "a number",
+    "a <class 'bool'>": "true or false",
+    "a <class 'NoneType'>": "null",
+}
+# The parser's report of a value that may be of several types, such as a number or null.
+UNION = re.compile(
+    r"Does not validate against any of the Union subtypes\n.*\n  Errors:\n((?:    - Expected a .*\n)+)"
+    r"  Given value type: .*\n  Given value: (.*)"
+)
+
+
 def _in_words(message: str) -> str:
     """A message without Python's names of types, and with the nearest of the allowed values."""
-    message = message.replace("a <class 'int'>", "a whole number").replace("a <class 'float'>", "a number")
-    choice = re.search(r"a typing\.Literal\[(.+?)\]\. Got value: (\S+)", message)
+    if union := UNION.search(message):
+        allowed = " or ".join(re.findall(r"- Expected (a .*)\n", union[1]))
+        message = message.replace(union[0], f"Expected {allowed}. Got value: {union[2]}")
+    for kind, words in KINDS.items():
+        message = message.replace(kind, words)
+    choice = re.search(r"a typing\.Literal\[(.+?)\](.*)\. Got value: (\S+)", message)
     if choice is None:
         return message
-    near = difflib.get_close_matches(choice[2], re.findall("'(.+?)'", choice[1]), 1)
+    near = difflib.get_close_matches(choice[3], re.findall("'(.+?)'", choice[1]), 1)
     hint = f". Did you mean '{near[0]}'?" if near else ""
-    return message.replace(choice[0], f"one of {choice[1]}. Got value: {choice[2]}{hint}")
+    return message.replace(choice[0], f"one of {choice[1]}{choice[2]}. Got value: {choice[3]}{hint}")
 
 
 class Parser(LightningArgumentParser):

@@ -107,7 +107,7 @@ class Distillation(pl.LightningModule):
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
         self.weight, self.labels, self._pairs = float(weight), labels, PairCollate(list, labels)
         self._control: list[Tensor] = []
-        self._answered = False
+        self._teachers_checked = False
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) of the student, in float32 even with mixed precision."""
@@ -148,8 +148,8 @@ class Distillation(pl.LightningModule):
 
     def _terms(self, x: Any, y: Tensor, index: Index | None = None) -> KDTerms:
         answers = self.teacher_logits(x, index)
-        if not self._answered:
-            self._answered = True
+        if not self._teachers_checked:
+            self._teachers_checked = True
             for teacher in answers if answers.ndim == 3 else [answers]:
                 warn_of_probabilities(teacher)
         return kd_terms(self(x), answers, y, temperature=self.temperature)

@@ -150,6 +150,8 @@ def _logits_in(answer: Any, network: nn.Module) -> Tensor:
 class AdaptedTeacher(nn.Module):
     """Adapts a teacher with another normalisation, resolution or kind of output to the x of the students.
 
+    Loading weights leaves the normalisation as it was given here.
+
     Args:
         network: maps its own inputs to logits (B, L).
         mean: mean per channel in the normalisation of the network's training data; by default that of a timm network.

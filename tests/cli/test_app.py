@@ -289,6 +289,16 @@ MISTAKES = [
     (["evaluate"], "required", "--run_dir"),
     (["evaluate", "--run_dir", "none"], "none", "bdistil fit"),
     (["profile", "--run_dir", "none"], "none", "bdistil fit"),
+    (
+        ["fit", "--config", "digits", "--trainer.max_epochs", "ten"],
+        "max_epochs",
+        "a whole number or null. Got value: ten",
+    ),
+    (
+        ["export", "--run_dir", "none", "--fuse", "exit"],
+        "fuse",
+        "one of 'all', 'exits' or null. Got value: exit. Did you",
+    ),
     (["evaluate", "--run_dir", "none", "--budget.stage", "1"], "budget.stage", "Did you mean 'budget.stages'"),
     (["evaluate", "--run_dir", "none", "--budget.stages", "0"], "`stages`", "got 0"),
     (["evaluate", "--run_dir", "none", "--budget.confidence", "2"], "`confidence`", "(0, 1]"),

@@ -314,7 +314,7 @@ def test_a_validation_part_with_a_generator_of_its_own_is_refused(tmp_path, sett
     """The teacher's logits of this part are cached in any case, and would be of another x than the students'."""
     data = Parts(noisy=bool(settings))
     data.train, data.val = (Noisy if settings else TensorDataset)(*data.parts["train"]), Drawing(data.parts["val"])
-    with pytest.raises(UserError, match=r"`val_dataloader\(\)` twice gives two different x, also if the generators"):
+    with pytest.raises(UserError, match=r"`val_dataloader\(\)` twice gives two different x, even if the generators"):
         boost(tmp_path, data, settings=settings_for(1, **settings))
 
 
