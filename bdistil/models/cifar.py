@@ -168,7 +168,7 @@ class WideResNet(Student):
     def __init__(self, depth: int = 16, widen: float = 1.0, outputs: int = 10, width: float = 1.0) -> None:
         if widen <= 0:
             raise UserError(f"Expected `widen` > 0, got {widen}.")
-        first, *stages = scaled([16, *(round(count * widen) for count in (16, 32, 64))], width)
+        first, *stages = scaled([16, *scaled((16, 32, 64), widen)], width)
         stem, last = conv3x3(3, first), stages[-1]
         blocks = _blocks(depth, 4, [first, *stages], WideBlock, "WideResNet")
         # The norm returns a new tensor, so the in-place ReLU after it does not change the activation before.

@@ -110,8 +110,14 @@ class Join(nn.Module):
 
 
 def scaled(channels: Sequence[int], width: float) -> list[int]:
-    """Channels times a factor, rounded, at least 1 each."""
-    return [max(1, round(count * width)) for count in channels]
+    """Channels times a factor, rounded, at least 1 each; channels below 1 stay as they are, for the caller to refuse.
+
+    Raises:
+        UserError: the factor is not positive.
+    """
+    if not width > 0:
+        raise UserError(f"Expected `width` of a student to be > 0, got {width}.")
+    return [max(1, round(count * width)) if count > 0 else count for count in channels]
 
 
 class Student(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bdistil.errors import UserError
+from bdistil.models import ConvStudent, MLPStudent, RecurrentStudent, SequenceConvStudent
 from bdistil.models.student import Rung, Student, linkable, linked_activations, linked_numbers, links_of, run_student
 
 IN, L = 6, 3
@@ -211,3 +212,20 @@ def test_names_of_rungs(rung, name):
 def test_values_that_no_rung_has(values, message):
     with pytest.raises(UserError, match=message):
         Rung(**values)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "got"),
+    [
+        (ConvStudent, {"channels": [0, 3]}, r"got \[0, 3\]"),
+        (ConvStudent, {"channels": [-4, 3]}, r"got \[-4, 3\]"),
+        (SequenceConvStudent, {"in_channels": 3, "outputs": 2, "channels": [0]}, r"got \[0\]"),
+        (MLPStudent, {"features": 3, "hidden": [-2]}, r"and \[-2\]"),
+        (RecurrentStudent, {"in_channels": 3, "outputs": 2, "hidden": 0}, "'gru', 3, 0"),
+        (ConvStudent, {"width": 0.0}, r"`width` of a student to be > 0, got 0\.0"),
+        (MLPStudent, {"features": 3, "width": -1.0}, r"`width` of a student to be > 0, got -1\.0"),
+    ],
+)
+def test_channels_below_one_are_refused_not_rounded_up(make, given, got):
+    with pytest.raises(UserError, match=got):
+        make(**given)
