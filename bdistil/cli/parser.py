@@ -26,6 +26,11 @@ UNION = re.compile(
     r"Does not validate against any of the Union subtypes\n.*\n  Errors:\n((?:    - Expected a .*\n)+)"
     r"  Given value type: .*\n  Given value: (.*)"
 )
+# The same for an object that may be left out, such as the data: what is wrong with it, beside that it is not null.
+OPTIONAL = re.compile(
+    r"Does not validate against any of the Union subtypes\n.*\n  Errors:\n    - ((?:.*\n)+?)"
+    r"    - Expected a <class 'NoneType'>\n  Given value type: .*\n  Given value: .*"
+)
 
 
 def _in_words(message: str) -> str:
@@ -33,6 +38,7 @@ def _in_words(message: str) -> str:
     if union := UNION.search(message):
         allowed = " or ".join(re.findall(r"- Expected (a .*)\n", union[1]))
         message = message.replace(union[0], f"Expected {allowed}. Got value: {union[2]}")
+    message = OPTIONAL.sub(lambda found: found[1].rstrip(), message)
     for kind, words in KINDS.items():
         message = message.replace(kind, words)
     choice = re.search(r"a typing\.Literal\[(.+?)\](.*)\. Got value: (\S+)", message)

@@ -22,10 +22,15 @@ class Classifier(nn.Module):
         outputs: L.
         dropout: probability of the dropout before the head.
         noise: standard deviation of the noise; it reduces overfitting on small data sets.
+
+    Raises:
+        UserError: an impossible dropout or noise.
     """
 
     def __init__(self, body: nn.Module, features: int, outputs: int, dropout: float, noise: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= dropout <= 1 or not noise >= 0:
+            raise UserError(f"Expected `dropout` in 0 … 1 and `noise` >= 0 of a teacher, got {dropout} and {noise}.")
         self.body, self.dropout, self.head = body, nn.Dropout(dropout), nn.Linear(features, outputs)
         self.noise = noise
 

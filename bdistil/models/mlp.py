@@ -48,6 +48,8 @@ class MLP(nn.Module):
         std: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 <= dropout <= 1:
+            raise UserError(f"Expected `dropout` in 0 … 1, got {dropout}.")
         layers = [layer for stage in mlp_stages(features, hidden) for layer in (*stage, nn.Dropout(dropout))]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(hidden[-1], outputs)
         self.mean, self.std = mean, std

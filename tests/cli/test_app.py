@@ -284,6 +284,9 @@ MISTAKES = [
     (["fit", "--config", "digits", "--model.student.wdith", "3"], "wdith", "Did you mean 'width'"),
     (["fit", "--config", "digits", "--model.teacher.checkpoint", "none.pt"], "checkpoint", "'none.pt'"),
     (["fit", "--config", "digits", "--data.batch_size", "0"], "`batch_size`", "got 0"),
+    (["fit", "--config", "digits", "--data.batch_siz", "9"], "batch_siz", "Did you mean 'batch_size'"),
+    (["fit", "--config", "digits", "--data.split_seed", "abc"], "split_seed", "a whole number. Got value: abc"),
+    (["fit", "--config", "digits", "--data", "Digit"], 'key "data"', "Digit"),
     (["fit", "--config", "digits", "--run_dir", "/proc/nowhere"], "`run_dir`", "/proc/nowhere"),
     (["fit"], "required: --model.teacher.network, --model.student, --data", "bdistil fit --config digits"),
     (["evaluate"], "required", "--run_dir"),
@@ -319,6 +322,8 @@ def test_a_mistake_gets_one_message(args, names, helps, capsys, tmp_path, monkey
     assert names in message
     assert helps in message
     assert "Traceback" not in message
+    assert "NestedArg" not in message
+    assert "Union" not in message
     assert len(message) < 1000
     assert not list(tmp_path.glob("runs/*/rounds/*"))
 

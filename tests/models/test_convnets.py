@@ -9,10 +9,12 @@ from bdistil.models.convnets import (
     ChannelsFirst,
     Classifier,
     ConvStudent,
+    SequenceConvNet,
     StridedConvNet,
     conv_stages,
     sequence_conv_stages,
 )
+from bdistil.models.mlp import MLP
 from bdistil.models.student import Rung, run_student
 
 M, C, L = 20, 3, 5
@@ -105,3 +107,16 @@ def test_noise_in_training_only(x):
     assert 0.3 < (seen[0] - x).std() < 0.7
     assert seen[1] is x
     assert seen[2] is x
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "got"),
+    [
+        (StridedConvNet, {"dropout": 2.0}, r"got 2\.0 and 0\.0"),
+        (SequenceConvNet, {"in_channels": C, "outputs": L, "noise": -1.0}, r"got 0\.2 and -1\.0"),
+        (MLP, {"features": C, "dropout": -0.1}, r"`dropout` in 0 … 1, got -0\.1"),
+    ],
+)
+def test_impossible_dropout_and_noise_are_named(make, given, got):
+    with pytest.raises(UserError, match=got):
+        make(**given)
