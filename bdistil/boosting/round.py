@@ -35,7 +35,7 @@ from bdistil.metrics.quality import (
 from bdistil.models.student import run_all, run_student, sources
 from bdistil.utils import distributed
 from bdistil.utils.modules import first_difference, structure_of
-from bdistil.utils.optimizers import schedule_length
+from bdistil.utils.optimizers import other_length
 
 # (g, S, labels, index) of a batch -> target and error of a round that mixes in the labels.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
@@ -353,14 +353,11 @@ class BoostingRound(pl.LightningModule):
                 f"`student` makes now: {found}. Give the function that the round was started with, choose another "
                 f"`run_dir`, or remove {work} to train the round anew."
             )
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        there = [int(state["T_max"]) for state in checkpoint["lr_schedulers"] if "T_max" in state]
-        if self.optimization == Optimization() and there and there[0] != (now := schedule_length(self.trainer)[0]):
+        if self.optimization == Optimization() and (lengths := other_length(checkpoint, self.trainer)):
             raise UserError(
                 f"Round {self.number + 1}, which is under way in {self.run_dir}, was started with a cosine over "
-                f"{there[0]} epochs or steps, now the Trainer ends after {now}. Give the former `max_epochs` or "
-                f"`max_steps`, or remove {work} to train the round anew."
+                f"{lengths[0]} epochs or steps, now the Trainer ends after {lengths[1]}. Give the former `max_epochs` "
+                f"or `max_steps`, or remove {work} to train the round anew."
             )
 
     # ---- validation: sums on the device, logged once an epoch
