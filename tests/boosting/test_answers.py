@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from bdistil import BoostingSettings, ProgressiveEnsemble, Rung, Student, UserError
 
 WIDTH = 6
+SIZES = {"features": WIDTH, "outputs": CLASSES}
 
 
 def linear(width=WIDTH, outputs=CLASSES, **sizes):
@@ -128,6 +129,24 @@ def test_a_student_whose_head_returns_several_outputs(tmp_path):
 def test_a_forward_that_does_more_than_its_parts(tmp_path):
     body = lambda: nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.ReLU())  # noqa: E731
     refused(tmp_path, "Expected `forward` of Scaled", student=lambda round: Scaled(body(), nn.Linear(WIDTH, CLASSES)))
+
+
+@pytest.mark.parametrize("layer", [nn.Softmax(-1), nn.LogSoftmax(-1)])
+def test_a_student_that_ends_with_a_softmax_is_a_warning(tmp_path, layer):
+    make = lambda round: Student(linear().body, nn.Sequential(nn.Linear(WIDTH, CLASSES), layer), **SIZES)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"student's outputs look like those of a (log_)?softmax.*Leave that layer"):
+        control(tmp_path, student=make).boosting.check(Toys())
+
+
+def test_layers_that_the_students_of_all_rounds_share_are_frozen(tmp_path):
+    """Trainable ones were trained in the first round, in eval mode, and frozen in all others."""
+    stem = nn.Linear(FEATURES, WIDTH)
+    make = lambda round: Student(nn.Sequential(stem, nn.ReLU()), nn.Linear(WIDTH, CLASSES))  # noqa: E731
+    refused(
+        tmp_path, r"round 2, of class F1.*got `body\.0\.weight` that an earlier student holds.*deepcopy", student=make
+    )
+    stem.requires_grad_(False)
+    control(tmp_path, student=make).boosting.check(Toys())
 
 
 @pytest.mark.parametrize(
