@@ -328,19 +328,22 @@ class BoostingRound(pl.LightningModule):
     # ---- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the best epoch so far and the structure of the student."""
+        """Saves the best epoch so far, the structure of the student, and which of its parameters are trained."""
         checkpoint["structure"] = self.structure
+        checkpoint["trained"] = {name: value.requires_grad for name, value in self.student.named_parameters()}
         if self.best is not None:
             checkpoint["best_epoch"] = self.best.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the best epoch so far.
+        """Restores the best epoch so far, and what a callback has frozen or unfrozen.
 
         Raises:
             UserError: the checkpoint belongs to another student than this round's.
         """
         check_same_student(checkpoint["state_dict"], self.state_dict(), self.run_dir, self.number)
         self._check_structure(checkpoint)
+        for name, value in self.student.named_parameters():
+            value.requires_grad_(checkpoint.get("trained", {}).get(name, value.requires_grad))
         if self.best is not None and "best_epoch" in checkpoint:
             self.best.load(checkpoint["best_epoch"])
 
