@@ -349,11 +349,24 @@ def _made_again(
         )
     if record["blueprint"] is not None:
         _restore_drawn(student, record["blueprint"], tensors)
+    else:
+        _restore_buffers(student, tensors)
     return student
 
 
+def _restore_buffers(student: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Restores the saved buffers outside the state dict of a student whose classes cannot be imported."""
+    beyond = tensors.keys() - student.state_dict().keys()
+    for name in [name for name, _ in student.named_buffers() if name in beyond]:
+        place, _, key = name.rpartition(".")
+        setattr(student.get_submodule(place), key, tensors[name])
+
+
 def _restore_drawn(student: nn.Module, blueprint: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Restores the saved tensors outside the state dict, which `make_student` may have drawn at random again."""
+    """Restores the saved tensors and numbers outside the state dict.
+
+    `make_student` may have drawn them at random again, and training may have changed them.
+    """
     try:
         described = rebuild(blueprint, tensors)
     except (UserError, ImportError, AttributeError, KeyError):  # the classes cannot be imported here
@@ -361,7 +374,7 @@ def _restore_drawn(student: nn.Module, blueprint: dict[str, Any], tensors: Mappi
     for name, module in described.named_modules():
         own = student.get_submodule(name)
         buffers = dict(module.named_buffers(recurse=False))
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, Tensor | int | float)}
         for key, value in {**buffers, **plain}.items():
             setattr(own, key, value)
 
