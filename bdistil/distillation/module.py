@@ -142,16 +142,17 @@ class Distillation(pl.LightningModule):
         return loss + self.weight * pull
 
     def _split(self, batch: Any) -> tuple[Any, ...]:
-        """(x, y), or (x, y, index), of a batch.
+        """(x, y) of a batch, with what follows it: the index of LossMixing, or names.
 
         Raises:
-            UserError: the third part are real numbers, such as weights of the samples, which no loss here reads.
+            UserError: a third part holds numbers, without LossMixing: weights, or y after x and its lengths.
         """
         pair, index = (batch, ()) if isinstance(batch, Mapping) else (batch[:2], batch[2:])
-        if any(isinstance(part, Tensor | np.ndarray) and torch.as_tensor(part).is_floating_point() for part in index):
+        if self.sample_weights is None and any(isinstance(part, Tensor | np.ndarray) for part in index):
             raise UserError(
-                "Expected batches (x, y) for Distillation, got a third part of real numbers. Weights of samples would "
-                "be ignored: leave them out, or override `training_step`."
+                f"Expected batches (x, y) for Distillation, got {len(batch)} parts, of which the second would be taken "
+                "for the labels and the others ignored. Give the loader a collate function that returns ((x, lengths), "
+                "y), without weights, or override `training_step` and `validation_step`."
             )
         return *self._pairs.split(pair), *index
 
