@@ -142,13 +142,13 @@ class Distillation(pl.LightningModule):
         return loss + self.weight * pull
 
     def _split(self, batch: Any) -> tuple[Any, ...]:
-        """(x, y) of a batch, with what follows it: the index of LossMixing, or names.
+        """(x, y) of a batch, with what follows it: the index of `indexed_loaders`, or names.
 
         Raises:
-            UserError: a third part holds numbers, without LossMixing: weights, or y after x and its lengths.
+            UserError: a third part holds other numbers: weights, or y after x and its lengths.
         """
         pair, index = (batch, ()) if isinstance(batch, Mapping) else (batch[:2], batch[2:])
-        if self.sample_weights is None and any(isinstance(part, Tensor | np.ndarray) for part in index):
+        if self.sample_weights is None and any(map(_is_data, index)):
             raise UserError(
                 f"Expected batches (x, y) for Distillation, got {len(batch)} parts, of which the second would be taken "
                 "for the labels and the others ignored. Give the loader a collate function that returns ((x, lengths), "
@@ -293,6 +293,11 @@ class Distillation(pl.LightningModule):
         """AdamW with a cosine schedule over the fit."""
         length = schedule_length(self.trainer)
         return adamw_cosine(self.student.parameters(), self.lr, *length, weight_decay=self.weight_decay)
+
+
+def _is_data(part: Any) -> bool:
+    """Whether a part of a batch is a tensor or an array, but not the index of `indexed_loaders`, whole numbers."""
+    return isinstance(part, Tensor) or (isinstance(part, np.ndarray) and part.dtype.kind not in "iu")
 
 
 def _mean_kl(terms: KDTerms) -> Tensor:

@@ -145,6 +145,19 @@ class ProgressiveEnsemble(nn.Module):
         """Stays in eval mode: students are not trained any further."""
         return super().train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> ProgressiveEnsemble:
+        """Stays frozen.
+
+        Raises:
+            UserError: it shall be trained; its passes keep no graph, so that it would silently stay as it is.
+        """
+        if requires_grad:
+            raise UserError(
+                "Expected a ProgressiveEnsemble to stay frozen, as its passes keep no graph, got requires_grad_(True). "
+                "Train copies of its students: copy.deepcopy(ensemble.students)."
+            )
+        return super().requires_grad_(False)
+
     def get_extra_state(self) -> Tensor:
         """Scale and offset of the answers, (2, 1) or (2, L) float64: the weights are trained in these units."""
         units = [torch.as_tensor(values, dtype=torch.float64).cpu().reshape(-1) for values in self._units()]

@@ -98,6 +98,13 @@ def test_prefixes_are_means_of_the_students(plain, x):
     assert len(ensemble) == T
 
 
+def test_an_ensemble_is_not_trained(ensemble):
+    """Inside a larger model, its weights were in the optimizer and never changed."""
+    with pytest.raises(UserError, match=r"got requires_grad_\(True\)\. Train copies of its students"):
+        ensemble.requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in ensemble.requires_grad_(False).parameters())
+
+
 @pytest.mark.parametrize("offset", [None, [0.0, 1.0, 2.0, 3.0]])
 def test_weights_are_loaded_into_an_ensemble_of_the_same_units(x, offset):
     """The scale is no weight: with another one, logits were others and exits came too early or too late."""
