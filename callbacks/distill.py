@@ -37,8 +37,8 @@ def distill(
     """Distils a teacher into an ordered ensemble of students: the loop over `RoundController.rounds` in one call.
 
     Each round has its own Trainer, with copies of the objects in `trainer_options` (callbacks, plugins, a strategy);
-    loggers are shared by all rounds. An existing run in `run_dir` is resumed, a finished one is loaded. Use a
-    `RoundController` if you need access to the Trainers.
+    loggers are shared by all rounds, and the copies hold your `datamodule` and `teacher` themselves. An existing run in
+    `run_dir` is resumed, a finished one is loaded. Use a `RoundController` if you need access to the Trainers.
 
     Args:
         teacher: any module, x -> logits (B, L).
@@ -71,15 +71,19 @@ def distill(
         run_dir, teacher=teacher, student=student, settings=settings, seed=seed, optimizer=optimizer,
         lr_scheduler=lr_scheduler, lr_interval=lr_interval,
     )  # fmt: skip
-    check_trainer(_trainer(controller, trainer_options), settings)
+    given = trainer_options.get("logger")
+    shared = [datamodule, teacher, *(given if isinstance(given, list | tuple) else [given])]
+    check_trainer(_trainer(controller, trainer_options, shared), settings)
     for module in controller.rounds(datamodule):
-        trainer = _trainer(controller, trainer_options, default_root_dir=controller.run.work(module.number))
+        trainer = _trainer(controller, trainer_options, shared, default_root_dir=controller.run.work(module.number))
         trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
     return controller.ensemble
 
 
-def _trainer(controller: RoundController, options: dict[str, Any], **defaults: Any) -> pl.Trainer:
-    """A new Trainer with copies of all options but loggers.
+def _trainer(
+    controller: RoundController, options: dict[str, Any], shared: Sequence[Any], **defaults: Any
+) -> pl.Trainer:
+    """A new Trainer with copies of all options; `shared` objects, which callbacks may hold, are not copied.
 
     Raises:
         UserError: an option is unknown to the Trainer, or incompatible with the controller.
@@ -91,7 +95,7 @@ def _trainer(controller: RoundController, options: dict[str, Any], **defaults: A
         )
     if isinstance(strategy := options.get("strategy"), str):
         check_strategy(strategy)  # before Lightning looks for its devices
-    copied = {key: value if key == "logger" else copy.deepcopy(value) for key, value in options.items()}
+    copied = {key: copy.deepcopy(value, {id(kept): kept for kept in shared}) for key, value in options.items()}
     given = copied.pop("callbacks", None) or []
     callbacks: Sequence[pl.Callback] = [given] if isinstance(given, pl.Callback) else given
     quiet = {"logger": False, "enable_model_summary": False, **defaults}

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from bdistil.boosting.round import BoostingRound
 from bdistil.callbacks.fit_state import FitState
 from bdistil.errors import UserError
 from bdistil.metrics.curve import curve_figures, merge_points
@@ -35,7 +36,7 @@ class MetricCurves(FitState):
     def __init__(self, metric: str = "val_accuracy", cost: str = "cost/macs", tolerance: float = 0.0) -> None:
         self.metric, self.cost, self.tolerance = metric, cost, tolerance
         self.points: list[tuple[float, float]] = []
-        self._validated = False
+        self._validated, self._trained = False, False  # in this fit
 
     @property
     def state_key(self) -> str:
@@ -56,9 +57,24 @@ class MetricCurves(FitState):
         self.points.append((float(cost), float(accuracy)))
         return curve_figures(*merge_points(self.points), self.tolerance)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuses a boosting run, whose accuracy is that of the prefix, but the cost that of one student."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and isinstance(pl_module, BoostingRound):
+            raise UserError(
+                "Expected MetricCurves in fits of whole models, got it beside RoundController, where the accuracy is "
+                "that of all students so far, and ComputeCost measures one. Leave it out: the controller logs the same "
+                "figures, and writes the points to curve.csv."
+            )
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resets the state before the first validation of this fit."""
-        self._validated = False
+        self._validated, self._trained = False, False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks the metrics after the first epoch of a fit that does not validate."""
+        if self._trained and not trainer.enable_validation:
+            self._check(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Records that a validation has logged its metrics."""
@@ -66,6 +82,7 @@ class MetricCurves(FitState):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the metrics after the first validated epoch, instead of at the end of training."""
+        self._trained = True
         if self._validated:
             self._check(trainer)
 

@@ -156,7 +156,8 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
         try:
             blueprint, tensors = describe(plan.module.student)
         except IndescribableError as error:
-            why, tensors = str(error), {name: value.clone() for name, value in tensors.items()}
+            buffers = dict(plan.module.student.named_buffers())  # also those outside the state dict
+            why, tensors = str(error), {name: value.clone() for name, value in {**buffers, **tensors}.items()}
         head = parts.train.ledger.head
         record = {
             "round": number,

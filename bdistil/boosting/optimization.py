@@ -60,9 +60,9 @@ class Optimization:
         if self.optimizer is None and self.lr_scheduler is None:
             constant: tuple[int, Interval] = (0, "epoch")
             length = constant if settings.schedule == "constant" else schedule_length(trainer)
-            options: dict[str, Any] = {"weight_decay": settings.weight_decay, "fused": may_fuse(trainer)}
+            options: dict[str, Any] = {"weight_decay": settings.weight_decay, "fused": may_fuse(trainer, student)}
             return adamw_cosine(student.parameters(), settings.lr, *length, **options)
-        optimizer = self._optimizer(student, settings, fused=may_fuse(trainer))
+        optimizer = self._optimizer(student, settings, fused=may_fuse(trainer, student))
         schedule = self._schedule(optimizer)
         if schedule is None:
             return optimizer

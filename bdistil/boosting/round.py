@@ -35,7 +35,7 @@ from bdistil.metrics.quality import (
 from bdistil.models.student import run_all, run_student, sources
 from bdistil.utils import distributed
 from bdistil.utils.modules import first_difference, structure_of
-from bdistil.utils.optimizers import schedule_length
+from bdistil.utils.optimizers import other_length
 
 # (g, S, labels, index) of a batch -> target and error of a round that mixes in the labels.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
@@ -328,19 +328,22 @@ class BoostingRound(pl.LightningModule):
     # ---- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the best epoch so far and the structure of the student."""
+        """Saves the best epoch so far, the structure of the student, and which of its parameters are trained."""
         checkpoint["structure"] = self.structure
+        checkpoint["trained"] = {name: value.requires_grad for name, value in self.student.named_parameters()}
         if self.best is not None:
             checkpoint["best_epoch"] = self.best.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the best epoch so far.
+        """Restores the best epoch so far, and what a callback has frozen or unfrozen.
 
         Raises:
             UserError: the checkpoint belongs to another student than this round's.
         """
         check_same_student(checkpoint["state_dict"], self.state_dict(), self.run_dir, self.number)
         self._check_structure(checkpoint)
+        for name, value in self.student.named_parameters():
+            value.requires_grad_(checkpoint.get("trained", {}).get(name, value.requires_grad))
         if self.best is not None and "best_epoch" in checkpoint:
             self.best.load(checkpoint["best_epoch"])
 
@@ -353,14 +356,11 @@ class BoostingRound(pl.LightningModule):
                 f"`student` makes now: {found}. Give the function that the round was started with, choose another "
                 f"`run_dir`, or remove {work} to train the round anew."
             )
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        there = [int(state["T_max"]) for state in checkpoint["lr_schedulers"] if "T_max" in state]
-        if self.optimization == Optimization() and there and there[0] != (now := schedule_length(self.trainer)[0]):
+        if self.optimization == Optimization() and (lengths := other_length(checkpoint, self.trainer)):
             raise UserError(
                 f"Round {self.number + 1}, which is under way in {self.run_dir}, was started with a cosine over "
-                f"{there[0]} epochs or steps, now the Trainer ends after {now}. Give the former `max_epochs` or "
-                f"`max_steps`, or remove {work} to train the round anew."
+                f"{lengths[0]} epochs or steps, now the Trainer ends after {lengths[1]}. Give the former `max_epochs` "
+                f"or `max_steps`, or remove {work} to train the round anew."
             )
 
     # ---- validation: sums on the device, logged once an epoch

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bdistil.boosting.checks.trainer import check_precision
+from bdistil.boosting.labels import check_labels
+from bdistil.boosting.run import is_attached
 from bdistil.data.loaders import LOADERS, Index, PairCollate, check_dataset, paired, single_loader
 from bdistil.data.loaders.order import own_batches, reads_all
 from bdistil.distillation.last_layer import last_layers
@@ -23,8 +25,8 @@ from bdistil.functional.loss_mixing import mixed_loss
 from bdistil.metrics.quality import class_sums
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.wrappers import FrozenTeacher
-from bdistil.utils.modules import kept_buffers
-from bdistil.utils.optimizers import adamw_cosine, schedule_length
+from bdistil.utils.modules import first_shared, kept_buffers
+from bdistil.utils.optimizers import adamw_cosine, other_length, schedule_length
 
 CAUTIOUS = 0.1  # weight used by `auto` before the first suggestion
 
@@ -101,13 +103,20 @@ class Distillation(pl.LightningModule):
         teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
         if not teachers:
             raise UserError("Expected `teacher` to be a module or several, got an empty list.")
+        for module in teachers:
+            if name := first_shared(student, module):
+                raise UserError(
+                    f"Expected a student with weights of its own, got `{name}` that the teacher holds, too, and a "
+                    "teacher is frozen. Give the student copies: copy.deepcopy(layer). Layers that it shall share stay "
+                    "as they are with requires_grad_(False)."
+                )
         # Outside the module tree: in no checkpoint, and never in train mode.
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
         self.distillation_weight, self.weight_factor, self.temperature = distillation_weight, weight_factor, temperature
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
         self.weight, self.labels, self._pairs = float(weight), labels, PairCollate(list, labels)
         self._control: list[Tensor] = []
-        self._teachers_checked = False
+        self._checked = False  # whether a batch was looked at
 
     def forward(self, x: Any) -> Tensor:
         """Logits (B, L) of the student, in float32 even with mixed precision."""
@@ -133,26 +142,43 @@ class Distillation(pl.LightningModule):
         return loss + self.weight * pull
 
     def _split(self, batch: Any) -> tuple[Any, ...]:
-        """(x, y), or (x, y, index), of a batch.
+        """(x, y) of a batch, with what follows it: the index of `indexed_loaders`, or names.
 
         Raises:
-            UserError: the third part are real numbers, such as weights of the samples, which no loss here reads.
+            UserError: a third part holds other numbers: weights, or y after x and its lengths.
         """
         pair, index = (batch, ()) if isinstance(batch, Mapping) else (batch[:2], batch[2:])
-        if any(isinstance(part, Tensor | np.ndarray) and torch.as_tensor(part).is_floating_point() for part in index):
+        if self.sample_weights is None and any(map(_is_data, index)):
             raise UserError(
-                "Expected batches (x, y) for Distillation, got a third part of real numbers. Weights of samples would "
-                "be ignored: leave them out, or override `training_step`."
+                f"Expected batches (x, y) for Distillation, got {len(batch)} parts, of which the second would be taken "
+                "for the labels and the others ignored. Give the loader a collate function that returns ((x, lengths), "
+                "y), without weights, or override `training_step` and `validation_step`."
             )
         return *self._pairs.split(pair), *index
 
     def _terms(self, x: Any, y: Tensor, index: Index | None = None) -> KDTerms:
         answers = self.teacher_logits(x, index)
-        if not self._teachers_checked:
-            self._teachers_checked = True
-            for teacher in answers if answers.ndim == 3 else [answers]:
-                warn_of_probabilities(teacher)
+        if not self._checked:
+            self._checked = True
+            self._check_task(answers, y)
         return kd_terms(self(x), answers, y, temperature=self.temperature)
+
+    def _check_task(self, answers: Tensor, y: Tensor) -> None:
+        """Looks at the first batch: logits (B, L) or (M, B, L) of the teachers, and labels.
+
+        Raises:
+            UserError: there are no classes, or the labels are those of another task, of which the loss is meaningless.
+        """
+        for teacher in answers if answers.ndim == 3 else [answers]:
+            warn_of_probabilities(teacher)
+        if (outputs := answers.shape[-1]) < 2:
+            raise UserError(
+                "Expected logits (B, L) of L >= 2 classes for Distillation, whose loss is 0 for a single output, got "
+                "L=1. Give student and teacher an output for each of two classes; real outputs are distilled by "
+                "boosting with task='regression'."
+            )
+        if y.is_floating_point():
+            check_labels(y, np.arange(len(y)), "the first batch", "classification", outputs)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs accuracy and cross entropy over the labelled samples."""
@@ -247,13 +273,31 @@ class Distillation(pl.LightningModule):
         checkpoint["distillation_weight"] = self.weight
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the weight."""
+        """Restores the weight.
+
+        Raises:
+            UserError: the fit goes on with our cosine, which would end before it and rise again.
+        """
         self.weight = float(checkpoint["distillation_weight"])
+        ours = type(self).configure_optimizers is Distillation.configure_optimizers
+        if not ours or not is_attached(self) or not self.trainer.training:
+            return
+        if lengths := other_length(checkpoint, self.trainer):
+            raise UserError(
+                f"The fit of the checkpoint was started with a cosine over {lengths[0]} epochs or steps, now the "
+                f"Trainer ends after {lengths[1]}. Give the former `max_epochs` or `max_steps`. To train longer, begin "
+                "a new fit with the weights of the checkpoint, or override `configure_optimizers`."
+            )
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule over the fit."""
         length = schedule_length(self.trainer)
         return adamw_cosine(self.student.parameters(), self.lr, *length, weight_decay=self.weight_decay)
+
+
+def _is_data(part: Any) -> bool:
+    """Whether a part of a batch is a tensor or an array, but not the index of `indexed_loaders`, whole numbers."""
+    return isinstance(part, Tensor) or (isinstance(part, np.ndarray) and part.dtype.kind not in "iu")
 
 
 def _mean_kl(terms: KDTerms) -> Tensor:

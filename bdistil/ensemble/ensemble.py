@@ -145,6 +145,41 @@ class ProgressiveEnsemble(nn.Module):
         """Stays in eval mode: students are not trained any further."""
         return super().train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> ProgressiveEnsemble:
+        """Stays frozen.
+
+        Raises:
+            UserError: it shall be trained; its passes keep no graph, so that it would silently stay as it is.
+        """
+        if requires_grad:
+            raise UserError(
+                "Expected a ProgressiveEnsemble to stay frozen, as its passes keep no graph, got requires_grad_(True). "
+                "Train copies of its students: copy.deepcopy(ensemble.students)."
+            )
+        return super().requires_grad_(False)
+
+    def get_extra_state(self) -> Tensor:
+        """Scale and offset of the answers, (2, 1) or (2, L) float64: the weights are trained in these units."""
+        units = [torch.as_tensor(values, dtype=torch.float64).cpu().reshape(-1) for values in self._units()]
+        return torch.stack(torch.broadcast_tensors(*units))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compares the units of loaded weights with those of the ensemble.
+
+        Raises:
+            UserError: they differ.
+        """
+        own = self.get_extra_state()
+        if own.shape != state.shape or not torch.allclose(own, state.to(own), rtol=1e-2):
+            raise UserError(
+                f"Expected weights of an ensemble with scale and offset {own.tolist()}, got those of one with "
+                f"{state.tolist()}. Load the ensemble of a run by ProgressiveEnsemble.load(run_dir), or give "
+                "ProgressiveEnsemble(students, scale=…, offset=…) those of the run."
+            )
+
+    def _units(self) -> tuple[Any, Any]:
+        return self.scale, 0.0 if self.offset is None else self.offset
+
     def stage_runner(self, x: Any) -> StageRunner:
         """Returns a `StageRunner` for a batch, before its first stage; checks x, see `InputSpec.check`."""
         self.inputs.check(x)
@@ -327,11 +362,24 @@ def _made_again(
         )
     if record["blueprint"] is not None:
         _restore_drawn(student, record["blueprint"], tensors)
+    else:
+        _restore_buffers(student, tensors)
     return student
 
 
+def _restore_buffers(student: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Restores the saved buffers outside the state dict of a student whose classes cannot be imported."""
+    beyond = tensors.keys() - student.state_dict().keys()
+    for name in [name for name, _ in student.named_buffers() if name in beyond]:
+        place, _, key = name.rpartition(".")
+        setattr(student.get_submodule(place), key, tensors[name])
+
+
 def _restore_drawn(student: nn.Module, blueprint: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Restores the saved tensors outside the state dict, which `make_student` may have drawn at random again."""
+    """Restores the saved tensors and numbers outside the state dict.
+
+    `make_student` may have drawn them at random again, and training may have changed them.
+    """
     try:
         described = rebuild(blueprint, tensors)
     except (UserError, ImportError, AttributeError, KeyError):  # the classes cannot be imported here
@@ -339,7 +387,7 @@ def _restore_drawn(student: nn.Module, blueprint: dict[str, Any], tensors: Mappi
     for name, module in described.named_modules():
         own = student.get_submodule(name)
         buffers = dict(module.named_buffers(recurse=False))
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, Tensor | int | float)}
         for key, value in {**buffers, **plain}.items():
             setattr(own, key, value)
 

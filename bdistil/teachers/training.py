@@ -119,7 +119,7 @@ class TeacherTraining(pl.LightningModule):
         spec = self.spec
         options: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if spec.optimizer == "sgd" else {}
         kind = torch.optim.SGD if spec.optimizer == "sgd" else torch.optim.AdamW
-        options |= {"weight_decay": spec.weight_decay, "fused": may_fuse(self.trainer)}
+        options |= {"weight_decay": spec.weight_decay, "fused": may_fuse(self.trainer, self.network)}
         optimizer = kind(self.network.parameters(), spec.lr, **options)
         cosine = lr_scheduler.CosineAnnealingLR(optimizer, spec.epochs - spec.warmup)
         if not spec.warmup:

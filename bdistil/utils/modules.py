@@ -54,6 +54,17 @@ def module_device(module: nn.Module) -> torch.device:
     return next((weight.device for weight in module.parameters()), torch.device("cpu"))
 
 
+def first_shared(module: nn.Module, other: nn.Module) -> str | None:
+    """Name of the first trainable parameter of a module that another one holds as well; None if there is none.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> first_shared(nn.Sequential(nn.ReLU(), layer), nn.ModuleList([layer])), first_shared(layer, nn.Linear(1, 1))
+    ('1.weight', None)
+    """
+    held = {id(parameter) for parameter in other.parameters()}
+    return next((name for name, p in module.named_parameters() if p.requires_grad and id(p) in held), None)
+
+
 def structure_of(module: nn.Module) -> dict[str, str]:
     """Class and options of each submodule by name, as in its repr; lazy modules are left out.
 

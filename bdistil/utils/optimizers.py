@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -48,11 +48,24 @@ def schedule_length(trainer: pl.Trainer) -> tuple[int, Interval]:
     return max(epochs, 0), "epoch"
 
 
-def may_fuse(trainer: pl.Trainer) -> bool:
-    """Whether a fused optimizer may be used.
+def other_length(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> tuple[int, int] | None:
+    """Lengths of the cosine in a checkpoint and of a fit that goes on with it, if they differ; not of a fast_dev_run.
+
+    The schedule of the checkpoint is restored: past its end, its rate would rise again.
+    """
+    there = [int(state["T_max"]) for state in checkpoint["lr_schedulers"] if "T_max" in state]
+    if not there or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    now, _ = schedule_length(trainer)
+    return None if there[0] == now else (there[0], now)
+
+
+def may_fuse(trainer: pl.Trainer, module: nn.Module) -> bool:
+    """Whether a fused optimizer of a module's parameters may be used: they are real numbers.
 
     A gradient scaler (16-mixed) unscales outside the optimizer, which a fused step does not allow; Lightning does not
     clip gradients for a fused step in any mixed precision.
     """
     precision = str(trainer.precision)
-    return precision != "16-mixed" and not (precision.endswith("-mixed") and trainer.gradient_clip_val)
+    clipped = precision.endswith("-mixed") and trainer.gradient_clip_val
+    return precision != "16-mixed" and not clipped and all(p.is_floating_point() for p in module.parameters())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.toys import CLASSES, FEATURES, Toys, boost, control, digests, make_plain, make_teacher, settings_for
+from helpers.toys import CLASSES, FEATURES, Hook, Toys, boost, control, digests, make_plain, make_teacher, settings_for
 from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.nn import functional as F
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from bdistil import BoostingSettings, ProgressiveEnsemble, Rung, Student, UserError
 
 WIDTH = 6
+SIZES = {"features": WIDTH, "outputs": CLASSES}
 
 
 def linear(width=WIDTH, outputs=CLASSES, **sizes):
@@ -130,6 +131,24 @@ def test_a_forward_that_does_more_than_its_parts(tmp_path):
     refused(tmp_path, "Expected `forward` of Scaled", student=lambda round: Scaled(body(), nn.Linear(WIDTH, CLASSES)))
 
 
+@pytest.mark.parametrize("layer", [nn.Softmax(-1), nn.LogSoftmax(-1)])
+def test_a_student_that_ends_with_a_softmax_is_a_warning(tmp_path, layer):
+    make = lambda round: Student(linear().body, nn.Sequential(nn.Linear(WIDTH, CLASSES), layer), **SIZES)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"student's outputs look like those of a (log_)?softmax.*Leave that layer"):
+        control(tmp_path, student=make).boosting.check(Toys())
+
+
+def test_layers_that_the_students_of_all_rounds_share_are_frozen(tmp_path):
+    """Trainable ones were trained in the first round, in eval mode, and frozen in all others."""
+    stem = nn.Linear(FEATURES, WIDTH)
+    make = lambda round: Student(nn.Sequential(stem, nn.ReLU()), nn.Linear(WIDTH, CLASSES))  # noqa: E731
+    refused(
+        tmp_path, r"round 2, of class F1.*got `body\.0\.weight` that an earlier student holds.*deepcopy", student=make
+    )
+    stem.requires_grad_(False)
+    control(tmp_path, student=make).boosting.check(Toys())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -200,6 +219,42 @@ def test_what_a_student_drew_at_random_is_what_it_answers_with(tmp_path):
         torch.equal(one.body.frequencies, other.body.frequencies)
         for one, other in zip(controller.boosting.students, loaded.students, strict=False)
     )
+
+
+class Tracked(nn.Module):
+    """Follows the mean of x in training, by a number and by a buffer, both outside the state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = 0.0
+        self.register_buffer("means", torch.zeros(FEATURES), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + float(x.mean())
+            self.means = 0.9 * self.means + x.mean(0)
+        return x - self.mean - self.means
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_what_a_student_learned_outside_its_state_dict_is_kept(tmp_path, local):
+    """The number of a class that cannot be imported is not."""
+
+    class Local(Tracked):
+        def forward(self, x):
+            self.mean = 0.0
+            return super().forward(x)
+
+    live, kind = [], Local if local else Tracked
+    controller = boost(
+        tmp_path,
+        student=lambda round: Student(nn.Sequential(kind(), nn.Linear(FEATURES, WIDTH)), nn.Linear(WIDTH, CLASSES)),
+        settings=settings_for(1),
+        callbacks=lambda: [Hook(on_train_end=lambda trainer, module: live.append(module.student))],
+    )
+    x, (student,) = torch.randn(20, FEATURES), live
+    ensemble = controller.ensemble
+    torch.testing.assert_close(ensemble(x), ensemble.scale * student.eval()(x))
 
 
 def test_a_regression_has_no_number_for_missing_labels():

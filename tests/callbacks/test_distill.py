@@ -17,7 +17,7 @@ from helpers.toys import (
     samples,
     settings_for,
 )
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim import SGD
 
@@ -65,6 +65,25 @@ def test_rounds_and_the_options_of_a_trainer(tmp_path):
     assert max(int(row["epoch"]) for row in rows if row["epoch"]) == 1
     assert stopping.wait_count == 0  # a copy was used
     assert list((tmp_path / "run").glob("lightning_logs")) == []
+
+
+class Holds(Callback):
+    """Counts epochs in an object of the user's."""
+
+    def __init__(self, *held):
+        self.held = held
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        for held in self.held:
+            held.epochs = getattr(held, "epochs", 0) + 1
+
+
+def test_callbacks_hold_the_data_module_and_the_teacher_themselves(tmp_path):
+    """Those of a curriculum had a copy of the data module, and changed nothing."""
+    data, teacher, logger = Toys(), make_teacher(), CSVLogger(tmp_path / "log", name="", version="")
+    options = {"max_epochs": 2, "callbacks": [Holds(data, teacher, logger)], "logger": [logger], **QUIET}
+    distill(teacher, make_student, data, run_dir=tmp_path / "run", rounds=1, **options)
+    assert (data.epochs, teacher.epochs, logger.epochs) == (2, 2, 2)
 
 
 def test_a_fast_dev_run_is_not_kept(tmp_path):

@@ -12,7 +12,7 @@ from helpers.gaussians import Gaussians, mlp, trained_teacher
 from helpers.toys import Hook, Toys, boost, digests, make_student, make_trainer, settings_for
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing
@@ -264,6 +264,24 @@ def test_the_file_is_json_also_where_a_figure_is_undefined(tmp_path):
 
     rows = json.loads((tmp_path / "noise/noise.000.json").read_text(), parse_constant=refuse)
     assert rows[0]["label_loss"] is None
+
+
+class Curriculum(Toys):
+    """From the second epoch on, x is ten times as large."""
+
+    def train_dataloader(self):
+        (x, y), epoch = self.parts["train"], self.trainer.current_epoch if self.trainer else 0
+        return DataLoader(TensorDataset(x * (10 if epoch >= 1 else 1), y), 32)
+
+
+def test_loaders_that_are_made_anew_give_the_samples_of_the_epoch(tmp_path):
+    """Those of the first epoch were measured in all of them."""
+    noise, module = GradientNoise(every=2, samples=64, folder=tmp_path), Distillation(nn.Linear(8, 4), nn.Linear(8, 4))
+    fit(module, Curriculum(), noise, epochs=3, reload_dataloaders_every_n_epochs=1)
+    x, y = Curriculum().parts["train"]
+    losses = [nn.functional.cross_entropy(module(scale * x[::3]), y[::3]).item() for scale in (1, 10)]
+    assert noise.history[-1]["label_loss"] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[1] != pytest.approx(losses[0], rel=1e-2)
 
 
 def test_a_boosting_run_has_the_last_layer_only(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.toys import CLASSES, FEATURES, Toys, make_trainer
+from helpers.toys import CLASSES, FEATURES, Toys, boost, make_trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -108,3 +108,16 @@ def test_a_fit_without_a_cost_is_refused_after_the_first_epoch():
     with pytest.raises(UserError, match="expected 'cost' to be > 0, got 0"):
         fitted(module, MetricCurves(cost="cost"), epochs=5)
     assert module.epochs <= 1
+
+
+def test_a_metric_that_a_fit_without_validation_does_not_log():
+    module = Foreign()
+    with pytest.raises(UserError, match="MetricCurves expected 'val_accuracy' among logged metrics"):
+        fitted(module, ComputeCost(), MetricCurves(), epochs=9, limit_val_batches=0)
+    assert module.epochs == 1
+
+
+def test_a_boosting_run_has_a_curve_of_its_own(tmp_path):
+    """The accuracies of the prefixes were paired with the costs of single students."""
+    with pytest.raises(UserError, match=r"beside RoundController.*Leave it out: the controller logs the same"):
+        boost(tmp_path, callbacks=lambda: [ComputeCost(), MetricCurves()])

@@ -92,13 +92,16 @@ def test_teachers_that_answer_with_probabilities_are_told_once(batch):
         assert sum("look like probabilities" in str(warning.message) for warning in found) == told
 
 
-@pytest.mark.parametrize("weights", [torch.ones(16), np.ones(16)], ids=["tensor", "array"])
-def test_weights_of_samples_are_refused_and_an_index_is_not(batch, weights):
+@pytest.mark.parametrize("third", [torch.ones(16), np.ones(16), torch.arange(16)], ids=["weights", "array", "labels"])
+def test_batches_of_three_parts_are_those_of_loss_mixing(batch, third):
+    """Weights of samples were ignored, and of (x, lengths, y) the lengths were taken for the labels."""
     module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4))
-    with pytest.raises(UserError, match="third part of real numbers"):
-        module.training_step((*batch, weights), 0)
-    for index in (np.arange(16), torch.arange(16), [f"{number}.png" for number in range(16)]):
+    with pytest.raises(UserError, match=r"batches \(x, y\) for Distillation, got 3 parts, of which the second"):
+        module.training_step((*batch, third), 0)
+    for index in (np.arange(16), [f"{number}.png" for number in range(16)]):
         torch.testing.assert_close(module.training_step((*batch, index), 0), module.training_step(batch, 0))
+    module.sample_weights = lambda index: torch.ones(len(index), 2)
+    module.training_step((*batch, third), 0)
 
 
 def test_teachers_are_frozen_and_in_no_checkpoint():
@@ -271,3 +274,61 @@ def test_residuals_are_the_gradients_of_the_losses(soft):
     for loss, residual in ((terms.ce, terms.label_residual), (terms.kl, terms.teacher_residual)):
         (truth,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
         torch.testing.assert_close(residual, truth)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "y", "told"),
+    [
+        (1, torch.randn(24, 1), "L >= 2 classes for Distillation, whose loss is 0 for a single output, got L=1"),
+        (4, torch.randn(24, 4), "a class number, or soft labels: 4 numbers >= 0 that sum to 1"),
+        (4, torch.ones(24, 4), "got float32 numbers of shape .* and sum 4 for sample 0 of the first batch"),
+    ],
+    ids=["one output", "real outputs", "several labels"],
+)
+def test_labels_of_other_tasks_are_refused(outputs, y, told):
+    """With one output the loss was 0 and the accuracy 1; the others were trained as soft labels of a softmax."""
+    module = Distillation(nn.Linear(6, outputs), nn.Linear(6, outputs))
+    data = DataLoader([(row, label) for (row, _), label in zip(data_of(), y, strict=True)], 8)
+    with pytest.raises(UserError, match=told):
+        make_trainer(enable_checkpointing=False, num_sanity_val_steps=0).fit(module, data, data)
+
+
+# ---- a fit that goes on
+
+
+class Constant(Distillation):
+    """Has an optimizer of its own."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.student.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("kind", [Distillation, Constant])
+def test_a_fit_goes_on_with_the_length_of_its_cosine(tmp_path, kind):
+    """A longer one had a rate that rose from 0 to `lr`."""
+    data, path, options = DataLoader(data_of(), 8), tmp_path / "fit.ckpt", {"enable_checkpointing": False}
+    trainer = make_trainer(epochs=2, **options)
+    trainer.fit(kind(nn.Linear(6, 4), nn.Linear(6, 4)), data, data)
+    trainer.save_checkpoint(path)
+    module, longer = kind(nn.Linear(6, 4), nn.Linear(6, 4)), make_trainer(epochs=4, **options)
+    if kind is Constant:
+        longer.fit(module, data, data, ckpt_path=path)
+        assert longer.global_step == 4 * len(data)
+        return
+    with pytest.raises(UserError, match="started with a cosine over 2 epochs or steps, now the Trainer ends after 4"):
+        longer.fit(module, data, data, ckpt_path=path)
+    make_trainer(epochs=4, **options).validate(module, data, ckpt_path=path, verbose=False)
+    make_trainer(epochs=2, **options).fit(module, data, data, ckpt_path=path)
+
+
+# ---- layers of the teacher
+
+
+def test_a_student_that_holds_layers_of_the_teacher_is_refused():
+    """They were frozen with the teacher, and went into eval mode with it."""
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    with pytest.raises(UserError, match=r"got `0\.0\.weight` that the teacher holds, too.*copy\.deepcopy\(layer\)"):
+        Distillation(nn.Sequential(teacher[:2], nn.Linear(8, 4)), teacher)
+    assert teacher[0].weight.requires_grad
+    frozen = teacher[:2].requires_grad_(False)
+    Distillation(nn.Sequential(frozen, nn.Linear(8, 4)), teacher)

@@ -15,10 +15,12 @@ from helpers.toys import (
     Killed,
     boost,
     curve,
+    digests,
     logged,
+    settings_for,
 )
 from helpers.wandb_offline import finished_runs
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from bdistil.reporting.tracking import Tracking, make_logger
@@ -119,3 +121,29 @@ def test_all_rounds_are_one_run_of_wandb(wandb_alone, tmp_path):
     assert table["data"][0][table["columns"].index("macs")] == float(teacher["macs"])
     assert all(row[table["columns"].index("test_accuracy")] is not None for row in table["data"])
     assert seen.config["_wandb/visualize/accuracy_vs_macs"]["panel_config"]["fieldSettings"]["x"] == "macs"
+
+
+class Thaw(BaseFinetuning):
+    """The body is frozen in the first epoch."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.student.body)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.make_trainable(pl_module.student.body)
+
+
+def test_what_a_callback_has_unfrozen_is_trained_after_a_kill(tmp_path):
+    """Lightning's own callback freezes it again when a fit goes on, and calls for no epoch that is over."""
+
+    def stop(trainer, module):
+        if trainer.current_epoch == 2:
+            raise Killed
+
+    options = {"settings": settings_for(1), "trainer": {"epochs": 3}}
+    boost(tmp_path / "whole", callbacks=lambda: [Thaw()], **options)
+    with pytest.raises(Killed):
+        boost(tmp_path / "killed", callbacks=lambda: [Thaw(), Hook(on_train_epoch_start=stop)], **options)
+    boost(tmp_path / "killed", callbacks=lambda: [Thaw()], **options)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")

@@ -224,7 +224,19 @@ def check_outputs(
         )
     if task != "regression":
         warn_of_probabilities(goal, task)
+    if task == "classification":
+        _warn_of_softmax(answer)
     return int(goal.shape[1])
+
+
+def _warn_of_softmax(answer: Tensor) -> None:
+    """Warns if the outputs (B, L) of a student sum to 1, or their exponentials do."""
+    for values, layer in ((answer, "softmax"), (answer.exp(), "log_softmax")):
+        if bool((values >= 0).all()) and bool(((values.sum(-1) - 1).abs() < 1e-4).all()):
+            rank_zero_warn(
+                f"The student's outputs look like those of a {layer}, which cannot follow the target of a round: the "
+                "teacher's centred logits, corrected by earlier errors. Leave that layer out."
+            )
 
 
 def _warn_of_batches(teacher: nn.Module, x: Any, goal: Any) -> None:

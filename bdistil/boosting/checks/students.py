@@ -22,7 +22,7 @@ from bdistil.metrics.cost import as_written, is_compiled
 from bdistil.models.inputs import InputSpec, takes_parts
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import Rung, Student, build_student, linked_activations, run_student
-from bdistil.utils.modules import eval_mode, module_device
+from bdistil.utils.modules import eval_mode, first_shared, module_device
 from bdistil.utils.trees import leaves_of, row_count, take_rows
 
 
@@ -165,12 +165,23 @@ def _next_student(
     number = len(earlier)
     try:
         student = build_student(make, number, earlier, rung, x).cpu()
+        _check_own(student, earlier)
         check_student(student, earlier, x, outputs)
     except Exception as error:  # the user's code may raise anything
         told = str(error) if isinstance(error, UserError) else f"It fails by {type(error).__name__}: {error}."
         of = f"round {number + 1}, of class {rung.name}" + (f" after one of class {rungs[-1].name}" if rungs else "")
         raise UserError(f"The student of {of}, cannot be used. {told}{_way_out(rungs, rung)}") from error
     return student.train(False)
+
+
+def _check_own(student: nn.Module, earlier: Sequence[nn.Module]) -> None:
+    """Raises UserError if a student trains parameters of an earlier one, which are frozen once that is committed."""
+    if name := first_shared(student, nn.ModuleList(earlier)):
+        raise UserError(
+            f"Expected a student with weights of its own, got `{name}` that an earlier student holds, too: it would be "
+            "frozen from the second round on. Make the layer inside `student`, as copy.deepcopy(layer), or freeze what "
+            "all rounds share: layer.requires_grad_(False)."
+        )
 
 
 def _way_out(rungs: Sequence[Rung], rung: Rung) -> str:
