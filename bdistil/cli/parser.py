@@ -32,13 +32,19 @@ OPTIONAL = re.compile(
     r"    - Expected a <class 'NoneType'>\n  Given value type: .*\n  Given value: .*"
 )
 
+# Parts of messages that help nobody: a class was meant, no file; the type of a function; options as Python objects.
+NOISE = re.compile(
+    r"\n  - Expected a path but (?!\S*(?:/|\.ya?ml)).* either not accessible or invalid(?=\n  - )"
+    r"|Type typing\.Callable\[.*\] expects a function or a callable class: |\. Got value: Namespace\(.*\)"
+)
+
 
 def _in_words(message: str) -> str:
     """A message without Python's names of types, and with the nearest of the allowed values."""
     if union := UNION.search(message):
         allowed = " or ".join(re.findall(r"- Expected (a .*)\n", union[1]))
         message = message.replace(union[0], f"Expected {allowed}. Got value: {union[2]}")
-    message = OPTIONAL.sub(lambda found: found[1].rstrip(), message)
+    message = NOISE.sub("", OPTIONAL.sub(lambda found: found[1].rstrip(), message))
     for kind, words in KINDS.items():
         message = message.replace(kind, words)
     choice = re.search(r"a typing\.Literal\[(.+?)\](.*)\. Got value: (\S+)", message)

@@ -287,6 +287,13 @@ MISTAKES = [
     (["fit", "--config", "digits", "--data.batch_siz", "9"], "batch_siz", "Did you mean 'batch_size'"),
     (["fit", "--config", "digits", "--data.split_seed", "abc"], "split_seed", "a whole number. Got value: abc"),
     (["fit", "--config", "digits", "--data", "Digit"], 'key "data"', "Digit"),
+    (["fit", "--config", "digits", "--model.optimizer", "torch.optim.SGDD"], "model.optimizer", "attribute 'SGDD'"),
+    (
+        ["fit", "--config", "digits", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lrr", "0.1"],
+        "'lrr'",
+        "Did you mean 'lr'",
+    ),
+    (["fit", "--config", "digits", "--model.boosting.ladder", '[{"linkz": 1}]'], "'linkz'", "Did you mean 'links'"),
     (["fit", "--config", "digits", "--run_dir", "/proc/nowhere"], "`run_dir`", "/proc/nowhere"),
     (["fit"], "required: --model.teacher.network, --model.student, --data", "bdistil fit --config digits"),
     (["evaluate"], "required", "--run_dir"),
@@ -324,6 +331,9 @@ def test_a_mistake_gets_one_message(args, names, helps, capsys, tmp_path, monkey
     assert "Traceback" not in message
     assert "NestedArg" not in message
     assert "Union" not in message
+    assert "typing." not in message
+    assert "Namespace" not in message
+    assert "Expected a path" not in message
     assert len(message) < 1000
     assert not list(tmp_path.glob("runs/*/rounds/*"))
 

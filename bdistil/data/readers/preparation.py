@@ -57,7 +57,7 @@ def share_split(labels: Tensor, shares: Sequence[float], seed: int) -> list[Tens
 
 
 def validation_split(labels: Tensor, validation: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the validation part of labels (N,), with the same share of every class.
+    """Indices of the training and the validation part of labels (N,); the latter has equally many of every class.
 
     Raises:
         UserError: fewer than one sample for each class, or more than half of all.
