@@ -74,15 +74,34 @@ class Weighted(Toys):
         return DataLoader(TensorDataset(*self.parts["train"]), batch_size=BATCH, sampler=sampler)
 
 
+class Generated(Toys):
+    """A sampler with a generator of its own."""
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        sampler = WeightedRandomSampler(torch.linspace(0.5, 1.5, TRAIN), TRAIN, generator=generator)
+        return DataLoader(TensorDataset(*self.parts["train"]), batch_size=BATCH, sampler=sampler)
+
+
+class Persistent(Toys):
+    """Workers that go on drawing where they were in the epoch before."""
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        return DataLoader(loader.dataset, BATCH, shuffle=True, num_workers=1, persistent_workers=True)
+
+
 @pytest.mark.parametrize(
     ("data", "settings"),
     [
         (Toys, {}),
         (Weighted, {}),
+        (Generated, {}),
         (lambda: Toys(noisy=True), {"state": "recompute"}),
         (lambda: Toys(noisy=True, workers=1), {"state": "recompute"}),
+        (lambda: Persistent(noisy=True), {"state": "recompute"}),
     ],
-    ids=["shuffled", "weighted", "noisy", "noisy in a worker"],
+    ids=["shuffled", "weighted", "own generator", "noisy", "noisy in a worker", "noisy in a worker that persists"],
 )
 def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, data, settings):
     options = {"settings": settings_for(2, **settings), "trainer": {"epochs": 3}}

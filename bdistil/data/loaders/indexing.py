@@ -29,6 +29,7 @@ from bdistil.data.loaders.checks import single_loader
 from bdistil.data.loaders.order import (
     EpochLoader,
     SharedOrder,
+    WorkerSeed,
     batch_options,
     check_sharing,
     is_shared,
@@ -57,14 +58,19 @@ class IndexedDataset(Dataset[Any]):
         self.dataset, self._collate = dataset, collate if isinstance(collate, PairCollate) else PairCollate(collate)
         plain = type(dataset) is TensorDataset and self._collate.collate is default_collate
         self._tensors = cast(TensorDataset, dataset).tensors if plain else None
+        self.worker_seed = WorkerSeed()
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
 
     def __getitem__(self, index: int | list[int]) -> Any:
-        return self.__getitems__(index) if isinstance(index, list) else (self.dataset[index], index)
+        if isinstance(index, list):
+            return self.__getitems__(index)
+        self.worker_seed.take()
+        return self.dataset[index], index
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
+        self.worker_seed.take()
         if self._tensors is None:
             indices = list(indices)
             read = getattr(self.dataset, "__getitems__", None)
@@ -127,7 +133,9 @@ def training_loader(
     else:  # a batch in place of a sample
         options |= {"sampler": sampler, "batch_size": None}
     generator = torch.Generator() if isinstance(sampler, DistributedSampler) else None
-    return EpochLoader(indexed, generator=generator, **options)
+    made = EpochLoader(indexed, generator=generator, **options)
+    made.seed, made.epoch, made.rank = seed, epoch, rank
+    return made
 
 
 def rows_loader(

@@ -10,11 +10,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    get_worker_info,
+)
 
 from bdistil.errors import RunError, UserError
 from bdistil.utils import distributed
-from bdistil.utils.seeding import drawn_from, seed_of
+from bdistil.utils.seeding import drawn_from, seed_cpu, seed_of
 
 SEEDED = "generator=torch.Generator().manual_seed(0)"
 
@@ -54,7 +62,9 @@ def reads_all(loader: DataLoader[Any]) -> bool:
 
 
 def begin_epoch(loader: Any, epoch: int) -> None:
-    """Sets the epoch of a loader's samplers: Lightning's count is one too high in a resumed fit with `max_steps`."""
+    """Sets the epoch of a loader and its samplers."""
+    if isinstance(loader, EpochLoader):
+        loader.epoch = epoch
     samplers: list[Any] = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
     for sampler in samplers:
         if hasattr(sampler, "set_epoch"):
@@ -74,13 +84,63 @@ def largest_batch(loader: DataLoader[Any]) -> int:
     return max(map(len, _drawn(loader.batch_sampler, 0)), default=1)
 
 
+class WorkerSeed:
+    """Seeds the workers of a loader that persist over epochs anew in each: they would go on drawing, unlike new ones.
+
+    It is copied to the workers with the dataset, and shares the seed with them.
+    """
+
+    def __init__(self) -> None:
+        self._shared: Tensor | None = None
+        self._taken = -1  # the seed of this worker
+
+    def set(self, seed: int) -> None:
+        """Sets the seed of an epoch; for the first time before the workers are started."""
+        if self._shared is None:
+            self._shared = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._shared[0] = seed
+
+    def take(self) -> None:
+        """Seeds this worker if a new epoch has begun; does nothing outside of workers, and where no seed was set."""
+        if self._shared is None or (worker := get_worker_info()) is None:
+            return
+        if (seed := int(self._shared)) != self._taken:
+            self._taken = seed
+            seed_cpu(seed_of(seed, worker.id))
+
+
 class EpochLoader(DataLoader[Any]):
-    """Seeds its workers by the order of the epoch, so that a resumed epoch draws the same random numbers."""
+    """Seeds its workers and the generators of its samplers by the epoch, so that a resumed epoch draws the same.
+
+    Attributes:
+        seed: seed of the order.
+        epoch: the epoch that the next iterator reads, see `begin_epoch`.
+        rank: rank of this process.
+    """
+
+    seed, epoch, rank = 0, 0, 0
 
     def __iter__(self) -> Any:
+        for generator in generators_of(self):  # a new one would begin with the order of the first epoch
+            generator.manual_seed(seed_of(self.seed, self.epoch, "order"))
+        if self.persistent_workers:
+            cast(Any, self.dataset).worker_seed.set(seed_of(self.seed, self.epoch, self.rank, "workers"))
         if isinstance(self.sampler, DistributedSampler):
             self.generator.manual_seed(seed_of(self.sampler.seed, self.sampler.epoch, self.sampler.rank, "workers"))
         return super().__iter__()
+
+
+def generators_of(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """The generators of a loader's samplers, also of those inside a batch sampler or a `SharedOrder`."""
+    found: list[torch.Generator] = []
+    samplers: list[Any] = [loader.batch_sampler, loader.sampler]
+    while samplers:
+        sampler = samplers.pop()
+        if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
+            found.append(generator)
+        inner = [getattr(sampler, "sampler", None), sampler.dataset if isinstance(sampler, SharedOrder) else None]
+        samplers += [one for one in inner if one is not None]
+    return found
 
 
 class SharedOrder(DistributedSampler[Any]):
