@@ -22,6 +22,7 @@ from helpers.toys import (
     fit,
     in_child,
     ledger,
+    make_trainer,
     settings_for,
 )
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
@@ -118,6 +119,29 @@ def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, data, settings):
     boost(run_dir, data(), callbacks=lambda: [note], **options)
     assert epochs == [(1, 2)]
     assert digests(run_dir) == digests(tmp_path / "whole")
+
+
+def test_a_fit_that_failed_may_be_repeated_in_the_loop(tmp_path):
+    failed = []
+
+    def fail(trainer, module):
+        if not failed and (module.number, trainer.current_epoch, trainer.fit_loop.batch_idx) == (1, 1, 3):
+            failed.append(True)
+            raise Killed
+
+    boost(tmp_path / "whole", Weighted())
+    controller, data = control(tmp_path / "run"), Weighted()
+    for module in controller.rounds(data):
+        for _ in range(2):
+            trainer = make_trainer(Hook(on_train_batch_end=fail), controller)
+            try:
+                trainer.fit(module, data, ckpt_path=controller.ckpt_path)
+                break
+            except Killed:
+                continue
+    assert failed
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+    assert curve(tmp_path / "run", without=TIMES) == curve(tmp_path / "whole", without=TIMES)
 
 
 def short_epochs(run_dir, last=None):
