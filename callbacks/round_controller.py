@@ -20,6 +20,7 @@ from bdistil.boosting.checks.trainer import (
     check_uncompiled,
     check_unused,
     equal_parameters,
+    finish_averages,
 )
 from bdistil.boosting.commit import close_round
 from bdistil.boosting.costs import Uncounted
@@ -32,9 +33,9 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.reporting.report import write_report
 from bdistil.reporting.round_tracker import RoundTracker
-from bdistil.storage.files import disk_errors, save_epoch
+from bdistil.storage.files import disk_errors, save_epoch, warn_of_unreadable
 from bdistil.utils import distributed
-from bdistil.utils.optimizers import Interval
+from bdistil.utils.optimizers import Interval, advance_plateaus, plateau_metrics
 from bdistil.utils.seeding import reseed
 from bdistil.utils.signals import StopSignals
 
@@ -220,6 +221,8 @@ class RoundController(Checkpoint):
             )
         check_fit(trainer, self._datamodule)
         check_uncompiled(pl_module)
+        self.state = RoundState(self._plan.module.number, self._plan.attempt)  # an earlier fit may have failed
+        self._first_epoch, self._read, self._saved = True, 0, []
         self._shared.start(trainer, (self.number, self.state.attempt))
         self._reseed(trainer)
 
@@ -238,8 +241,10 @@ class RoundController(Checkpoint):
         trainer.should_stop |= self.state.done
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over signal handling from the Trainer."""
+        """Takes over signal handling from the Trainer; advances schedules by the metrics of the last saved epoch."""
         self.signals.watch(trainer)
+        advance_plateaus(trainer, self.state.metrics)
+        self.state.metrics = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds every epoch but the first, which `on_fit_start` seeds before its loader is created."""
@@ -274,17 +279,24 @@ class RoundController(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Updates the progress and saves the round, unless the epoch is empty or a fast_dev_run."""
         read, self._read = int(distributed.all_sum(torch.tensor(self._read))), 0
-        if not read:  # a fit with max_steps was resumed at the end of an epoch
+        if not read:
+            if trainer.fit_loop.restarting:  # with max_steps, a resumed fit ends its last epoch again, and counts it
+                progress: Any = trainer.fit_loop.epoch_progress
+                progress.current.processed -= 1
+                progress.total.processed -= 1
             return
         self.plan.run.parts.train.settle()
         check_drawn(trainer.train_dataloader)
         self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
         self.state.epochs += 1
-        self.state.done = trainer.should_stop
+        self.state.done, self.state.metrics = trainer.should_stop, plateau_metrics(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         with disk_errors(f"round {self.number}", self.run.root):
             save_epoch(trainer, self.run.checkpoint(self.number))
+            if trainer.is_global_zero and not self._saved:
+                warn_of_unreadable(self.run.checkpoint(self.number))
+        self.state.metrics = []
         self._saved = [parameter.detach().cpu().clone() for parameter in self.plan.module.student.parameters()]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -301,6 +313,7 @@ class RoundController(Checkpoint):
         """
         if not self._closed:
             pl_module.to(self.device)
+            finish_averages(trainer, pl_module)
             self._close(trainer)
             pl_module.cpu()
         elif not equal_parameters(self.plan.module.student, self._final):

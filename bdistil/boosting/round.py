@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from bdistil.boosting.best_epoch import BestEpoch
@@ -102,6 +103,7 @@ class RoundState:
         epochs: number of finished epochs.
         samples_seen: number of training samples over all processes.
         seconds: wall time before this start.
+        metrics: metrics with which schedules have yet to advance, see `plateau_metrics`.
     """
 
     number: int = 0
@@ -110,6 +112,7 @@ class RoundState:
     epochs: int = 0
     samples_seen: int = 0
     seconds: float = 0.0
+    metrics: list[float | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._started = time.perf_counter()
@@ -138,8 +141,8 @@ class RoundState:
                 f"Expected a checkpoint of (round, try) {expected}, got one of {found}. Fit with "
                 "ckpt_path=controller.ckpt_path; under SLURM give each round's Trainer a default_root_dir of its own."
             )
-        for field in fields(self):
-            setattr(self, field.name, values[field.name])
+        for name in (known.name for known in fields(self) if known.name in values):  # older versions have fewer
+            setattr(self, name, values[name])
 
 
 class BoostingRound(pl.LightningModule):
@@ -328,7 +331,14 @@ class BoostingRound(pl.LightningModule):
     # ---- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the best epoch so far, the structure of the student, and which of its parameters are trained."""
+        """Saves the best epoch so far, the structure of the student, and which of its parameters are trained.
+
+        NumPy's numbers, such as learning rates, become Python's: Lightning loads checkpoints with
+        ``weights_only=True``, which refuses them.
+        """
+        for key in ("callbacks", "optimizer_states", "lr_schedulers"):
+            if key in checkpoint:
+                checkpoint[key] = apply_to_collection(checkpoint[key], np.generic, lambda number: number.item())
         checkpoint["structure"] = self.structure
         checkpoint["trained"] = {name: value.requires_grad for name, value in self.student.named_parameters()}
         if self.best is not None:

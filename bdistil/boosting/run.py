@@ -106,6 +106,7 @@ class Boosting:
             RunError: a round was fitted without reaching a verdict, or a file of the run is torn.
         """
         self.rehearsed, new = None, not self.run.config.exists()
+        self.students = []  # the run directory may have been emptied since an earlier loop
         plan, fingerprint = self.check(datamodule), self.teacher.fingerprint
         self._announce(plan.student, new)
         for part in plan.parts:

@@ -293,7 +293,9 @@ class BoostCLI(LightningCLI):
         """Runs both stages of MEKD; returns the generated data."""
 
         def trainer(callbacks: list[Callback], **options: Any) -> Trainer:
-            return self.new_trainer(*callbacks, controller.signals, logger=loggers, max_steps=-1, **options)
+            return self.new_trainer(
+                *callbacks, controller.signals, logger=loggers, max_steps=-1, max_time=None, **options
+            )
 
         teacher, folder, seed = model.teacher.network, controller.run.emulation, controller.boosting.seed
         return Emulation(settings, teacher, local, folder, seed=seed, make_trainer=trainer).run(model.make_student)
@@ -329,7 +331,8 @@ class BoostCLI(LightningCLI):
             keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")
             trainer = self.new_trainer(
                 controller.signals, keeper,
-                max_epochs=spec.epochs, max_steps=-1, logger=False, default_root_dir=str(keeper.path.parent),
+                max_epochs=spec.epochs, max_steps=-1, max_time=None,
+                logger=False, default_root_dir=str(keeper.path.parent),
             )  # fmt: skip
             labels, ignore_index = model.boosting.labels, model.boosting.ignore_index
             with indexed_loaders(datamodule, seed_of(seed, "teacher"), labels=labels, ignore_index=ignore_index):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 
 from bdistil.errors import RunError
@@ -89,6 +93,19 @@ def save_epoch(trainer: pl.Trainer, path: Path) -> None:
         strategy.checkpoint_io = plugin
     if trainer.is_global_zero:
         publish(beside, path)
+
+
+def warn_of_unreadable(path: Path) -> None:
+    """Warns if Lightning will not load a checkpoint without ``weights_only=False``, while nothing is lost yet."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        kind = found.group(1) if found else "something else"
+        rank_zero_warn(
+            f"{path} cannot be resumed as it is: the state of an optimizer, a schedule or a callback holds {kind}, not "
+            "only numbers, text and tensors. Convert it in `state_dict`, or give trainer.fit(..., weights_only=False)."
+        )
 
 
 def sync(path: Path) -> None:

@@ -57,10 +57,12 @@ class StopSignals(pl.Callback):
         self.received = self.printed = False
         self._before: list[dict[int, Any]] = []
         self._launcher: Any = None
+        self._process = os.getpid()
 
     def __enter__(self) -> StopSignals:
         if not self._before:
             self.received = self.printed = False
+        self._process = os.getpid()
         self._before.append({number: signal.getsignal(number) for number in SIGNALS})
         self._install(dict.fromkeys(SIGNALS, self._handle))
         return self
@@ -109,6 +111,10 @@ class StopSignals(pl.Callback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a worker that was forked and is ended by its pool or loader
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if self.received:  # stopping already
             return
         self.received = True

@@ -2,8 +2,10 @@
 
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from helpers.toys import BATCH, TRAIN, Hook, Killed, Toys, boost, control, digests, kill, make_student, settings_for
@@ -112,7 +114,7 @@ def test_bf16_with_gradient_clipping_trains(tmp_path):
     assert not seen.optimizer.defaults["fused"]
 
 
-@pytest.mark.parametrize("epochs", [None, 9])
+@pytest.mark.parametrize("epochs", [None, 9, 3])
 def test_a_schedule_over_steps_goes_on_where_it_stopped(tmp_path, epochs):
     options = {"settings": settings_for(1), "trainer": {"epochs": epochs, "max_steps": 3 * STEPS - 2}}
     boost(tmp_path / "whole", **options)
@@ -127,18 +129,49 @@ def test_a_schedule_over_steps_goes_on_where_it_stopped(tmp_path, epochs):
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
 
 
-def test_an_optimizer_of_ones_own_goes_on_where_it_stopped(tmp_path):
-    options = {"optimizer": sgd, "lr_scheduler": warm_up, "lr_interval": "step", "settings": settings_for(2)}
+def numbers_of_numpy(parameters):
+    return SGD(parameters, np.linspace(0.01, 0.05, 3)[2], momentum=np.float64(0.9))
+
+
+def plateau(optimizer, **others):
+    return {"scheduler": ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=0.9), **others}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"optimizer": sgd, "lr_scheduler": warm_up, "lr_interval": "step"},
+        {"optimizer": numbers_of_numpy},
+        {"optimizer": sgd, "lr_scheduler": plateau},
+        {"optimizer": sgd, "lr_scheduler": partial(plateau, monitor="train_loss")},
+    ],
+    ids=["warm-up", "numpy", "plateau", "plateau of the training loss"],
+)
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_optimizer_of_ones_own_goes_on_where_it_stopped(tmp_path, own, epoch):
+    options = {**own, "settings": settings_for(2), "trainer": {"epochs": 4}}
     boost(tmp_path / "whole", **options)
 
     def stop(trainer, module):
-        if (module.number, trainer.current_epoch) == (1, 1):
+        if (module.number, trainer.current_epoch) == (1, epoch):
             raise Killed
 
     with pytest.raises(Killed):
         boost(tmp_path / "run", callbacks=lambda: [Hook(on_train_epoch_start=stop)], **options)
     boost(tmp_path / "run", **options)
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+
+
+def test_a_state_that_lightning_does_not_load_is_told_in_the_first_epoch(tmp_path):
+    class Curve(Hook):
+        def state_dict(self):
+            return {"curve": np.zeros(3)}
+
+    with pytest.warns(
+        UserWarning, match=r"last.ckpt cannot be resumed as it is: .* holds numpy.*give trainer.fit"
+    ) as told:
+        boost(tmp_path, callbacks=lambda: [Curve()], settings=settings_for(1))
+    assert sum("cannot be resumed" in str(warning.message) for warning in told) == 1
 
 
 # ---- what a run remembers

@@ -371,6 +371,15 @@ def test_a_teacher_that_answers_at_random_is_not_compared(tmp_path):
         assert len(boost(tmp_path, settings=settings_for(rounds), teacher=Shifted(noise=0.5)).ensemble) == rounds
 
 
+def test_a_run_directory_that_was_emptied_is_begun_anew_by_the_same_controller(finished, tmp_path):
+    """As in a notebook, where the cell of the loop is run again."""
+    controller = boost(tmp_path)
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    fit(controller)
+    assert digests(tmp_path) == digests(finished.run_dir)
+
+
 @pytest.mark.parametrize("accept", ["margin", "progress"])
 def test_a_finished_run_goes_on_when_rounds_is_raised(tmp_path, accept):
     """It ends as a run of that many rounds from the start, in every file that does not hold times."""

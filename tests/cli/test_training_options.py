@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import yaml
 from helpers.toys import digests
+from lightning.pytorch.callbacks import Timer
 
+from bdistil.boosting.round import BoostingRound
 from bdistil.callbacks import EpochKeeper
 from bdistil.cli.app import main
 from bdistil.errors import RunError
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.teachers.training import TeacherTraining
 
 SMALL = [
     "fit", "--config", "digits", "--model.boosting.rounds", "1", "--trainer.max_epochs", "1",
@@ -109,6 +112,18 @@ def test_steps_limit_the_students_and_not_the_teacher(tmp_path, capsys):
     assert fit(tmp_path / "epochs") == 0
     teachers = [(tmp_path / name / "teacher.safetensors").read_bytes() for name in ("steps", "epochs")]
     assert teachers[0] == teachers[1]
+
+
+def test_time_limits_the_students_and_not_the_teacher(tmp_path, monkeypatch):
+    limited = {}
+
+    def note(module):
+        limited[type(module).__name__] = any(isinstance(callback, Timer) for callback in module.trainer.callbacks)
+
+    for kind in (TeacherTraining, BoostingRound):
+        monkeypatch.setattr(kind, "on_train_start", note)
+    assert fit(tmp_path, "--trainer.max_time", "00:01:00:00") == 0
+    assert limited == {"TeacherTraining": False, "BoostingRound": True}
 
 
 def test_checkpoints_may_be_switched_off(tmp_path):

@@ -22,6 +22,7 @@ from helpers.toys import (
     fit,
     in_child,
     ledger,
+    make_trainer,
     settings_for,
 )
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
@@ -74,15 +75,25 @@ class Weighted(Toys):
         return DataLoader(TensorDataset(*self.parts["train"]), batch_size=BATCH, sampler=sampler)
 
 
+class Generated(Toys):
+    """A sampler with a generator of its own."""
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        sampler = WeightedRandomSampler(torch.linspace(0.5, 1.5, TRAIN), TRAIN, generator=generator)
+        return DataLoader(TensorDataset(*self.parts["train"]), batch_size=BATCH, sampler=sampler)
+
+
 @pytest.mark.parametrize(
     ("data", "settings"),
     [
         (Toys, {}),
         (Weighted, {}),
+        (Generated, {}),
         (lambda: Toys(noisy=True), {"state": "recompute"}),
         (lambda: Toys(noisy=True, workers=1), {"state": "recompute"}),
     ],
-    ids=["shuffled", "weighted", "noisy", "noisy in a worker"],
+    ids=["shuffled", "weighted", "own generator", "noisy", "noisy in a worker"],
 )
 def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, data, settings):
     options = {"settings": settings_for(2, **settings), "trainer": {"epochs": 3}}
@@ -99,6 +110,29 @@ def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, data, settings):
     boost(run_dir, data(), callbacks=lambda: [note], **options)
     assert epochs == [(1, 2)]
     assert digests(run_dir) == digests(tmp_path / "whole")
+
+
+def test_a_fit_that_failed_may_be_repeated_in_the_loop(tmp_path):
+    failed = []
+
+    def fail(trainer, module):
+        if not failed and (module.number, trainer.current_epoch, trainer.fit_loop.batch_idx) == (1, 1, 3):
+            failed.append(True)
+            raise Killed
+
+    boost(tmp_path / "whole", Weighted())
+    controller, data = control(tmp_path / "run"), Weighted()
+    for module in controller.rounds(data):
+        for _ in range(2):
+            trainer = make_trainer(Hook(on_train_batch_end=fail), controller)
+            try:
+                trainer.fit(module, data, ckpt_path=controller.ckpt_path)
+                break
+            except Killed:
+                continue
+    assert failed
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+    assert curve(tmp_path / "run", without=TIMES) == curve(tmp_path / "whole", without=TIMES)
 
 
 def short_epochs(run_dir, last=None):

@@ -1,5 +1,6 @@
 """Signals end a run at once and cleanly; the same command goes on, and ends as an uninterrupted run."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -54,6 +55,23 @@ def test_the_second_signal_does_not_break_into_the_way_out():
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Interrupted):  # were the first one lost
             signals.check()
+
+
+def with_pool(run_dir):
+    """A run with a pool of forked processes, which it ends by SIGTERM."""
+
+    def pool(trainer, module):
+        with multiprocessing.get_context("fork").Pool(2) as workers:
+            workers.map_async(time.sleep, [BUSY, BUSY])
+            time.sleep(0.5)
+
+    boost(run_dir, callbacks=lambda: [Hook(on_train_epoch_end=pool)], settings=settings_for(1), trainer={"epochs": 1})
+
+
+def test_a_worker_that_is_ended_is_no_end_of_the_run(tmp_path):
+    assert in_child(tmp_path / "log", with_pool, tmp_path / "run") == 0
+    assert "was interrupted" not in (tmp_path / "log").read_text()
+    assert "Accuracy of the prefix" in (tmp_path / "log").read_text()
 
 
 def test_a_run_in_a_thread_leaves_the_handlers_alone(tmp_path):

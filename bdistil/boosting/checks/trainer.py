@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.errors import UserError
+from bdistil.utils import distributed
 
 # Strategies with one device, or one process per device that runs the script from its top; `auto` chooses between them.
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
@@ -33,6 +34,7 @@ def check_trainer(trainer: pl.Trainer, settings: BoostingSettings) -> None:
             "Expected a Trainer with barebones=False: a round logs its metrics and is saved after each epoch."
         )
     check_strategy(trainer.strategy)
+    _check_rank(trainer)
     check_precision(str(trainer.precision))
     _check_length(trainer)
     _check_finders(trainer)
@@ -57,6 +59,20 @@ def check_strategy(strategy: Strategy | str) -> None:
         "ddp_spawn, ddp_fork and ddp_notebook start new processes for every round. Give strategy='ddp': every process "
         "then holds one student in training, and the frozen ones and the teacher in eval mode."
     )
+
+
+def _check_rank(trainer: pl.Trainer) -> None:
+    """Raises UserError for a single process that the environment numbers as one of several.
+
+    Only process 0 locks the run directory, checks labels, and writes config.yaml and the report.
+    """
+    if isinstance(trainer.strategy, SingleDeviceStrategy) and distributed.early_rank() != 0:
+        raise UserError(
+            f"Expected a Trainer of several processes in process {distributed.early_rank()} of a job (as RANK, "
+            "LOCAL_RANK or SLURM_PROCID in the environment says), got one of a single process. Give strategy='ddp' and "
+            "the number of devices; or, if this is a run of its own, as in a sweep, unset the variable before Python "
+            "starts: env -u RANK -u LOCAL_RANK -u SLURM_PROCID …"
+        )
 
 
 def check_precision(precision: str) -> None:
@@ -140,6 +156,16 @@ class SharedCallbacks:
                 callback.wait_count, callback.stopped_epoch = 0, 0
                 callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
         self._used[attempt] = [callback for callback in callbacks if isinstance(callback, AVERAGING)]
+
+
+def finish_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Has callbacks replace the weights by their average, for a fit that was resumed after its last epoch.
+
+    Lightning does not call `on_train_end` then.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AVERAGING) and not isinstance(callback, StochasticWeightAveraging):
+            callback.on_train_end(trainer, module)
 
 
 def check_uncompiled(module: pl.LightningModule) -> None:

@@ -127,7 +127,9 @@ def training_loader(
     else:  # a batch in place of a sample
         options |= {"sampler": sampler, "batch_size": None}
     generator = torch.Generator() if isinstance(sampler, DistributedSampler) else None
-    return EpochLoader(indexed, generator=generator, **options)
+    made = EpochLoader(indexed, generator=generator, **options)
+    made.seed, made.epoch = seed, epoch
+    return made
 
 
 def rows_loader(

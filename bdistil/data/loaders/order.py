@@ -54,7 +54,9 @@ def reads_all(loader: DataLoader[Any]) -> bool:
 
 
 def begin_epoch(loader: Any, epoch: int) -> None:
-    """Sets the epoch of a loader's samplers: Lightning's count is one too high in a resumed fit with `max_steps`."""
+    """Sets the epoch of a loader and its samplers."""
+    if isinstance(loader, EpochLoader):
+        loader.epoch = epoch
     samplers: list[Any] = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
     for sampler in samplers:
         if hasattr(sampler, "set_epoch"):
@@ -75,12 +77,34 @@ def largest_batch(loader: DataLoader[Any]) -> int:
 
 
 class EpochLoader(DataLoader[Any]):
-    """Seeds its workers by the order of the epoch, so that a resumed epoch draws the same random numbers."""
+    """Seeds its workers and the generators of its samplers by the epoch, so that a resumed epoch draws the same.
+
+    Attributes:
+        seed: seed of the order.
+        epoch: the epoch that the next iterator reads, see `begin_epoch`.
+    """
+
+    seed, epoch = 0, 0
 
     def __iter__(self) -> Any:
+        for generator in generators_of(self):  # a new one would begin with the order of the first epoch
+            generator.manual_seed(seed_of(self.seed, self.epoch, "order"))
         if isinstance(self.sampler, DistributedSampler):
             self.generator.manual_seed(seed_of(self.sampler.seed, self.sampler.epoch, self.sampler.rank, "workers"))
         return super().__iter__()
+
+
+def generators_of(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """The generators of a loader's samplers, also of those inside a batch sampler or a `SharedOrder`."""
+    found: list[torch.Generator] = []
+    samplers: list[Any] = [loader.batch_sampler, loader.sampler]
+    while samplers:
+        sampler = samplers.pop()
+        if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
+            found.append(generator)
+        inner = [getattr(sampler, "sampler", None), sampler.dataset if isinstance(sampler, SharedOrder) else None]
+        samplers += [one for one in inner if one is not None]
+    return found
 
 
 class SharedOrder(DistributedSampler[Any]):

@@ -37,6 +37,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -57,6 +58,12 @@ def refused(tmp_path):
         assert not digests(tmp_path / "run")
 
     return refuse
+
+
+def test_a_single_process_with_the_number_of_another_is_refused(refused, monkeypatch):
+    """As in a sweep of several tasks of one SLURM job, each a run of its own."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # read from RANK or SLURM_PROCID when Lightning is imported
+    refused("got one of a single process. Give strategy='ddp' .* or, .* unset the variable", asked=TRAIN)
 
 
 # ---- one Trainer for all rounds
@@ -300,6 +307,15 @@ def test_averaged_weights_survive_a_kill_in_the_verdict(tmp_path, monkeypatch, m
         with pytest.raises(Killed):
             boost(tmp_path / "run", **options)
     boost(tmp_path / "run", **options)
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+
+
+def test_an_average_survives_a_kill_before_it_is_taken(tmp_path):
+    options = {"settings": settings_for(1)}
+    boost(tmp_path / "whole", callbacks=lambda: [EMAWeightAveraging(decay=0.8)], **options)
+    with pytest.raises(Killed):
+        boost(tmp_path / "run", callbacks=lambda: [Hook(on_train_end=kill), EMAWeightAveraging(decay=0.8)], **options)
+    boost(tmp_path / "run", callbacks=lambda: [EMAWeightAveraging(decay=0.8)], **options)
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
 
 
