@@ -24,8 +24,8 @@ from bdistil.comparison.forms import Forms, latencies, plan_forms, shared_forms,
 from bdistil.comparison.methods import MEANING, METHODS, TEACHER, Cell, Method, cells_of, check_methods
 from bdistil.comparison.origin import FILE, Origin, check_split, check_start, origin_of, parts_of, read_origin
 from bdistil.comparison.report import TextTable, Unit, difference_table, summary_table, write_comparison
-from bdistil.comparison.running import CellRunner
-from bdistil.comparison.tables import classes_of, gather
+from bdistil.comparison.running import CellRunner, is_done
+from bdistil.comparison.tables import classes_of, gather, methods_of
 from bdistil.data.loaders import LOADERS
 from bdistil.errors import UserError
 from bdistil.reporting.tables import format_table
@@ -39,13 +39,20 @@ from bdistil.utils.signals import StopSignals
 
 EXAMPLE = "bdistil compare --config digits --methods bdistil no_resched joint --seeds 3 --output compare-digits"
 METHODS_HELP = ". ".join(f"{method}: {meaning}" for method, meaning in MEANING.items())
-OWN = ("config", "output", "methods", "seeds", "workers", "help")
+OWN = ("config", "output", "methods", "seeds", "workers", "report_only", "help")
 FILES = ("recipe.yaml", "options.json", "compare.csv", "compare.md", "report.html")  # in the folder of a comparison
 # Options that the comparison sets for each training, and the option of `compare` that determines them.
 SET = {"run_dir": "output", "seed_everything": "seeds"}
 
 
-def compare(config: str, output: str, methods: list[Method] = list(METHODS), seeds: int = 5, workers: int = 1) -> None:  # noqa: B006
+def compare(
+    config: str,
+    output: str,
+    methods: list[Method] = list(METHODS),  # noqa: B006
+    seeds: int = 5,
+    workers: int = 1,
+    report_only: bool = False,
+) -> None:
     """Compare bdistil with other ways to train the same students, on the same data and teacher.
 
     All other options are those of `bdistil fit`, and hold for every training. The same command resumes an interrupted
@@ -57,6 +64,7 @@ def compare(config: str, output: str, methods: list[Method] = list(METHODS), see
         methods: bdistil and the methods to compare it with.
         seeds: number of seeds, from 0.
         workers: number of parallel processes; torch's threads are divided among them.
+        report_only: train nothing; write the report of the trainings that are finished, also while others run.
     """
 
 
@@ -166,7 +174,8 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
     if shared := shared_forms(forms):
         print(shared)
     fixed = ["--config", str(_freeze(output, text, options, planned.origin)), *options]
-    cells = _train_interruptibly(Training(output, fixed, methods, given.seeds, given.workers, planned, forms))
+    training = Training(output, fixed, methods, given.seeds, given.workers, planned, forms)
+    cells = _finished(training) if given.report_only else _train_interruptibly(training)
     facts = {
         "recipe": recipe.stem,
         "options": shlex.join(options) or "none",
@@ -174,7 +183,9 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         "commit": ", ".join(_revisions(output, cells)) or "none",
         "system": describe_start()["system"],
     }
-    _publish(output, cells, planned, forms, methods[0] if len(methods) > 1 else None, text, facts)
+    rows = _publish(output, cells, planned, forms, text, facts)
+    if not given.report_only:
+        _track(planned.tracking, output, summary_table(rows, model.boosting.task))
 
 
 def _check_mixing(planned: Any, methods: Sequence[Method]) -> None:
@@ -187,20 +198,20 @@ def _check_mixing(planned: Any, methods: Sequence[Method]) -> None:
 
 
 def _publish(
-    output: Path, cells: Sequence[Cell], planned: Any, forms: Forms, against: str | None, text: str,
-    facts: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Writes the report of a finished comparison, logs it to W&B and prints its tables."""
+    output: Path, cells: Sequence[Cell], planned: Any, forms: Forms, text: str, facts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Writes the report of finished trainings and prints its tables; returns the rows of compare.csv."""
     make, task = planned.model_planned.make_student, planned.model_planned.boosting.task
     times = latencies(make, {classes_of(output, cell, forms.rungs): None for cell in cells}, planned.x)
     rows = gather(output, cells, forms.rungs, times)
     page = write_comparison(output, rows, task, text, facts)
-    _track(planned.tracking, output, summary_table(rows, task))
     print(format_table(*summary_table(rows, task)))
-    if against is not None:
-        differences = format_table(*difference_table(rows, against, task))
-        print(f"\n{against} against the others{Unit.of(task).of_differences}:\n{differences}")
+    first, *others = methods_of(rows)
+    if others:
+        differences = format_table(*difference_table(rows, first, task))
+        print(f"\n{first} against the others{Unit.of(task).of_differences}:\n{differences}")
     print(f"\n{page}")
+    return rows
 
 
 def _revisions(output: Path, cells: Sequence[Cell]) -> list[str]:
@@ -236,6 +247,24 @@ class Training(NamedTuple):
         return [
             [c for method in methods for c in cells_of(method, seed, settings, own)] for seed, own in enumerate(forms)
         ]
+
+
+def _finished(training: Training) -> list[Cell]:
+    """The cells that have been trained, in the order of seeds and methods.
+
+    Raises:
+        UserError: there are none but the teacher's.
+    """
+    chains = training.chains(training.methods, [training.forms] * training.seeds)
+    cells = [TEACHER, *chain.from_iterable(chains)]
+    done = [cell for cell in cells if is_done(cell.folder(training.output))]
+    if not any(cell is not TEACHER for cell in done):
+        raise UserError(
+            f"Expected finished trainings of {', '.join(training.methods)} in `output` {training.output} for "
+            "`report_only`, got none. Leave it out to train them."
+        )
+    print(f"{len(done)} of {len(cells)} trainings are finished.")
+    return done
 
 
 def _train_interruptibly(training: Training) -> list[Cell]:

@@ -1,7 +1,8 @@
 """Measures what docs/results.md says and writes it: results.py [--output runs/results] [--data ROOT] [--only NAME ...].
 
 Each part is a `bdistil compare`, which goes on where it was interrupted; the page is written when all of them are
-complete. With --only, the sections of other parts stay as they are on the page; parts that it lacks are named there.
+complete, or with --report_only. With --only, the sections of other parts stay as they are on the page; parts that it
+lacks are named there, and so are methods and seeds that a section lacks.
 """
 
 import argparse
@@ -56,13 +57,13 @@ and [other packages](peers.md).
 """
 
 
-def measure(part, output, data, seeds=None, methods=None):
+def measure(part, output, data, report_only=False):
     """Runs one comparison, as far as it has not been run; its figures are kept in CELLS if it is LONG."""
-    name, _, recipe, all_seeds, all_methods, options = part
-    seeds, methods = seeds or all_seeds, methods or all_methods.split()
+    name, _, recipe, seeds, methods, options = part
     folder, kept = output / name, CELLS / f"{name}.tar.gz"
     command = [sys.executable, "-m", "bdistil.cli", "compare", "--config", recipe, "--output", str(folder)]
-    command += ["--seeds", str(seeds), "--methods", *methods, *options.format(data=data).split()]
+    command += ["--seeds", str(seeds), "--methods", *methods.split(), *options.format(data=data).split()]
+    command += ["--report_only", "true"] if report_only else []
     if kept.exists() and not folder.exists():
         with tarfile.open(kept) as archive:
             archive.extractall(folder, filter="data")
@@ -96,11 +97,12 @@ def lacking(part, folder):
     """A sentence on the methods and seeds of a part that were not measured yet, or nothing."""
     _, _, _, seeds, methods, _ = part
     with (folder / "compare.csv").open() as file:
-        there = list(csv.DictReader(file))
-    missing = [method for method in methods.split() if method not in {row["method"] for row in there}]
-    fewer = seeds - len({row["seed"] for row in there})
-    missing += [f"{fewer} of {seeds} seeds"] if fewer else []
-    return f" Not measured yet: {', '.join(missing)}." if missing else ""
+        there = {(row["method"], row["seed"]) for row in csv.DictReader(file)}
+    found = {name: sum(method == name for method, _ in there) for name in methods.split()}
+    missing = [
+        f"{name}, {seeds - count} of {seeds} seeds" if count else name for name, count in found.items() if count < seeds
+    ]
+    return f" Not measured yet: {'; '.join(missing)}." if missing else ""
 
 
 def section(part, folder):
@@ -128,12 +130,11 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
     parser.add_argument("--data", default="data")
     parser.add_argument("--only", nargs="*", help="names of parts; the sections of the others stay as they are")
-    parser.add_argument("--seeds", type=int, help="fewer than the part has")
-    parser.add_argument("--methods", nargs="+", help="fewer than the part has")
+    parser.add_argument("--report_only", action="store_true", help="write what is measured so far; train nothing")
     given = parser.parse_args()
     parts = [part for part in PARTS if given.only is None or part[0] in given.only]
     for part in parts:
-        measure(part, given.output, given.data, given.seeds, given.methods)
+        measure(part, given.output, given.data, given.report_only)
     write_page(sections() | {part[1]: section(part, given.output / part[0]) for part in parts})
 
 

@@ -130,6 +130,21 @@ def test_the_same_command_trains_nothing_again(done, root, capsys):
     assert " of 3:" not in capsys.readouterr().out
 
 
+def test_a_report_of_what_is_finished_trains_nothing(done, root, tmp_path, capsys):
+    output = tmp_path / "copy"
+    shutil.copytree(done, output)
+    shutil.rmtree(output / "runs" / "bdistil-seed0")
+    wanted = [row for row in results(done) if row["method"] != "bdistil"]
+    methods = ("--methods", "bdistil", "joint", "resched", "--seeds", "2", "--report_only", "true")
+    assert main(command(root, output, *methods)) == 0
+    assert results(output) == wanted
+    assert "2 of 7 trainings are finished" in capsys.readouterr().out
+    assert "joint" in (output / "report.html").read_text()
+    assert sorted(path.name for path in (output / "runs").iterdir()) == ["joint-seed0", "teacher-seed0"]
+    assert main(command(root, output, "--methods", "resched", "--report_only", "true")) == 2
+    assert "Expected finished trainings of resched in `output`" in capsys.readouterr().err
+
+
 def test_other_options_are_refused_in_the_same_folder(done, root, capsys):
     assert main(command(root, done, "--methods", "bdistil", "--model.boosting.eta", "0.7")) == 2
     assert "holds a comparison of another recipe or with other options" in capsys.readouterr().err
