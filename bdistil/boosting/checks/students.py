@@ -175,7 +175,9 @@ def _next_student(
 
 
 def _check_own(student: nn.Module, earlier: Sequence[nn.Module]) -> None:
-    """Raises UserError if a student trains parameters of an earlier one, which are frozen once that is committed."""
+    """Raises UserError if a student is an earlier one or trains parameters of one, which are frozen later on."""
+    if any(student is other for other in earlier):
+        raise UserError("Expected `student` to make a new module in each round, got the same one again.")
     if name := first_shared(student, nn.ModuleList(earlier)):
         raise UserError(
             f"Expected a student with weights of its own, got `{name}` that an earlier student holds, too: it would be "
