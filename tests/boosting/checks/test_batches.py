@@ -34,6 +34,7 @@ from torch.utils.data import (
 from torch.utils.data import TensorDataset as Tensors
 
 from bdistil import Student, UserError
+from bdistil.boosting.checks.batches import close
 from bdistil.storage.run_directory import RunDirectory
 
 SHORT = {"settings": settings_for(2), "trainer": {"epochs": 1}}
@@ -486,3 +487,9 @@ def test_a_data_module_that_needs_connected_processes_is_refused(tmp_path):
         UserError, match=r"`Connected` needs processes that are connected.*leave the DistributedSampler"
     ):
         boost(tmp_path, Connected())
+
+
+def test_logits_of_no_output_are_compared():
+    """A student without outputs is refused for their number, with a sentence."""
+    assert close(torch.empty(2, 0), torch.empty(2, 0))
+    assert not close(torch.empty(2, 0), torch.empty(2, 1))
