@@ -131,12 +131,14 @@ class GradientNoise(FitState):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures every few epochs, on the samples of this epoch."""
+        if trainer.current_epoch % self.every:
+            return
         reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if reloads and not isinstance(pl_module, BoostingRound):
-            self._loaders = distilling_loaders(trainer, pl_module, "GradientNoise")
-            self.probe = probe_of(pl_module, self._loaders)
-        if trainer.current_epoch % self.every == 0:
-            self._measure_and_log(trainer, pl_module)
+            with isolate_rng():
+                self._loaders = distilling_loaders(trainer, pl_module, "GradientNoise")
+                self.probe = probe_of(pl_module, self._loaders)
+        self._measure_and_log(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures once more; writes figures and picture."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from bdistil.boosting.round import BoostingRound
 from bdistil.callbacks.fit_state import FitState
@@ -36,7 +37,7 @@ class MetricCurves(FitState):
     def __init__(self, metric: str = "val_accuracy", cost: str = "cost/macs", tolerance: float = 0.0) -> None:
         self.metric, self.cost, self.tolerance = metric, cost, tolerance
         self.points: list[tuple[float, float]] = []
-        self._validated, self._trained = False, False  # in this fit
+        self._validated = False
 
     @property
     def state_key(self) -> str:
@@ -69,12 +70,12 @@ class MetricCurves(FitState):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resets the state before the first validation of this fit."""
-        self._validated, self._trained = False, False
+        self._validated = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks the metrics after the first epoch of a fit that does not validate."""
-        if self._trained and not trainer.enable_validation:
-            self._check(trainer)
+        """Warns of a metric that the first epoch of a fit without validation has not logged."""
+        if trainer.current_epoch == 1 and not trainer.enable_validation and (fault := self._fault(trainer)):
+            rank_zero_warn(fault)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Records that a validation has logged its metrics."""
@@ -82,21 +83,25 @@ class MetricCurves(FitState):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the metrics after the first validated epoch, instead of at the end of training."""
-        self._trained = True
         if self._validated:
             self._check(trainer)
 
     def _check(self, trainer: pl.Trainer) -> None:
         """Raises UserError if metric or cost was not logged, or the cost is not positive."""
+        if fault := self._fault(trainer):
+            raise UserError(fault)
+
+    def _fault(self, trainer: pl.Trainer) -> str | None:
         metrics = trainer.callback_metrics
         missing = [key for key in (self.metric, self.cost) if key not in metrics]
         if missing:
-            raise UserError(
+            return (
                 f"MetricCurves expected {missing[0]!r} among logged metrics, got {sorted(metrics)}. "
                 "Log it, or set `metric` and `cost` to logged names (ComputeCost logs cost/macs)."
             )
         if float(metrics[self.cost]) <= 0:
-            raise UserError(f"MetricCurves expected {self.cost!r} to be > 0, got {float(metrics[self.cost]):g}.")
+            return f"MetricCurves expected {self.cost!r} to be > 0, got {float(metrics[self.cost]):g}."
+        return None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the point of this fit from the logged metrics; none for a `fast_dev_run`."""

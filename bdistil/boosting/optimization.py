@@ -142,13 +142,17 @@ class Optimization:
 def _check_length(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
     """Raises UserError for a OneCycleLR that is shorter than the fit, or may be: it would fail during training."""
     scheduler, by_step = schedule["scheduler"], schedule.get("interval") == "step"
-    length = trainer.estimated_stepping_batches if by_step else trainer.max_epochs or 0
-    if isinstance(scheduler, OneCycleLR) and trainer.max_epochs == trainer.max_steps == -1:
+    if not isinstance(scheduler, OneCycleLR):
+        return
+    if trainer.max_epochs == trainer.max_steps == -1:
         raise UserError(
             "Expected a Trainer with `max_epochs` or `max_steps` for a OneCycleLR, which fails after its total_steps="
             f"{scheduler.total_steps}, got one that is limited by time alone. Give one of them as well."
         )
-    if isinstance(scheduler, OneCycleLR) and length > scheduler.total_steps * int(schedule.get("frequency", 1)):
+    if by_step and trainer.ckpt_path:  # counting steps makes the loaders, before a resumed fit knows its epoch
+        return
+    length = trainer.estimated_stepping_batches if by_step else trainer.max_epochs or 0
+    if length > scheduler.total_steps * int(schedule.get("frequency", 1)):
         raise UserError(
             f"Expected a OneCycleLR as long as the fit, {length} {'steps' if by_step else 'epochs'}, got one with "
             f"total_steps={scheduler.total_steps}, after which it fails. Give total_steps={length}."

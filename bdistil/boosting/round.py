@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from bdistil.boosting.best_epoch import BestEpoch
@@ -37,6 +36,7 @@ from bdistil.models.student import run_all, run_student, sources
 from bdistil.utils import distributed
 from bdistil.utils.modules import first_difference, structure_of
 from bdistil.utils.optimizers import other_length
+from bdistil.utils.trees import python_numbers
 
 # (g, S, labels, index) of a batch -> target and error of a round that mixes in the labels.
 Mix = Callable[[Tensor, Tensor, Tensor, Index], tuple[Tensor, Tensor]]
@@ -338,7 +338,7 @@ class BoostingRound(pl.LightningModule):
         """
         for key in ("callbacks", "optimizer_states", "lr_schedulers"):
             if key in checkpoint:
-                checkpoint[key] = apply_to_collection(checkpoint[key], np.generic, lambda number: number.item())
+                checkpoint[key] = python_numbers(checkpoint[key])
         checkpoint["structure"] = self.structure
         checkpoint["trained"] = {name: value.requires_grad for name, value in self.student.named_parameters()}
         if self.best is not None:

@@ -165,6 +165,10 @@ def _check_options(own: Sequence[str], options: Sequence[str]) -> None:
 def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, options: Sequence[str]) -> None:
     text = recipe.read_text(encoding="utf-8")
     _check_same(output, text, options)
+    if given.report_only and not _begun(output):
+        raise UserError(
+            f"Expected a comparison in `output` {output} for `report_only`, got none. Leave it out to begin it."
+        )
     planned = _plan(recipe, options, given.seeds)
     if _begun(output):
         check_start(output, planned.parts, planned.origin)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -107,8 +108,8 @@ class Distillation(pl.LightningModule):
             if name := first_shared(student, module):
                 raise UserError(
                     f"Expected a student with weights of its own, got `{name}` that the teacher holds, too, and a "
-                    "teacher is frozen. Give the student copies: copy.deepcopy(layer). Layers that it shall share stay "
-                    "as they are with requires_grad_(False)."
+                    "teacher is frozen. Give the student copies: copy.deepcopy(layer). Freeze layers that are meant to "
+                    "be shared: layer.requires_grad_(False)."
                 )
         # Outside the module tree: in no checkpoint, and never in train mode.
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
@@ -142,17 +143,21 @@ class Distillation(pl.LightningModule):
         return loss + self.weight * pull
 
     def _split(self, batch: Any) -> tuple[Any, ...]:
-        """(x, y) of a batch, with what follows it: the index of `indexed_loaders`, or names.
+        """(x, y) of a batch, with what follows it: an index, or names.
 
         Raises:
-            UserError: a third part holds other numbers: weights, or y after x and its lengths.
+            UserError: a third part are real numbers, such as weights of the samples, which no loss here reads.
         """
         pair, index = (batch, ()) if isinstance(batch, Mapping) else (batch[:2], batch[2:])
-        if self.sample_weights is None and any(map(_is_data, index)):
+        if any(isinstance(part, Tensor | np.ndarray) and torch.as_tensor(part).is_floating_point() for part in index):
             raise UserError(
-                f"Expected batches (x, y) for Distillation, got {len(batch)} parts, of which the second would be taken "
-                "for the labels and the others ignored. Give the loader a collate function that returns ((x, lengths), "
-                "y), without weights, or override `training_step` and `validation_step`."
+                "Expected batches (x, y) for Distillation, got a third part of real numbers. Weights of samples would "
+                "be ignored: leave them out, or override `training_step`."
+            )
+        if not self._checked and self.sample_weights is None and any(isinstance(part, Tensor) for part in index):
+            rank_zero_warn(
+                f"Distillation takes the second of {len(batch)} parts of a batch for the labels, and ignores the rest. "
+                "If batches are (x, lengths, y), give the loader a collate function that returns ((x, lengths), y)."
             )
         return *self._pairs.split(pair), *index
 
@@ -178,7 +183,7 @@ class Distillation(pl.LightningModule):
                 "boosting with task='regression'."
             )
         if y.is_floating_point():
-            check_labels(y, np.arange(len(y)), "the first batch", "classification", outputs)
+            check_labels(y.cpu(), np.arange(len(y)), "the first batch", "classification", outputs)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs accuracy and cross entropy over the labelled samples."""
@@ -279,7 +284,7 @@ class Distillation(pl.LightningModule):
             UserError: the fit goes on with our cosine, which would end before it and rise again.
         """
         self.weight = float(checkpoint["distillation_weight"])
-        ours = type(self).configure_optimizers is Distillation.configure_optimizers
+        ours = getattr(self.configure_optimizers, "__func__", None) is Distillation.configure_optimizers
         if not ours or not is_attached(self) or not self.trainer.training:
             return
         if lengths := other_length(checkpoint, self.trainer):
@@ -293,11 +298,6 @@ class Distillation(pl.LightningModule):
         """AdamW with a cosine schedule over the fit."""
         length = schedule_length(self.trainer)
         return adamw_cosine(self.student.parameters(), self.lr, *length, weight_decay=self.weight_decay)
-
-
-def _is_data(part: Any) -> bool:
-    """Whether a part of a batch is a tensor or an array, but not the index of `indexed_loaders`, whole numbers."""
-    return isinstance(part, Tensor) or (isinstance(part, np.ndarray) and part.dtype.kind not in "iu")
 
 
 def _mean_kl(terms: KDTerms) -> Tensor:

@@ -145,41 +145,6 @@ class ProgressiveEnsemble(nn.Module):
         """Stays in eval mode: students are not trained any further."""
         return super().train(False)
 
-    def requires_grad_(self, requires_grad: bool = True) -> ProgressiveEnsemble:
-        """Stays frozen.
-
-        Raises:
-            UserError: it shall be trained; its passes keep no graph, so that it would silently stay as it is.
-        """
-        if requires_grad:
-            raise UserError(
-                "Expected a ProgressiveEnsemble to stay frozen, as its passes keep no graph, got requires_grad_(True). "
-                "Train copies of its students: copy.deepcopy(ensemble.students)."
-            )
-        return super().requires_grad_(False)
-
-    def get_extra_state(self) -> Tensor:
-        """Scale and offset of the answers, (2, 1) or (2, L) float64: the weights are trained in these units."""
-        units = [torch.as_tensor(values, dtype=torch.float64).cpu().reshape(-1) for values in self._units()]
-        return torch.stack(torch.broadcast_tensors(*units))
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Compares the units of loaded weights with those of the ensemble.
-
-        Raises:
-            UserError: they differ.
-        """
-        own = self.get_extra_state()
-        if own.shape != state.shape or not torch.allclose(own, state.to(own), rtol=1e-2):
-            raise UserError(
-                f"Expected weights of an ensemble with scale and offset {own.tolist()}, got those of one with "
-                f"{state.tolist()}. Load the ensemble of a run by ProgressiveEnsemble.load(run_dir), or give "
-                "ProgressiveEnsemble(students, scale=…, offset=…) those of the run."
-            )
-
-    def _units(self) -> tuple[Any, Any]:
-        return self.scale, 0.0 if self.offset is None else self.offset
-
     def stage_runner(self, x: Any) -> StageRunner:
         """Returns a `StageRunner` for a batch, before its first stage; checks x, see `InputSpec.check`."""
         self.inputs.check(x)

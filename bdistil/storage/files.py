@@ -104,7 +104,7 @@ def warn_of_unreadable(path: Path) -> None:
         kind = found.group(1) if found else "something else"
         rank_zero_warn(
             f"{path} cannot be resumed as it is: the state of an optimizer, a schedule or a callback holds {kind}, not "
-            "only numbers, text and tensors. Convert it in `state_dict`, or give trainer.fit(..., weights_only=False)."
+            "only numbers, text and tensors. Convert it in `state_dict`, or fit with weights_only=False."
         )
 
 

@@ -53,7 +53,7 @@ def other_length(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> tuple[in
 
     The schedule of the checkpoint is restored: past its end, its rate would rise again.
     """
-    there = [int(state["T_max"]) for state in checkpoint["lr_schedulers"] if "T_max" in state]
+    there = [int(state["T_max"]) for state in checkpoint.get("lr_schedulers", ()) if "T_max" in state]
     if not there or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     now, _ = schedule_length(trainer)

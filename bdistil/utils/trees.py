@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -98,6 +99,19 @@ def _packed_rows(packed: PackedSequence, rows: Tensor | slice) -> PackedSequence
 def map_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Applies a function to each tensor of a batch and keeps the structure."""
     return function(x) if isinstance(x, Tensor) else apply_to_collection(x, Tensor, function)
+
+
+def python_numbers(value: Any) -> Any:
+    """A value with the NumPy numbers in dictionaries, lists and tuples as Python's; other objects stay as they are.
+
+    >>> python_numbers({"lr": [np.float64(0.5)], "names": ("a",)})
+    {'lr': [0.5], 'names': ('a',)}
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: python_numbers(item) for key, item in value.items()}
+    return type(value)(map(python_numbers, value)) if type(value) in (list, tuple) else value
 
 
 def joined_rows(batches: Sequence[Any]) -> Any:

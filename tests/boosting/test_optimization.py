@@ -167,9 +167,7 @@ def test_a_state_that_lightning_does_not_load_is_told_in_the_first_epoch(tmp_pat
         def state_dict(self):
             return {"curve": np.zeros(3)}
 
-    with pytest.warns(
-        UserWarning, match=r"last.ckpt cannot be resumed as it is: .* holds numpy.*give trainer.fit"
-    ) as told:
+    with pytest.warns(UserWarning, match=r"last.ckpt cannot be resumed as it is: .* holds numpy.*fit with") as told:
         boost(tmp_path, callbacks=lambda: [Curve()], settings=settings_for(1))
     assert sum("cannot be resumed" in str(warning.message) for warning in told) == 1
 

@@ -92,16 +92,23 @@ def test_teachers_that_answer_with_probabilities_are_told_once(batch):
         assert sum("look like probabilities" in str(warning.message) for warning in found) == told
 
 
-@pytest.mark.parametrize("third", [torch.ones(16), np.ones(16), torch.arange(16)], ids=["weights", "array", "labels"])
-def test_batches_of_three_parts_are_those_of_loss_mixing(batch, third):
-    """Weights of samples were ignored, and of (x, lengths, y) the lengths were taken for the labels."""
+@pytest.mark.parametrize("weights", [torch.ones(16), np.ones(16)], ids=["tensor", "array"])
+def test_weights_of_samples_are_refused_and_an_index_is_not(batch, weights):
     module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4))
-    with pytest.raises(UserError, match=r"batches \(x, y\) for Distillation, got 3 parts, of which the second"):
-        module.training_step((*batch, third), 0)
+    with pytest.raises(UserError, match="third part of real numbers"):
+        module.training_step((*batch, weights), 0)
     for index in (np.arange(16), [f"{number}.png" for number in range(16)]):
         torch.testing.assert_close(module.training_step((*batch, index), 0), module.training_step(batch, 0))
-    module.sample_weights = lambda index: torch.ones(len(index), 2)
-    module.training_step((*batch, third), 0)
+
+
+def test_batches_of_three_tensors_are_a_warning(batch):
+    """Of (x, lengths, y), the lengths are taken for the labels."""
+    module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4))
+    with pytest.warns(
+        UserWarning, match=r"takes the second of 3 parts of a batch for the labels.*\(\(x, lengths\), y\)"
+    ):
+        module.training_step((*batch, torch.arange(16)), 0)
+    module.training_step((*batch, torch.arange(16)), 1)  # said once
 
 
 def test_teachers_are_frozen_and_in_no_checkpoint():

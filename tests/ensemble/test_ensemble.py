@@ -98,26 +98,6 @@ def test_prefixes_are_means_of_the_students(plain, x):
     assert len(ensemble) == T
 
 
-def test_an_ensemble_is_not_trained(ensemble):
-    """Inside a larger model, its weights were in the optimizer and never changed."""
-    with pytest.raises(UserError, match=r"got requires_grad_\(True\)\. Train copies of its students"):
-        ensemble.requires_grad_(True)
-    assert not any(parameter.requires_grad for parameter in ensemble.requires_grad_(False).parameters())
-
-
-@pytest.mark.parametrize("offset", [None, [0.0, 1.0, 2.0, 3.0]])
-def test_weights_are_loaded_into_an_ensemble_of_the_same_units(x, offset):
-    """The scale is no weight: with another one, logits were others and exits came too early or too late."""
-    units = {"scale": SCALE if offset is None else [1.0, 2.0, 3.0, 0.3], "offset": offset}
-    ensemble, other = (ProgressiveEnsemble(make_students(), **units) for _ in range(2))
-    with pytest.raises(
-        UserError, match=r"scale and offset \[\[1\.0\].*\. Load .* by ProgressiveEnsemble\.load\(run_dir\)"
-    ):
-        ProgressiveEnsemble(make_students()).load_state_dict(ensemble.state_dict())
-    other.half().load_state_dict(ensemble.half().state_dict())
-    torch.testing.assert_close(other.float()(x), ensemble.float()(x))
-
-
 def test_stages_run_when_they_are_asked_for(ensemble, x):
     stages = ensemble.stages(x)
     for number in range(T + 1):

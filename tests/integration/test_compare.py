@@ -143,6 +143,9 @@ def test_a_report_of_what_is_finished_trains_nothing(done, root, tmp_path, capsy
     assert sorted(path.name for path in (output / "runs").iterdir()) == ["joint-seed0", "teacher-seed0"]
     assert main(command(root, output, "--methods", "resched", "--report_only", "true")) == 2
     assert "Expected finished trainings of resched in `output`" in capsys.readouterr().err
+    assert main(command(root, tmp_path / "typo", "--report_only", "true")) == 2
+    assert "got none. Leave it out to begin it" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
 
 
 def test_other_options_are_refused_in_the_same_folder(done, root, capsys):

@@ -25,6 +25,7 @@ from helpers.toys import (
     make_trainer,
     settings_for,
 )
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import bdistil.reporting.report
@@ -84,19 +85,29 @@ class Generated(Toys):
         return DataLoader(TensorDataset(*self.parts["train"]), batch_size=BATCH, sampler=sampler)
 
 
+def by_step(optimizer):
+    """A schedule that needs the number of steps before the progress of a resumed fit is known."""
+    return OneCycleLR(optimizer, 0.01, total_steps=1000)
+
+
 @pytest.mark.parametrize(
-    ("data", "settings"),
+    ("data", "settings", "schedule"),
     [
-        (Toys, {}),
-        (Weighted, {}),
-        (Generated, {}),
-        (lambda: Toys(noisy=True), {"state": "recompute"}),
-        (lambda: Toys(noisy=True, workers=1), {"state": "recompute"}),
+        (Toys, {}, {}),
+        (Weighted, {}, {}),
+        (Generated, {}, {}),
+        (Generated, {}, {"lr_scheduler": by_step, "lr_interval": "step"}),
+        (lambda: Toys(noisy=True), {"state": "recompute"}, {}),
+        (lambda: Toys(noisy=True, workers=1), {"state": "recompute"}, {}),
+        (lambda: Toys(workers=1), {}, {"lr_scheduler": by_step, "lr_interval": "step"}),
     ],
-    ids=["shuffled", "weighted", "own generator", "noisy", "noisy in a worker"],
-)
-def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, data, settings):
-    options = {"settings": settings_for(2, **settings), "trainer": {"epochs": 3}}
+    ids=[
+        "shuffled", "weighted", "own generator", "own generator, schedule by step", "noisy", "noisy in a worker",
+        "schedule by step in a worker",
+    ],
+)  # fmt: skip
+def test_a_round_goes_on_from_its_last_saved_epoch(tmp_path, data, settings, schedule):
+    options = {"settings": settings_for(2, **settings), "trainer": {"epochs": 3}, **schedule}
     boost(tmp_path / "whole", data(), **options)
 
     def stop(trainer, module):

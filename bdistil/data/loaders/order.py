@@ -77,7 +77,7 @@ def largest_batch(loader: DataLoader[Any]) -> int:
 
 
 class EpochLoader(DataLoader[Any]):
-    """Seeds its workers and the generators of its samplers by the epoch, so that a resumed epoch draws the same.
+    """Seeds its workers and the generators of its samplers by the epoch, so that a resumed one draws as before.
 
     Attributes:
         seed: seed of the order.
@@ -87,17 +87,23 @@ class EpochLoader(DataLoader[Any]):
     seed, epoch = 0, 0
 
     def __iter__(self) -> Any:
-        for generator in generators_of(self):  # a new one would begin with the order of the first epoch
-            generator.manual_seed(seed_of(self.seed, self.epoch, "order"))
+        # A generator that is new after a restart would begin with the order of the first epoch.
+        for place, generator in enumerate(generators_of(self)):
+            generator.manual_seed(seed_of(self.seed, self.epoch, place, "order"))
         if isinstance(self.sampler, DistributedSampler):
             self.generator.manual_seed(seed_of(self.sampler.seed, self.sampler.epoch, self.sampler.rank, "workers"))
         return super().__iter__()
 
 
 def generators_of(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """The generators of a loader's samplers, also of those inside a batch sampler or a `SharedOrder`."""
+    """The generators of a loader's samplers, also of those inside a batch sampler or a `SharedOrder`.
+
+    None of a user-defined sampler that yields this process's share: the ranks may have seeds of their own.
+    """
     found: list[torch.Generator] = []
     samplers: list[Any] = [loader.batch_sampler, loader.sampler]
+    if any(is_shared(sampler) and not isinstance(sampler, SharedOrder) for sampler in samplers):
+        return found
     while samplers:
         sampler = samplers.pop()
         if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
