@@ -256,12 +256,15 @@ class Training(NamedTuple):
 def _finished(training: Training) -> list[Cell]:
     """The cells that have been trained, in the order of seeds and methods.
 
+    A prefix of `no_resched` counts once it is trained with all its losses, as the best of them is reported.
+
     Raises:
         UserError: there are none but the teacher's.
     """
     chains = training.chains(training.methods, [training.forms] * training.seeds)
     cells = [TEACHER, *chain.from_iterable(chains)]
-    done = [cell for cell in cells if is_done(cell.folder(training.output))]
+    lacking = {(c.method, c.seed, c.prefix) for c in cells if not is_done(c.folder(training.output))}
+    done = [cell for cell in cells if (cell.method, cell.seed, cell.prefix) not in lacking]
     if not any(cell is not TEACHER for cell in done):
         raise UserError(
             f"Expected finished trainings of {', '.join(training.methods)} in `output` {training.output} for "

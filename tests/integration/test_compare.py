@@ -18,7 +18,7 @@ from helpers.toys import settings_for
 from helpers.wandb_offline import finished_runs
 
 from bdistil.cli.app import main
-from bdistil.cli.compare import Training, _reached, split_options
+from bdistil.cli.compare import Training, _finished, _reached, split_options
 from bdistil.comparison.forms import plan_forms
 from bdistil.comparison.methods import MEANING, Cell
 from bdistil.ensemble.budget import Budget
@@ -186,6 +186,16 @@ def test_widths_beside_a_run_need_only_the_small_files_of_its_cells(tmp_path):
         run.write(f"rounds/{number:03d}/round", {"format": FORMAT, "curve": row})
     planned = SimpleNamespace(model_planned=SimpleNamespace(make_student=make_conv), x=IMAGE)
     assert _reached(Training(tmp_path, [], [], 1, 1, planned, forms), cell) == forms
+
+
+def test_a_prefix_of_the_oracle_is_reported_once_both_losses_are_trained(tmp_path):
+    settings = settings_for(2, loss="prefix_kl")
+    forms = plan_forms(make_conv, settings, IMAGE, widths=True)
+    planned = SimpleNamespace(model_planned=SimpleNamespace(boosting=settings))
+    for name in ("no_resched-1", "no_resched-1-game", "no_resched-2"):
+        RunDirectory(Cell("no_resched", 0, name, 0).folder(tmp_path)).write("figures", [])
+    cells = _finished(Training(tmp_path, [], ["no_resched"], 1, 1, planned, forms))
+    assert [cell.name for cell in cells] == ["no_resched-1", "no_resched-1-game"]
 
 
 @pytest.mark.parametrize(
