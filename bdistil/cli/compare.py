@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import platform
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,6 @@ from bdistil.errors import UserError
 from bdistil.reporting.tables import format_table
 from bdistil.reporting.tracking import make_logger
 from bdistil.storage.files import write_atomically
-from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.wrappers import comes_trained
 from bdistil.utils.paths import user_path
@@ -185,7 +185,7 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         "options": shlex.join(options) or "none",
         "seeds": given.seeds,
         "commit": ", ".join(_revisions(output, cells)) or "none",
-        "system": describe_start()["system"],
+        "system": f"{platform.system()} {platform.machine()}",
     }
     rows = _publish(output, cells, planned, forms, text, facts)
     if not given.report_only:
