@@ -53,8 +53,8 @@ each seed trains a teacher of its own.
 
 In short: from the second student on, bdistil is 1 to 16 points above independent students that are averaged
 (`resched`), except on JapaneseVowels and Diabetes, where it is level. One larger student of the same MACs
-(`no_resched`) is level with it where students read features, and below it where they start from activations. Fitting the
-residual alone (`residual`) is level; leaving the error correction out (`links_only`) costs 1 to 5 points on images,
+(`no_resched`) is level with it where students read features, and below it where they start from activations. Fitting
+the residual alone (`residual`) is level; leaving the error correction out (`links_only`) costs 1 to 5 points on images,
 sensor data and speech. Joint training has the worse first student on most data; with more students it is level, except
 on CIFAR-10 and spoken digits with activations, where it is 1 to 2.5 points better.
 
@@ -108,9 +108,8 @@ def lacking(part, folder):
     with (folder / "compare.csv").open() as file:
         there = {(row["method"], row["seed"]) for row in csv.DictReader(file)}
     found = {name: sum(method == name for method, _ in there) for name in methods.split()}
-    missing = [
-        f"{name} ({seeds - count} of {seeds} seeds)" if count else name for name, count in found.items() if count < seeds
-    ]
+    short = {name: count for name, count in found.items() if count < seeds}
+    missing = [f"{name} ({seeds - count} of {seeds} seeds)" if count else name for name, count in short.items()]
     return f" Not measured yet: {', '.join(missing)}." if missing else ""
 
 
