@@ -67,6 +67,7 @@ def teacher_row(
         "params": cost.params,
         "train_macs": cost.macs * samples,
         "latency_ms": latency,
+        "device": device.type,  # of the latency
         "activation_bytes": cost.activation_bytes,
         "weight_bytes": cost.weight_bytes,
         "uncounted": cost.uncounted,

@@ -123,6 +123,7 @@ class JointCLI(TeacherCLI):
         checked = controller.boosting.check(datamodule)
         self._teach(model, datamodule, controller, checked.parts)
         plan = plan_joint(controller.boosting, checked)
+        model.speed_up(plan.module.student)
         loggers = controller.tracker.loggers = self._loggers(run, config)
         keeper, ledger = EpochKeeper(run.checkpoint(0), seed, "joint"), JointLedger(controller.boosting, plan)
         with indexed_loaders(

@@ -63,7 +63,7 @@ def evaluate(
     if csv is not None:
         write_csv(beside, user_path(csv, "csv"))
     if picture is not None:
-        write_picture(beside, user_path(picture, "picture"), run.root.resolve().name)
+        write_picture(beside, user_path(picture, "picture"), run.root.resolve().name, sweep)
     if as_json:
         print(json.dumps(beside if sweep else rows[0]))
     elif sweep:

@@ -373,6 +373,9 @@ def _track(tracking: Any, output: Path, summary: TextTable) -> None:
     if logger is None:
         return
     header, cells = summary
-    images = {path.stem: wandb.Image(str(path)) for path in sorted(output.glob("compare-*.png"))}
-    logger.experiment.log({**images, "methods": wandb.Table(columns=[*header], data=cells)})
-    logger.finish(0)
+    try:
+        images = {path.stem: wandb.Image(str(path)) for path in sorted(output.glob("compare-*.png"))}
+        logger.experiment.log({**images, "methods": wandb.Table(columns=[*header], data=cells)})
+        logger.experiment.finish()
+    except Exception as error:  # the report is on the disk
+        logger.lose(error)

@@ -325,7 +325,9 @@ class BoostCLI(LightningCLI):
                 if distributed.early_rank() == 0:
                     parts.store()
             rank_zero_info(f"Training the teacher (max_epochs={spec.epochs}) …")
-            spec.network.requires_grad_(True).train()
+            spec.network.train()
+            for parameter in spec.trainable:  # the controller has frozen them
+                parameter.requires_grad_(True)
             for part in filter(comes_trained, spec.network.modules()):  # such as one of an AveragedTeacher
                 part.requires_grad_(False)
             keeper = EpochKeeper(controller.run.teacher_checkpoint, seed, "teacher")

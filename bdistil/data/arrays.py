@@ -87,6 +87,7 @@ class Arrays(TensorParts):
 
     def _number(self, labels: dict[str, Array]) -> dict[str, Array]:
         """Class numbers in place of names; the classes are those of the training part."""
+        labels = {part: y.astype(str) if y.dtype.kind == "S" else y for part, y in labels.items()}  # bytes as text
         names = np.unique(labels["train"])
         for part, y in labels.items():
             if len(unknown := np.setdiff1d(y, names)):

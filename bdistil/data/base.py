@@ -132,6 +132,8 @@ class FeatureModule(PartsModule):
         tensors = {name: torch.from_numpy(np.array(x)) for name, (x, _) in read.items()}
         mean, spread = moments([tensors["train"].flatten(0, 1)])
         before = (0, 0, max(0, self.pad_to - tensors["train"].shape[1]), 0)
+        if not any(before):  # zeros that pad a standardised sequence are no raw values
+            self.normalisation = mean, spread
         return {
             name: TensorDataset(F.pad((tensors[name] - mean) / spread, before), torch.tensor(labels))
             for name, (_, labels) in read.items()
@@ -172,6 +174,8 @@ class ImageModule(PartsModule):
         super().__init__(**options)
         self.root, self.validation, self.augment = root, validation, augment
         self.split_seed, self.partial = split_seed, partial
+        self.mean, self.std = [*self.MEAN], [*self.STD]
+        self.normalisation = tuple(torch.tensor(values).view(-1, 1, 1) for values in (self.MEAN, self.STD))
 
     def read(self) -> tuple[Images, Images]:
         """Images and labels of the official training part, and of the test part."""

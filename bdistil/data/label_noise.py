@@ -48,13 +48,16 @@ def flip_labels(
         New labels (N,), and whether each is wrong, (N,) bool.
 
     Raises:
-        UserError: a rate outside of 0 … 1, an unknown kind, or a label or class outside of 0 … L-1.
+        UserError: a rate outside of 0 … 1, an unknown kind, fewer than two classes, or a label or class outside of
+            0 … L-1.
 
     Example:
         >>> flip_labels(torch.tensor([0, 0, 1, 1]), 0.5, classes=2, seed=0)
         (tensor([0, 1, 1, 0]), tensor([False,  True, False,  True]))
     """
     _check(rate, kind)
+    if classes < 2:
+        raise UserError(f"Expected two or more `classes`, as a wrong label is one of another class, got {classes}.")
     if beyond := [label for pair in (to or {}).items() for label in pair if not 0 <= label < classes]:
         raise UserError(f"Expected the classes of `to` to be in 0 … {classes - 1}, got {beyond[0]}.")
     generator = torch.Generator().manual_seed(seed)

@@ -98,7 +98,7 @@ class Watch(TensorParts):
         recordings, labels, subjects = read_watch()
         series = [recording[:: self.stride] for recording in recordings]
         pieces = split_in_time(series, self.shares) if self.split == "time" else self._by_subject(series, subjects)
-        mean, spread = moments(pieces["train"])
+        self.normalisation = mean, spread = moments(pieces["train"])
         parts = {}
         for name, cut in pieces.items():
             found = [windows((x - mean) / spread, self.length, self.hops[name]) for x in cut]

@@ -17,7 +17,7 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.early import early_figures
 from bdistil.evaluation.run_data import Split, loader_of
-from bdistil.evaluation.tables import SCORES
+from bdistil.evaluation.tables import SCORES, cpu_latency
 from bdistil.metrics.cost import latency_ms, measure_cost
 from bdistil.metrics.quality import PrefixMetric, prefix_metric
 from bdistil.models.student import link_macs, linked_activations, links_of
@@ -121,8 +121,8 @@ def sweep_budgets(
 ) -> list[Budget]:
     """Budgets that vary one limit of `budget`.
 
-    Stages from 1 to all, the MACs of each prefix, six deadlines from the measured time of the first stage to that of
-    all stages, or confidences from 0.5 to 0.99.
+    Stages from 1 to all, the MACs of each prefix, six deadlines from the expected time of the first stage on the CPU to
+    1.2 times that of all stages, or confidences from 0.5 to 0.99.
 
     Args:
         sweep: the limit to vary.
@@ -142,12 +142,13 @@ def sweep_budgets(
         return [replace(budget, macs=m) for m in macs]
     if sweep == "confidence":
         return [replace(budget, confidence=c) for c in CONFIDENCES]
-    if calibration is None or not calibration.times:
+    clock = calibration.clock("cpu") if calibration is not None else None
+    if clock is None:
         raise UserError(
             "Expected measured stage times for a sweep of seconds. Run `bdistil calibrate` on the run first."
         )
-    times = min(calibration.times, key=lambda t: abs(t.batch - batch_size))
-    deadlines = torch.linspace(times.late[0], 1.2 * sum(times.late), DEADLINES).tolist()
+    late = [clock.late(stage, batch_size) for stage in range(len(macs))]
+    deadlines = torch.linspace(late[0], 1.2 * sum(late), DEADLINES).tolist()
     return [replace(budget, seconds=s) for s in deadlines]
 
 
@@ -158,7 +159,7 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
     """Costs of each stage, after those of the teacher: MACs per sample, parameters, bytes, latency.
 
     The teacher was measured at the start of the run with a batch size of 1; for other batch sizes, its activation bytes
-    and latency are None.
+    and latency are None, and so is its latency if the run was trained on a GPU.
 
     Args:
         run: the run directory.
@@ -179,7 +180,7 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
             {"stage": "teacher", "macs": teacher["macs"], "link_macs": 0, "params": teacher["params"],
              "weight_bytes": teacher["weight_bytes"],
              "activation_bytes": teacher["activation_bytes"] if batch_size == 1 else None,
-             "latency_ms": round(teacher["latency_ms"], 3) if batch_size == 1 else None,
+             "latency_ms": cpu_latency(teacher) if batch_size == 1 else None,
              "cumulative_macs": teacher["macs"]}
         ]  # fmt: skip
     students = list(ensemble.students)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.stats import beta, binom
 
 from bdistil.ensemble.budget import NEVER
 from bdistil.ensemble.calibration import Promise
@@ -25,21 +26,6 @@ LEARNED = 5  # one sample in five is used for learning
 CANDIDATES = 200
 
 
-def binomial_cdf(events: int, samples: int, share: float) -> float:
-    """Probability of at most `events` events among independent samples that each have one with probability `share`.
-
-    Example:
-        >>> round(binomial_cdf(1, 3, 0.5), 4)
-        0.5
-    """
-    if events < 0 or events >= samples or not 0 < share < 1:
-        return float(events >= samples or (events >= 0 and share <= 0))
-    counts = np.arange(1, events + 1)
-    ways = np.concatenate(([0.0], np.log((samples - counts + 1) / counts).cumsum()))  # log of the binomial coefficients
-    numbers = np.arange(events + 1)
-    return float(np.exp(ways + numbers * math.log(share) + (samples - numbers) * math.log1p(-share)).sum())
-
-
 def upper_bound(events: int, samples: int, delta: float) -> float:
     """Clopper and Pearson's upper bound on a share, given the number of events; it holds with probability 1 - `delta`.
 
@@ -47,19 +33,13 @@ def upper_bound(events: int, samples: int, delta: float) -> float:
         >>> round(upper_bound(0, 400, 0.1), 5), round(upper_bound(1, 400, 0.1), 5)
         (0.00574, 0.00969)
     """
-    low, high = events / samples, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if binomial_cdf(events, samples, middle) > delta else (low, middle)
-    return high
+    return 1.0 if events == samples else float(beta.ppf(1 - delta, events + 1, samples - events))
 
 
 def events_allowed(samples: int, share: float, delta: float) -> int:
     """Largest number of events for which `upper_bound` does not exceed `share`; -1 if even 0 events exceed it."""
-    events = -1
-    while events < samples and binomial_cdf(events + 1, samples, share) <= delta:
-        events += 1
-    return events
+    counts = np.arange(samples + 1)
+    return int((binom.cdf(counts, samples, min(share, 1.0)) <= delta).sum()) - 1
 
 
 def samples_needed(max_loss: float, delta: float) -> int | None:

@@ -27,8 +27,13 @@ def reference_row(run: RunDirectory, part: str) -> dict[str, Any] | None:
     name = SCORES[run.task]
     return {
         "budget": "teacher", "part": part, name: score, "average_macs": figures["macs"],
-        "single_ms_p50": figures["latency_ms"],
+        "single_ms_p50": cpu_latency(figures),
     }  # fmt: skip
+
+
+def cpu_latency(teacher: Mapping[str, Any]) -> float | None:
+    """Latency of the teacher in milliseconds, if it was measured on the CPU, as that of the students is."""
+    return float(teacher["latency_ms"]) if teacher.get("device", "cpu") == "cpu" else None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -66,23 +71,36 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, _keys(rows), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()})
+    writer.writerows(
+        {key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()} for row in rows
+    )
     with disk_errors("the table of the evaluation", path.parent):
         write_atomically(path, text.getvalue())
 
 
-def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str, sweep: str | None = None) -> None:
     """Draws accuracy, or R² for a regression, against average MACs for the rows of budgets and teacher.
+
+    A point of a sweep is labelled by the value of the limit that varies, others by their limits.
 
     Raises:
         RunError: the file cannot be written.
     """
     task = next(task for task, score in SCORES.items() if any(score in row for row in rows))
-    points = []
-    for row in sorted(rows, key=lambda row: float(row["average_macs"])):
-        name, score = str(row["budget"]), str(row[SCORES[task]])
-        stage = name if name == "teacher" else name.rpartition("=")[2]
-        points.append({"stage": stage, "macs": str(row["average_macs"]), f"{row['part']}_accuracy": score})
+    points = [
+        {"stage": _label(row["budget"], sweep), "macs": str(row["average_macs"]),
+         f"{row['part']}_accuracy": str(row[SCORES[task]])}
+        for row in sorted(rows, key=lambda row: float(row["average_macs"]))
+    ]  # fmt: skip
     with disk_errors("the picture of the evaluation", path.parent):
         plot_curve(points, path, title=title, task=task)
+
+
+def _label(budget: str, sweep: str | None) -> str:
+    """Label of a budget: the value of the limit that varies, or all limits.
+
+    >>> _label("stages=2 confidence=0.9", "stages"), _label("teacher", "stages"), _label("macs=50", None)
+    ('2', 'teacher', 'macs=50')
+    """
+    limits = dict(limit.split("=") for limit in budget.split() if "=" in limit)
+    return limits.get(sweep or "", budget)

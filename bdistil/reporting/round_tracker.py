@@ -115,7 +115,7 @@ class RoundTracker:
         for logger in self.loggers:
             with self._harmless(logger):
                 for run in _wandb_runs([logger]):
-                    (logger if isinstance(logger, RunLogger) else run).finish(exit_code=int(failed))
+                    run.finish(exit_code=int(failed))
 
     @contextmanager
     def _harmless(self, logger: Logger) -> Iterator[None]:

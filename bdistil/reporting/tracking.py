@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from bdistil.storage.files import write_atomically
 
 INIT_SECONDS, FINISH_SECONDS = 10.0, 60.0  # longest waits for the server, at the start and at the end of a run
-KEPT_ROWS = 1000  # more than W&B gets in the 15 seconds between two of its writes, except with very short steps
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,7 @@ class Tracking:
 
 
 class RunLogger(WandbLogger):
-    """`WandbLogger` for a run that may be killed, and that continues without W&B if W&B fails.
-
-    If the process is killed, W&B loses the rows of about the last 15 seconds, which it has not yet written or uploaded.
-    The last rows are therefore kept in ``wandb_rows.jsonl`` in the run directory until the W&B run has ended properly;
-    the next start logs them again, at the same x.
+    """`WandbLogger` that continues without W&B if W&B fails.
 
     Args:
         folder: the run directory.
@@ -61,12 +54,6 @@ class RunLogger(WandbLogger):
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(save_dir=folder, **options)
         self.lost = False
-        self._file = folder / "wandb_rows.jsonl"
-        lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
-        self._last, self._count = deque(lines, KEPT_ROWS), len(lines)
-        for line in lines:
-            with suppress(ValueError):  # torn by a crash of the host
-                self._guarded(self.experiment.log, json.loads(line))
 
     def _guarded(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if not self.lost:
@@ -89,36 +76,11 @@ class RunLogger(WandbLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """As `WandbLogger`."""
-        self._guarded(self._log, metrics, step)
-
-    @rank_zero_only
-    def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
-        if "round" not in metrics:  # committed rounds are logged again from their own files
-            self._keep({**metrics, "trainer/global_step": step})
-        super().log_metrics(metrics, step)
-
-    def _keep(self, row: dict[str, Any]) -> None:
-        self._last.append(json.dumps(row, default=str) + "\n")
-        self._count += 1
-        if self._count % KEPT_ROWS == 0:  # truncates the file to the last rows
-            write_atomically(self._file, "".join(self._last))
-        else:
-            with open(self._file, "a") as file:
-                file.write(self._last[-1])
+        self._guarded(super().log_metrics, metrics, step)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """As `WandbLogger`."""
         self._guarded(super().log_hyperparams, *args, **kwargs)
-
-    @rank_zero_only
-    def finish(self, exit_code: int) -> None:
-        """Ends the W&B run after all rows have been uploaded.
-
-        Raises:
-            TimeoutError: the server did not accept them in time.
-        """
-        self.experiment.finish(exit_code=exit_code)
-        self._file.unlink(missing_ok=True)
 
 
 def _teardown() -> None:

@@ -83,13 +83,10 @@ def shares_at(rows: Sequence[Sequence[float]], threshold: float) -> tuple[float,
         rows: (threshold, share of stage 1, …, share of stage T) in ascending order.
         threshold: one for all stages.
     """
-    later = [row for row in rows if row[0] >= threshold][:1] or list(rows[-1:])
-    if not later:
+    if not rows:
         return None
-    earlier = [row for row in rows if row[0] < threshold][-1:] or later
-    (low, *first), (high, *second) = earlier[0], later[0]
-    part = min((threshold - low) / (high - low), 1.0) if high > low else 1.0
-    return tuple((1 - part) * a + part * b for a, b in zip(first, second))  # noqa: B905
+    thresholds, *shares = np.array(rows).T
+    return tuple(float(np.interp(threshold, thresholds, share)) for share in shares)
 
 
 class ExitPlan:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bdistil.errors import UserError
@@ -190,7 +190,7 @@ def _read_file(path: Path, part: str) -> Any:
                         f"Expected a tensor named {part!r} or 'logits' in {path}, got {', '.join(map(repr, names))}."
                     )
                 return file.get_tensor(name)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(f"Expected {path} to hold teacher logits, but it cannot be read: {error}.") from error
     raise UserError(f"Expected teacher logits in a .npy or .safetensors file, got {path}.")
 

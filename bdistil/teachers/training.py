@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ class TeacherSpec:
         optimizer: `adamw`, or `sgd` with a Nesterov momentum of 0.9.
         warmup: number of epochs in which the learning rate rises linearly to `lr`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        trainable: parameters that a training of the network changes; those that it comes with frozen stay so.
     """
 
     network: nn.Module
@@ -44,8 +45,10 @@ class TeacherSpec:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     warmup: int = 0
     label_smoothing: float = 0.0
+    trainable: list[nn.Parameter] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trainable", [p for p in self.network.parameters() if p.requires_grad])
         if not 0 <= self.warmup < self.epochs or not 0 <= self.label_smoothing < 1:
             raise UserError(
                 "Expected `warmup` in 0 … epochs - 1 and `label_smoothing` in [0, 1) of model.teacher, "

@@ -114,9 +114,10 @@ def test_labels_of_any_kind(path, name):
     assert (labels.dtype, labels.shape[1:]) == (kind, shape)
 
 
-def test_names_of_classes_are_numbered_by_their_order(path):
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_names_of_classes_are_numbered_by_their_order(path, kind):
     names = np.array(["dog", "ant", "cat"])
-    module = opened(path, arrays={"x": X, "y": names[Y]})
+    module = opened(path, arrays={"x": X, "y": names[Y].astype(kind)})
     assert module.labels == ["ant", "cat", "dog"]
     x, y = (torch.cat(tensors) for tensors in zip(*(data.tensors for data in module.parts.values()), strict=True))
     by_row = dict(zip(X[:, 0].astype("f4").tolist(), names[Y], strict=True))

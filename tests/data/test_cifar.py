@@ -54,6 +54,9 @@ def test_parts(root, kind, sizes):
     mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (kind.MEAN, kind.STD))
     assert torch.allclose(x[0].double(), (expected - mean) / std, atol=1e-5)
     assert type(x) is torch.Tensor
+    declared = (expected - module.normalisation[0]) / module.normalisation[1]
+    assert torch.allclose(x[0].double(), declared.double(), atol=1e-5)
+    assert (module.mean, module.std) == ([*kind.MEAN], [*kind.STD])
     assert y.dtype == torch.int64
     assert opened(kind, root, split_seed=1).parts["val"].images.tolist() != module.parts["val"].images.tolist()
 

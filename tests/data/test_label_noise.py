@@ -55,3 +55,8 @@ def test_class_numbers_in_a_column_are_labels():
 def test_a_label_beyond_the_classes_is_refused():
     with pytest.raises(UserError, match=r"Expected labels in 0 … 1 for 2 classes, got 7"):
         flip_labels(torch.tensor([0, 7]), 0.5, classes=2, seed=0)
+
+
+def test_one_class_has_no_wrong_labels():
+    with pytest.raises(UserError, match=r"two or more `classes`.*, got 1"):
+        flip_labels(torch.zeros(4, dtype=torch.long), 0.5, classes=1, seed=0)

@@ -40,6 +40,10 @@ def test_parts_are_split_by_subject(dsa):
     x = module.parts["train"].tensors[0]
     assert torch.allclose(x.mean((0, 1)), torch.zeros(45), atol=1e-4)
     assert torch.allclose(x.std((0, 1), correction=0), torch.ones(45), atol=1e-3)
+    mean, spread = module.normalisation
+    torch.testing.assert_close(
+        x * spread + mean, torch.from_numpy(np.array(module.read()["train"][0])), rtol=0, atol=1e-3
+    )
     other = opened(Dsa19, dsa, train=[8], validation=[1], test=[2, 3])
     assert [len(other.parts[part]) for part in ("train", "val", "test")] == [2, 2, 4]
 
@@ -49,6 +53,7 @@ def test_padding_stands_before_the_steps(dsa):
     assert padded.shape[1] == 129
     assert padded[:, :4].abs().sum() == 0
     assert torch.equal(padded[:, 4:], plain)
+    assert not hasattr(opened(Dsa19, dsa, pad_to=129), "normalisation"), "the zeros are no raw values"
 
 
 def test_numbers_in_other_shapes(tmp_path):

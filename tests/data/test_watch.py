@@ -36,6 +36,7 @@ def test_windows_of_the_recordings(watch, read_once):
     series = [x[::2] for x in watch[0]]
     mean, spread = moments(split_in_time(series, (0.55, 0.15, 0.3))["train"])
     torch.testing.assert_close(module.parts["train"].tensors[0][0] * spread + mean, series[0][:50])
+    torch.testing.assert_close(module.normalisation, (mean, spread))
     sizes = {name: tuple(part.tensors[0].shape) for name, part in module.parts.items()}
     assert sizes == {"train": (2481, 50, 6), "val": (523, 50, 6), "test": (1255, 50, 6)}
     assert module.parts["test"].tensors[1].bincount().tolist() == [130, 209, 213, 195, 197, 152, 159]

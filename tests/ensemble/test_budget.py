@@ -125,6 +125,21 @@ def test_a_sweep_of_confidences_is_by_the_rule_of_the_budget():
     assert {(budget.rule, budget.stages) for budget in budgets} == {("margin", 2)}
 
 
+@pytest.mark.parametrize("batch", [1, 16, 64, 256])
+def test_a_sweep_of_seconds_reaches_from_the_first_stage_to_all(batch):
+    calibration = Calibration(T, times=times(fixed=1e-3))
+    seconds = [b.seconds for b in sweep_budgets("seconds", Budget(), MACS, calibration, batch)]
+    late = [calibration.clock("cpu").late(stage, batch) for stage in range(T)]
+    assert (seconds[0], seconds[-1]) == (pytest.approx(late[0]), pytest.approx(1.2 * sum(late)))
+    assert late[0] == pytest.approx(1e-3 + batch * 1e-3, rel=0.5)
+
+
+def test_a_sweep_of_seconds_needs_times_of_the_cpu():
+    for calibration in (None, Calibration(T), Calibration(T, times=times(), device="cuda")):
+        with pytest.raises(UserError, match="measured stage times"):
+            sweep_budgets("seconds", Budget(), MACS, calibration, 1)
+
+
 def test_weights_are_those_of_the_students_in_each_prefix(ensemble, x):
     totals = [stage.total for stage in ensemble.stages(x)]
     own = [now - before for now, before in zip(totals, [0.0, *totals], strict=False)]

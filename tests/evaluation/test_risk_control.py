@@ -10,7 +10,6 @@ import torch
 from bdistil.ensemble.budget import NEVER, confidence_of
 from bdistil.evaluation.calibrate import fit_calibration
 from bdistil.evaluation.risk_control import (
-    binomial_cdf,
     events_allowed,
     held_back,
     promised_thresholds,
@@ -23,14 +22,6 @@ from bdistil.evaluation.thresholds import ExitTarget, exit_outcome, exit_stages
 
 def pmf(events, samples, share):
     return math.comb(samples, events) * share**events * (1 - share) ** (samples - events)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.003, 0.2, 0.7, 1.0])
-@pytest.mark.parametrize("samples", [1, 7, 300])
-def test_the_binomial_distribution(samples, share):
-    for events in {-1, 0, 1, samples // 3, samples - 1, samples}:
-        expected = sum(pmf(k, samples, share) for k in range(events + 1))
-        assert binomial_cdf(events, samples, share) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.1, 0.4])

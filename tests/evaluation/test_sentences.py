@@ -8,6 +8,7 @@ from bdistil import Budget, ProgressiveEnsemble, UserError
 from bdistil.ensemble.calibration import save_calibration
 from bdistil.evaluation import evaluate_budgets, fit_anytime, profile_run
 from bdistil.evaluation.run_data import loader_of
+from bdistil.evaluation.tables import reference_row
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,16 @@ def test_stages_are_profiled_at_the_largest_length(run):
         7 * WIDTH * WIDTH + WIDTH * CLASSES,
         7 * WIDTH**2 + 2 * WIDTH * CLASSES,
     ]
+
+
+def test_a_teacher_measured_on_a_gpu_has_no_latency_beside_students_on_the_cpu(run):
+    assert run.read("teacher")["device"] == "cpu"
+    before = run.read("teacher")
+    for device, known in (("cpu", True), ("cuda", False)):
+        run.write("teacher", {**before, "device": device})
+        assert (profile_run(run)[0]["latency_ms"] is not None) == known
+        assert (reference_row(run, "val")["single_ms_p50"] is not None) == known
+    run.write("teacher", before)
 
 
 def test_the_schedule_all_reads_a_mapping(run):

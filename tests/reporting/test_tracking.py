@@ -96,7 +96,7 @@ def test_a_copy_of_a_run_directory_is_a_run_of_its_own_and_a_moved_one_goes_on(f
     def start(folder):
         logger = make_logger(Tracking(mode="offline"), folder, {})
         found = logger.experiment.id
-        logger.finish(0)
+        logger.experiment.finish()
         return found
 
     first, copy, moved = (tmp_path / name for name in ("first", "copy", "moved"))

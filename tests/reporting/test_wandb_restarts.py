@@ -1,4 +1,4 @@
-"""A run that is killed goes on in its W&B run, offline and on a server that comes and goes. Real processes."""
+"""A run that is stopped goes on in its W&B run, offline and on a server that comes and goes. Real processes."""
 
 import os
 import signal
@@ -14,6 +14,7 @@ from helpers.wandb_offline import HEADER, offline_runs
 
 from bdistil.boosting.round import BoostingRound
 from bdistil.cli import app as cli
+from bdistil.cli import compare
 from bdistil.reporting import tracking
 from bdistil.reporting.round_tracker import RoundTracker
 from bdistil.reporting.tracking import RunLogger, Tracking, make_logger
@@ -41,8 +42,8 @@ def enter(url):
     os.environ.update(environment(url))
 
 
-def a_start(folder, url, killed_at=None):
-    """The command line; its own process is killed at a step, before that is logged."""
+def a_start(folder, url, killed_at=None, by=signal.SIGTERM):
+    """The command line; its own process gets a signal at a step, before that is logged."""
     enter(url)
     log_metrics, training_step = RunLogger.log_metrics, BoostingRound.training_step
 
@@ -53,7 +54,7 @@ def a_start(folder, url, killed_at=None):
 
     def log_or_die(self, metrics, step=None):
         if step == killed_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         log_metrics(self, metrics, step)
 
     RunLogger.log_metrics, BoostingRound.training_step = log_or_die, log_loss
@@ -96,9 +97,9 @@ def check_rows(rows, whole):
     assert {row["round"] for row in rows if "round" in row} == {1, 2}
 
 
-def test_offline_starts_of_a_killed_run_are_one_run(whole, server, tmp_path):
+def test_offline_starts_of_a_stopped_run_are_one_run(whole, server, tmp_path):
     log, folder = tmp_path / "log", tmp_path / "run"
-    assert in_child(log, a_start, folder, None, KILLED_AT) == -signal.SIGKILL, log.read_text()
+    assert in_child(log, a_start, folder, None, KILLED_AT) == 1, log.read_text()
     assert in_child(log, a_start, folder, None) == 0, log.read_text()
     runs = offline_runs(folder)
     assert len(runs) == 2
@@ -119,9 +120,20 @@ def test_offline_starts_of_a_killed_run_are_one_run(whole, server, tmp_path):
     check_rows(rows, whole)
 
 
-def test_online_a_killed_run_goes_on_in_its_run(whole, server, tmp_path):
+def test_a_killed_run_lacks_rows_of_its_last_seconds_only(whole, tmp_path):
     log, folder = tmp_path / "log", tmp_path / "run"
-    assert in_child(log, a_start, folder, server.url, KILLED_AT) == -signal.SIGKILL, log.read_text()
+    assert in_child(log, a_start, folder, None, KILLED_AT, signal.SIGKILL) == -signal.SIGKILL, log.read_text()
+    assert in_child(log, a_start, folder, None) == 0, log.read_text()
+    rows = [row for run in offline_runs(folder) for row in run.history]
+    found = values_by_step(rows)
+    assert {step for _, step in found} >= {step for _, step in whole if step >= KILLED_AT}
+    assert all({*values} == {*whole[key]} for key, values in found.items())
+    assert {row["round"] for row in rows if "round" in row} == {1, 2}, "of all rounds"
+
+
+def test_online_a_stopped_run_goes_on_in_its_run(whole, server, tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "run"
+    assert in_child(log, a_start, folder, server.url, KILLED_AT) == 1, log.read_text()
     assert in_child(log, a_start, folder, server.url) == 0, log.read_text()
     ((name, rows),) = server.runs.items()
     assert name == (folder / "wandb_id.txt").read_text()
@@ -173,4 +185,15 @@ def test_a_server_that_goes_away_holds_up_the_end_for_a_moment(server, tmp_path)
     assert {key: {*values} for key, values in values_by_step(rows).items()} == {
         ("train/loss", step): {1 / (step + 1)} for step in range(10)
     }
-    assert not (tmp_path / "run" / "wandb_rows.jsonl").exists()
+
+
+def tracked_comparison(folder, url):
+    enter(url)
+    folder.mkdir()
+    compare._track(Tracking(mode="online"), folder, (["method"], [["bdistil"]]))
+
+
+def test_a_server_that_takes_no_table_does_not_fail_a_comparison(server, tmp_path):
+    log = tmp_path / "log"
+    assert in_child(log, tracked_comparison, tmp_path / "compared", server.url) == 0, log.read_text()
+    assert "W&B failed (" in log.read_text()

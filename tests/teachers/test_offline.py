@@ -128,8 +128,10 @@ def test_a_file_without_a_table_of_the_part(tmp_path):
     with pytest.raises(UserError, match=r"a tensor named 'train' or 'logits' in .*two.safetensors, got 'a', 'b'"):
         OfflineTeacher(tmp_path / "two.safetensors")
     (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(UserError, match=r"torn\.npy to hold teacher logits, but it cannot be read"):
-        OfflineTeacher(tmp_path / "torn.npy")
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "two.safetensors").read_bytes()[:40])
+    for name in ("torn.npy", "torn.safetensors"):
+        with pytest.raises(UserError, match=rf"{name} to hold teacher logits, but it cannot be read"):
+            OfflineTeacher(tmp_path / name)
 
 
 @pytest.mark.parametrize("options", [{"state": "recompute"}, {"views": 2}])

@@ -676,3 +676,23 @@ def test_a_trained_network_of_an_average_is_used_as_it_is(tmp_path):
     weights = load_file(run.teacher)
     torch.testing.assert_close(weights["networks.0.network.1.weight"], net[1].weight, rtol=0, atol=0)
     assert any(name.startswith("networks.1.") for name in weights)
+
+
+class LinearProbe(nn.Module):
+    """A backbone that is frozen, and a layer on it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.head = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU()), nn.Linear(16, 10)
+        self.backbone.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+def test_what_a_teacher_has_frozen_stays_so_when_the_recipe_trains_it(tmp_path):
+    run = fitted(tmp_path, {"network": {"class_path": f"{__name__}.LinearProbe"}, "epochs": 1})
+    weights, fresh = load_file(run.teacher), LinearProbe()
+    assert torch.equal(weights["backbone.1.weight"], fresh.backbone[1].weight)
+    assert not torch.equal(weights["head.weight"], fresh.head.weight)
