@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from bdistil.data.loaders import begin_epoch
 from bdistil.storage.files import disk_errors, save_epoch
+from bdistil.utils.resumption import advance_plateaus, plateau_metrics, uncount_empty_epoch
 from bdistil.utils.seeding import reseed
 
 
@@ -34,6 +35,7 @@ class EpochKeeper(Checkpoint):
         self.path, self.key = path, key
         self.epochs, self._first, self._trained = 0, True, False
         self._before, self._started = 0.0, time.perf_counter()
+        self._done, self._metrics = False, list[float | None]()  # as in `RoundState`
 
     @property
     def ckpt_path(self) -> str | None:
@@ -45,12 +47,13 @@ class EpochKeeper(Checkpoint):
         return self._before + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of finished epochs and elapsed seconds."""
-        return {"epochs": self.epochs, "seconds": self.elapsed()}
+        """Finished epochs, elapsed seconds, whether the fit is over, and metrics that its schedules have yet to see."""
+        return {"epochs": self.epochs, "seconds": self.elapsed(), "done": self._done, "metrics": self._metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the number of finished epochs and elapsed seconds."""
-        self.epochs, self._before = int(state_dict["epochs"]), float(state_dict.get("seconds", 0.0))
+        """Restores the values of a checkpoint."""
+        self.epochs, self._before = int(state_dict["epochs"]), float(state_dict["seconds"])
+        self._done, self._metrics = bool(state_dict["done"]), list(state_dict["metrics"])
 
     def _reseed(self, trainer: pl.Trainer) -> None:
         reseed(*self.key, self.epochs, trainer.global_rank)
@@ -60,12 +63,15 @@ class EpochKeeper(Checkpoint):
         self._reseed(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds the first epoch, before its loader is created."""
+        """Seeds the first epoch, before its loader is created; a fit resumed after its end is not trained further."""
         self._reseed(trainer)
+        trainer.should_stop |= self._done
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock; advances schedules by the metrics of the last saved epoch."""
         self._started = time.perf_counter()
+        advance_plateaus(trainer, self._metrics)
+        self._metrics = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seeds the epochs after the first, and sets the order of the samples."""
@@ -83,7 +89,10 @@ class EpochKeeper(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves a checkpoint; a disk error becomes a RunError."""
         if not self._trained:
+            uncount_empty_epoch(trainer)
             return
         self.epochs, self._trained = self.epochs + 1, False
+        self._done, self._metrics = trainer.should_stop, plateau_metrics(trainer)
         with disk_errors("an epoch", self.path.parent):
             save_epoch(trainer, self.path)
+        self._metrics = []

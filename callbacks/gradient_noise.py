@@ -23,11 +23,13 @@ from bdistil.distillation.gradient_noise import (
     teacher_cosine,
 )
 from bdistil.distillation.last_layer import distilling_loaders
+from bdistil.distillation.module import Distillation
 from bdistil.distillation.probes import probe_of
 from bdistil.errors import UserError
 from bdistil.functional.gradient_noise import USUAL_STEP, GradientMoments, Suggestion, suggest
 from bdistil.reporting.round_tracker import logger_step
 from bdistil.storage.files import write_atomically
+from bdistil.utils import distributed
 
 
 class GradientNoise(FitState):
@@ -117,6 +119,11 @@ class GradientNoise(FitState):
         self.history = []  # discards an earlier fit; a checkpoint of this one is loaded later
         if not isinstance(pl_module, BoostingRound):
             self._loaders = distilling_loaders(trainer, pl_module, "GradientNoise")
+            if self.cosine and not isinstance(pl_module, Distillation):
+                raise UserError(
+                    "Expected `cosine` of GradientNoise to be off, or a bdistil.distillation.Distillation, with whose "
+                    f"teacher it compares, got a {type(pl_module).__name__}."
+                )
         elif self.full or self.cosine:
             raise UserError(
                 "Expected `full` and `cosine` of GradientNoise to be off in a boosting run, got one of them on."
@@ -162,7 +169,8 @@ class GradientNoise(FitState):
 
     def set_weight(self, module: Any, suggestion: Suggestion) -> float:
         """Clips the suggested weight, sets it if the module's ``distillation_weight`` is "auto", and returns it."""
-        weight = max(suggestion.weight, self.lowest)
+        own = max(suggestion.weight, self.lowest)
+        weight = float(distributed.from_first(own))  # statistics of batch norm differ between processes
         follows = getattr(module, "distillation_weight", None) == "auto"
         if follows:
             module.weight = weight

@@ -122,6 +122,10 @@ class LossMixing(FitState):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing").expanduser(), 0
+        if isinstance(pl_module, BoostingRound):
+            folder, self._round = pl_module.run_dir / "mixing", pl_module.number
+        self._file, self._written = folder / f"mixing.{self._round:03d}.f32", False
         if trainer.global_step == 0:  # not a second fit of a Trainer, which goes on with the weights of the first
             self.mix, self.history, self._samples = None, [], {}
         if isinstance(pl_module, BoostingRound):
@@ -147,23 +151,20 @@ class LossMixing(FitState):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the weights of the checkpoint or of the previous round, or initialises them."""
-        folder, self._round = Path(self.folder or Path(trainer.default_root_dir) / "mixing").expanduser(), 0
         with eval_mode(pl_module), torch.no_grad(), isolate_rng():
             if isinstance(pl_module, BoostingRound):
-                folder, self._round = pl_module.run_dir / "mixing", pl_module.number
                 # Not earlier, as loaders of the previous fit may read closed files.
                 self._loaders = (pl_module.train_part.loader, pl_module.val_part.loader)
                 self._labels, _ = map(_class_numbers, self._loaders, LOADERS)  # the weights are learned on the latter
             self.probe = probe_of(pl_module, self._loaders)
             first = next(self.probe.batches([[0]]))
             teachers = len(self.probe.mixing(first).residuals) - 1
-        self._file = folder / f"mixing.{self._round:03d}.f32"
         start = start_mix(self.probe.samples, teachers, self.settings.mode, self.seed)
         found = self.mix if self.mix is not None else read_mix(self._file)
         if found is not None and found.numel() != start.numel():
             raise RunError(
-                f"Expected the checkpoint, or {folder}, to hold learned weights of {start.shape[0]} samples with "
-                f"{start.shape[1]} columns, got {found.numel()} numbers. Use the data and teachers that they were "
+                f"Expected the checkpoint, or {self._file.parent}, to hold learned weights of {start.shape[0]} samples "
+                f"with {start.shape[1]} columns, got {found.numel()} numbers. Use the data and teachers that they were "
                 "learned with, or start again without them."
             )
         self.mix = start if found is None else found.view(start.shape)
@@ -193,12 +194,21 @@ class LossMixing(FitState):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the learned parameters, and a histogram of the label weights."""
-        assert self.mix is not None
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        save_mix(self._file, self.mix)
+        self._write()
         if trainer.is_global_zero and self.history:
             draw_weights(self._file.with_name("mixing.png"), self.weights(), self.flipped)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the learned parameters of a fit that was resumed after its end: `on_train_end` is not called then."""
+        if not self._written and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write()
+
+    def _write(self) -> None:
+        if self.mix is not None:
+            save_mix(self._file, self.mix)
+            self._written = True
 
     def _check_samples(self, dataset: Any) -> None:
         """Raises RunError if a training sample differs from the one that its weights were learned on."""

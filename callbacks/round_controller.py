@@ -35,7 +35,8 @@ from bdistil.reporting.report import write_report
 from bdistil.reporting.round_tracker import RoundTracker
 from bdistil.storage.files import disk_errors, save_epoch, warn_of_unreadable
 from bdistil.utils import distributed
-from bdistil.utils.optimizers import Interval, advance_plateaus, plateau_metrics
+from bdistil.utils.optimizers import Interval
+from bdistil.utils.resumption import advance_plateaus, plateau_metrics, uncount_empty_epoch
 from bdistil.utils.seeding import reseed
 from bdistil.utils.signals import StopSignals
 
@@ -116,7 +117,8 @@ class RoundController(Checkpoint):
         self.state, self.device, self._shared = RoundState(), torch.device("cpu"), SharedCallbacks()
         self._plan: RoundPlan | None = None
         self._datamodule: pl.LightningDataModule | None = None
-        self._begun, self._closed, self._first_epoch, self._read = False, False, True, 0
+        self._begun = self._closed = False
+        self._first_epoch, self._read = True, 0
         self._saved: list[torch.Tensor] = []  # weights of the student in the checkpoint of this fit's last epoch
         self._final: list[torch.Tensor] = []  # weights of the evaluated student
 
@@ -135,7 +137,7 @@ class RoundController(Checkpoint):
         with self.signals, self.run.in_use():
             for plan in self.boosting.rounds(datamodule):
                 self._plan, self.state = plan, RoundState(plan.module.number, plan.attempt)
-                self._begun, self._closed, self._first_epoch, self._read, self._saved = False, False, True, 0, []
+                self._begun = self._closed = False
                 try:
                     yield plan.module
                 except GeneratorExit:  # the loop was left, by `break` or by an error in its body
@@ -280,10 +282,7 @@ class RoundController(Checkpoint):
         """Updates the progress and saves the round, unless the epoch is empty or a fast_dev_run."""
         read, self._read = int(distributed.all_sum(torch.tensor(self._read))), 0
         if not read:
-            if trainer.fit_loop.restarting:  # with max_steps, a resumed fit ends its last epoch again, and counts it
-                progress: Any = trainer.fit_loop.epoch_progress
-                progress.current.processed -= 1
-                progress.total.processed -= 1
+            uncount_empty_epoch(trainer)
             return
         self.plan.run.parts.train.settle()
         check_drawn(trainer.train_dataloader)

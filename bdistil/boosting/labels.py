@@ -118,10 +118,13 @@ def declared_labels(loader: DataLoader[Any]) -> Tensor | None:
     None if they are not, or if the user's collate function may change them or batch samples of different shapes.
     """
     collate: Any = loader.collate_fn
-    found = _declared(loader.dataset)
-    if found is None or not _of_one_shape(loader) or len(found) != len(loader.dataset):  # type: ignore[arg-type]
+    try:
+        found = _declared(loader.dataset)
+        if found is None or not _of_one_shape(loader) or len(found) != len(loader.dataset):  # type: ignore[arg-type]
+            return None
+        found = as_labels(found, collate.ignore_index)
+    except UserError:  # names of classes or files, which the dataset converts when a sample is read
         return None
-    found = as_labels(found, collate.ignore_index)
     if type(loader.dataset) is TensorDataset:
         return found
     rows = spread(len(found), PROBES)

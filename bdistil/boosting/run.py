@@ -122,7 +122,7 @@ class Boosting:
             last, number = this.module.student, this.module.number
             if not started and distributed.early_rank() == 0:
                 self.run.keep_start(describe_start())
-            started, before = True, self.run.verdicts(number)
+            started, before = True, self._verdicts(number)
             with indexed_loaders(
                 datamodule, seed_of(self.seed, number, this.attempt), *plan.parts.plans,
                 labels=self.settings.labels, ignore_index=self.settings.ignore_index, prepare=plan.parts.renew,
@@ -160,7 +160,7 @@ class Boosting:
         if self.rehearsed is not None:
             self._end_rehearsal(new)
             return True
-        if self.run.verdicts(module.number) != before:
+        if self._verdicts(module.number) != before:
             return False
         if is_attached(module):
             raise RunError(
@@ -173,17 +173,22 @@ class Boosting:
         )
         return True
 
+    def _verdicts(self, number: int) -> tuple[int, int]:
+        """As the first process sees them: another host may list a folder on a network disk as it was before."""
+        committed, tries = distributed.from_first(self.run.verdicts(number))
+        return committed, tries
+
     def _plan_round(self, plan: RunPlan, fingerprint: str) -> RoundPlan | None:
         """Builds the student of the next round; returns None if the run is finished."""
-        run, settings, number = self.run, self.settings, self.run.committed()
-        if (reason := run.stopped) is not None:
+        run, settings = self.run, self.settings
+        number, tries, reason = distributed.from_first(_progress(run))
+        if reason is not None:
             rank_zero_info(f"Boosting has stopped after {number} of {settings.rounds} rounds: {reason}.")
             return None
         if number >= settings.rounds:
             return None
         while len(self.students) < number:
             self.students.append(restore_student(run, len(self.students), self.students, self.make))
-        tries = run.tries(number)
         rungs = settings.rungs(number, links=isinstance(plan.student, Student))
         if len(tries) >= len(rungs):  # the process was killed after the last rejection
             self.stop(number, tries[-1])
@@ -319,6 +324,12 @@ class Boosting:
                 "figures; the ensemble is complete."
             )
             return None
+
+
+def _progress(run: RunDirectory) -> tuple[int, list[str], str | None]:
+    """Number of committed rounds, reasons of the rejected tries of the next one, and why boosting has stopped."""
+    number = run.committed()
+    return number, run.tries(number), run.stopped
 
 
 def _indescribable(student: nn.Module) -> str | None:

@@ -148,7 +148,7 @@ class _Reader:
                 raise UserError(f"The file replaces {plan['class']}.{key}, which no student does: do not trust it.")
             vars(module)[key] = self.value(value, home)
         if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()
+            module.to("cpu")  # collects its weights again
         if not plan["training"]:
             module.eval()
         return module

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 Interval = Literal["epoch", "step"]
 
@@ -58,26 +58,6 @@ def other_length(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> tuple[in
         return None
     now, _ = schedule_length(trainer)
     return None if there[0] == now else (there[0], now)
-
-
-def plateau_metrics(trainer: pl.Trainer) -> list[float | None]:
-    """The metric with which each ReduceLROnPlateau will advance after this epoch; None for a schedule that will not.
-
-    Lightning advances them after `on_train_epoch_end`, where checkpoints are saved, and not in a resumed fit.
-    """
-    epoch, metrics = trainer.current_epoch + 1, []
-    for config in trainer.lr_scheduler_configs:
-        due = config.reduce_on_plateau and config.interval == "epoch" and epoch % config.frequency == 0
-        value = trainer.callback_metrics.get(str(config.monitor)) if due else None
-        metrics.append(None if value is None else float(value))
-    return metrics
-
-
-def advance_plateaus(trainer: pl.Trainer, metrics: Sequence[float | None]) -> None:
-    """Advances the schedules that have a metric: the step that a checkpoint of an epoch lacks."""
-    for config, metric in zip(trainer.lr_scheduler_configs, metrics, strict=False):
-        if metric is not None:
-            cast(ReduceLROnPlateau, config.scheduler).step(metric)
 
 
 def may_fuse(trainer: pl.Trainer, module: nn.Module) -> bool:

@@ -54,11 +54,13 @@ def test_declared_labels_save_reading_the_samples(declared):
     [
         (Declared(targets=(Y + 1).tolist()), {}),  # a transform of the target, for example
         (Declared(targets=Y[:-1].tolist()), {}),
+        (Declared(labels=[f"class {y}" for y in Y.tolist()]), {}),
+        (Declared(targets=[f"{row}.xml" for row in range(N)]), {}),
         (Declared(), {}),
         (Declared(targets=Y.tolist()), {"collate_fn": lambda items: default_collate(items)}),
         (Declared(targets=Y.tolist()), {"batch_size": 1}),
     ],
-    ids=["others", "too few", "none", "collate function", "one by one"],
+    ids=["others", "too few", "names", "files", "none", "collate function", "one by one"],
 )
 def test_other_samples_are_read(data, options):
     assert declared_labels(loader(data, **options)) is None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.toys import Hook, Killed, Toys, make_plain, make_teacher, make_trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from bdistil.callbacks import EpochKeeper
 from bdistil.data.loaders import indexed_loaders
@@ -22,7 +23,10 @@ def train(path, data, limits, stop_at=None):
     return module.student.state_dict()
 
 
-@pytest.mark.parametrize("limits", [{"epochs": 3}, {"epochs": None, "max_steps": 16}], ids=["epochs", "steps"])
+LIMITS = [{"epochs": 3}, {"epochs": None, "max_steps": 16}, {"epochs": 4, "max_steps": 1000}]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=["epochs", "steps", "both"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_killed_fit_ends_as_a_whole_one(tmp_path, limits, workers):
     whole = train(tmp_path / "whole/last.ckpt", Toys(workers=workers), limits)
@@ -30,3 +34,38 @@ def test_a_killed_fit_ends_as_a_whole_one(tmp_path, limits, workers):
         train(tmp_path / "run/last.ckpt", Toys(workers=workers), limits, stop_at=2)
     rest = train(tmp_path / "run/last.ckpt", Toys(workers=workers), limits)
     assert all(torch.equal(rest[name], value) for name, value in whole.items())
+
+
+class Plateau(Distillation):
+    """Its rate falls after each epoch that does not halve the loss."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.student.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_schedules_and_early_stopping_see_the_epoch_before_the_kill(tmp_path, cut):
+    def train(path, stop_at=None):
+        def stop(trainer, module):
+            if trainer.current_epoch == stop_at:
+                raise Killed
+
+        torch.manual_seed(3)
+        module, keeper, rates = Plateau(make_plain(0), teacher=make_teacher()), EpochKeeper(path, 0, "teacher"), []
+        look = Hook(on_train_epoch_start=lambda trainer, _: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
+        patience = EarlyStopping("val_loss", patience=3, min_delta=100.0)
+        trainer = make_trainer(Hook(on_train_epoch_start=stop), look, patience, keeper, epochs=6)
+        with indexed_loaders(data := Toys(), 5):
+            trainer.fit(module, data, ckpt_path=keeper.ckpt_path)
+        return rates, keeper.epochs, module.student.state_dict()
+
+    rates, epochs, weights = train(tmp_path / "whole/last.ckpt")
+    assert len(set(rates)) > 1
+    with pytest.raises(Killed):
+        train(tmp_path / "run/last.ckpt", stop_at=min(cut, epochs - 1))
+    rest, again, found = train(tmp_path / "run/last.ckpt")
+    assert (rest, again) == (rates[-len(rest) :], epochs)
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    assert train(tmp_path / "run/last.ckpt")[:2] == ([], epochs), "a fit that is over is not trained further"

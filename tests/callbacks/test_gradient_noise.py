@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -179,6 +180,34 @@ def test_cosine_of_a_teacher_of_the_same_architecture(noisy, tmp_path):
     callback = GradientNoise(cosine=True, folder=tmp_path)
     fit(module, noisy[0], callback, epochs=1)
     assert callback.history[-1]["cosine"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_cosine_of_a_module_without_a_teacher_of_its_own_is_refused(noisy, tmp_path):
+    class Own(L.LightningModule):
+        """Has all that the other figures need."""
+
+        def __init__(self):
+            super().__init__()
+            self.last_layer, self.temperature = nn.Linear(10, 20), 4.0
+
+        def forward(self, x):
+            return self.last_layer(x)
+
+        def teacher_logits(self, x, index):
+            return noisy[1](x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            """Lightning asks for one where there is validation data."""
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    with pytest.raises(UserError, match=r"`cosine` of GradientNoise to be off, or a .*Distillation.*, got a Own"):
+        fit(Own(), noisy[0], GradientNoise(cosine=True, folder=tmp_path), epochs=1)
+    fit(Own(), noisy[0], GradientNoise(folder=tmp_path), epochs=1)
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"samples": 1}, {"lowest": 0.5, "highest": 0.4}, {"step": 0.0}])

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 from helpers.gaussians import Gaussians, mlp, trained_teacher
-from helpers.toys import Hook, Toys, boost, control, digests, make_student, make_teacher, make_trainer, settings_for
+from helpers.toys import (
+    Hook,
+    Killed,
+    Toys,
+    boost,
+    control,
+    digests,
+    make_student,
+    make_teacher,
+    make_trainer,
+    settings_for,
+)
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -452,6 +463,24 @@ def test_a_run_that_goes_on_between_rounds_learns_the_same_weights(tmp_path):
     run("parts", stop=True)
     run("parts")
     assert digests(tmp_path / "whole") == digests(tmp_path / "parts")
+
+
+def test_a_run_cut_after_the_last_epoch_of_a_round_learns_the_same_weights(tmp_path):
+    def run(folder, cut=False):
+        def leave(trainer, module):
+            if cut and module.number == 0:
+                raise Killed
+
+        callbacks = lambda: [Hook(on_train_end=leave), LossMixing(SOON)]  # noqa: E731
+        boost(tmp_path / folder, Toys(), settings=settings_for(2), callbacks=callbacks, trainer={"epochs": 3})
+        return {file.name: file.read_bytes() for file in (tmp_path / folder / "mixing").glob("*.f32")}
+
+    whole = run("whole")
+    with pytest.raises(Killed):
+        run("cut", cut=True)
+    assert run("cut") == whole
+    assert sorted(whole) == ["mixing.000.f32", "mixing.001.f32"]
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
 
 
 def test_a_boosting_run_takes_weights_that_sum_to_one(tmp_path):

@@ -27,6 +27,23 @@ class Pairs(Sampler):
         return TRAIN // 2
 
 
+class Aware(Sampler):
+    """The share of this process; not torch's DistributedSampler."""
+
+    def __init__(self):
+        self.rank, self.num_replicas, self.epoch = int(os.environ["RANK"]), 2, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(self.epoch))
+        return iter(order[self.rank :: 2].tolist())
+
+    def __len__(self):
+        return TRAIN // 2
+
+
 class Unseeded(Sampler):
     """Draws from a generator that no seed reaches."""
 
@@ -42,6 +59,8 @@ def loader_of(kind, data):
         return DataLoader(data, batch_sampler=Pairs())
     if kind == "batches":
         return DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 16, False))
+    if kind == "aware":
+        return DataLoader(data, 16, sampler=Aware())
     return DataLoader(data, 16, sampler=Unseeded() if kind == "unseeded" else SubsetRandomSampler(range(TRAIN)))
 
 
@@ -71,7 +90,7 @@ class See(L.Callback):
         self.seen.append((trainer.current_epoch, batch[2].tolist()))
 
 
-KINDS = ("subset", "pairs", "batches")
+KINDS = ("subset", "pairs", "batches", "aware")
 ALL = (*KINDS, "unseeded", "parts")
 
 

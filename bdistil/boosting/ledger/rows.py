@@ -171,6 +171,7 @@ def _reserve(handle: int, size: int) -> None:
 
 def publish(beside: Path, path: Path) -> None:
     """Calls `storage.files.publish` for a file that all processes have written."""
+    files.sync(beside)  # on a network disk, each host flushes its own rows
     distributed.barrier()
     if distributed.rank() == 0:
         files.publish(beside, path)

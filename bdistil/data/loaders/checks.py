@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from bdistil.data.loaders.batches import PairCollate, pairs_of
-from bdistil.data.loaders.fingerprints import integers, spread
+from bdistil.data.loaders.fingerprints import spread
 from bdistil.data.loaders.order import EpochLoader
 from bdistil.errors import UserError
 from bdistil.utils.trees import joined_rows, row_count, take_rows
@@ -88,14 +88,14 @@ def _x_of(item: Any) -> Any:
 
 
 def same_x(first: Any, second: Any) -> bool:
-    """Whether two x are equal to the bit."""
+    """Whether two x hold equal numbers; NaN equals NaN."""
     if isinstance(first, Mapping):
         return first.keys() == second.keys() and all(same_x(first[key], second[key]) for key in first)
     if isinstance(first, tuple | list):
         return len(first) == len(second) and all(map(same_x, first, second))
     if isinstance(first, Tensor):
         same = first.shape == second.shape and first.dtype == second.dtype
-        return same and torch.equal(integers(first), integers(second))
+        return same and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
     if isinstance(first, np.ndarray):
         return bool(np.array_equal(first, second, equal_nan=first.dtype.kind in "fc"))
     return True  # equality is not defined for other types

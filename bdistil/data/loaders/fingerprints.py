@@ -226,13 +226,3 @@ def leaves(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, tuple | list):
         for entry in tree:
             yield from leaves(entry)
-
-
-def integers(leaf: Tensor) -> Tensor:
-    """Values of a tensor as integers; real numbers are reinterpreted bitwise."""
-    if leaf.is_complex():
-        leaf = torch.view_as_real(leaf)
-    if not leaf.is_floating_point():
-        return leaf
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return leaf.contiguous().view(kinds[leaf.element_size()])

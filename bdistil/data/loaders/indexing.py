@@ -28,6 +28,7 @@ from bdistil.data.loaders.batches import PairCollate, paired
 from bdistil.data.loaders.checks import single_loader
 from bdistil.data.loaders.order import (
     EpochLoader,
+    KeptShare,
     SharedOrder,
     batch_options,
     check_sharing,
@@ -113,8 +114,10 @@ def training_loader(
     given = sampler_of(loader) if batches is None else batches
     if reads_all(loader):
         sampler: Any = ViewSampler(views, indexed, shuffle=isinstance(given, RandomSampler), **ranks)
-    elif is_shared(given) or world_size == views == 1:
+    elif world_size == views == 1:
         sampler = given
+    elif is_shared(given):
+        sampler = KeptShare(indexed, given, views=views, **ranks)
     else:
         check_sharing(given, "train_dataloader")
         sampler = SharedOrder(given, samples=len(indexed), views=views, **ranks)

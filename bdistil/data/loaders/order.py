@@ -10,7 +10,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from bdistil.errors import RunError, UserError
 from bdistil.utils import distributed
@@ -142,6 +150,36 @@ class SharedOrder(DistributedSampler[Any]):
 
     def __len__(self) -> int:
         return -(-len(cast(Sized, self.dataset)) // self.num_replicas)
+
+
+class KeptShare(DistributedSampler[Any]):
+    """A user-defined sampler, or batch sampler, that yields this process's share already, in the view of the epoch.
+
+    Lightning leaves a `DistributedSampler` in place, and would split any other one over the processes.
+
+    Args:
+        dataset: its N samples.
+        given: the user's sampler.
+        views: K; epoch e reads view e mod K, whose numbers start at N (e mod K).
+        order: number and rank of the processes, and the seed.
+    """
+
+    def __init__(self, dataset: Dataset[Any], given: Any, *, views: int = 1, **order: Any) -> None:
+        super().__init__(dataset, shuffle=False, **order)
+        self.given, self.views = given, views
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of both samplers."""
+        super().set_epoch(epoch)
+        if hasattr(self.given, "set_epoch"):
+            self.given.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        shift = len(cast(Sized, self.dataset)) * (self.epoch % self.views)
+        return (_shifted(entry, shift) for entry in self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
 
 
 def _shifted(entry: Any, shift: int) -> Any:

@@ -17,7 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from bdistil.data.loaders import ViewPlan, check_drawn, largest_batch, training_loader
+from bdistil.data.loaders import ViewPlan, begin_epoch, check_drawn, distinct_samples, largest_batch, training_loader
 from bdistil.data.loaders.order import SharedOrder, given_rows, only_given
 from bdistil.errors import RunError, UserError
 from bdistil.utils import distributed
@@ -99,6 +99,56 @@ def test_a_share_of_the_users_own_is_kept():
         ours = training_loader(DataLoader(DATA, B, sampler=own), seed=0, epoch=3, rank=rank, world_size=2)
         own.set_epoch(3)
         assert [number for *_, index in ours for number in index] == [*own]
+
+
+class Aware(Sampler):
+    """A share of the samples, in an order of the epoch; not torch's DistributedSampler."""
+
+    def __init__(self, rank, num_replicas):
+        self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.epoch))
+        return iter(order[self.rank :: self.num_replicas].tolist())
+
+    def __len__(self):
+        return len(range(self.rank, N, self.num_replicas))
+
+
+class AwareBatches:
+    """The same in batches; no BatchSampler of torch."""
+
+    def __init__(self, own):
+        self.own, self.rank, self.num_replicas = own, own.rank, own.num_replicas
+
+    def set_epoch(self, epoch):
+        self.own.set_epoch(epoch)
+
+    def __iter__(self):
+        return iter(BatchSampler(self.own, B, drop_last=False))
+
+    def __len__(self):
+        return -(-len(self.own) // B)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("batches", [False, True])
+def test_any_share_of_the_users_own_is_kept_where_lightning_leaves_it_in_place(views, batches):
+    for rank in range(2):
+        own, plan = Aware(rank, 2), ViewPlan(0, views) if views > 1 else None
+        given = DataLoader(DATA, batch_sampler=AwareBatches(own)) if batches else DataLoader(DATA, B, sampler=own)
+        ours = training_loader(given, seed=0, epoch=4, rank=rank, world_size=2, plan=plan)
+        assert isinstance(ours.sampler, DistributedSampler)
+        found = [number for *_, index in ours for number in index]
+        own.set_epoch(4)
+        assert found == [number + N * (4 % views) for number in own]
+        begin_epoch(ours, 5)
+        assert own.epoch == 5
+        if not batches:
+            assert distinct_samples(ours, N) == N
 
 
 def test_a_sampler_without_a_length_cannot_be_shared():
