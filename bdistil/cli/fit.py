@@ -263,16 +263,22 @@ class BoostCLI(LightningCLI):
         run, config = controller.run, controller.boosting.planner.config({})
         over = run.committed() >= model.boosting.rounds or run.stopped
         rehearsed = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        loggers: list[Logger] | None = [] if over or rehearsed else None
+
+        def start_loggers() -> list[Logger]:
+            loggers = [] if over or rehearsed else self._loggers(run, config)
+            controller.tracker.loggers = loggers  # which ends them, also if no round begins
+            return loggers
+
         if model.mekd is not None:
             run.prepare()
             run.freeze(config, self.free_keys, GROWING_KEYS, self._complete)
-            loggers = self._loggers(run, config) if loggers is None else loggers
+            loggers = start_loggers()
             datamodule = self._emulate(model.mekd, model, datamodule, controller, loggers)
         plan = controller.boosting.check(datamodule)
         model.speed_up(model.teacher.network)
         self._teach(model, datamodule, controller, plan.parts)
-        loggers = self._loggers(run, config) if loggers is None else loggers
+        if model.mekd is None:  # not before the teacher is trained
+            loggers = start_loggers()
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))

@@ -257,7 +257,7 @@ class _Uncounted(TorchDispatchMode):
         self.calls = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet, name = func._overloadpacket, func._schema.name
+        packet, name = func.overloadpacket, func.name().partition(".")[0]
         free = func.is_view or torch.Tag.pointwise in func.tags or FREE.fullmatch(name)
         if not free and packet not in flop_registry and packet not in FORMULAS:
             self.calls[name] += 1

@@ -145,11 +145,6 @@ class InputSpec:
         return InputSpec(self.shape, str(dtype).removeprefix("torch.") if real else self.dtype)
 
     @property
-    def is_number(self) -> bool:
-        """Whether a sample is one whole number, such as a length."""
-        return self.shape == () and self.dtype is not None and "int" in self.dtype
-
-    @property
     def varies(self) -> bool:
         """Whether a size may vary."""
         return any(isinstance(size, tuple) for spec in self.tensors().values() for size in spec.shape or ())

@@ -14,7 +14,7 @@ from .budget import Budget, ExportError, Prediction, Stage
 from .confidence import Array
 from .exits import ALWAYS, ExitPlan, Exits, measure_stages, predict_within, runs, shares_at
 from .graphs import Graph, PipelinePool, read_manifest
-from .inputs import Arrays, inputs_of
+from .inputs import Arrays, Inputs
 from .stage_clock import BatchTimes, Deadline, Guard, StageClock
 from .stages import StageRunner
 
@@ -46,7 +46,7 @@ class ExportedEnsemble:
         factors = [entry["factor"] for entry in stages]
         self.factors = [np.asarray(factor, np.float32) if isinstance(factor, list) else factor for factor in factors]
         self.offset = None if manifest["offset"] is None else np.float32(manifest["offset"])
-        self.inputs = inputs_of(manifest)
+        self.inputs = Inputs(manifest["inputs"])
         self.clock = self._clock_of(manifest["times"])
         names = [entry["name"] for entry, _ in self.inputs.entries]
         self._stages = PipelinePool(self.graphs, names)
@@ -189,7 +189,7 @@ class ExportedEnsemble:
         fitted, temperatures = self.manifest["exits"], self.manifest["temperatures"] or [1.0] * len(self)
         if budget.confidence != "fitted":
             rule, threshold = budget.rule or "max_prob", float(budget.confidence)  # type: ignore[arg-type]
-            shares = shares_at((self.manifest.get("shares") or {}).get(rule, []), threshold)
+            shares = shares_at(self.manifest["shares"].get(rule, []), threshold)
             return Exits(rule, [threshold] * len(self), temperatures, shares)
         if fitted is None or budget.rule not in (None, fitted["rule"]):
             found = f"those of the rule {fitted['rule']!r}" if fitted else "none"

@@ -59,13 +59,6 @@ class Inputs:
         return arrays
 
 
-def inputs_of(manifest: Mapping[str, Any]) -> Inputs:
-    """The inputs of a manifest; manifests of an earlier version have a single array."""
-    if "inputs" not in manifest:
-        return Inputs([{**manifest["input"], "path": [], "largest": {}}])
-    return Inputs(manifest["inputs"])
-
-
 def _text(entry: Mapping[str, Any]) -> str:
     return "x" + "".join(f"[{key!r}]" for key in entry["path"])
 
@@ -78,7 +71,7 @@ def _check(x: Any, entry: Mapping[str, Any], dtype: np.dtype[Any]) -> None:
         got = x.shape if isinstance(x, np.ndarray) else type(x).__name__
         raise ExportError(f"Expected `{name}` to be an array of shape ({expected}), got {got}.")
     for axis, size in enumerate(shape, 1):
-        least = entry.get("least", {}).get(size, 1)  # below it, onnxruntime ends the process in a GRU
+        least = entry["least"].get(size, 1)  # below it, onnxruntime ends the process in a GRU
         if isinstance(size, str) and x.shape[axis] < least:
             raise ExportError(f"Expected `{name}` of at least {least} along axis {axis}, got {x.shape}.")
     if x.dtype != dtype:

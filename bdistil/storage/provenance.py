@@ -19,9 +19,9 @@ LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "SLURM_STEP_ID": "srun"}
 RECORDED = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "CUDA_VISIBLE_DEVICES")
 
 
-def describe_start(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+def describe_start() -> dict[str, Any]:
     """Describes this start of a run as plain values: versions, host, launcher, processes, revision of the code."""
-    environ = os.environ if environ is None else environ
+    environ = os.environ
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname(),

@@ -18,7 +18,6 @@ from bdistil.models.inputs import InputSpec
 from bdistil.runner import Budget as RunnerBudget
 from bdistil.runner import ExportedEnsemble, ExportError
 from bdistil.runner.command import main
-from bdistil.runner.inputs import Inputs, inputs_of
 from bdistil.storage.blueprint import describe
 from bdistil.storage.run_directory import RunDirectory
 
@@ -174,15 +173,6 @@ def test_the_command_reads_several_arrays(exported, tmp_path, capsys):
     np.savez(tmp_path / "x.npz", **arrays)
     assert main([str(exported), "--input", str(tmp_path / "x.npz")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
-
-
-def test_a_manifest_of_an_earlier_version_has_one_input():
-    inputs = inputs_of({"input": {"name": "x", "shape": [3], "dtype": "float32"}})
-    x = np.zeros((2, 3), np.float32)
-    assert inputs.read(x)["x"] is x
-    assert isinstance(inputs, Inputs)
-    assert inputs.random(2)["x"].shape == (2, 3)
-    assert CLASSES == 3
 
 
 def test_lengths_without_data_become_no_constant(tmp_path):

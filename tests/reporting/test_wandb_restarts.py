@@ -8,13 +8,18 @@ import time
 from threading import Thread
 
 import pytest
+import torch
+import wandb
 from helpers import wandb_server
 from helpers.toys import in_child
 from helpers.wandb_offline import HEADER, offline_runs
+from safetensors.torch import save_file
+from torch import nn
 
 from bdistil.boosting.round import BoostingRound
 from bdistil.cli import app as cli
 from bdistil.cli import compare
+from bdistil.models.convnets import StridedConvNet
 from bdistil.reporting import tracking
 from bdistil.reporting.round_tracker import RoundTracker
 from bdistil.reporting.tracking import RunLogger, Tracking, make_logger
@@ -197,3 +202,21 @@ def test_a_server_that_takes_no_table_does_not_fail_a_comparison(server, tmp_pat
     log = tmp_path / "log"
     assert in_child(log, tracked_comparison, tmp_path / "compared", server.url) == 0, log.read_text()
     assert "W&B failed (" in log.read_text()
+
+
+def start_that_fails(folder):
+    enter(None)
+    teacher = StridedConvNet((4, 8))
+    nn.init.constant_(next(teacher.parameters()), torch.nan)
+    save_file(teacher.state_dict(), folder.with_name("nan.safetensors"))
+    options = ["--run_dir", str(folder), "--model.teacher.checkpoint", str(folder.with_name("nan.safetensors"))]
+    options += ["--trainer.logger.save_dir", str(folder.with_name("csv"))]
+    assert cli.main([*SMALL, *options]) == 1
+    assert wandb.run is None, "another run may begin in this process"
+
+
+def test_a_start_that_fails_before_its_first_round_ends_its_run(tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "run"
+    assert in_child(log, start_that_fails, folder) == 0, log.read_text()
+    (only,) = offline_runs(folder)
+    assert only.exit_code == 1

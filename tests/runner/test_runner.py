@@ -252,12 +252,6 @@ def test_a_manifest_without_a_version_is_refused(folder):
         ExportedEnsemble.load(folder)
 
 
-def test_a_manifest_of_before_the_shares_is_read(folder):
-    change_manifest(folder, lambda manifest: manifest.pop("shares"))
-    found = ExportedEnsemble.load(folder).predict(np.zeros((2, 6), np.float32), RunnerBudget(confidence=0.5))
-    assert found.stages.min() >= 1
-
-
 # ---- its arrays, which are bound once for each batch size
 
 

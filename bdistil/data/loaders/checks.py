@@ -16,6 +16,8 @@ from bdistil.data.loaders.order import EpochLoader
 from bdistil.errors import UserError
 from bdistil.utils.trees import joined_rows, row_count, take_rows
 
+TRIES = 16  # samples that are read twice, to see whether x is random
+
 
 def single_loader(loader: Any) -> Any:
     """Unwraps a list of one loader, as some data modules return it, unless its entry is a batch."""
@@ -76,9 +78,9 @@ def check_dataset(loader: Any, name: str) -> int:
     return len(dataset)
 
 
-def is_random(dataset: Dataset[Any], tries: int = 16) -> bool:
+def is_random(dataset: Dataset[Any]) -> bool:
     """Whether two reads of a sample differ in x (random augmentation), tried on samples all over the dataset."""
-    numbers = spread(len(cast(Sized, dataset)), tries)
+    numbers = spread(len(cast(Sized, dataset)), TRIES)
     return not all(same_x(_x_of(dataset[index]), _x_of(dataset[index])) for index in numbers)
 
 
