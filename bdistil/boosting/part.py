@@ -23,15 +23,7 @@ from bdistil.boosting.ledger.samples import SampleGuard
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index, Views, check_dataset, largest_batch, rows_loader
 from bdistil.functional.boosting import prefix_error
-from bdistil.metrics.quality import (
-    PrefixErrors,
-    PrefixMetric,
-    PrefixPrecisions,
-    given_labels,
-    output_figures,
-    precision_figures,
-    prefix_metric,
-)
+from bdistil.metrics.quality import PrefixMetric, given_labels, prefix_metric, whole_figures
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import Student, activations_of, linked_activations, linked_numbers, run_student, sources
 from bdistil.teachers.offline import table_of
@@ -137,7 +129,7 @@ class Part:
         answers = self._by_block(self._teacher_logits(teacher, device, scores))
         with distributed.within(self.sharers), self._sketched():
             self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)
-            return _summed(scores, outputs)
+            return whole_figures(scores, outputs)
 
     def _metric(self, outputs: int) -> PrefixMetric | None:
         """Metric of the validation part; None for the training part, which is not scored."""
@@ -246,7 +238,7 @@ class Part:
             answers = self._student_logits(student, earlier, device, scores, write=isinstance(student, Student))
             answers = self._by_block(answers)
             evidence = self.ledger.advance(answers, eta=settings.eta, tolerance=settings.margin_tolerance)
-            return evidence, *_summed(scores, self.ledger.outputs)
+            return evidence, *whole_figures(scores, self.ledger.outputs)
 
     def publish(self, student: nn.Module, number: int) -> None:
         """Renames the files that `score` wrote for an accepted student to their final names."""
@@ -320,8 +312,9 @@ class Part:
             logits = logits.float().cpu()
             if scores is not None:
                 g, s = self.ledger.rows(index)
-                prefix, outward = g + prefix_error(logits, g, s, self.ledger.version), self.ledger.units.outward
-                scores.update(outward(prefix)[None], given_labels(self.settings.task, y, outward(g)))
+                miss = prefix_error(logits, g, s, self.ledger.version)
+                prefix, teacher = (self.ledger.units.outward(part.double()) for part in (g + miss, g))
+                scores.update(prefix[None], given_labels(self.settings.task, y, teacher))
             yield int(index[0]), logits
 
 
@@ -330,17 +323,3 @@ def _fits_cache(activation: Tensor, shape: tuple[int, ...]) -> bool:
     if not activation.is_floating_point() or tuple(activation.shape) != (1, *shape):
         return False
     return not activation.numel() or float(activation.abs().max()) <= LARGEST_CACHED
-
-
-def _summed(scores: PrefixMetric | None, outputs: int) -> tuple[float, float]:
-    """Accuracy and loss of one predictor over all processes; some of them may have no rows."""
-    if scores is None:
-        return float("nan"), float("nan")
-    if isinstance(scores, PrefixErrors):
-        r2, rms = output_figures(distributed.all_sum(scores.sums))
-        return float(r2.sum()), float(rms.sum())
-    if isinstance(scores, PrefixPrecisions):
-        precision, entropy = precision_figures(*map(distributed.all_rows, scores.rows(outputs)))
-        return float(precision[0]), float(entropy[0])
-    right, entropy, samples = (distributed.all_sum(x) for x in (scores.right, scores.entropy, scores.samples))
-    return float(right.sum() / samples), float(entropy.sum() / samples)

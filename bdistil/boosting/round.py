@@ -24,14 +24,7 @@ from bdistil.data.loaders import Index
 from bdistil.errors import RunError, UserError
 from bdistil.functional.boosting import prefix_error, prefix_kl_loss, round_loss
 from bdistil.functional.distillation import at_least_float32
-from bdistil.metrics.quality import (
-    PrefixPrecisions,
-    class_sums,
-    given_labels,
-    output_figures,
-    output_sums,
-    precision_figures,
-)
+from bdistil.metrics.quality import PrefixMetric, given_labels, prefix_metric, whole_figures
 from bdistil.models.student import run_all, run_student, sources
 from bdistil.utils import distributed
 from bdistil.utils.modules import first_difference, structure_of
@@ -166,7 +159,7 @@ class BoostingRound(pl.LightningModule):
 
     earlier: list[nn.Module]
     teacher: nn.Module | None
-    _precisions: PrefixPrecisions
+    _scores: PrefixMetric
 
     def __init__(
         self,
@@ -193,8 +186,7 @@ class BoostingRound(pl.LightningModule):
         self._losses: list[Tensor] = []  # not yet checked for NaN
         self._sizes: list[int] = []  # samples of their batches
         self._loss_sum, self._loss_samples = 0.0, 0  # over the epoch
-        self._sums: list[Tensor] = []
-        object.__setattr__(self, "_precisions", PrefixPrecisions(sync_on_compute=False))  # in no checkpoint
+        self._misses: list[float] = []  # squared errors to the teacher, and their number
         self.structure = structure_of(student)  # before a Trainer converts modules
         self.initial = [parameter.detach().cpu().clone() for parameter in student.parameters()]
         self.optimization = optimization or Optimization()
@@ -326,7 +318,7 @@ class BoostingRound(pl.LightningModule):
         sums = distributed.all_sum(torch.tensor([self._loss_sum, self._loss_samples], dtype=torch.float64))
         self._loss_sum, self._loss_samples = 0.0, 0
         if sums[1] > 0:  # 0 if a fit with max_steps is resumed at the end of an epoch, which runs this hook first
-            self.log("train_loss", float(sums[0] / sums[1]), rank_zero_only=False)
+            self.log("train_loss", float(sums[0] / sums[1]))
 
     # ---- checkpoint
 
@@ -373,10 +365,10 @@ class BoostingRound(pl.LightningModule):
                 f"or `max_steps`, or remove {work} to train the round anew."
             )
 
-    # ---- validation: sums on the device, logged once an epoch
+    # ---- validation
 
     def on_validation_epoch_start(self) -> None:
-        """Resets the sums against the labels and against the teacher; copies the weights as a candidate for the best.
+        """Resets the scores against the labels and the teacher; copies the weights as a candidate for the best.
 
         Raises:
             UserError: the round has not been fitted yet.
@@ -385,44 +377,29 @@ class BoostingRound(pl.LightningModule):
             raise UserError("A round is validated during or after its fit, which opens the ledger, not before.")
         if self.best is not None and not self.trainer.sanity_checking:
             self.best.evaluate(self.student)
-        shape: tuple[int, ...] = (3, self.ledger.outputs + 1) if self.settings.task == "regression" else (3,)
-        self._sums = [torch.zeros(shape, device=self.device), torch.zeros(2, device=self.device)]
-        self._precisions.reset()
+        scores = prefix_metric(self.settings.task, self.ledger.outputs)
+        object.__setattr__(self, "_scores", scores)  # in no checkpoint
+        self._misses = [0.0, 0.0]
 
     def validation_step(self, batch: tuple[Any, Tensor | None, Index], batch_idx: int) -> None:
         """Adds the scores of the prefix that ends with this student."""
         x, y, index = indexed(batch)
         target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
         miss = prefix_error(self.answer(x, index, self.val_part), target, error, self.number)
-        self._sums[0] += self._label_sums(target + miss, given_labels(self.settings.task, y, self._outward(target)))
-        self._sums[1] += torch.stack((miss.square().sum(), miss.new_full((), miss.numel())))
-
-    def _outward(self, numbers: Tensor) -> Tensor:
-        return self.ledger.units.outward(numbers)
-
-    def _label_sums(self, answers: Tensor, y: Tensor) -> Tensor:
-        """Score sums over a batch of answers (B, L) in units of the ledger, which also keep real labels small."""
-        if self.settings.task == "multilabel":
-            self._precisions.update(self._outward(answers)[None].cpu(), y.cpu())
-            return answers.new_zeros(3)
-        if self.settings.task == "regression":
-            return output_sums(answers, self.ledger.units.inward(y.reshape(len(y), self.ledger.outputs).float()))
-        return class_sums(self._outward(answers), y)
+        prefix, teacher = (self.ledger.units.outward(part.cpu().double()) for part in (target + miss, target))
+        labels = given_labels(self.settings.task, None if y is None else y.cpu(), teacher)
+        self._scores.update(prefix[None], labels)  # on the CPU, as not all devices have float64
+        self._misses[0] += float(miss.square().sum())
+        self._misses[1] += miss.numel()
 
     def on_validation_epoch_end(self) -> None:
         """Logs accuracy and loss (R² and rms error in a regression), and the rms error to the teacher."""
-        sums, (squares, outputs) = (self.trainer.strategy.reduce(part, reduce_op="sum") for part in self._sums)
-        if self.settings.task == "regression":
-            accuracy, loss = output_figures(sums, sums.new_tensor(self.ledger.units.scale))
-        elif self.settings.task == "multilabel":
-            rows = map(distributed.all_rows, self._precisions.rows(self.ledger.outputs))
-            accuracy, loss = (figure[0].to(self.device) for figure in precision_figures(*rows))
-        else:
-            accuracy, loss = sums[:2] / sums[2]
-        rms = (squares / outputs).sqrt()
-        self.log_dict({"val_accuracy": accuracy, "val_loss": loss, "val_rms": rms}, prog_bar=True, rank_zero_only=False)
+        accuracy, loss = whole_figures(self._scores, self.ledger.outputs)
+        squares, count = distributed.all_sum(torch.tensor(self._misses, dtype=torch.float64)).tolist()
+        rms = math.sqrt(squares / count)
+        self.log_dict({"val_accuracy": accuracy, "val_loss": loss, "val_rms": rms}, prog_bar=True)
         if self.best is not None and not self.trainer.sanity_checking:
-            self.best.consider(float(rms), self.current_epoch)
+            self.best.consider(rms, self.current_epoch)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule over the fit or a constant rate, or the user's optimizer and schedule."""

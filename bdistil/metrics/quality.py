@@ -11,6 +11,8 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import multilabel_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
+from bdistil.utils import distributed
+
 Task = Literal["classification", "multilabel", "regression"]
 
 
@@ -133,14 +135,13 @@ def output_sums(answers: Tensor, labels: Tensor) -> Tensor:
     return torch.cat((sums, sums.new_full((*sums.shape[:-1], 1), len(labels))), -1)
 
 
-def output_figures(sums: Tensor, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+def output_figures(sums: Tensor) -> tuple[Tensor, Tensor]:
     """R² and rms error, both (...), from the sums of `output_sums`.
 
     Both are means over the outputs, as in `r2_score` and `root_mean_squared_error` of scikit-learn.
 
     Args:
         sums: (..., 3, L + 1).
-        scale: size of one unit of answers and labels in the units of the rms error, for each output (L,).
 
     Example:
         >>> r2, rms = output_figures(output_sums(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]])))
@@ -153,7 +154,7 @@ def output_figures(sums: Tensor, scale: Tensor | float = 1.0) -> tuple[Tensor, T
     # As in scikit-learn, R² for constant labels is 1 if they are predicted exactly, otherwise 0.
     least = 16 * torch.finfo(sums.dtype).eps * squares
     r2 = torch.where(spread > least, 1 - errors / spread, (errors <= least).to(sums.dtype))
-    return r2.mean(-1), ((errors / samples).sqrt() * scale).mean(-1)
+    return r2.mean(-1), (errors / samples).sqrt().mean(-1)
 
 
 class PrefixErrors(Metric):
@@ -260,6 +261,23 @@ def _ranks(logits: Tensor) -> Tensor:
 
 
 PrefixMetric = PrefixScores | PrefixErrors | PrefixPrecisions
+
+
+def whole_figures(scores: PrefixMetric | None, outputs: int) -> tuple[float, float]:
+    """Score and loss of one predictor of L outputs over all processes, of which some may have no samples.
+
+    NaN where there is no metric.
+    """
+    if scores is None:
+        return float("nan"), float("nan")
+    if isinstance(scores, PrefixErrors):
+        r2, rms = output_figures(distributed.all_sum(scores.sums))
+        return float(r2.sum()), float(rms.sum())
+    if isinstance(scores, PrefixPrecisions):
+        precision, entropy = precision_figures(*map(distributed.all_rows, scores.rows(outputs)))
+        return float(precision[0]), float(entropy[0])
+    right, entropy, samples = (distributed.all_sum(x) for x in (scores.right, scores.entropy, scores.samples))
+    return float(right.sum() / samples), float(entropy.sum() / samples)
 
 
 def prefix_metric(task: Task, outputs: int, predictors: int = 1) -> PrefixMetric:
