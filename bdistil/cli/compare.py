@@ -24,12 +24,12 @@ from bdistil.cli.parser import Parser
 from bdistil.comparison.forms import Forms, latencies, plan_forms, shared_forms, with_widths
 from bdistil.comparison.methods import MEANING, METHODS, TEACHER, Cell, Method, cells_of, check_methods
 from bdistil.comparison.origin import FILE, Origin, check_split, check_start, origin_of, parts_of, read_origin
-from bdistil.comparison.report import TextTable, Unit, difference_table, summary_table, write_comparison
+from bdistil.comparison.report import Unit, difference_table, summary_table, write_comparison
 from bdistil.comparison.running import CellRunner, is_done
 from bdistil.comparison.tables import classes_of, gather, methods_of
 from bdistil.data.loaders import LOADERS
 from bdistil.errors import UserError
-from bdistil.reporting.tables import format_table
+from bdistil.reporting.tables import TextTable, format_table
 from bdistil.reporting.tracking import make_logger
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory

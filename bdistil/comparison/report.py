@@ -26,7 +26,7 @@ from bdistil.evaluation.tables import write_csv
 from bdistil.metrics.quality import Task, score_name
 from bdistil.reporting.axes import COLOURS, INK, MUTED, draw, log_ticks, note, panels_figure
 from bdistil.reporting.report import inline_svg, template, versions
-from bdistil.reporting.tables import format_count, format_duration, plain
+from bdistil.reporting.tables import TextTable, format_count, format_duration, plain
 from bdistil.storage.files import atomic, disk_errors, write_atomically
 from bdistil.utils.drawing import default_style
 
@@ -42,7 +42,6 @@ AXES = {
     "macs": ("multiply-adds of one prediction (MACs)", format_count),
     "latency_ms": ("latency of one sample on the CPU (ms)", plain),
 }
-TextTable = tuple[list[str], list[list[str]]]  # header and rows
 
 
 class Unit(NamedTuple):

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from bdistil.boosting.labels import check_labels
 from bdistil.data.loaders import first_samples, pairs_of
-from bdistil.ensemble.budget import NEVER, RULES, Rule, add_votes, confidence_of
+from bdistil.ensemble.budget import RULES, Rule, add_votes, confidence_of
 from bdistil.ensemble.calibration import Calibration, ExitFigures
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.ensemble.timing import measure_times
 from bdistil.errors import UserError
 from bdistil.evaluation.risk_control import held_back, promised_thresholds
-from bdistil.evaluation.tables import table
 from bdistil.evaluation.temperature import calibration_error, fit_temperature, weighted_prefixes, winning_weights
 from bdistil.evaluation.thresholds import ExitTarget, exit_outcome, exit_stages, fit_thresholds
 from bdistil.metrics.quality import UNLABELLED, class_numbers
+from bdistil.reporting.report import stages_table
+from bdistil.reporting.tables import format_table
 from bdistil.runner.confidence import Array
 
 TIMED_SAMPLES = 256
@@ -216,27 +217,13 @@ def _loss(confidence: Array, right: Array, thresholds: Sequence[float]) -> float
 
 def format_calibration(calibration: Calibration, macs: Sequence[int]) -> str:
     """Formats a calibration as a table by stage, and the effect of the exits on the validation part."""
-    rows: list[dict[str, Any]] = []
-    exits = calibration.exits
-    for number in range(calibration.count):
-        row = {"stage": number + 1, "temperature": f"{calibration.temperature(number):.3f}"}
-        if calibration.calibration_error:
-            before, after = calibration.calibration_error[number]
-            row |= {"ECE before": f"{before:.4f}", "ECE after": f"{after:.4f}"}
-        if exits:
-            threshold = exits.thresholds[number]
-            row["threshold"] = "never" if threshold >= NEVER else f"{threshold:.4f}"
-            row["decided"] = f"{exits.decided_share[number]:.1%}"
-        rows.append(row)
-    lines = [table(rows)]
+    lines, exits = [format_table(*stages_table(calibration))], calibration.exits
     if exits:
         lines.append(
             f"\n{exits.rule}, to {exits.target}: accuracy {exits.accuracy:.4f} on validation, where all "
             f"stages have {exits.full_accuracy:.4f}; {exits.average_macs:,.0f} of {macs[-1]:,} MACs on average.\n"
             f"{exits.outlook}"
         )
-    if calibration.weights:
-        lines.append("Weights of the students: " + "  ".join(f"{weight:.3f}" for weight in calibration.weights))
     for times in calibration.times:
         schedules = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.schedules.items())
         lines.append(f"batch {times.batch:>3}: {schedules}; all stages run {times.schedule}")

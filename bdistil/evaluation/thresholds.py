@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from bdistil.ensemble.budget import NEVER, RULES, Rule
 from bdistil.ensemble.calibration import in_points
 from bdistil.errors import UserError
-
-Numbers = np.ndarray[Any, np.dtype[Any]]
+from bdistil.runner.confidence import Array
 
 
 @dataclass(frozen=True)
@@ -87,25 +86,25 @@ class Outcome(NamedTuple):
 
     right: int
     macs: int
-    leaving: Numbers
+    leaving: Array
 
 
-def exit_stages(confidence: Numbers, thresholds: Numbers) -> Numbers:
+def exit_stages(confidence: Array, thresholds: Array) -> Array:
     """First stage (N,), from 0, at which confidences (T, N) reach thresholds (T,); the last stage decides the rest."""
     decided = confidence >= thresholds[:, None]
     decided[-1] = True
-    stages: Numbers = decided.argmax(0)
+    stages: Array = decided.argmax(0)
     return stages
 
 
-def exit_outcome(stages: Numbers, right: Numbers, macs: Numbers) -> Outcome:
+def exit_outcome(stages: Array, right: Array, macs: Array) -> Outcome:
     """Correct answers and cost of exits at stages (N,), from 0; `right` and `macs` as in `fit_thresholds`."""
     samples = np.arange(right.shape[1])
     return Outcome(int(right[stages, samples].sum()), int(macs[stages].sum()), np.bincount(stages, minlength=len(macs)))
 
 
 def fit_thresholds(
-    confidence: Numbers, right: Numbers, macs: Sequence[int], target: ExitTarget, *, shared: bool = False
+    confidence: Array, right: Array, macs: Sequence[int], target: ExitTarget, *, shared: bool = False
 ) -> list[float]:
     """Fits thresholds to a target: the least MACs at an accuracy, or the best accuracy at average MACs.
 
@@ -138,10 +137,10 @@ def fit_thresholds(
 class _Search:
     """Search for thresholds; results are compared lexicographically, larger is better."""
 
-    def __init__(self, confidence: Numbers, right: Numbers, macs: Numbers, target: ExitTarget) -> None:
+    def __init__(self, confidence: Array, right: Array, macs: Array, target: ExitTarget) -> None:
         self.confidence, self.right, self.macs, self.target = confidence, right, macs, target
 
-    def value(self, right: Numbers | int, macs: Numbers | int) -> tuple[Numbers, Numbers, Numbers]:
+    def value(self, right: Array | int, macs: Array | int) -> tuple[Array, Array, Array]:
         """(target met, quantity to maximise, tie-breaker) for given numbers of correct answers and MACs."""
         right, saved, samples = np.asarray(right), -np.asarray(macs), self.right.shape[1]
         if self.target.max_loss is None:
@@ -151,27 +150,27 @@ class _Search:
         met = right >= self.right[-1].sum() - self.target.max_loss / 100 * samples - 1e-6
         return met, np.where(met, saved, right), np.where(met, right, saved)
 
-    def of(self, thresholds: Numbers) -> tuple[float, ...]:
+    def of(self, thresholds: Array) -> tuple[float, ...]:
         result = exit_outcome(exit_stages(self.confidence, thresholds), self.right, self.macs)
         return tuple(float(v) for v in self.value(result.right, result.macs))
 
-    def shared(self) -> Numbers:
+    def shared(self) -> Array:
         """The best threshold for all stages, among 200 quantiles of the confidences."""
         quantiles = np.quantile(self.confidence, np.linspace(0, 1, 200))
         tries = [np.full(len(self.macs), t) for t in (NEVER, 0.0, *np.unique(quantiles))]
         return max(tries, key=self.of)
 
-    def improved(self, thresholds: Numbers) -> Numbers | None:
+    def improved(self, thresholds: Array) -> Array | None:
         """Thresholds with a single one improved; None if no single change improves the result."""
         now = self.of(thresholds)
         for number in range(len(self.macs) - 1):
-            moved: Numbers = thresholds.copy()
+            moved: Array = thresholds.copy()
             moved[number] = self.best_threshold(thresholds, number)
             if self.of(moved) > now:
                 return moved
         return None
 
-    def best_threshold(self, thresholds: Numbers, number: int) -> float:
+    def best_threshold(self, thresholds: Array, number: int) -> float:
         """The best threshold of one stage with the others fixed; tries all its values in one sorted pass."""
         place = np.arange(len(thresholds))
         closed = np.where(place == number, NEVER, thresholds)  # no sample exits at this stage
@@ -190,7 +189,7 @@ class _Search:
         return _between(ordered, int(max(counts, key=lambda m: (met[m], first[m], second[m]))))
 
 
-def _between(ordered: Numbers, count: int) -> float:
+def _between(ordered: Array, count: int) -> float:
     """Threshold reached by the first `count` of descending values, halfway to the next to be robust to rounding."""
     if count == 0:
         return NEVER

@@ -18,15 +18,13 @@ from bdistil.errors import UserError
 from bdistil.metrics.quality import score_name
 from bdistil.reporting.axes import COLOURS
 from bdistil.reporting.curve_plot import curve_figure, error_figure, plot_curve
-from bdistil.reporting.tables import COLUMNS, Curve
+from bdistil.reporting.tables import COLUMNS, Curve, TextTable
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.drawing import default_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-TextTable = tuple[list[str], list[list[str]]]  # header and rows
 
 
 @default_style()
@@ -55,7 +53,7 @@ def write_report(run: RunDirectory) -> Path:
         title=title, score=score, curve=curve, columns=list(COLUMNS), pictures=pictures, colours=list(COLOURS.items()),
         first=curve.stages[0] if curve.stages else {}, last=curve.stages[-1] if curve.stages else {},
         calibration=calibration,
-        stages_table=_stages_table(calibration) if calibration else None,
+        stages_table=stages_table(calibration) if calibration else None,
         times_table=_times_table(calibration) if calibration else None,
         decisions=_decisions(run, curve), stopped=run.stopped,
         config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "no config.yaml",
@@ -95,17 +93,17 @@ def _decisions(run: RunDirectory, curve: Curve) -> list[tuple[int, list[str]]]:
     return found
 
 
-def _stages_table(calibration: Calibration) -> TextTable:
-    header, exits = ["stage"], calibration.exits
-    header += ["temperature", "calibration error before", "after"] if calibration.calibration_error else []
+def stages_table(calibration: Calibration) -> TextTable:
+    """Temperature, calibration error, exit threshold and weight of each stage, as far as they are fitted."""
+    header, exits = ["stage", "temperature"], calibration.exits
+    header += ["calibration error before", "after"] if calibration.calibration_error else []
     header += ["threshold", "decided"] if exits else []
     header += ["weight"] if calibration.weights else []
     rows = []
     for number in range(calibration.count):
-        row = [str(number + 1)]
+        row = [str(number + 1), f"{calibration.temperature(number):.3f}"]
         if calibration.calibration_error:
-            before, after = calibration.calibration_error[number]
-            row += [f"{calibration.temperature(number):.3f}", f"{before:.4f}", f"{after:.4f}"]
+            row += [f"{error:.4f}" for error in calibration.calibration_error[number]]
         if exits:
             threshold = exits.thresholds[number]
             row += ["never" if threshold >= NEVER else f"{threshold:.4f}", f"{exits.decided_share[number]:.1%}"]

@@ -21,6 +21,9 @@ WIDTH = 100  # characters per line of a table in the terminal
 HEADER_RULE = Box("    \n    \n -  \n" + "    \n" * 5, ascii=True)
 
 
+TextTable = tuple[list[str], list[list[str]]]  # header and rows
+
+
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> str:
     """An aligned table as plain text.
 
