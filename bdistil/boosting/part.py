@@ -291,6 +291,24 @@ class Part:
                 scores.update(logits[None], given_labels(self.settings.task, y, logits))
             yield int(index[0]), logits
 
+    def add_scores(
+        self, scores: PrefixMetric, logits: Tensor, target: Tensor, error: Tensor, earlier: int, y: Tensor | None
+    ) -> Tensor:
+        """Adds a batch of the prefix that ends with a student to a metric; returns the prefix's error to g (B, L).
+
+        Args:
+            scores: metric of the part, on the CPU like all tensors, as not all devices have the float64 of its sums.
+            logits: of the student, (B, L).
+            target: g, (B, L).
+            error: S, (B, L).
+            earlier: number of students before it.
+            y: labels of the batch, if it has some.
+        """
+        miss = prefix_error(logits, target, error, earlier)
+        prefix, teacher = (self.ledger.units.outward(part.double()) for part in (target + miss, target))
+        scores.update(prefix[None], given_labels(self.settings.task, y, teacher))
+        return miss
+
     @torch.no_grad()
     def _student_logits(
         self, student: nn.Module, earlier: Sequence[nn.Module], device: torch.device,
@@ -311,10 +329,7 @@ class Part:
                 logits = run_student(student, earlier, moved)
             logits = logits.float().cpu()
             if scores is not None:
-                g, s = self.ledger.rows(index)
-                miss = prefix_error(logits, g, s, self.ledger.version)
-                prefix, teacher = (self.ledger.units.outward(part.double()) for part in (g + miss, g))
-                scores.update(prefix[None], given_labels(self.settings.task, y, teacher))
+                self.add_scores(scores, logits, *self.ledger.rows(index), self.ledger.version, y)
             yield int(index[0]), logits
 
 

@@ -22,9 +22,9 @@ from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import Index
 from bdistil.errors import RunError, UserError
-from bdistil.functional.boosting import prefix_error, prefix_kl_loss, round_loss
+from bdistil.functional.boosting import prefix_kl_loss, round_loss
 from bdistil.functional.distillation import at_least_float32
-from bdistil.metrics.quality import PrefixMetric, given_labels, prefix_metric, whole_figures
+from bdistil.metrics.quality import PrefixMetric, prefix_metric, whole_figures
 from bdistil.models.student import run_all, run_student, sources
 from bdistil.utils import distributed
 from bdistil.utils.modules import first_difference, structure_of
@@ -384,11 +384,9 @@ class BoostingRound(pl.LightningModule):
     def validation_step(self, batch: tuple[Any, Tensor | None, Index], batch_idx: int) -> None:
         """Adds the scores of the prefix that ends with this student."""
         x, y, index = indexed(batch)
-        target, error = (rows.to(self.device) for rows in self.val_part.ledger.rows(index))
-        miss = prefix_error(self.answer(x, index, self.val_part), target, error, self.number)
-        prefix, teacher = (self.ledger.units.outward(part.cpu().double()) for part in (target + miss, target))
-        labels = given_labels(self.settings.task, None if y is None else y.cpu(), teacher)
-        self._scores.update(prefix[None], labels)  # on the CPU, as not all devices have float64
+        target, error = self.val_part.ledger.rows(index)
+        answer, labels = self.answer(x, index, self.val_part).cpu(), None if y is None else y.cpu()
+        miss = self.val_part.add_scores(self._scores, answer, target, error, self.number, labels)
         self._misses[0] += float(miss.square().sum())
         self._misses[1] += miss.numel()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from bdistil.boosting.checks.data import TEST
 from bdistil.boosting.costs import is_api
@@ -377,5 +378,8 @@ def _track(tracking: Any, output: Path, summary: TextTable) -> None:
         images = {path.stem: wandb.Image(str(path)) for path in sorted(output.glob("compare-*.png"))}
         logger.experiment.log({**images, "methods": wandb.Table(columns=[*header], data=cells)})
         logger.experiment.finish()
-    except Exception as error:  # the report is on the disk
-        logger.lose(error)
+    except Exception as error:
+        rank_zero_warn(
+            f"The comparison was not logged to W&B ({type(error).__name__}: {error}). Its report is complete."
+        )
+        wandb.teardown()  # otherwise W&B fails again at exit

@@ -39,7 +39,7 @@ from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import fit_anytime
 from bdistil.evaluation.run_data import pairs_loader
 from bdistil.reporting.report import write_report
-from bdistil.reporting.tracking import Tracking, make_logger
+from bdistil.reporting.tracking import RunLogger, Tracking, make_logger
 from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
@@ -97,6 +97,8 @@ class Distiller(LightningModule):
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.backend = compile
         teacher.network.to(memory_format=self.layout)
+        # A teacher trained here keeps what it comes with frozen; the controller freezes all of it.
+        self.trainable = [parameter for parameter in teacher.network.parameters() if parameter.requires_grad]
 
     def make_student(self, number: int, width: float = 1.0) -> nn.Module:
         """Builds the student of a round.
@@ -261,24 +263,16 @@ class BoostCLI(LightningCLI):
     ) -> LightningDataModule:
         """Trains the teacher and all rounds; returns the data of the rounds."""
         run, config = controller.run, controller.boosting.planner.config({})
-        over = run.committed() >= model.boosting.rounds or run.stopped
-        rehearsed = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-
-        def start_loggers() -> list[Logger]:
-            loggers = [] if over or rehearsed else self._loggers(run, config)
-            controller.tracker.loggers = loggers  # which ends them, also if no round begins
-            return loggers
-
         if model.mekd is not None:
             run.prepare()
             run.freeze(config, self.free_keys, GROWING_KEYS, self._complete)
-            loggers = start_loggers()
+            loggers = self._start_loggers(controller, config)
             datamodule = self._emulate(model.mekd, model, datamodule, controller, loggers)
         plan = controller.boosting.check(datamodule)
         model.speed_up(model.teacher.network)
         self._teach(model, datamodule, controller, plan.parts)
         if model.mekd is None:  # not before the teacher is trained
-            loggers = start_loggers()
+            loggers = self._start_loggers(controller, config)
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
@@ -306,6 +300,17 @@ class BoostCLI(LightningCLI):
         teacher, folder, seed = model.teacher.network, controller.run.emulation, controller.boosting.seed
         return Emulation(settings, teacher, local, folder, seed=seed, make_trainer=trainer).run(model.make_student)
 
+    def _start_loggers(self, controller: RoundController, config: Mapping[str, Any]) -> list[Logger]:
+        """The loggers of all fits; none if nothing will be trained, or only a fast_dev_run."""
+        run = controller.run
+        over = run.committed() >= controller.settings.rounds or run.stopped
+        if over or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return []
+        loggers = self._loggers(run, config)
+        # Only these have started a run already, which is to be ended if no round begins.
+        controller.tracker.loggers = [logger for logger in loggers if isinstance(logger, RunLogger)]
+        return loggers
+
     def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
         """The loggers of the recipe and the W&B logger of `tracking`."""
         given = self.config_init.fit.trainer.logger
@@ -330,9 +335,14 @@ class BoostCLI(LightningCLI):
                 parts.compare_stored()  # an interrupted training goes on with the same samples
                 if distributed.early_rank() == 0:
                     parts.store()
+            if not model.trainable:
+                raise UserError(
+                    "Expected a teacher with parameters to train, got one in which all are frozen. Unfreeze some, give "
+                    "its weights by model.teacher.checkpoint, or set its attribute `trained` to True."
+                )
             rank_zero_info(f"Training the teacher (max_epochs={spec.epochs}) …")
             spec.network.train()
-            for parameter in spec.trainable:  # the controller has frozen them
+            for parameter in model.trainable:
                 parameter.requires_grad_(True)
             for part in filter(comes_trained, spec.network.modules()):  # such as one of an AveragedTeacher
                 part.requires_grad_(False)

@@ -87,7 +87,9 @@ class Arrays(TensorParts):
 
     def _number(self, labels: dict[str, Array]) -> dict[str, Array]:
         """Class numbers in place of names; the classes are those of the training part."""
-        labels = {part: y.astype(str) if y.dtype.kind == "S" else y for part, y in labels.items()}  # bytes as text
+        labels = {
+            part: np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y for part, y in labels.items()
+        }
         names = np.unique(labels["train"])
         for part, y in labels.items():
             if len(unknown := np.setdiff1d(y, names)):

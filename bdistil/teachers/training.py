@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,6 @@ class TeacherSpec:
         optimizer: `adamw`, or `sgd` with a Nesterov momentum of 0.9.
         warmup: number of epochs in which the learning rate rises linearly to `lr`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        trainable: parameters that a training of the network changes; those that it comes with frozen stay so.
     """
 
     network: nn.Module
@@ -45,10 +44,8 @@ class TeacherSpec:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     warmup: int = 0
     label_smoothing: float = 0.0
-    trainable: list[nn.Parameter] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trainable", [p for p in self.network.parameters() if p.requires_grad])
         if not 0 <= self.warmup < self.epochs or not 0 <= self.label_smoothing < 1:
             raise UserError(
                 "Expected `warmup` in 0 … epochs - 1 and `label_smoothing` in [0, 1) of model.teacher, "
@@ -82,9 +79,11 @@ class TeacherTraining(pl.LightningModule):
         self._score = MeanMetric()
 
     def on_train_epoch_start(self) -> None:
-        """Leaves networks inside that come trained in eval mode, such as one of an `AveragedTeacher`."""
-        for part in filter(comes_trained, self.network.modules()):
-            part.eval()
+        """Leaves frozen parts in eval mode, such as a backbone, or a trained network of an `AveragedTeacher`."""
+        for part in self.network.modules():
+            own = list(part.parameters())
+            if comes_trained(part) or (own and not any(parameter.requires_grad for parameter in own)):
+                part.eval()
 
     def training_step(self, batch: tuple[Any, Tensor, Any], batch_idx: int) -> Tensor:
         """Loss of a batch (x, y, index)."""

@@ -115,7 +115,7 @@ def test_offline_starts_of_a_stopped_run_are_one_run(whole, server, tmp_path):
     assert in_child(log, a_start, folder, None) == 0, log.read_text()
     assert len(offline_runs(folder)) == 2, "of a finished run there is nothing to log"
 
-    # W&B does not read on after a file that was killed before its first record: docs/cluster.md says to delete those.
+    # W&B does not read on after a file that was killed before its first record: docs/wandb.md says to delete those.
     written = [file.parent for file in folder.glob("wandb/offline-run-*/*.wandb") if file.stat().st_size > HEADER]
     command = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(written))]
     subprocess.run(command, env={**os.environ, **environment(server.url)}, stdin=subprocess.DEVNULL, check=True)
@@ -125,7 +125,7 @@ def test_offline_starts_of_a_stopped_run_are_one_run(whole, server, tmp_path):
     check_rows(rows, whole)
 
 
-def test_a_killed_run_lacks_rows_of_its_last_seconds_only(whole, tmp_path):
+def test_a_killed_run_goes_on_with_the_same_values(whole, tmp_path):
     log, folder = tmp_path / "log", tmp_path / "run"
     assert in_child(log, a_start, folder, None, KILLED_AT, signal.SIGKILL) == -signal.SIGKILL, log.read_text()
     assert in_child(log, a_start, folder, None) == 0, log.read_text()
@@ -201,7 +201,7 @@ def tracked_comparison(folder, url):
 def test_a_server_that_takes_no_table_does_not_fail_a_comparison(server, tmp_path):
     log = tmp_path / "log"
     assert in_child(log, tracked_comparison, tmp_path / "compared", server.url) == 0, log.read_text()
-    assert "W&B failed (" in log.read_text()
+    assert "The comparison was not logged to W&B (" in log.read_text()
 
 
 def start_that_fails(folder):

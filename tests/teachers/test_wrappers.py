@@ -546,6 +546,7 @@ def test_inputs_that_a_teacher_was_not_trained_on_are_warned_of(trained, adapt, 
 
 
 def test_nothing_is_said_of_a_teacher_that_says_nothing():
+    warn_of_inputs(AdaptedTeacher(nn.Flatten(), size=8), Declared(0.5, 0.25), torch.randn(8, 3, 32, 32))
     warn_of_inputs(make_teacher(), Declared(0.0, 1.0), 1000 * torch.rand(8, FEATURES))
 
 
@@ -684,7 +685,8 @@ class LinearProbe(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.backbone, self.head = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU()), nn.Linear(16, 10)
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.BatchNorm1d(16))
+        self.head = nn.Linear(16, 10)
         self.backbone.requires_grad_(False)
 
     def forward(self, x):
@@ -694,5 +696,20 @@ class LinearProbe(nn.Module):
 def test_what_a_teacher_has_frozen_stays_so_when_the_recipe_trains_it(tmp_path):
     run = fitted(tmp_path, {"network": {"class_path": f"{__name__}.LinearProbe"}, "epochs": 1})
     weights, fresh = load_file(run.teacher), LinearProbe()
-    assert torch.equal(weights["backbone.1.weight"], fresh.backbone[1].weight)
+    for name, value in fresh.backbone.state_dict().items():
+        assert torch.equal(weights[f"backbone.{name}"], value), name
     assert not torch.equal(weights["head.weight"], fresh.head.weight)
+
+
+class Frozen(LinearProbe):
+    """Nothing of it can be trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+def test_a_teacher_without_anything_to_train_is_refused(tmp_path, capsys):
+    with pytest.raises(AssertionError):
+        fitted(tmp_path, {"network": {"class_path": f"{__name__}.Frozen"}, "epochs": 1})
+    assert "Expected a teacher with parameters to train, got one in which all are frozen." in capsys.readouterr().err

@@ -246,8 +246,8 @@ def given_rows(loader: DataLoader[Any], name: str) -> Sequence[int] | None:
     sampler = own_batches(loader)
     if sampler is None:
         sampler = sampler_of(loader)
-    if reads_all(loader) or isinstance(sampler, DistributedSampler):
-        return None  # a DistributedSampler gives each process a share of all samples
+    if reads_all(loader) or is_shared(sampler):
+        return None  # each process gets a share of all samples
     first, second = (np.unique(_flat(_drawn(sampler, number))) for number in (0, 1))
     kind = type(sampler).__name__
     if not np.array_equal(first, second):

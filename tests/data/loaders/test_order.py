@@ -139,6 +139,7 @@ class AwareBatches:
 def test_any_share_of_the_users_own_is_kept_where_lightning_leaves_it_in_place(views, batches):
     for rank in range(2):
         own, plan = Aware(rank, 2), ViewPlan(0, views) if views > 1 else None
+        assert given_rows(DataLoader(DATA, B, sampler=own), "val_dataloader") is None, "it chooses no samples"
         given = DataLoader(DATA, batch_sampler=AwareBatches(own)) if batches else DataLoader(DATA, B, sampler=own)
         ours = training_loader(given, seed=0, epoch=4, rank=rank, world_size=2, plan=plan)
         assert isinstance(ours.sampler, DistributedSampler)
