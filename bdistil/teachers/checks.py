@@ -39,9 +39,8 @@ def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
     declared = [getattr(datamodule, name, None) for name in ("mean", "std")]
     if not isinstance(x, Tensor) or not (expected or adapted):
         return
-    if adapted and not expected and (adapted.size or adapted.probabilities):
-        if bool((adapted.scale == 1).all() and (adapted.shift == 0).all()):
-            return  # it is there to change the size or the outputs
+    if adapted and not expected and (adapted.size or adapted.probabilities) and not adapted.rescales:
+        return  # it is there to change the size or the outputs
     taken = (adapted.data_mean, adapted.data_std) if adapted else (expected.mean, expected.std)  # type: ignore[union-attr]
     cure = "Wrap it in AdaptedTeacher(network, mean, std, data_mean, data_std, size)."
     differ = all(v is not None for v in declared) and any(

@@ -196,6 +196,11 @@ class AdaptedTeacher(nn.Module):
         self.identity = f"{self.size} {axis} {probabilities}"  # settings that affect the logits besides the weights
         self.register_load_state_dict_pre_hook(_keep_normalisation)  # type: ignore[no-untyped-call]
 
+    @property
+    def rescales(self) -> bool:
+        """Whether the normalisations of the data and of the network differ."""
+        return not bool((self.scale == 1).all() and (self.shift == 0).all())
+
     def normalised(self, x: Tensor) -> Tensor:
         """Converts x (B, C, ...) to the network's normalisation; its size is unchanged."""
         after = [1] * (x.ndim - 1 - self.axis % x.ndim)
