@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from bdistil.boosting.checks.data import check_augmentation, check_repeatable_x, warn_of_undrawn
+from bdistil.boosting.ledger.samples import SampleGuard
 from bdistil.boosting.part import Part
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import CANONICAL, LOADERS, ViewPlan, check_dataset, only_given
@@ -85,14 +86,12 @@ class Parts:
         Raises:
             UserError: their samples are not those of the run, or differ between processes.
         """
-        for part in (self.train, self.val):
-            if part.guard is not None:
-                part.guard.restart()
+        for guard in self.guards:
+            guard.restart()
         for name in LOADERS:
             getattr(datamodule, name)()  # which calls `renew`
-        for part in (self.train, self.val):
-            if part.guard is not None:
-                part.guard.compare_processes()
+        for guard in self.guards:
+            guard.compare_processes()
 
     def compare_stored(self) -> None:
         """Compares some samples with those of earlier starts.
@@ -100,18 +99,21 @@ class Parts:
         Raises:
             UserError: a sample differs.
         """
-        for part in (self.train, self.val):
-            if part.guard is not None:
-                part.guard.compare_stored()
+        for guard in self.guards:
+            guard.compare_stored()
 
     def store(self) -> None:
         """Stores some samples for later starts, if no earlier one has."""
-        for part in (self.train, self.val):
-            if part.guard is not None:
-                part.guard.store()
+        for guard in self.guards:
+            guard.store()
 
     def __iter__(self) -> Iterator[Part]:
         yield from (self.train, self.val, *self.views)
+
+    @property
+    def guards(self) -> list[SampleGuard]:
+        """The guards of the samples of both parts; views have none of their own."""
+        return [part.guard for part in (self.train, self.val) if part.guard is not None]
 
     def query(self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str) -> tuple[float, float]:
         """Writes the teacher's logits of all parts; returns its accuracy and loss on the validation part."""

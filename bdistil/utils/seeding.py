@@ -23,13 +23,9 @@ def seed_of(*key: object) -> int:
 
 def reseed(*key: object) -> None:
     """Seeds Python, NumPy and torch (on all devices) from a key."""
-    seed = seed_of(*key)
-    random.seed(seed)
-    np.random.seed(seed)
+    seed_cpu(seed := seed_of(*key))
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # skips seeding devices that may appear later, which takes a millisecond
-        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
