@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from bdistil.boosting.checks.trainer import finish_averages
 from bdistil.boosting.costs import student_cost
 from bdistil.boosting.plan import RunPlan
 from bdistil.boosting.round import BoostingRound
@@ -58,7 +57,7 @@ class JointLedger(pl.Callback):
 
     def __init__(self, boosting: Boosting, plan: RoundPlan) -> None:
         self.boosting, self.plan = boosting, plan
-        self.samples_seen, self._read, self._ended = 0, 0, False
+        self.samples_seen, self._read = 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Number of samples seen."""
@@ -81,15 +80,6 @@ class JointLedger(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the samples of the epoch before its checkpoint is saved."""
         self.samples_seen, self._read = self.samples_seen + self._read, 0
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Records that other callbacks have left their weights."""
-        self._ended = True
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Has callbacks replace the weights by their average in a fit that was resumed after its end."""
-        if not self._ended:
-            finish_averages(trainer, pl_module)
 
 
 def plan_joint(boosting: Boosting, plan: RunPlan) -> RoundPlan:
