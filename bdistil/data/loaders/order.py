@@ -87,6 +87,8 @@ def largest_batch(loader: DataLoader[Any]) -> int:
 class EpochLoader(DataLoader[Any]):
     """Seeds its workers and the generators of its samplers by the epoch, so that a resumed one draws as before.
 
+    Workers that persist over epochs are an exception: torch seeds them once.
+
     Attributes:
         seed: seed of the order.
         epoch: the epoch that the next iterator reads, see `begin_epoch`.
