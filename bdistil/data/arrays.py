@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,15 +153,15 @@ def read_arrays(file: Path) -> dict[str, tuple[Array, Array]]:
         raise UserError(f"Expected {file} to be a .npz file of arrays of numbers, got another file (see numpy.savez).")
     try:
         with np.load(file, allow_pickle=False) as loaded:
-            arrays = {name.lower(): loaded[name] for name in loaded.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+            arrays = {name.lower(): _read(loaded, name) for name in loaded.files}
+    except (OSError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"Expected {file} to be a .npz file of arrays of numbers, got: {error}") from error
     divided = "x_train" in arrays
     names = {part: (f"x_{part}", f"y_{part}") for part in PARTS if f"x_{part}" in arrays} if divided else {}
     names = names or {"train": ("x", "y")}
     if lacking := [name for pair in names.values() for name in pair if name not in arrays]:
         raise UserError(
-            f"Expected arrays x and y, or x_train, y_train …, in {file}, got {list(arrays)} ({lacking[0]} lacks)."
+            f"Expected arrays x and y, or x_train, y_train …, in {file}, got {list(arrays)} without {lacking[0]}."
         )
     used = [x for x, _ in names.values()]
     if unused := [name for name in arrays if name[:1] == "x" and f"y{name[1:]}" in arrays and name not in used]:
@@ -173,6 +174,19 @@ def read_arrays(file: Path) -> dict[str, tuple[Array, Array]]:
         if x.ndim < 2 or not y.ndim or not len(x) or len(x) != len(y):
             raise UserError(f"Expected N samples x (N, ...) and y of {part} in {file}, got {x.shape} and {y.shape}.")
     return found
+
+
+def _read(loaded: Any, name: str) -> Any:
+    """An array of a .npz file; None for another than x, y and their parts, which may hold anything."""
+    if not re.fullmatch("[xy](_.*)?", name, re.IGNORECASE):
+        return None
+    try:
+        return loaded[name]
+    except ValueError as error:
+        raise UserError(
+            f"Expected arrays of numbers or names, got {name} of Python objects, as pandas keeps texts and mixed "
+            f"columns ({error}). Save {name}.astype(str) for names, {name}.astype(numpy.float32) for numbers."
+        ) from error
 
 
 def _labels(y: Array, part: str) -> Tensor:

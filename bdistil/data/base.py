@@ -87,10 +87,11 @@ class PartsModule(pl.LightningDataModule):
 
 
 class TensorParts(PartsModule):
-    """A `PartsModule` of tensors in memory: read without workers, evaluated in batches of 500."""
+    """A `PartsModule` of tensors in memory, evaluated in batches of 500; workers are seldom faster here."""
 
     def _loader(self, part: str, *, shuffle: bool = False) -> Batches:
-        return DataLoader(self.parts[part], self.batch_size if shuffle else 500, shuffle=shuffle)
+        size = self.batch_size if shuffle else 500
+        return DataLoader(self.parts[part], size, shuffle=shuffle, num_workers=self.num_workers)
 
 
 def tensor_parts(x: Tensor, y: Tensor, rows: Sequence[Tensor]) -> dict[str, TensorDataset]:

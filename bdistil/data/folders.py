@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
@@ -125,7 +127,13 @@ class ImageFolder(PartsModule):
         missing = {part: share for part, share in self.shares.items() if part not in parts}
         rows = dict(zip(("train", *missing), share_split(labels, [*missing.values()], self.split_seed), strict=True))
         split = {part: ([paths[row] for row in chosen], labels[chosen]) for part, chosen in rows.items()} | dict(parts)
-        if empty := [part for part in PARTS if not split[part][0]]:
+        empty = [part for part in PARTS if not split[part][0]]
+        if bare := [part for part in empty if part not in missing]:
+            raise UserError(
+                f"Expected the folders of the classes in every part, got none in {self.root / bare[0]}. Move it "
+                "elsewhere to have a part of the training images split off instead."
+            )
+        if empty:
             raise UserError(
                 f"Expected images in every part of {self.root}, got none in {', '.join(empty)}: {len(paths)} training "
                 f"images in {len(self.labels)} classes are too few to split off the shares {missing}."
@@ -173,6 +181,13 @@ def find_parts(root: Path) -> dict[str, Files]:
             f"Expected the parts in {root} to be named {', '.join(PARTS)}, got also {listed(odd)} with folders of the "
             "same classes. Rename it, or move it elsewhere."
         )
+    nested = [] if divided else [each for each in _folders(root) if PART_NAMES.fullmatch(each.name)]
+    for each in nested:
+        if inner := {folder.name for folder in _folders(each)} & set(found["train"]):
+            raise UserError(
+                f"Expected {root} to hold classes, or the parts {', '.join(PARTS)}, got {each.name} beside classes "
+                f"that it has folders of ({listed(sorted(inner))}). Move the classes into {root / 'train'}."
+            )
     if empty := [name for name, paths in found["train"].items() if not paths]:
         raise UserError(
             f"Expected images in every folder of {folders['train']}, got none in {listed(empty)}. Images end in "
@@ -191,15 +206,20 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _classes(folder: Path) -> Files:
-    """Images by class, at any depth, in the order of their names; hidden files are not read."""
-    return {
-        each.name: sorted(
-            path
-            for path in each.rglob("*")
-            if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    """Images by class, at any depth, in the order of their names; hidden files are not read, others with a warning."""
+    files = {each.name: sorted(_visible(each)) for each in _folders(folder)}
+    if others := [path for paths in files.values() for path in paths if path.suffix.lower() not in IMG_EXTENSIONS]:
+        rank_zero_warn(
+            f"{len(others)} files in {folder} are left out, such as {others[0]}: images end in "
+            f"{', '.join(IMG_EXTENSIONS)}."
         )
-        for each in _folders(folder)
-    }
+    return {name: [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS] for name, paths in files.items()}
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Files at any depth, also in linked folders, that are not hidden."""
+    for inner, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(inner, name) for name in names if not name.startswith("."))
 
 
 def _numbered(files: Files, classes: Sequence[str], folder: Path) -> tuple[list[Path], Tensor]:

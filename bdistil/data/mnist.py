@@ -43,7 +43,7 @@ def read_idx(file: Path, dimensions: int) -> Tensor:
     try:
         content = gzip.decompress(file.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise SOURCE.damaged(file, f"it is no whole gzip file ({error})") from error
+        raise SOURCE.damaged(file, f"it is not a complete gzip file ({error})") from error
     start = 4 + 4 * dimensions
     if content[:4] != bytes((0, 0, BYTES, dimensions)) or len(content) < start:
         raise SOURCE.damaged(file, f"it is no idx file of bytes with {dimensions} dimensions")

@@ -136,7 +136,7 @@ MISTAKES = {
         r"N samples x \(N, \.\.\.\) and y of train in .*, got \(60, 4\) and \(50,\)",
     ),
     "missing": ({"data": X, "y": Y}, {}, r"x and y, or x_train.*got \['data', 'y'\]"),
-    "objects": ({"x": X, "y": np.array([None] * 60)}, {}, r"a \.npz file of arrays of numbers, got: Object arrays"),
+    "objects": ({"x": X, "y": np.array([None] * 60)}, {}, r"got y of Python objects.*Save y\.astype\(str\) for names"),
     "complex": ({"x": X * 1j, "y": Y}, {}, r"to be numbers, got complex128"),
     "shape": ({"x": X, "y": Y}, {"shape": [3]}, r"samples of `shape` \[3\], got \(4,\)"),
     "axis": ({"x": X, "y": Y}, {"axis": 0, "standardise": True}, r"`axis` to be one .*after the first of x \(\d+, 4\)"),
@@ -169,7 +169,8 @@ def test_a_part_of_another_name_is_refused(path, names):
     arrays = dict(zip(names, (X[:40], Y[:40], X[40:], Y[40:]), strict=True))
     with pytest.raises(UserError, match=rf"named x_train, x_val and x_test.* got also {names[2]} beside {names[0]}, "):
         opened(path, arrays=arrays)
-    opened(path, arrays={"x": X, "y": Y, "y_names": np.array(["a", "b", "c"])})  # no part
+    others = {"y_names": np.array(["a", "b", "c"]), "ids": np.array([None])}  # no parts
+    opened(path, arrays={"x": X, "y": Y, **others})
 
 
 def test_features_of_any_unit_are_standardised(path):
@@ -180,3 +181,8 @@ def test_features_of_any_unit_are_standardised(path):
     np.testing.assert_allclose(train.std(0, correction=0), [1, 1, 0], atol=1e-5)
     np.testing.assert_allclose(train.mean(0), 0, atol=1e-5)
     assert [len(column.unique()) for column in train.unbind(1)] == [len(train), len(train), 1]
+
+
+def test_workers_read_if_they_are_asked_for(path):
+    module = opened(path, num_workers=1)
+    assert [loader.num_workers for loader in (module.train_dataloader(), module.val_dataloader())] == [1, 1]

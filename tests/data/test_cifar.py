@@ -106,9 +106,9 @@ def test_nothing_but_arrays_is_unpickled(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "no whole pickle"),
-        (old_pickle({"labels": [0], "data": pattern(0)[None]})[:-700], "no whole pickle"),
-        (b"<html>not found</html>", "no whole pickle"),
+        (b"", "not a complete pickle"),
+        (old_pickle({"labels": [0], "data": pattern(0)[None]})[:-700], "not a complete pickle"),
+        (b"<html>not found</html>", "not a complete pickle"),
         (old_pickle([1, 2]), "no `data` and `labels`"),
         (old_pickle({"labels": [0], "data": np.zeros((1, 768), np.uint8)}), r"uint8 \(1, 768\), expected .*3072"),
         (old_pickle({"labels": [0, 1], "data": pattern(0)[None]}), r"expected uint8 \(2, 3072\)"),

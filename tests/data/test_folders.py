@@ -60,7 +60,7 @@ def test_parts_that_are_there_are_taken_and_the_others_split_off(tmp_path):
     (tmp_path / "notes" / "old").mkdir(parents=True)  # no part
     write(tmp_path / "test", {"bee": 3})  # one class alone: its number is that of the training part
     (tmp_path / "train" / ".cache").mkdir()
-    (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "ant" / ".notes.txt").write_text("no image")
     module = opened(tmp_path, validation=0.1)
     assert {part: len(data) for part, data in module.parts.items()} == {"train": 36, "val": 4, "test": 3}
     assert [y for _, y in module.parts["test"]] == [1, 1, 1]
@@ -125,6 +125,17 @@ def other_names(root):
         write(root / part, {"ant": 5, "bee": 5})
 
 
+def beside(root):
+    write(root, {"ant": 5, "bee": 5})
+    write(root / "test", {"ant": 2})
+
+
+def bare(root):
+    write(root / "train", {"ant": 9, "bee": 9})
+    (root / "test").mkdir()
+    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(root / "test" / "1.png")
+
+
 def torn(root):
     write(root, {"ant": 5, "bee": 5})
     (root / "bee" / "x.JPG").write_bytes(b"\xff\xd8\xff")
@@ -139,6 +150,8 @@ MISTAKES = {
     "several sizes": (sizes, {}, r"images of one size in .*got 2 sizes, such as \(8, 10\) of .* and \(6, 6\) of"),
     "unknown class": (unknown, {}, r"classes of the training part in .*val, got also wasp"),
     "other names": (other_names, {}, r"to be named train, val, test, got also valid with folders of the same classes"),
+    "part beside classes": (beside, {}, r"got test beside classes that it has folders of \(ant\)\. Move"),
+    "part without classes": (bare, {}, r"folders of the classes in every part, got none in .*test\. Move it elsewhere"),
     "empty class": (empty, {}, r"images in every folder of .*, got none in cat\. Images end in \.jpg"),
     "torn image": (torn, {}, r"x\.JPG is no image that can be read"),
     "real numbers": (real, {}, r"x\.tiff has pixels that are real numbers"),
@@ -160,6 +173,21 @@ def test_mistakes_are_named_before_training(tmp_path, name):
         ImageFolder(str(tmp_path), **options).setup()
 
 
+def test_files_that_are_left_out_are_counted(tmp_path):
+    write(tmp_path, {"ant": 9, "bee": 9})
+    write(tmp_path, {"bee": 2}, suffix="gif")
+    with pytest.warns(UserWarning, match=r"2 files in .* are left out, such as .*001\.gif: images end in \.jpg"):
+        module = opened(tmp_path)
+    assert sum(map(len, module.parts.values())) == 18
+
+
+def test_linked_folders_are_read(tmp_path):
+    write(tmp_path / "photos", {"ant": 9, "bee": 9})
+    write(tmp_path / "elsewhere", {"bee": 4})
+    (tmp_path / "photos" / "bee" / "more").symlink_to(tmp_path / "elsewhere" / "bee")
+    assert sum(map(len, opened(tmp_path / "photos").parts.values())) == 22
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"`root` of ImageFolder to be a folder, got '.*none', which is not there"):
         ImageFolder(str(tmp_path / "none")).setup()
@@ -173,5 +201,5 @@ def test_folders_named_as_parts_are_no_classes(tmp_path, names):
         write(tmp_path / name, {"ant": 4, "bee": 4})
     with pytest.raises(UserError, match=rf"got {', '.join(sorted(names))}, which look like parts"):
         opened(tmp_path)
-    write(tmp_path, {"ant": 4})  # a class beside them
+    write(tmp_path, {"cat": 4})  # a class beside them
     assert len(opened(tmp_path).labels) == len(names) + 1

@@ -108,7 +108,7 @@ def test_a_damaged_image_is_named(tmp_path):
     file = folder / "val" / "n01440764" / "0.png"
     for content in (b"not an image", file.read_bytes()[:-30]):
         file.write_bytes(content)
-        with pytest.raises(RunError, match=r"n01440764/0\.png is no whole image"):
+        with pytest.raises(RunError, match=r"n01440764/0\.png is not a complete image"):
             opened(ImageNet, tmp_path).parts["test"][0]
 
 

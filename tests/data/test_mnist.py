@@ -59,8 +59,8 @@ HEAD = struct.pack(">iiii", 0x00000803, 40, 28, 28)
 @pytest.mark.parametrize(
     ("file", "content", "why"),
     [
-        (IMAGES, b"<html>not found</html>", "no whole gzip file"),
-        (IMAGES, gzip.compress(HEAD + bytes(40 * 784))[:-60], "no whole gzip file"),
+        (IMAGES, b"<html>not found</html>", "not a complete gzip file"),
+        (IMAGES, gzip.compress(HEAD + bytes(40 * 784))[:-60], "not a complete gzip file"),
         (IMAGES, gzip.compress(HEAD + bytes(40 * 784 - 1)), r"31,359 values, expected \[40, 28, 28\]"),
         (IMAGES, gzip.compress(HEAD[:9]), "no idx file of bytes with 3"),
         (IMAGES, gzip.compress(struct.pack(">ii", 0x00000801, 40) + bytes(40)), "no idx file of bytes with 3"),

@@ -161,4 +161,4 @@ def load_arrays(file: IO[bytes]) -> Any:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        raise UserError(f"it is no whole pickle ({type(error).__name__}: {error})") from error
+        raise UserError(f"it is not a complete pickle ({type(error).__name__}: {error})") from error

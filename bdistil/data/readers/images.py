@@ -98,7 +98,7 @@ def read_image(path: str, channels: int = 3) -> Any:
     except UserError as error:
         raise RunError(str(error)) from error
     except UNREADABLE as error:
-        raise RunError(f"{path} is no whole image ({error}). Get it again, or remove it.") from error
+        raise RunError(f"{path} is not a complete image ({error}). Get it again, or remove it.") from error
 
 
 def _has_16_bits(image: Image.Image) -> bool:

@@ -71,7 +71,7 @@ def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no")
     with pytest.raises(UserError, match=r"a\.png is no image that can be read"):
         image_size(tmp_path / "a.png")
-    with pytest.raises(RunError, match=r"a\.png is no whole image"):
+    with pytest.raises(RunError, match=r"a\.png is not a complete image"):
         read_image(str(tmp_path / "a.png"))
 
 
