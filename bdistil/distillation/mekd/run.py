@@ -26,6 +26,7 @@ from bdistil.distillation.mekd.samples import (
     AnsweredSamples,
     GeneratedSamples,
     answers_of,
+    distinct_local,
     generate,
     repeated,
     samples_of,
@@ -37,12 +38,15 @@ from bdistil.errors import UserError
 from bdistil.functional.mekd import statistics
 from bdistil.storage.files import write_atomically
 from bdistil.teachers.api import ApiTeacher
-from bdistil.utils.seeding import reseed
+from bdistil.utils.seeding import reseed, seed_of
 
 
 @dataclass(frozen=True)
 class Mekd:
-    """Settings of MEKD; the defaults are the paper's.
+    """Settings of MEKD. Those of networks, losses and optimizers are the paper's by default.
+
+    `queries`, `first_queries` and `epochs` are not: the paper queries a new sample in each step of both stages, 200
+    epochs of stage 1, and 240 of 500 steps in stage 2.
 
     Attributes:
         queries: query budget in samples, for stage 1, the local samples and, with the rest, generated samples.
@@ -62,7 +66,7 @@ class Mekd:
         tau: temperature of stage 2, for soft answers.
         kl: weight of the answers relative to the images in stage 2.
         local_share: share of local samples in the training samples of stage 2 and of the rounds; they also cost
-            queries, and are repeated to reach the share. 0 uses generated samples alone.
+            queries, and are repeated, or chosen at random, to reach the share. 0 uses generated samples alone.
         student: whether to train one student by stage 2, before the boosting run.
 
     Raises:
@@ -153,12 +157,13 @@ class Emulation:
                 f"Expected `{LOADERS[1]}()` to give two held-out samples or more, as a distance to them chooses the "
                 f"epoch of stage 1, got {len(self.held_out)}."
             )
-        local_queries = len(self.held_out) + (len(self.samples) if settings.local_share else 0)
-        self.pool = settings.queries - settings.first_queries - local_queries  # generated samples
+        left = settings.queries - settings.first_queries - len(self.held_out)
+        self.distinct = distinct_local(left, len(self.samples), settings.local_share)
+        self.pool = left - self.distinct  # generated samples
         if self.pool < 2:
             raise UserError(
                 f"Expected `queries` of MEKD to be more than those of stage 1 ({settings.first_queries}) and of the "
-                f"local samples ({local_queries}), got {settings.queries}."
+                f"local samples ({len(self.held_out) + self.distinct}), got {settings.queries}."
             )
         if teacher.budget is not None and teacher.budget < settings.queries:
             raise UserError(
@@ -233,7 +238,9 @@ class Emulation:
     def answered(self, generator: Generator) -> tuple[Answered, Answered]:
         """Training samples (generated, and local ones if `local_share` > 0) and held-out samples, with answers."""
         held_out = self.held_out, answers_of(self.teacher, self.held_out)
-        local = repeated(self.samples, self.pool, self.settings.local_share)
+        order = torch.Generator().manual_seed(seed_of(self.seed, "local samples"))
+        chosen = self.samples[torch.randperm(len(self.samples), generator=order)[: self.distinct]]
+        local = repeated(chosen, self.pool, self.settings.local_share)
         samples = generate(generator, self.pool, local, self.folder, self.seed)
         rank_zero_info(f"MEKD: querying the teacher on {self.pool:,} generated samples …")
         answers = answers_of(self.teacher, samples)

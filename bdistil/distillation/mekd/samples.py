@@ -102,10 +102,18 @@ def _x_of(batch: Any, name: str) -> Tensor:
     return x
 
 
+def distinct_local(queries: int, samples: int, share: float) -> int:
+    """Number of the local samples that are queried, if local ones make up `share` of the training samples.
+
+    >>> distinct_local(1000, 280, 0.25), distinct_local(1000, 280, 0.5)  # fewer than all, or all, which are repeated
+    (250, 280)
+    """
+    return min(samples, max(1, round(share * queries))) if share else 0
+
+
 def repeated(samples: Tensor, others: int, share: float) -> Tensor:
     """Repeats local samples (N, ...) to make up `share` of the total, beside `others` other samples; none for 0."""
-    copies = max(1, round(share / (1 - share) * others / len(samples))) if share else 0
-    return samples.repeat(copies, *[1] * (samples.ndim - 1))
+    return samples[torch.arange(round(share / (1 - share) * others)) % max(1, len(samples))]
 
 
 @torch.no_grad()

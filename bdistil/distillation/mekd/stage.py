@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ MakeTrainer = Callable[..., pl.Trainer]
 GRID = 64  # samples in a picture
 
 
-class EmulationStage(pl.LightningModule):
+class EmulationStage(pl.LightningModule, ABC):
     """Base of the two stages."""
 
     @property

@@ -29,7 +29,13 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from bdistil import ApiTeacher, UserError
 from bdistil.distillation.mekd.run import Emulation, Mekd
-from bdistil.distillation.mekd.samples import AnsweredSamples, GeneratedSamples, open_generated, repeated
+from bdistil.distillation.mekd.samples import (
+    AnsweredSamples,
+    GeneratedSamples,
+    distinct_local,
+    open_generated,
+    repeated,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +84,10 @@ def test_local_samples_among_those_of_stage_two_and_the_rounds(run, tmp_path):
     )
     x, y = data.parts["train"].tensors
     local = images(LOCAL, 1)[0]
-    pool = 80 - 20 - LOCAL - HELD_OUT
-    assert x.shape == (pool + LOCAL, *SHAPE)
-    assert torch.equal(x[pool:], local)
+    used = 80 - 20 - HELD_OUT - LOCAL  # as many as generated ones: all local ones, some of them twice
+    assert x.shape == (2 * used, *SHAPE)
+    assert all((row == local).flatten(1).all(1).any() for row in x[-used:])
+    assert not any((row == local).flatten(1).all(1).any() for row in x[:-used])
     assert torch.equal(y, torch.from_numpy(answer(x.numpy())).argmax(-1))
     assert len(set(model.asked)) == len(model.asked) <= 80
     opened = open_generated(tmp_path / "mekd", Local())
@@ -100,9 +107,15 @@ def test_local_data_without_a_test_part_give_classes_as_well(run):
     assert is_overridden("test_dataloader", run[2], L.LightningDataModule)
 
 
-@pytest.mark.parametrize(("share", "copies"), [(0.0, 0), (0.01, 1), (0.25, 1), (0.5, 2), (0.75, 6)])
-def test_how_often_local_samples_are_repeated_for_a_share(share, copies):
-    assert repeated(images(LOCAL, 1)[0], 2 * LOCAL, share).shape == (copies * LOCAL, *SHAPE)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.25, 0.5, 0.75])
+def test_local_samples_make_up_their_share(share):
+    """Few of many, or all of them repeated; queries are spent on each once."""
+    queries, local = 1000, images(LOCAL, 1)[0]
+    distinct = distinct_local(queries, LOCAL, share)
+    others = queries - distinct
+    chosen = repeated(local[:distinct], others, share)
+    assert len(chosen) / (len(chosen) + others) == pytest.approx(share, abs=0.001)
+    assert len(chosen.flatten(1).unique(dim=0)) == distinct == min(LOCAL, round(1000 * share))
 
 
 def test_a_finished_run_asks_and_trains_nothing(run):
@@ -131,8 +144,8 @@ def test_other_settings_and_too_few_queries_are_refused(run, tmp_path):
         emulate(run[0], width=8)
     with pytest.raises(UserError, match=r"those of stage 1 \(20\) and of the local samples \(8\), got 29"):
         emulate(tmp_path, queries=29)
-    with pytest.raises(UserError, match=r"local samples \(32\), got 53"):
-        emulate(tmp_path, queries=53, local_share=0.1)
+    with pytest.raises(UserError, match=r"local samples \(9\), got 30"):
+        emulate(tmp_path, queries=30, local_share=0.1)
     with pytest.raises(UserError, match=r"Expected `local_share` of MEKD in \[0, 1\), got 1"):
         Mekd(local_share=1.0)
     for wrong in ({"optimizer": "adam"}, {"tau": -1.0}, {"lr": 0.0}, {"kl": -1.0}, {"average": 2.0}, {"width": 1}):
