@@ -22,7 +22,11 @@ class ComputeCost(FitState):
 
     Keys: ``cost/macs``, ``params``, ``weight_bytes``, ``activation_bytes``, ``latency_ms``, as in
     `bdistil.metrics.cost`; then ``cost/train_macs`` and ``cost/seconds``, which include the time before a restart. They
-    are also in ``trainer.callback_metrics``.
+    are also in ``trainer.callback_metrics``. Several callbacks in one Trainer log as ``cost/ATTRIBUTE/macs`` and so on,
+    except for one without `attribute`.
+
+    ``cost/train_macs`` counts three forward passes of the measured module per sample, the usual estimate of a step.
+    Other networks that a step runs, such as the teacher of a `Distillation`, are not counted.
 
     Args:
         inputs: positional arguments of the pass, used unchanged. Default: the first row of the module's
@@ -89,7 +93,7 @@ class ComputeCost(FitState):
         if self.latency:
             with trainer.precision_plugin.forward_context():
                 figures["latency_ms"] = latency_ms(part, inputs)
-        _log(trainer, figures)
+        self._log(trainer, figures)
         self._start = time.perf_counter() - self.seconds
 
     def on_train_batch_end(
@@ -106,7 +110,17 @@ class ComputeCost(FitState):
         if self.cost is not None:
             self.seconds = time.perf_counter() - self._start
             macs = training_macs(student=self.cost.macs, samples_seen=self.samples_seen) // self._rows
-            _log(trainer, {"train_macs": macs, "seconds": self.seconds})
+            self._log(trainer, {"train_macs": macs, "seconds": self.seconds})
+
+    def _log(self, trainer: Trainer, figures: dict[str, Any]) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        several = sum(isinstance(callback, ComputeCost) for callback in callbacks) > 1
+        prefix = f"cost/{self.attribute}" if self.attribute and several else "cost"
+        named = {f"{prefix}/{name}": value for name, value in figures.items()}
+        metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in named.items()}
+        trainer.callback_metrics.update(metrics)
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            logger.log_metrics(named, step=logger_step(trainer))
 
     def _given(self, pl_module: LightningModule, batch: Any) -> Any:
         x = pl_module.example_input_array if self.inputs is None else self.inputs
@@ -125,10 +139,3 @@ class ComputeCost(FitState):
 def _rows(batch: Any) -> int:
     """Number of samples in a batch: the rows of its first tensor."""
     return next((len(leaf) for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
-
-
-def _log(trainer: Trainer, figures: dict[str, Any]) -> None:
-    named = {f"cost/{name}": value for name, value in figures.items()}
-    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in named.items()})
-    for logger in trainer.loggers if trainer.is_global_zero else []:
-        logger.log_metrics(named, step=logger_step(trainer))

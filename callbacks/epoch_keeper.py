@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from bdistil.boosting.checks.trainer import finish_averages
 from bdistil.data.loaders import begin_epoch
 from bdistil.storage.files import disk_errors, save_epoch
 from bdistil.utils.resumption import advance_plateaus, plateau_metrics, uncount_empty_epoch
@@ -33,7 +34,10 @@ class EpochKeeper(Checkpoint):
 
     def __init__(self, path: Path, *key: object) -> None:
         self.path, self.key = path, key
-        self.epochs, self._first, self._trained = 0, True, False
+        self._begin()
+
+    def _begin(self) -> None:
+        self.epochs, self._first, self._trained, self._ended = 0, True, False, False
         self._before, self._started = 0.0, time.perf_counter()
         self._done, self._metrics = False, list[float | None]()  # as in `RoundState`
 
@@ -59,7 +63,9 @@ class EpochKeeper(Checkpoint):
         reseed(*self.key, self.epochs, trainer.global_rank)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Seeds the fit, as configure_optimizers may create the loader."""
+        """Begins a fit, whose checkpoint is loaded later; seeds it, as configure_optimizers may create the loader."""
+        if stage == "fit":
+            self._begin()
         self._reseed(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -96,3 +102,12 @@ class EpochKeeper(Checkpoint):
         with disk_errors("an epoch", self.path.parent):
             save_epoch(trainer, self.path)
         self._metrics = []
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Records that callbacks have replaced the weights by their average."""
+        self._ended = True
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replaces the weights by their average in a fit that was resumed after its end."""
+        if not self._ended:
+            finish_averages(trainer, pl_module)

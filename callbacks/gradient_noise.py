@@ -43,7 +43,8 @@ class GradientNoise(FitState):
     Args:
         every: epochs between two measurements; a last one follows at the end of the fit.
         samples: training samples per measurement, evenly spread.
-        full: uses per-sample gradients of all parameters, instead of the last layer only.
+        full: uses per-sample gradients of all parameters, instead of the last layer only. Beside another callback for
+            the last layer, its keys and files begin with ``noise_full``.
         cosine: also measures how well the teacher's loss matches the control variate of the theory; requires a teacher
             with the student's architecture.
         lowest: lower bound of the suggested weight.
@@ -95,6 +96,8 @@ class GradientNoise(FitState):
         self.lowest, self.highest, self.step, self.folder = lowest, highest, step, folder
         self.history: list[dict[str, Any]] = []
         self._loaders: Any = None
+        self._name = "noise"  # of keys and files
+        self._written = False
 
     @property
     def state_key(self) -> str:
@@ -117,6 +120,9 @@ class GradientNoise(FitState):
         if stage != "fit":
             return
         self.history = []  # discards an earlier fit; a checkpoint of this one is loaded later
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        several = sum(isinstance(callback, GradientNoise) for callback in callbacks) > 1
+        self._name, self._written = "noise_full" if self.full and several else "noise", False
         if not isinstance(pl_module, BoostingRound):
             self._loaders = distilling_loaders(trainer, pl_module, "GradientNoise")
             if self.cosine and not isinstance(pl_module, Distillation):
@@ -149,8 +155,17 @@ class GradientNoise(FitState):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures once more; writes figures and picture."""
-        moments = self._measure_and_log(trainer, pl_module)
-        folder, name = Path(self.folder or Path(trainer.default_root_dir) / "noise").expanduser(), "noise"
+        self._write(trainer, pl_module, self._measure_and_log(trainer, pl_module))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the figures of a fit that was resumed after its end: `on_train_end` is not called then."""
+        if not self._written and self.history:
+            self._write(trainer, pl_module, None)
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moments: GradientMoments | None) -> None:
+        """Writes the figures, and the picture of the last measurement, if any, to the folder."""
+        self._written = True
+        folder, name = Path(self.folder or Path(trainer.default_root_dir) / "noise").expanduser(), self._name
         title = "label gradient and teacher"
         if isinstance(pl_module, BoostingRound):
             folder, name = pl_module.run_dir / "noise", f"noise.{pl_module.number:03d}"
@@ -159,7 +174,8 @@ class GradientNoise(FitState):
             folder.mkdir(parents=True, exist_ok=True)
             rows = [{key: _plain(value) for key, value in row.items()} for row in self.history]
             write_atomically(folder / f"{name}.json", json.dumps(rows, indent=1, allow_nan=False))
-            draw_noise(folder / f"{name}.png", moments, title)
+            if moments is not None:
+                draw_noise(folder / f"{name}.png", moments, title)
 
     # ---- measurements
 
@@ -186,7 +202,7 @@ class GradientNoise(FitState):
             figures |= {"suggested_weight": self.set_weight(module, advice), "reason": advice.reason}
         if self.cosine:
             figures["cosine"] = teacher_cosine(self.probe, module, self.samples)
-        row = {f"noise/{key}": value for key, value in figures.items() if key != "reason"}
+        row = {f"{self._name}/{key}": value for key, value in figures.items() if key != "reason"}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=logger_step(trainer))
         self.history.append({"epoch": trainer.current_epoch, **figures})

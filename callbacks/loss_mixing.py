@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from bdistil.boosting.labels import read_labels
 from bdistil.boosting.round import BoostingRound
 from bdistil.callbacks.fit_state import FitState
 from bdistil.data.label_noise import flipped_labels
-from bdistil.data.loaders import LOADERS, Index, check_dataset, indexed_loaders, only_given
+from bdistil.data.loaders import LOADERS, Index, begin_epoch, check_dataset, indexed_loaders, only_given
 from bdistil.data.loaders.fingerprints import Digests, changed, read_digests, spread, stable_digests
 from bdistil.data.loaders.order import SEEDED
 from bdistil.distillation.last_layer import distilling_loaders, label_key
@@ -176,9 +177,17 @@ class LossMixing(FitState):
         self.flipped = flipped_labels(self._loaders[0].dataset)
         self._open.enter_context(_restored(pl_module))
         self._attach(pl_module)
+        last = trainer.max_epochs or 0
+        if last > 0 and not any(map(self.settings.due, range(last))) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"LossMixing learns no weights in this fit (max_epochs={last}): its first update follows epoch "
+                f"{self.settings.warmup}. Give a smaller MixingSettings(warmup=…), or more epochs."
+            )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Updates the weights when an update is due, and logs them."""
+        if not isinstance(pl_module, BoostingRound):  # whose controller does it
+            begin_epoch(trainer.train_dataloader, trainer.current_epoch)
         if self._samples:
             self._check_samples(trainer.train_dataloader.dataset.dataset)  # type: ignore[union-attr]
         if not self.settings.due(trainer.current_epoch):
@@ -188,8 +197,8 @@ class LossMixing(FitState):
         with eval_mode(pl_module), torch.no_grad(), isolate_rng():
             self.mix = update_mix(self.probe, self.mix, self.settings, lr=lr, key=key)
         self._attach(pl_module)
-        weights = self.weights()
-        self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, self.flipped)})
+        weights, flipped = self._trained()
+        self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, flipped)})
         log_weights(trainer.loggers, weights, self.history[-1], logger_step(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -198,7 +207,7 @@ class LossMixing(FitState):
             return
         self._write()
         if trainer.is_global_zero and self.history:
-            draw_weights(self._file.with_name("mixing.png"), self.weights(), self.flipped)
+            draw_weights(self._file.with_name("mixing.png"), *self._trained())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the learned parameters of a fit that was resumed after its end: `on_train_end` is not called then."""
@@ -227,6 +236,11 @@ class LossMixing(FitState):
         assert self.mix is not None, "there are no weights before training"
         rows = self.mix if index is None else self.mix[torch.as_tensor(index)]
         return loss_weights(rows, self.settings.mode)
+
+    def _trained(self) -> tuple[Tensor, Tensor | None]:
+        """Weights of the samples that are trained on, and which of their labels are known to be flipped."""
+        rows = torch.tensor(self.probe.rows)
+        return self.weights()[rows], None if self.flipped is None else self.flipped[rows]
 
     def _attach(self, module: Any) -> None:
         assert self.mix is not None

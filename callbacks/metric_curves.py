@@ -13,6 +13,12 @@ from bdistil.errors import UserError
 from bdistil.metrics.curve import curve_figures, merge_points
 from bdistil.reporting.round_tracker import logger_step
 
+NOT_IN_ROUNDS = (
+    "Expected MetricCurves in fits of whole models, got it beside RoundController, where the accuracy is that of all "
+    "students so far, and ComputeCost measures one. Leave it out: the controller logs the same figures, and writes the "
+    "points to curve.csv."
+)
+
 
 class MetricCurves(FitState):
     """Collects one (cost, accuracy) point for each fit, and logs the area under the curve and its falls.
@@ -37,7 +43,8 @@ class MetricCurves(FitState):
     def __init__(self, metric: str = "val_accuracy", cost: str = "cost/macs", tolerance: float = 0.0) -> None:
         self.metric, self.cost, self.tolerance = metric, cost, tolerance
         self.points: list[tuple[float, float]] = []
-        self._validated = False
+        self._validated, self._added = False, False
+        self._latest: tuple[float, float] | None = None  # the point of the fit, if it ended now
 
     @property
     def state_key(self) -> str:
@@ -45,13 +52,14 @@ class MetricCurves(FitState):
         return f"MetricCurves[{self.metric},{self.cost}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """The points so far."""
-        return {"points": [list(point) for point in self.points]}
+        """The points so far, and that of the fit in progress."""
+        return {"points": [list(point) for point in self.points], "latest": self._latest}
 
     def restore(self, state_dict: dict[str, Any]) -> None:
         """Restores the points of earlier fits, unless this instance has more: those of fits since the checkpoint."""
         if len(state_dict["points"]) > len(self.points):
             self.points = [(float(cost), float(value)) for cost, value in state_dict["points"]]
+        self._latest = state_dict["latest"]
 
     def add(self, cost: float, accuracy: float) -> dict[str, float]:
         """Adds a point with a cost > 0 and an accuracy in 0 … 1; returns area and falls so far."""
@@ -61,12 +69,9 @@ class MetricCurves(FitState):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses a boosting run, whose accuracy is that of the prefix, but the cost that of one student."""
         super().setup(trainer, pl_module, stage)
+        self._latest, self._added = None, False
         if stage == "fit" and isinstance(pl_module, BoostingRound):
-            raise UserError(
-                "Expected MetricCurves in fits of whole models, got it beside RoundController, where the accuracy is "
-                "that of all students so far, and ComputeCost measures one. Leave it out: the controller logs the same "
-                "figures, and writes the points to curve.csv."
-            )
+            raise UserError(NOT_IN_ROUNDS)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resets the state before the first validation of this fit."""
@@ -80,11 +85,22 @@ class MetricCurves(FitState):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Records that a validation has logged its metrics."""
         self._validated = not trainer.sanity_checking
+        if self._validated:
+            self._note(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the metrics after the first validated epoch, instead of at the end of training."""
         if self._validated:
             self._check(trainer)
+        self._note(trainer)
+
+    def _note(self, trainer: pl.Trainer) -> None:
+        """Keeps the figures for a fit that is resumed after its end: `on_train_end` is not called then."""
+        if self._fault(trainer) is None:
+            self._latest = self._figures(trainer)
+
+    def _figures(self, trainer: pl.Trainer) -> tuple[float, float]:
+        return float(trainer.callback_metrics[self.cost]), float(trainer.callback_metrics[self.metric])
 
     def _check(self, trainer: pl.Trainer) -> None:
         """Raises UserError if metric or cost was not logged, or the cost is not positive."""
@@ -106,8 +122,17 @@ class MetricCurves(FitState):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the point of this fit from the logged metrics; none for a `fast_dev_run`."""
         self._check(trainer)
+        self._log(trainer, *self._figures(trainer))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adds the point of a fit that was resumed after its end."""
+        if not self._added and self._latest is not None:
+            self._log(trainer, *self._latest)
+
+    def _log(self, trainer: pl.Trainer, cost: float, accuracy: float) -> None:
+        self._added = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        figures = self.add(*(float(trainer.callback_metrics[key]) for key in (self.cost, self.metric)))
+        figures = self.add(cost, accuracy)
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{key}": value for key, value in figures.items()}, step=logger_step(trainer))

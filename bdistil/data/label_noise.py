@@ -204,11 +204,11 @@ class LabelNoise(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         _check(rate, kind)
-        self.data = data
         self.prepare_data_per_node = data.prepare_data_per_node
         self.noisy: NoisyLabels | None = None
         self.noise: dict[str, Any] = {"rate": rate, "kind": kind, "seed": seed, "classes": classes, "to": to}
         self.noise["ignore_index"] = ignore_index
+        self.data = data
         for method in FORWARDED:  # lets Lightning and the checks of a run see which of them `data` overrides
             if getattr(type(self), method) is getattr(pl.LightningDataModule, method):  # not overridden in a subclass
                 setattr(self, method, getattr(data, method))
@@ -218,6 +218,15 @@ class LabelNoise(pl.LightningDataModule):
         if name == "data" or name.startswith("_"):  # asked during construction or unpickling
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.data, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes of the wrapped data module are set there, such as `batch_size` by Lightning's Tuner."""
+        inner = vars(self).get("data")
+        forwarded = inner is not None and name in vars(inner) and name not in vars(self)
+        if forwarded:
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def setup(self, stage: str | None = None) -> None:
         """Sets up the wrapped data module."""

@@ -115,7 +115,8 @@ class Distillation(pl.LightningModule):
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
         self.distillation_weight, self.weight_factor, self.temperature = distillation_weight, weight_factor, temperature
         self.unbiased, self.lr, self.weight_decay = unbiased, lr, weight_decay
-        self.weight, self.labels, self._pairs = float(weight), labels, PairCollate(list, labels)
+        self.weight, self.labels = float(weight), labels
+        self._pairs = PairCollate(list, labels, name="dataloader", optional=False)
         self._control: list[Tensor] = []
         self._checked = False  # whether a batch was looked at
 
@@ -159,36 +160,45 @@ class Distillation(pl.LightningModule):
                 f"Distillation takes the second of {len(batch)} parts of a batch for the labels, and ignores the rest. "
                 "If batches are (x, lengths, y), give the loader a collate function that returns ((x, lengths), y)."
             )
-        return *self._pairs.split(pair), *index
+        x, y = self._pairs.split(pair)
+        if y is not None and y.ndim > 1 and not y.is_floating_point():
+            y = y.float()  # one-hot labels
+        return x, y, *index
 
     def _terms(self, x: Any, y: Tensor, index: Index | None = None) -> KDTerms:
-        answers = self.teacher_logits(x, index)
+        logits, answers = self(x), self.teacher_logits(x, index)
         if not self._checked:
             self._checked = True
-            self._check_task(answers, y)
-        return kd_terms(self(x), answers, y, temperature=self.temperature)
+            self._check_teachers(answers)
+            self._check_labels(logits, y)
+        return kd_terms(logits, answers, y, temperature=self.temperature)
 
-    def _check_task(self, answers: Tensor, y: Tensor) -> None:
-        """Looks at the first batch: logits (B, L) or (M, B, L) of the teachers, and labels.
-
-        Raises:
-            UserError: there are no classes, or the labels are those of another task, of which the loss is meaningless.
-        """
+    def _check_teachers(self, answers: Tensor) -> None:
+        """Raises UserError if logits (B, L) or (M, B, L) of the teachers are of a single class."""
         for teacher in answers if answers.ndim == 3 else [answers]:
             warn_of_probabilities(teacher)
-        if (outputs := answers.shape[-1]) < 2:
+        if answers.shape[-1] < 2:
             raise UserError(
                 "Expected logits (B, L) of L >= 2 classes for Distillation, whose loss is 0 for a single output, got "
                 "L=1. Give student and teacher an output for each of two classes; real outputs are distilled by "
                 "boosting with task='regression'."
             )
-        if y.is_floating_point():
-            check_labels(y.cpu(), np.arange(len(y)), "the first batch", "classification", outputs)
+
+    def _check_labels(self, logits: Tensor, y: Tensor) -> None:
+        """Raises UserError if the student has no logits (B, L), or labels are no classes or those of another task."""
+        if logits.ndim != 2:
+            raise UserError(
+                f"Expected logits (B, L) of the student of a Distillation, got {tuple(logits.shape)}. Give each "
+                "position of a sequence as a sample: a student that returns its logits flat, with labels to match."
+            )
+        check_labels(y.cpu(), np.arange(len(y)), "the first batch", "classification", logits.shape[1])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs accuracy and cross entropy over the labelled samples."""
         x, y, *_ = self._split(batch)
         logits = self(x)
+        if batch_idx == 0:
+            self._check_labels(logits, y)
         right, entropy, labelled = class_sums(logits, y)
         scores = {"val_accuracy": right / labelled.clamp(min=1), "val_loss": entropy / labelled.clamp(min=1)}
         self.log_dict(scores, batch_size=int(labelled), prog_bar=True, sync_dist=True)

@@ -23,6 +23,7 @@ from bdistil.errors import UserError
 from bdistil.functional.boosting import prefix_error
 from bdistil.functional.distillation import kd_terms
 from bdistil.functional.loss_mixing import OuterLoss, label_target, residuals_of, round_residuals
+from bdistil.metrics.cost import as_written
 
 Batch = tuple[Any, Tensor, Index]  # x, y, index
 
@@ -85,7 +86,7 @@ class Probe(ABC):
         """Cross entropy of the validation part as a function of the last layer."""
         samples, size = len(self.val.dataset), min(largest_batch(self.val), BLOCK)  # type: ignore[arg-type]
         blocks = [range(low, min(low + size, samples)) for low in range(0, samples, size)]
-        rows = [(*self._validation_batch(batch), batch[1]) for batch in self.batches(blocks, validation=True)]
+        rows = [(*self._last_layer(batch), batch[1]) for batch in self.batches(blocks, validation=True)]
         activations, logits, target = map(torch.cat, zip(*rows, strict=True))
         return self.outer(activations, logits, target)
 
@@ -95,8 +96,8 @@ class Probe(ABC):
         return OuterLoss(activations, logits, target, share, self.gain)
 
     @abstractmethod
-    def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Activations and logits of a validation batch."""
+    def _last_layer(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Activations of the last layer and logits of a batch, by default of the validation part."""
 
 
 def training_rows(loader: DataLoader[Any]) -> Sequence[int]:
@@ -118,7 +119,7 @@ class DistillationProbe(Probe):
     def mixing(self, batch: Batch) -> LastLayerBatch:
         """Residuals of the labels and of each teacher."""
         x, y, index = batch
-        activations, logits = self._validation_batch(batch)
+        activations, logits = self._last_layer(batch)
         teachers = self.module.teacher_logits(x, index).float()
         terms = kd_terms(logits, teachers, y, temperature=self.module.temperature)
         labelled = len(y) if y.ndim > 1 else int((y >= 0).sum())  # cross entropy is 0 for the others
@@ -130,8 +131,9 @@ class DistillationProbe(Probe):
         seen = self.mixing(batch)
         return seen._replace(residuals=torch.stack((seen.residuals[0], seen.residuals[1:].mean(0))))
 
-    def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return capture_last_layer([self.module.last_layer], lambda: self.module(batch[0]))
+    def _last_layer(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with as_written(self.module):  # a compiled network does not see a hook that is new
+            return capture_last_layer([self.module.last_layer], lambda: self.module(batch[0]))
 
 
 class RoundProbe(Probe):
@@ -176,14 +178,15 @@ class RoundProbe(Probe):
         entropy = float(F.cross_entropy(logits, target)) if labelled else math.nan
         return LastLayerBatch(activations, logits, residuals, entropy, labelled)
 
-    def _validation_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _last_layer(self, batch: Batch) -> tuple[Tensor, Tensor]:
         activations, answer, target, error = self._state(batch, self.module.val_part)
         return activations, self._prefix(answer, target, error)
 
     def _state(self, batch: Batch, part: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Activations, the student's output f, target g and running error S for a batch of a part."""
         x, _, index = batch
-        activations, answer = capture_last_layer(self.layers, lambda: self.module.answer(x, index, part))
+        with as_written(self.module):
+            activations, answer = capture_last_layer(self.layers, lambda: self.module.answer(x, index, part))
         target, error = (rows.to(self.module.device) for rows in part.ledger.rows(index))
         return activations, answer, target, error
 

@@ -181,14 +181,12 @@ class _RoundLoss(torch.autograd.Function):
     ) -> Tensor:
         up, down = game_rows(error, log_z, eta)
         pull = torch.stack(((up * deviation).sum(0), (down * -deviation).sum(0)))
-        argument = (pull if across is None else across(pull)).mul(share).add_(1.0)
+        argument = 1.0 + share * (pull if across is None else across(pull))
         safe = argument.clamp_min(BARRIER_FLOOR)
         weight = 1.0 / (gamma * deviation.shape[1])
-        rise_slope, fall_slope = (weight * share) / safe
-        gradient = deviation * (2.0 / deviation.numel())
-        ctx.save_for_backward(gradient.addcmul_(up, rise_slope, value=-1.0).addcmul_(down, fall_slope))
-        barrier = safe.log().add_(argument.sub_(safe), alpha=1.0 / BARRIER_FLOOR).sum()
-        return (deviation * deviation).mean().sub_(barrier, alpha=weight)
+        rise, fall = weight * share / safe
+        ctx.save_for_backward(2.0 / deviation.numel() * deviation - rise * up + fall * down)
+        return deviation.square().mean() - weight * (safe.log() + (argument - safe) / BARRIER_FLOOR).sum()
 
     @staticmethod
     @once_differentiable

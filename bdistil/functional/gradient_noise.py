@@ -242,8 +242,10 @@ def pull_curvature(
     """
     p, a = logits.softmax(-1), activations
 
+    labelled = label_residual.any(1, keepdim=True)  # the loss of other samples is 0, and so is their Hessian
+
     def hessian(direction: Tensor) -> Tensor:
-        moved = p * (a @ direction.T)
+        moved = labelled * p * (a @ direction.T)
         return (moved - p * moved.sum(1, keepdim=True)).T @ a / len(a)
 
     pull = (label_residual - teacher_residual).T @ a / len(a)

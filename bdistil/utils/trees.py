@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,15 @@ def leaves_of(x: Any) -> list[Any]:
     found: list[Any] = []
     apply_to_collection(x, LEAVES, found.append)
     return found
+
+
+def fields_of(value: Any) -> Mapping[str, Any] | None:
+    """The parts of a dataclass, or of an object with `to_dict` such as a graph of PyG; None for anything else."""
+    if isinstance(value, type):
+        return None
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value.to_dict() if callable(getattr(value, "to_dict", None)) else None
 
 
 def device_of(x: Any) -> torch.device:

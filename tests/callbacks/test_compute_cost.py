@@ -168,6 +168,8 @@ def test_a_part_is_measured_by_its_name(tmp_path):
     whole, part = ComputeCost(latency=False), ComputeCost(torch.zeros(1, 6), attribute="net.0", latency=False)
     fit(Plain(), [whole, part], tmp_path)
     assert (whole.cost.macs, part.cost.macs) == (MACS, 48)
+    both = logged(tmp_path)
+    assert (both["macs"], both["net.0/macs"]) == ([MACS], [48])
     fit(NoForward(), [part], tmp_path / "no_forward")
     assert part.samples_seen == SAMPLES, "an instance that serves a second fit counts that fit"
     assert logged(tmp_path / "no_forward")["macs"] == [48]
@@ -233,7 +235,7 @@ def test_samples_of_all_ranks_are_summed_and_rank_zero_logs():
         callback = ComputeCost()
         trainer = SimpleNamespace(
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
-            global_step=0, world_size=2, is_global_zero=rank == 0, callback_metrics={},
+            global_step=0, world_size=2, is_global_zero=rank == 0, callback_metrics={}, callbacks=[],
             loggers=[SimpleNamespace(log_metrics=lambda figures, step, rank=rank: lines.append((rank, figures)))],
         )  # fmt: skip
         callback.on_train_start(trainer, Plain())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.toys import Hook, Killed, Toys, make_plain, make_teacher, make_trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 
 from bdistil.callbacks import EpochKeeper
 from bdistil.data.loaders import indexed_loaders
@@ -69,3 +69,28 @@ def test_schedules_and_early_stopping_see_the_epoch_before_the_kill(tmp_path, cu
     assert (rest, again) == (rates[-len(rest) :], epochs)
     assert all(torch.equal(found[name], value) for name, value in weights.items())
     assert train(tmp_path / "run/last.ckpt")[:2] == ([], epochs), "a fit that is over is not trained further"
+
+
+def test_a_second_fit_begins_anew(tmp_path):
+    keeper, steps = EpochKeeper(tmp_path / "last.ckpt", 0, "teacher"), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        module, stop = Distillation(make_plain(0), teacher=make_teacher()), EarlyStopping("val_loss", min_delta=100.0)
+        stop.patience = 1
+        trainer = make_trainer(stop, keeper, epochs=5)
+        trainer.fit(module, Toys())
+        steps.append((trainer.global_step, keeper.epochs))
+    assert steps[0] == steps[1]
+    assert steps[0][0] > 0
+
+
+def test_a_fit_resumed_after_its_end_has_averaged_weights(tmp_path):
+    def train():
+        torch.manual_seed(3)
+        module, keeper = Distillation(make_plain(0), teacher=make_teacher()), EpochKeeper(tmp_path / "last.ckpt", 0)
+        trainer = make_trainer(keeper, WeightAveraging(), epochs=3)
+        trainer.fit(module, Toys(), ckpt_path=keeper.ckpt_path)
+        return module.student.state_dict()
+
+    first, again = train(), train()
+    assert all(torch.equal(again[name], value) for name, value in first.items())

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.gaussians import Gaussians, mlp, trained_teacher
-from helpers.toys import Hook, Toys, boost, digests, make_student, make_trainer, settings_for
-from lightning.pytorch.callbacks import ModelPruning
+from helpers.toys import Batches, Hook, Toys, boost, digests, make_student, make_trainer, settings_for
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from bdistil import UserError
 from bdistil.callbacks import GradientNoise, LossMixing
@@ -94,6 +94,30 @@ def test_figures_equal_one_backward_a_sample(noisy, tmp_path):
         assert last["nsr_teacher"] == pytest.approx(noise_to_signal(truth, 1.0), rel=1e-4)
     assert json.loads((tmp_path / "noise.json").read_text()) == callback.history
     assert (tmp_path / "noise.png").stat().st_size > 1000
+
+
+def test_two_of_one_fit_keep_their_figures_apart(noisy, tmp_path):
+    both = GradientNoise(folder=tmp_path, samples=64), GradientNoise(folder=tmp_path, samples=64, full=True)
+    fit(Distillation(nn.Linear(10, 20), noisy[1]), noisy[0], *both)
+    for callback, name in zip(both, ("noise", "noise_full"), strict=True):
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == callback.history
+
+
+def test_a_sampler_with_a_generator_of_the_data_module_draws_as_without_looks(noisy, tmp_path):
+    class Data(Gaussians):
+        generator = torch.Generator().manual_seed(0)
+
+        def train_dataloader(self):
+            sampler = WeightedRandomSampler(torch.ones(600), 64, generator=self.generator)
+            return DataLoader(self.train, batch_size=32, sampler=sampler)
+
+    def drawn(*callbacks):
+        batches = Batches()
+        Data.generator.manual_seed(0)
+        fit(Distillation(nn.Linear(10, 20), noisy[1]), Data(train=600), batches, *callbacks)
+        return torch.cat([x for x, _ in batches.seen])
+
+    assert torch.equal(drawn(GradientNoise(every=1, samples=64, folder=tmp_path)), drawn())
 
 
 def test_it_stands_beside_loss_mixing(noisy, tmp_path):
@@ -316,3 +340,16 @@ def test_loaders_that_are_made_anew_give_the_samples_of_the_epoch(tmp_path):
 def test_a_boosting_run_has_the_last_layer_only(tmp_path):
     with pytest.raises(UserError, match="`full` and `cosine` of GradientNoise to be off in a boosting run"):
         boost(tmp_path, Toys(), callbacks=lambda: [GradientNoise(full=True)], student=make_student)
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint")
+def test_figures_of_a_fit_that_is_resumed_after_its_end_are_written(noisy, tmp_path):
+    def run(folder):
+        saved, noise = ModelCheckpoint(tmp_path, save_last=True), GradientNoise(every=1, samples=64, folder=folder)
+        last = tmp_path / "last.ckpt"
+        trainer = make_trainer(noise, saved, epochs=2, limit_val_batches=0)
+        trainer.fit(Distillation(nn.Linear(10, 20), noisy[1]), noisy[0], ckpt_path=last if last.exists() else None)
+        return json.loads((folder / "noise.json").read_text())
+
+    first, again = run(tmp_path / "first"), run(tmp_path / "again")
+    assert again == first[:-1]  # the checkpoint was saved before the measurement at the end

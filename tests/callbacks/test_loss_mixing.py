@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.gaussians import Gaussians, mlp, trained_teacher
 from helpers.toys import (
+    Batches,
     Hook,
     Killed,
     Toys,
@@ -23,7 +24,7 @@ from helpers.toys import (
     settings_for,
 )
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from bdistil import RunError, Rung, UserError
 from bdistil.callbacks import LossMixing, RoundController
@@ -360,6 +361,7 @@ def test_the_look_ahead_has_the_rate_of_the_last_layer(noisy):
     assert _learning_rate(SimpleNamespace(optimizers=[torch.optim.SGD(others, 0.1)]), module) == 0.1
 
 
+@pytest.mark.filterwarnings("ignore:LossMixing learns no weights")
 @pytest.mark.parametrize("own", [{}, {"sample_weights": None}], ids=str)
 @pytest.mark.parametrize("ends", [True, False])
 def test_weights_end_with_their_fit(noisy, tmp_path, own, ends):
@@ -516,3 +518,38 @@ def test_validation_labels_that_cannot_be_mixed_are_named_at_the_start(tmp_path,
     with pytest.raises(UserError, match=message):
         boost(tmp_path, data, settings=settings_for(1), callbacks=lambda: [LossMixing(SOON)])
     assert not list(digests(tmp_path))
+
+
+def test_a_sampler_draws_other_samples_in_each_epoch(tmp_path):
+    class Data(Toys):
+        def train_dataloader(self):
+            dataset = TensorDataset(*self.parts["train"])
+            sampler = WeightedRandomSampler(torch.ones(192), 64, generator=torch.Generator().manual_seed(0))
+            return DataLoader(dataset, batch_size=64, sampler=sampler)
+
+    batches = Batches()
+    fit(Distillation(make_student(0), make_teacher()), LossMixing(SOON, folder=tmp_path), Data(), batches)
+    assert len({tuple(index.tolist()) for *_, index in batches.seen}) == 3
+
+
+def test_figures_are_of_the_samples_that_are_trained_on(tmp_path):
+    data = Gaussians(rate=0.4, train=400)
+    rows = torch.arange(0, 400, 4)
+    data.train_dataloader = lambda: DataLoader(data.train, batch_size=50, sampler=SubsetRandomSampler(rows.tolist()))
+    callback = LossMixing(SOON, folder=tmp_path)
+    fit(Distillation(mlp(16), trained_teacher(data, epochs=2)), callback, data)
+    weights, flipped = callback.weights()[rows, 0], data.train.flipped[rows]
+    last = callback.history[-1]
+    assert last["label_weight"] == pytest.approx(float(weights.mean()))
+    assert last["clean"] == pytest.approx(float(weights[~flipped].mean()))
+    assert last["flipped"] == pytest.approx(float(weights[flipped].mean()))
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(3, True), (2, False)])
+def test_a_fit_that_ends_before_the_first_update_is_warned_of(tmp_path, warmup, warned):
+    callback = LossMixing(MixingSettings(mode="convex", warmup=warmup, every=1, inner=2), folder=tmp_path)
+    with (
+        pytest.warns(UserWarning, match=r"learns no weights in this fit \(max_epochs=3\)") if warned else nullcontext()
+    ):
+        fit(Distillation(make_student(0), make_teacher()), callback, Toys())
+    assert bool(callback.history) is not warned

@@ -121,3 +121,23 @@ def test_a_boosting_run_has_a_curve_of_its_own(tmp_path):
     """The accuracies of the prefixes were paired with the costs of single students."""
     with pytest.raises(UserError, match=r"beside RoundController.*Leave it out: the controller logs the same"):
         boost(tmp_path, callbacks=lambda: [ComputeCost(), MetricCurves()])
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint")
+def test_a_fit_that_is_resumed_after_its_end_has_its_point(tmp_path):
+    """A script of several fits that is started again, with the checkpoints of those that are over."""
+
+    def script(folder, widths):
+        curves = MetricCurves()
+        for width in widths:
+            torch.manual_seed(width)
+            saved = ModelCheckpoint(folder / str(width), save_last=True)
+            last = folder / str(width) / "last.ckpt"
+            trainer = make_trainer(ComputeCost(latency=False), curves, saved, epochs=2)
+            trainer.fit(Foreign(width), Toys(), ckpt_path=last if last.exists() else None)
+        return curves.points
+
+    whole = script(tmp_path / "whole", (4, 8, 16))
+    script(tmp_path / "cut", (4, 8))
+    for _ in range(2):
+        assert torch.tensor(script(tmp_path / "cut", (4, 8, 16))).allclose(torch.tensor(whole))

@@ -30,6 +30,16 @@ def test_another_training_part_has_labels_of_its_own():
         assert int(noise.noisy.flipped.sum()) == 36
 
 
+def test_attributes_of_the_data_module_are_set_there():
+    """Lightning's Tuner sets `batch_size`, and measures what the loaders then give."""
+    folds = Folds()
+    folds.batch_size = 4
+    noise = LabelNoise(folds, rate=0.25)
+    noise.batch_size, noise.own = 8, "mine"
+    assert (folds.batch_size, noise.batch_size) == (8, 8)
+    assert not hasattr(folds, "own")
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [

@@ -243,6 +243,7 @@ def test_precisions_that_convert_weights_have_no_control_variate():
         unbiased_fit(nn.Linear(6, 4), DataLoader(data_of(), 8, shuffle=True), precision="bf16-true")
 
 
+@pytest.mark.filterwarnings("ignore:LossMixing learns no weights")
 @pytest.mark.parametrize("options", [{"unbiased": True}, {"distillation_weight": "auto"}], ids=str)
 def test_options_that_loss_mixing_replaces_are_refused(options, tmp_path):
     class Data(L.LightningDataModule):
@@ -339,3 +340,31 @@ def test_a_student_that_holds_layers_of_the_teacher_is_refused():
     assert teacher[0].weight.requires_grad
     frozen = teacher[:2].requires_grad_(False)
     Distillation(nn.Sequential(frozen, nn.Linear(8, 4)), teacher)
+
+
+LABELS = {
+    "floats": (torch.arange(8) % 4).float(),
+    "from one": torch.arange(8) % 4 + 1,
+    "negative": torch.arange(8) % 4 - 1,
+    "several": torch.ones(8, 4, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_are_checked_before_the_first_validation(name):
+    module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4))
+    loader = DataLoader(list(zip(torch.randn(8, 6), LABELS[name], strict=True)), batch_size=4)
+    with pytest.raises(UserError, match=r"Expected the label y of a sample to be .* of the first batch"):
+        make_trainer().fit(module, loader, loader)
+
+
+def test_one_hot_integers_are_labels(batch):
+    module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4))
+    one_hot = F.one_hot(batch[1], 4)
+    torch.testing.assert_close(module.training_step((batch[0], one_hot), 0), module.training_step(batch, 0))
+
+
+def test_logits_of_each_step_of_a_sequence_are_refused():
+    module = Distillation(nn.Linear(6, 4), nn.Linear(6, 4))
+    with pytest.raises(UserError, match=r"Expected logits \(B, L\) of the student of a Distillation, got \(5, 3, 4\)"):
+        module.training_step((torch.randn(5, 3, 6), torch.zeros(5, dtype=torch.int64)), 0)

@@ -316,3 +316,10 @@ def test_a_cosine_of_a_student_that_is_frozen_in_part(tmp_path):
     noise = GradientNoise(cosine=True, folder=tmp_path)
     fit(Data(), noise, module=Distillation(student, net()))
     assert -1 <= noise.history[0]["cosine"] <= 1
+
+
+def test_a_compiled_student_is_measured(callback):
+    student = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    student.compile(backend="eager")
+    fit(Data(), callback, module=Distillation(student, nn.Linear(6, 3)), epochs=2)
+    assert len(callback.history) >= 2

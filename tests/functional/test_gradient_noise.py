@@ -148,13 +148,16 @@ def test_neighbourhood_is_least_at_the_best_weight_and_the_papers_there(step):
     assert all(bv.neighbourhood(moments, best + by, step) > 1 - share / (1 + beta) for by in (-0.01, 0.01))
 
 
-def test_pull_curvature_is_that_of_the_hessian_in_the_direction_of_the_pull():
+@pytest.mark.parametrize("labelled", [200, 60])
+def test_pull_curvature_is_that_of_the_hessian_in_the_direction_of_the_pull(labelled):
+    """Of the loss in training: the mean over all samples, those without a label having none."""
     student, x, y, z = linear_case(samples=200)
+    y[labelled:] = -100
     inputs, logits = torch.cat((x, torch.ones(200, 1)), 1), student(x).detach()
     terms = kd_terms(logits, z, y, temperature=1.0)
     g, k = terms.label_residual, terms.teacher_residual
     hessian = torch.autograd.functional.hessian(
-        lambda layer: F.cross_entropy(inputs @ layer.view(4, 7).T, y),
+        lambda layer: F.cross_entropy(inputs @ layer.view(4, 7).T, y, reduction="none").mean(),
         torch.cat((student.weight, student.bias[:, None]), 1).detach().flatten(),
     )
     pull = ((g - k).T @ inputs / 200).flatten()

@@ -2,6 +2,7 @@
 
 import os
 
+import lightning as L
 import torch
 from helpers.toys import BATCH, Toys, samples
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
@@ -73,3 +74,25 @@ class Asking(Toys):
 
     def setup(self, stage):
         assert self.trainer.world_size == 1
+
+
+class Untested(L.LightningDataModule):
+    """Has no test part."""
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*samples(128, 14)), BATCH, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(*samples(64, 15)), BATCH)
+
+
+class Declared(Toys):
+    """Declares the normalisation of its samples in numbers."""
+
+    normalisation = 0.5, 0.25
+
+
+class Misdeclared(Toys):
+    """Declares a normalisation that is none."""
+
+    normalisation = "imagenet"

@@ -177,6 +177,16 @@ class Hook(L.Callback):
             setattr(self, name, lambda trainer, module, *_, function=function: function(trainer, module))
 
 
+class Batches(L.Callback):
+    """Keeps the training batches of a fit."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(batch)
+
+
 def in_child(log, function, *args):
     """Calls a function in a process of its own: 0, 1 for an exception, -9 for a kill. What it says is in the log."""
     return in_children({log: {}}, function, args)[0]

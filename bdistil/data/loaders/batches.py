@@ -14,6 +14,11 @@ from torch.utils.data import DataLoader
 from bdistil.errors import UserError
 from bdistil.metrics.quality import UNLABELLED
 
+KEY = (
+    "Name the key of the labels by BoostingSettings(labels='…') (model.boosting.labels), or give labels=None where "
+    "there are none."
+)
+
 
 class PairCollate:
     """Wraps a collate function so that its batches are (x, y), with y as a tensor.
@@ -23,6 +28,7 @@ class PairCollate:
         labels: key of y in a batch that is a mapping; None where the batch is x alone, without labels.
         ignore_index: class number of a sample without a label; it becomes `UNLABELLED`.
         name: name of the user's method, for messages.
+        optional: whether a run without labels is possible, for messages.
 
     Example:
         >>> collate = PairCollate(lambda rows: {"ids": torch.tensor([[1, 2]]), "labels": [3]})
@@ -36,8 +42,10 @@ class PairCollate:
         labels: str | None = "labels",
         ignore_index: int = UNLABELLED,
         name: str = "train_dataloader",
+        optional: bool = True,
     ) -> None:
-        self.collate, self.labels, self.ignore_index, self.name = collate, labels, ignore_index, name
+        self.collate, self.labels, self.ignore_index = collate, labels, ignore_index
+        self.name, self.optional = name, optional
 
     def __call__(self, items: list[Any]) -> tuple[Any, Tensor | None]:
         """(x, y) of some items."""
@@ -57,24 +65,21 @@ class PairCollate:
         elif isinstance(batch, tuple | list) and len(batch) == 2:
             x, y = batch
         else:
-            raise UserError(f"Expected batches of `{self.name}()` to be (x, y), got {_form(batch)}. {_REMEDY}")
+            raise UserError(
+                f"Expected batches of `{self.name}()` to be (x, y), got {_form(batch)}. The index is added for you. "
+                "Give the loader a collate function that returns (x, y) or a mapping"
+                + (", or BoostingSettings(labels=None) where a batch is x alone." if self.optional else ".")
+            )
         return x, as_labels(y, self.ignore_index)
 
     def _without_labels(self, batch: Mapping[str, Any]) -> tuple[Any, Any]:
         if self.labels not in batch:
             raise UserError(
                 f"Expected the key {self.labels!r} in batches of `{self.name}()`, got {', '.join(map(repr, batch))}. "
-                "Name the key of the labels by BoostingSettings(labels='…') (model.boosting.labels), or give "
-                "labels=None where there are none."
+                + (KEY if self.optional else "Name the key of the labels by `labels`.")
             )
         x = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
         return x, x.pop(self.labels)
-
-
-_REMEDY = (
-    "The index is added for you. Give the loader a collate function that returns (x, y) or a mapping, or "
-    "BoostingSettings(labels=None) where a batch is x alone, without labels."
-)
 
 
 def _form(batch: Any) -> str:

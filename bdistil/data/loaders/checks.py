@@ -14,7 +14,7 @@ from bdistil.data.loaders.batches import PairCollate, pairs_of
 from bdistil.data.loaders.fingerprints import spread
 from bdistil.data.loaders.order import EpochLoader
 from bdistil.errors import UserError
-from bdistil.utils.trees import joined_rows, row_count, take_rows
+from bdistil.utils.trees import fields_of, joined_rows, row_count, take_rows
 
 TRIES = 16  # samples that are read twice, to see whether x is random
 
@@ -100,6 +100,10 @@ def same_x(first: Any, second: Any) -> bool:
         return same and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
     if isinstance(first, np.ndarray):
         return bool(np.array_equal(first, second, equal_nan=first.dtype.kind in "fc"))
+    if hasattr(first, "__array_interface__"):  # an image of PIL
+        return same_x(np.asarray(first), np.asarray(second))
+    if (fields := fields_of(first)) is not None:
+        return same_x(fields, fields_of(second))
     return True  # equality is not defined for other types
 
 

@@ -6,7 +6,6 @@ rounds differently.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import lru_cache
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from bdistil.utils.trees import fields_of
 
 # Bounds on the number of samples compared at the start of a run, which is one in a hundred.
 FEWEST, MOST = 16, 64
@@ -98,12 +99,10 @@ def _pieces(value: Any) -> Iterator[bytes | Tensor]:
         yield str(len(value)).encode()
         for entry in sorted(value, key=str) if isinstance(value, Set) else value:
             yield from _pieces(entry)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _pieces({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     elif hasattr(value, "__array_interface__"):  # an image of PIL
         yield from _pieces(np.asarray(value))
-    elif callable(getattr(value, "to_dict", None)) and not isinstance(value, type):  # a graph of PyG
-        yield from _pieces(value.to_dict())
+    elif (fields := fields_of(value)) is not None:
+        yield from _pieces(fields)
     else:
         yield type(value).__qualname__.encode()
 
@@ -166,7 +165,7 @@ def row_sketches(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
     a single number, its asinh. Zeros at the end of a row have no effect.
 
     Args:
-        tree: tensors (B, ...) in lists, tuples and mappings; anything else is left out.
+        tree: tensors (B, ...) in lists, tuples, mappings and `fields_of` objects; anything else is left out.
         count: B.
         rows: R of the B rows; all of them by default.
     """
@@ -213,7 +212,7 @@ def row_size(tree: Any, count: int) -> int:
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
-    """The tensors in lists, tuples and mappings; packed sequences are padded by zeros."""
+    """The tensors in lists, tuples, mappings and `fields_of` objects; packed sequences are padded by zeros."""
     if isinstance(tree, Tensor):
         yield tree.detach() if tree.requires_grad else tree
     elif isinstance(tree, PackedSequence):
@@ -226,3 +225,5 @@ def leaves(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, tuple | list):
         for entry in tree:
             yield from leaves(entry)
+    elif (fields := fields_of(tree)) is not None:
+        yield from leaves(fields)

@@ -81,6 +81,7 @@ def largest_batch(loader: DataLoader[Any]) -> int:
     size = getattr(loader.batch_sampler, "batch_size", None)
     if isinstance(size, int):
         return size
+    _check_length(loader.batch_sampler)
     return max(map(len, _drawn(loader.batch_sampler, 0)), default=1)
 
 
@@ -205,6 +206,15 @@ def check_sharing(sampler: Any, name: str) -> None:
         )
 
 
+def _check_length(sampler: Any) -> None:
+    """Raises UserError for a user-defined sampler that may never end, and that is to be read here to its end."""
+    if not hasattr(sampler, "__len__"):
+        raise UserError(
+            f"Expected a sampler that has a `__len__`, so that its samples can be read before training, got "
+            f"{type(sampler).__name__} without one. Define it; a sampler that never ends cannot be used here."
+        )
+
+
 def check_drawn(loader: Any) -> None:
     """Raises RunError if the processes have drawn different orders from a user-defined sampler.
 
@@ -250,7 +260,11 @@ def given_rows(loader: DataLoader[Any], name: str) -> Sequence[int] | None:
         sampler = sampler_of(loader)
     if reads_all(loader) or is_shared(sampler):
         return None  # each process gets a share of all samples
+    _check_length(sampler)
+    states = [(generator, generator.get_state()) for generator in generators_of(loader)]
     first, second = (np.unique(_flat(_drawn(sampler, number))) for number in (0, 1))
+    for generator, state in states:  # the user's, which the next epoch draws from
+        generator.set_state(state)
     kind = type(sampler).__name__
     if not np.array_equal(first, second):
         raise UserError(

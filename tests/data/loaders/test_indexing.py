@@ -1,11 +1,13 @@
 """The index beside each sample: the same data as the user's loader gives, in an order of our own."""
 
+from dataclasses import dataclass
 from itertools import chain, product
 
 import numpy as np
 import pytest
 import torch
 from helpers.toys import Items, Stream
+from PIL import Image
 from torch.utils.data import (
     BatchSampler,
     ChainDataset,
@@ -354,6 +356,21 @@ def test_only_takes_a_list_of_one():
     assert single_loader([5, 6]) == [5, 6]
 
 
+@dataclass
+class Named:
+    x: torch.Tensor
+
+
+class Graph:
+    """As of PyG."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to_dict(self):
+        return {"x": self.x}
+
+
 @pytest.mark.parametrize(
     ("change", "random"),
     [
@@ -364,8 +381,24 @@ def test_only_takes_a_list_of_one():
         (lambda x: (x, x + torch.rand(())), True),
         (lambda x: x.numpy() + np.random.rand(), True),
         (lambda x: x * float("nan"), False),
+        (lambda x: Named(x), False),
+        (lambda x: Named(x + torch.rand(())), True),
+        (lambda x: Graph(x + torch.rand(())), True),
+        (lambda x: Image.fromarray(np.random.default_rng().integers(0, 9, (2, 2), np.uint8)), True),
     ],
-    ids=["as it is", "changed", "random", "random later", "random part", "random array", "not a number"],
+    ids=[
+        "as it is",
+        "changed",
+        "random",
+        "random later",
+        "random part",
+        "random array",
+        "not a number",
+        "a dataclass",
+        "a random dataclass",
+        "a random graph",
+        "a random image",
+    ],
 )
 def test_is_random(change, random):
     assert is_random(Plain(change)) is random

@@ -158,8 +158,11 @@ def test_a_sampler_without_a_length_cannot_be_shared():
             while True:
                 yield 0
 
-    loader = DataLoader(DATA, B, sampler=Endless())
+    loader, batches = DataLoader(DATA, B, sampler=Endless()), DataLoader(DATA, batch_sampler=Endless())
     assert next(iter(training_loader(loader, seed=0, epoch=0, rank=0, world_size=1)))[2].tolist() == [0] * B
+    for read in (lambda: given_rows(loader, "train_dataloader"), lambda: largest_batch(batches)):
+        with pytest.raises(UserError, match=r"that has a `__len__`, so that its samples can be read.* got Endless"):
+            read()
     with pytest.raises(UserError, match=r"sampler of `train_dataloader\(\)` to have a `__len__`.*got Endless"):
         training_loader(loader, seed=0, epoch=0, rank=0, world_size=2)
 
