@@ -234,7 +234,7 @@ class RoundController(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the ledger; a round resumed after its last epoch is not trained further."""
         self.device = pl_module.device
-        with disk_errors(f"the ledger of round {self.number}", self.run.root):
+        with disk_errors(f"the ledger of round {self.number + 1}", self.run.root):
             self.boosting.open(self.plan)
         self.state.restart_clock()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -259,17 +259,17 @@ class RoundController(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Compares some training samples with those on which the teacher was evaluated."""
-        self.plan.run.parts.train.see(indexed(batch))
+        self.plan.checked.parts.train.compare_batch(indexed(batch))
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Compares some validation samples with those on which the teacher was evaluated."""
-        self.plan.run.parts.val.see(indexed(batch))
+        self.plan.checked.parts.val.compare_batch(indexed(batch))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Completes the comparison of validation samples."""
-        self.plan.run.parts.val.settle()
+        self.plan.checked.parts.val.complete_comparisons()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -284,14 +284,14 @@ class RoundController(Checkpoint):
         if not read:
             uncount_empty_epoch(trainer)
             return
-        self.plan.run.parts.train.settle()
+        self.plan.checked.parts.train.complete_comparisons()
         check_drawn(trainer.train_dataloader)
         self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
         self.state.epochs += 1
         self.state.done, self.state.metrics = trainer.should_stop, plateau_metrics(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        with disk_errors(f"round {self.number}", self.run.root):
+        with disk_errors(f"round {self.number + 1}", self.run.root):
             save_epoch(trainer, self.run.checkpoint(self.number))
             if trainer.is_global_zero and not self._saved:
                 warn_of_unreadable(self.run.checkpoint(self.number))
@@ -301,7 +301,7 @@ class RoundController(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the weights that other callbacks leave, such as an average; commits or rejects the student."""
         if self._saved and not equal_parameters(self.plan.module.student, self._saved):
-            with disk_errors(f"round {self.number}", self.run.root):
+            with disk_errors(f"round {self.number + 1}", self.run.root):
                 save_epoch(trainer, self.run.checkpoint(self.number))
         self._close(trainer)
 

@@ -73,8 +73,8 @@ def close_round(
         RunError: NaN or infinity among the student's logits, or a disk error.
     """
     number, settings = plan.module.number, boosting.settings
-    distributed.share(plan.module.student.buffers())  # batch statistics differ between ranks; those of 0 are committed
-    with disk_errors(f"round {number}", boosting.run.root):
+    distributed.broadcast(plan.module.student.buffers())  # batch statistics differ; those of process 0 are committed
+    with disk_errors(f"round {number + 1}", boosting.run.root):
         verdict = _evaluate(settings, plan, device)
     name = f"Round {number + 1} of {settings.rounds}, class {plan.rung.name}"
     if not verdict.accepted:
@@ -92,7 +92,7 @@ def close_round(
 
 def _evaluate(settings: BoostingSettings, plan: RoundPlan, device: torch.device) -> Verdict:
     """Scores the student in one pass each over the validation part, the training part and every view of it."""
-    module, parts = plan.module, plan.run.parts
+    module, parts = plan.module, plan.checked.parts
     validation, accuracy, loss = parts.val.score(module.student, module.earlier, device)
     training, _, _ = parts.train.score(module.student, module.earlier, device)
     for view in parts.views:
@@ -106,7 +106,7 @@ def _curve_row(
 ) -> dict[str, Any]:
     """Row of the prefix that ends with this round: MACs and parameters are cumulative, other costs of this round."""
     module, cost = plan.module, plan.cost
-    latency = student_latency(module.student, module.earlier, plan.run.example, device)
+    latency = student_latency(module.student, module.earlier, plan.checked.example, device)
     _, *prefixes = boosting.run.rows()
     before = prefixes[-1] if prefixes else {"macs": 0, "params": 0}
     row = {
@@ -139,16 +139,16 @@ def _training_macs(boosting: Boosting, plan: RoundPlan, state: RoundState) -> in
     teacher, *prefixes = boosting.run.rows()
     recomputed = boosting.settings.state == "recompute"
     return round_training_macs(
-        module.student, plan.cost, module.earlier, plan.run.example, state.samples_seen,
+        module.student, plan.cost, module.earlier, plan.checked.example, state.samples_seen,
         teacher_macs=teacher["macs"] if recomputed else 0,
         earlier_macs=prefixes[-1]["macs"] if recomputed and prefixes else 0,
-        cached_links=module.reads_cache(plan.run.parts.train),
+        cached_links=module.reads_cache(plan.checked.parts.train),
     )  # fmt: skip
 
 
 def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str, Any], **counts: int) -> None:
     """Commits student, S and metrics together, or none of them."""
-    run, parts, number = boosting.run, plan.run.parts, plan.module.number
+    run, parts, number = boosting.run, plan.checked.parts, plan.module.number
     for part in parts:
         part.publish(plan.module.student, number)
     if distributed.rank() == 0:
@@ -168,13 +168,13 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
             "scale": head.scale,
             "offset": head.offset,
             "task": boosting.settings.task,
-            **plan.run.inputs.to_record(),
+            **plan.checked.inputs.to_record(),
             "curve": row,
             "evidence": {"training": asdict(verdict.training), "validation": asdict(verdict.validation)},
             "uncounted": plan.cost.uncounted,
             **counts,
             **({} if plan.module.best is None else {"kept_epoch": plan.module.best.epoch}),
-            **plan.run.optimization,
+            **plan.checked.optimization,
             "structure": plan.module.structure,
             "indescribable": why,
             "blueprint": blueprint,

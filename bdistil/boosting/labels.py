@@ -101,7 +101,7 @@ def check_finite(x: Any, index: np.ndarray[Any, Any], name: str) -> None:
         if len(wrong):
             sample = f"sample {int(index[int(wrong[0][0])])}" if leaf.ndim and len(leaf) == len(index) else "a sample"
             raise UserError(
-                f"Expected x of `{name}()` without NaN or infinity, got some in {sample}. Mend it in the dataset, or "
+                f"Expected x of `{name}()` without NaN or infinity, got some in {sample}. Fix it in the dataset, or "
                 "leave it out."
             )
 

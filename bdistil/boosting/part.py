@@ -86,7 +86,7 @@ class Part:
         self.loader, self.batch_size = loader, min(largest_batch(loader), BLOCK)
         self.dataset_view = None if self.view is None else Views(loader.dataset, self.seed, self.view)
 
-    def renew(self, loader: DataLoader[Any]) -> None:
+    def replace_loader(self, loader: DataLoader[Any]) -> None:
         """Replaces the loader by the data module's current one, as the previous one may read closed files.
 
         Raises:
@@ -95,17 +95,17 @@ class Part:
         check_dataset(loader, self.method)
         self._take(loader)
         if self.guard is not None:
-            self.guard.renew(loader, self.items)
+            self.guard.replace_loader(loader, self.items)
 
-    def see(self, batch: tuple[Any, Any, Index]) -> None:
+    def compare_batch(self, batch: tuple[Any, Any, Index]) -> None:
         """Checks some rows of a batch (x, y, index) of a fit against the stored samples, see `SampleGuard`."""
         if self.guard is not None:
-            self.guard.see(*batch)
+            self.guard.compare_batch(*batch)
 
-    def settle(self) -> None:
-        """Completes the comparisons that `see` has deferred."""
+    def complete_comparisons(self) -> None:
+        """Completes the comparisons that `compare_batch` has deferred."""
         if self.guard is not None:
-            self.guard.settle()
+            self.guard.complete_comparisons()
 
     def query(
         self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, units: Units | None = None
@@ -152,7 +152,7 @@ class Part:
         self.guard.compare_stored()
         distributed.barrier()
         self.guard.store()
-        if self.guard.sketches is not None and not distributed.agreed(self.guard.sketches.exists()):
+        if self.guard.sketches is not None and not distributed.all_true(self.guard.sketches.exists()):
             with self._sketched():
                 for x, y, index in self._batches(0):
                     self.guard.record(x, y, index)
@@ -176,7 +176,7 @@ class Part:
             self._catch_up_features(students, device)
 
     def _catch_up_errors(self, students: Sequence[nn.Module], device: torch.device) -> None:
-        if not distributed.agreed(self.ledger.has(len(students))):
+        if not distributed.all_true(self.ledger.has(len(students))):
             self.ledger.use(0)
             for number, student in enumerate(students):
                 answers = self._by_block(self._student_logits(student.to(device), students[:number], device, None))
@@ -193,7 +193,7 @@ class Part:
                 student.to(device)
             latest = number == linked_numbers(students, 1)[0]  # stages are only read from the latest student
             shapes[number] = self._cached_shapes(students, number, device, stages=latest)
-            if not distributed.agreed(self.features.has(number, shapes[number])):
+            if not distributed.all_true(self.features.has(number, shapes[number])):
                 self.features.begin(shapes[number])
                 for x, _, index in self._batches(number):
                     moved = move_data_to_device(x, device)

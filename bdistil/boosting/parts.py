@@ -24,6 +24,8 @@ from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils import distributed
 
+OF_STUDENTS = ("error.", "features.")  # first parts of the names of ledger files that belong to committed rounds
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -65,7 +67,7 @@ class Parts:
             (ViewPlan(seed, views) if views else None, ViewPlan(seed) if val_augments else None),
         )
 
-    def renew(self, name: str, loader: Any) -> Any:
+    def replace_loader(self, name: str, loader: Any) -> Any:
         """Replaces the loader of a part by the one that the user's method `name` returned; returns the loader to read.
 
         Raises:
@@ -77,7 +79,7 @@ class Parts:
             if name != LOADERS[0]:
                 loader = only_given(loader, name)
             for part in parts:
-                part.renew(loader)
+                part.replace_loader(loader)
         return loader
 
     def start_fit(self, datamodule: Any) -> None:
@@ -89,7 +91,7 @@ class Parts:
         for guard in self.guards:
             guard.restart()
         for name in LOADERS:
-            getattr(datamodule, name)()  # which calls `renew`
+            getattr(datamodule, name)()  # which calls `replace_loader`
         for guard in self.guards:
             guard.compare_processes()
 
@@ -153,6 +155,19 @@ class Parts:
             part.sharers = sharers
 
 
+def copy_teacher(source: RunDirectory, target: RunDirectory) -> None:
+    """Copies the teacher's logits from a run of the same teacher, data and seed, unless the target has some already."""
+    figures = source.read("teacher")
+    if figures is None or target.read("teacher") is not None or target.scratch is not None:
+        return
+    for file in source.ledger.rglob("*.*"):
+        if file.is_file() and file.suffix != ".tmp" and not file.name.startswith(OF_STUDENTS):
+            copy = target.ledger / file.relative_to(source.ledger)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    target.write("teacher", figures)
+
+
 def _clear(folder: Path, history: Mapping[str, Any], *, continuing: bool) -> None:
     """Removes files of other runs or rounds from a folder; a continuing process has written the last round itself."""
     owner = folder / "owner.json"
@@ -162,6 +177,6 @@ def _clear(folder: Path, history: Mapping[str, Any], *, continuing: bool) -> Non
         for part in ("train", "val"):
             shutil.rmtree(folder / part, ignore_errors=True)
     elif found["rounds"] != history["rounds"] and not continuing:
-        for file in [*folder.rglob("error.*"), *folder.rglob("features.*")]:
+        for file in (file for name in OF_STUDENTS for file in folder.rglob(f"{name}*")):
             file.unlink()
     write_atomically(owner, json.dumps(history))

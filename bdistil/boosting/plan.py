@@ -51,8 +51,12 @@ FREE_KEYS = (
     "trainer.logger", "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
     "trainer.enable_autolog_hparams", "trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.profiler",
 )  # fmt: skip
-# Keys that may be raised to continue a finished run: earlier students do not depend on them.
-GROWING_KEYS = ("boosting.rounds", "model.boosting.rounds")
+# Keys that may differ, too; the new values replace those in config.yaml. Earlier students do not depend on the number
+# of rounds, and samples are compared wherever they are read from.
+RENEWED_KEYS = (
+    "boosting.rounds", "model.boosting.rounds",
+    "data.init_args.root", "data.init_args.file", "data.init_args.cache", "data.init_args.num_workers",
+)  # fmt: skip
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +132,7 @@ class Planner:
         if distributed.early_rank() == 0:
             run.prepare()
             if run.config.exists() or run.committed():
-                free = (*self.free_keys, *GROWING_KEYS, "optimizer", "lr_scheduler")
+                free = (*self.free_keys, *RENEWED_KEYS, "optimizer", "lr_scheduler")
                 run.compare(self.config({}), free, self.complete)
         self._check_rounds()
         train, val = loaders_of(datamodule, settings)
@@ -159,7 +163,7 @@ class Planner:
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         optimization = self.optimization.describe(student, settings)
         if distributed.early_rank() == 0:
-            run.freeze(self.config(optimization), self.free_keys, GROWING_KEYS, self.complete)
+            run.freeze(self.config(optimization), self.free_keys, RENEWED_KEYS, self.complete)
             self._keep_test(test)
         return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 

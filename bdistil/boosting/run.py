@@ -37,7 +37,7 @@ from bdistil.models.student import Rung, Student, build_student
 from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.teachers.checks import warn_of_chance
+from bdistil.teachers.checks import warn_of_chance, warn_of_mean
 from bdistil.teachers.offline import OfflineTeacher, as_teacher, declared_outputs, table_of
 from bdistil.teachers.wrappers import FrozenTeacher
 from bdistil.utils import distributed
@@ -49,7 +49,7 @@ class RoundPlan:
     """One try of one round, ready to be fitted.
 
     Attributes:
-        run: result of the checks.
+        checked: result of the checks.
         module: the LightningModule of the round.
         rungs: the classes of students that the round may try, in order.
         attempt: index of this try in `rungs`.
@@ -57,7 +57,7 @@ class RoundPlan:
         fingerprint: fingerprint of the teacher.
     """
 
-    run: RunPlan
+    checked: RunPlan
     module: BoostingRound
     rungs: Sequence[Rung]
     attempt: int
@@ -125,7 +125,7 @@ class Boosting:
             started, before = True, self._verdicts(number)
             with indexed_loaders(
                 datamodule, seed_of(self.seed, number, this.attempt), *plan.parts.plans,
-                labels=self.settings.labels, ignore_index=self.settings.ignore_index, prepare=plan.parts.renew,
+                labels=self.settings.labels, ignore_index=self.settings.ignore_index, prepare=plan.parts.replace_loader,
             ):  # fmt: skip
                 yield this
             if self._ends_here(this.module, before, new):
@@ -229,28 +229,32 @@ class Boosting:
         Raises:
             RunError: NaN or infinity among the teacher's logits.
         """
-        parts, device = plan.run.parts, plan.module.device
+        parts, device = plan.checked.parts, plan.module.device
         parts.start_fit(plan.module.trainer.datamodule)  # type: ignore[attr-defined]
         if self.run.scratch is not None:
             parts.claim(self.run)
         known = all(part.ledger.exists for part in parts) and self.run.read("teacher") is not None
-        if not distributed.agreed(known):
+        if not distributed.all_true(known):
             self._query_teacher(plan, device)
-        inputs = plan.run.inputs  # the first process has seen all samples
+        inputs = plan.checked.inputs  # the first process has seen all samples
         parts.catch_up(
             self.students, device, plan.fingerprint, fixed=distributed.from_first(inputs.known and not inputs.varies)
         )
         plan.module.start(Game.of(parts.train.ledger, self.settings, device))
 
     def _query_teacher(self, plan: RoundPlan, device: torch.device) -> None:
-        parts, outputs, teacher = plan.run.parts, plan.run.outputs, self.teacher
+        parts, outputs, teacher = plan.checked.parts, plan.checked.outputs, self.teacher
         samples = sum(part.samples for part in parts)
+        if plan.checked.inputs.varies:
+            rank_zero_info("The shape of samples varies: all MACs are those of the first training sample.")
         rank_zero_info(f"Evaluating the teacher on {samples:,} samples …")
-        row = teacher_row(teacher, plan.run.example, device, samples, self.uncounted)
+        row = teacher_row(teacher, plan.checked.example, device, samples, self.uncounted)
         accuracy, loss = parts.query(teacher, device, outputs, plan.fingerprint)
         teacher.cpu()
         if self.settings.task == "classification":
             warn_of_chance(accuracy, outputs, parts.val.samples)
+        if self.settings.task == "regression":
+            warn_of_mean(accuracy)
         spent = {"queries": queries_of(teacher)} if is_api(teacher) else {}
         if distributed.rank() == 0:
             self.run.write("teacher", {**row, "val_accuracy": accuracy, "val_loss": loss, **spent})
@@ -282,7 +286,7 @@ class Boosting:
     def ensemble(self) -> ProgressiveEnsemble:
         """The ensemble of the committed rounds; after a fast_dev_run without any, that of its student alone."""
         if self.rehearsed is not None and not self.run.committed():
-            head, plan = self.rehearsed.run.parts.train.ledger.head, self.rehearsed
+            head, plan = self.rehearsed.checked.parts.train.ledger.head, self.rehearsed
             student = plan.module.student.cpu()
             return ProgressiveEnsemble(
                 [student], scale=head.scale, offset=head.offset, macs=[plan.cost.macs], task=self.settings.task

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from bdistil.boosting.plan import FREE_KEYS
-from bdistil.callbacks import EpochKeeper, RoundController
+from bdistil.callbacks import EpochKeeper, GradientNoise, RoundController
 from bdistil.cli.fit import BoostCLI, Distiller, run_fit
 from bdistil.cli.guard import guarded
 from bdistil.comparison.figures import Row, part_figures, prefix_rows, table_figures
@@ -126,10 +126,12 @@ class JointCLI(TeacherCLI):
         keeper, ledger = EpochKeeper(run.checkpoint(0), seed, "joint"), JointLedger(controller.boosting, plan)
         with indexed_loaders(
             datamodule, seed_of(seed, "joint"), *checked.parts.plans, labels=settings.labels,
-            ignore_index=settings.ignore_index, prepare=checked.parts.renew,
+            ignore_index=settings.ignore_index, prepare=checked.parts.replace_loader,
         ):  # fmt: skip
+            # GradientNoise measures one student's last layer, and changes no training.
+            beside = [each for each in copy.deepcopy(self.callbacks()) if not isinstance(each, GradientNoise)]
             trainer = self.new_trainer(
-                *copy.deepcopy(self.callbacks()), ledger, controller.signals, keeper,
+                *beside, ledger, controller.signals, keeper,
                 logger=loggers, default_root_dir=str(run.work(0)),
             )  # fmt: skip
             trainer.fit(plan.module, datamodule, ckpt_path=keeper.ckpt_path)

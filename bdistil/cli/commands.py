@@ -60,16 +60,16 @@ def evaluate(
     rows = evaluate_budgets(run, budgets, part, batch_size)
     teacher = reference_row(run, part)
     beside = [*([teacher] if teacher else []), *rows]
-    if csv is not None:
-        write_csv(beside, user_path(csv, "csv"))
-    if picture is not None:
-        write_picture(beside, user_path(picture, "picture"), run.root.resolve().name, sweep)
     if as_json:
         print(json.dumps(beside if sweep else rows[0]))
     elif sweep:
         print(table(beside))
     else:
         _print_one(rows[0])
+    if csv is not None:
+        write_csv(beside, user_path(csv, "csv"))
+    if picture is not None:
+        write_picture(beside, user_path(picture, "picture"), run.root.resolve().name, sweep)
 
 
 def _print_one(figures: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ import platform
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,7 +31,7 @@ from bdistil.comparison.tables import classes_of, gather, methods_of
 from bdistil.data.loaders import LOADERS
 from bdistil.errors import UserError
 from bdistil.reporting.tables import TextTable, format_table
-from bdistil.reporting.tracking import make_logger
+from bdistil.reporting.tracking import Tracking, make_logger
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.wrappers import comes_trained
@@ -69,11 +69,36 @@ def compare(
     """
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a comparison takes from its recipe.
+
+    Attributes:
+        model: teacher, students and settings.
+        parts: loaders by the name of the method that returned them.
+        x: example batch (1, ...), on which MACs are counted as in a run.
+        tracking: settings of the W&B run.
+        mixes: whether the recipe has a LossMixing.
+        origin: content of origin.json.
+        trains_teacher: whether the first cell trains the teacher.
+    """
+
+    model: Distiller
+    parts: Mapping[str, Any]
+    x: Any
+    tracking: Tracking
+    mixes: bool
+    origin: Origin
+    trains_teacher: bool
+
+
 class PlanCLI(BoostCLI):
-    """Reads a recipe and plans its comparison; trains nothing."""
+    """Reads a recipe for a comparison; trains nothing."""
+
+    inputs: Inputs
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
-        """Collects the inputs of the plan.
+        """Collects the inputs of the comparison.
 
         Raises:
             UserError: the recipe cannot be compared.
@@ -92,17 +117,22 @@ class PlanCLI(BoostCLI):
             )
         if is_api(model.teacher.network):
             raise UserError("Expected a teacher at hand, got one behind an API, whose queries are for training.")
-        self.parts = parts_of(datamodule, model.boosting)
-        train = self.parts[LOADERS[0]]
-        if model.boosting.labels is None or self.parts[TEST] is None:
-            lacks = "labels (model.boosting.labels is null)" if model.boosting.labels is None else "a test_dataloader"
-            raise UserError(f"Expected data with labels and a test part, by which methods are compared; {lacks} lacks.")
-        # MACs are counted on this sample, as in a run.
-        self.model_planned, self.x = model, train.collate_fn([train.dataset[0]])[0]
-        self.tracking = self.config_init.fit.tracking
-        self.mixes = any(isinstance(callback, LossMixing) for callback in self.callbacks())
-        self.origin = origin_of(self.parts, model.teacher)
-        self.trains_teacher = not (comes_trained(model.teacher.network) or model.teacher.checkpoint)
+        parts = parts_of(datamodule, model.boosting)
+        train = parts[LOADERS[0]]
+        if model.boosting.labels is None or parts[TEST] is None:
+            missing = "labels (model.boosting.labels: null)" if model.boosting.labels is None else "a test_dataloader"
+            raise UserError(
+                f"Expected data with labels and a test part, to compare methods, got some without {missing}."
+            )
+        self.inputs = Inputs(
+            model,
+            parts,
+            x=train.collate_fn([train.dataset[0]])[0],
+            tracking=self.config_init.fit.tracking,
+            mixes=any(isinstance(callback, LossMixing) for callback in self.callbacks()),
+            origin=origin_of(parts, model.teacher),
+            trains_teacher=not (comes_trained(model.teacher.network) or model.teacher.checkpoint),
+        )
 
 
 class PartsCLI(BoostCLI):
@@ -170,16 +200,16 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         raise UserError(
             f"Expected a comparison in `output` {output} for `report_only`, got none. Leave it out to begin it."
         )
-    planned = _plan(recipe, options, given.seeds)
+    inputs = _read(recipe, options, given.seeds)
     if _begun(output):
-        check_start(output, planned.parts, planned.origin)
-    _check_mixing(planned, methods)
-    model = planned.model_planned
-    forms = plan_forms(model.make_student, model.boosting, planned.x, widths="no_resched" in methods)
+        check_start(output, inputs.parts, inputs.origin)
+    _check_mixing(inputs, methods)
+    model = inputs.model
+    forms = plan_forms(model.make_student, model.boosting, inputs.x, widths="no_resched" in methods)
     if shared := shared_forms(forms):
         print(shared)
-    fixed = ["--config", str(_freeze(output, text, options, planned.origin)), *options]
-    training = Training(output, fixed, methods, given.seeds, given.workers, planned, forms)
+    fixed = ["--config", str(_freeze(output, text, options, inputs.origin)), *options]
+    training = Training(output, fixed, methods, given.seeds, given.workers, inputs, forms)
     cells = _finished(training) if given.report_only else _train_interruptibly(training)
     facts = {
         "recipe": recipe.stem,
@@ -188,14 +218,14 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         "commit": ", ".join(_revisions(output, cells)) or "none",
         "system": f"{platform.system()} {platform.machine()}",
     }
-    rows = _publish(output, cells, planned, forms, text, facts)
+    rows = _publish(output, cells, inputs, forms, text, facts)
     if not given.report_only:
-        _track(planned.tracking, output, summary_table(rows, model.boosting.task))
+        _track(inputs.tracking, output, summary_table(rows, model.boosting.task))
 
 
-def _check_mixing(planned: Any, methods: Sequence[Method]) -> None:
+def _check_mixing(inputs: Inputs, methods: Sequence[Method]) -> None:
     alone = [method for method in methods if method in ("resched", "joint")]
-    if planned.mixes and alone:
+    if inputs.mixes and alone:
         raise UserError(
             f"Expected `methods` that correct an error, into which LossMixing of the recipe mixes labels, got "
             f"{', '.join(alone)}. Leave them out."
@@ -203,11 +233,11 @@ def _check_mixing(planned: Any, methods: Sequence[Method]) -> None:
 
 
 def _publish(
-    output: Path, cells: Sequence[Cell], planned: Any, forms: Forms, text: str, facts: Mapping[str, Any]
+    output: Path, cells: Sequence[Cell], inputs: Inputs, forms: Forms, text: str, facts: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Writes the report of finished trainings and prints its tables; returns the rows of compare.csv."""
-    make, task = planned.model_planned.make_student, planned.model_planned.boosting.task
-    times = latencies(make, {classes_of(output, cell, forms.rungs): None for cell in cells}, planned.x)
+    make, task = inputs.model.make_student, inputs.model.boosting.task
+    times = latencies(make, {classes_of(output, cell, forms.rungs): None for cell in cells}, inputs.x)
     rows = gather(output, cells, forms.rungs, times)
     page = write_comparison(output, rows, task, text, facts)
     print(format_table(*summary_table(rows, task)))
@@ -225,14 +255,14 @@ def _revisions(output: Path, cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(start["revision"] for start in starts if start["revision"]))
 
 
-def _plan(recipe: Path, options: Sequence[str], seeds: int) -> Any:
-    """Plans a comparison; checks that the data do not depend on the seed, as all seeds share one teacher."""
+def _read(recipe: Path, options: Sequence[str], seeds: int) -> Inputs:
+    """Reads a recipe; checks that the data do not depend on the seed, as all seeds share one teacher."""
     command = ["--config", str(recipe), *options, "--trainer.logger=false"]
-    planned: Any = run_fit([*command, f"--seed_everything={TEACHER.seed}"], PlanCLI)
+    inputs: Inputs = cast(PlanCLI, run_fit([*command, f"--seed_everything={TEACHER.seed}"], PlanCLI)).inputs
     if seeds > 1:
         other: Any = run_fit([*command, f"--seed_everything={TEACHER.seed + 1}"], PartsCLI)
-        check_split(planned.origin, other.parts)
-    return planned
+        check_split(inputs.origin, other.parts)
+    return inputs
 
 
 class Training(NamedTuple):
@@ -243,12 +273,12 @@ class Training(NamedTuple):
     methods: Sequence[Method]
     seeds: int
     workers: int
-    planned: Any
+    inputs: Inputs
     forms: Forms
 
     def chains(self, methods: Sequence[Method], forms: Sequence[Forms]) -> list[list[Cell]]:
         """The cells of these methods, one chain per seed; `forms` are given per seed."""
-        settings = self.planned.model_planned.boosting
+        settings = self.inputs.model.boosting
         return [
             [c for method in methods for c in cells_of(method, seed, settings, own)] for seed, own in enumerate(forms)
         ]
@@ -296,7 +326,7 @@ def _train(training: Training) -> list[Cell]:
     cells = [TEACHER, *chain.from_iterable(training.chains(methods, forms))]
     print(f"{len(cells)} trainings: {', '.join(methods)}; {training.seeds} seeds, in {output}.", flush=True)
     CellRunner(output, options, 1, cells).run([[TEACHER]])
-    if training.planned.trains_teacher:
+    if training.inputs.trains_teacher:
         weights = TEACHER.folder(output) / "teacher.safetensors"
         if not weights.exists():
             raise UserError(
@@ -317,7 +347,7 @@ def _train(training: Training) -> list[Cell]:
 def _reached(training: Training, cell: Cell) -> Forms:
     """Forms that match a finished run of bdistil, whose rejected rounds have used wider classes than planned."""
     reached = [row["macs"] for row in RunDirectory(cell.folder(training.output)).read("figures")]
-    return with_widths(training.forms, training.planned.model_planned.make_student, training.planned.x, reached)
+    return with_widths(training.forms, training.inputs.model.make_student, training.inputs.x, reached)
 
 
 def _check_same(output: Path, text: str, options: Sequence[str]) -> None:

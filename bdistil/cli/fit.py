@@ -8,14 +8,15 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
@@ -24,9 +25,10 @@ from torch import nn
 
 from bdistil.boosting.checks.trainer import check_strategy, check_trainer
 from bdistil.boosting.parts import Parts
-from bdistil.boosting.plan import FREE_KEYS, GROWING_KEYS, complete
+from bdistil.boosting.plan import FREE_KEYS, RENEWED_KEYS, complete
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.callbacks import EpochKeeper, LossMixing, RoundController, RoundProgressBar
+from bdistil.callbacks import EpochKeeper, LossMixing, MetricCurves, RoundController, RoundProgressBar
+from bdistil.callbacks.metric_curves import NOT_IN_ROUNDS
 from bdistil.cli.commands import find_recipe, print_curve
 from bdistil.cli.parser import Parser
 from bdistil.cli.recipe_files import check_recipe
@@ -170,10 +172,10 @@ class BoostCLI(LightningCLI):
     def new_trainer(self, *callbacks: Callback, **changed: Any) -> Trainer:
         """A Trainer with the settings of the recipe and these callbacks."""
         settings, given = self.config_init.fit.trainer, list(callbacks)
-        if settings.enable_progress_bar is not False and sys.stderr.isatty():
-            given.append(RoundProgressBar())
-        else:
-            changed["enable_progress_bar"] = False
+        shown = settings.enable_progress_bar is not False and sys.stderr.isatty()
+        if not any(isinstance(callback, ProgressBar) for callback in given):
+            given += [RoundProgressBar()] if shown else []
+            changed["enable_progress_bar"] = shown
         changed["enable_checkpointing"] = True  # bdistil's own Checkpoint callbacks need it; Lightning adds no other
         return self.instantiate_trainer(callbacks=given, strategy=self._strategy(), **changed)
 
@@ -194,8 +196,9 @@ class BoostCLI(LightningCLI):
         given = self.config.fit.trainer.strategy
         if isinstance(given, str):
             return given
-        module, _, name = given.class_path.rpartition(".")
-        made: Strategy = getattr(import_module(module), name)(**given.get("init_args", {}))
+        parser = ArgumentParser()
+        parser.add_argument("--strategy", type=Strategy)
+        made: Strategy = parser.instantiate(parser.parse_object({"strategy": given})).strategy
         return made
 
     def check(self, model: Distiller) -> None:
@@ -205,9 +208,17 @@ class BoostCLI(LightningCLI):
             UserError: the rounds do not support them.
         """
         check_trainer(self.trainer, model.boosting)
+        if self.config_init.fit.trainer.logger is True:
+            raise UserError(
+                "Expected `trainer.logger` to be false, a logger or a list of loggers, got true: the rounds share "
+                "their loggers, so that Lightning cannot choose one. Give, for example, --trainer.logger CSVLogger "
+                "--trainer.logger.save_dir FOLDER."
+            )
         for callback in self.callbacks():
             if isinstance(callback, LossMixing):
                 check_boosting(model.boosting, callback.settings)
+            if isinstance(callback, MetricCurves):
+                raise UserError(NOT_IN_ROUNDS)
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains the teacher if it is missing, then the rounds, then writes the report."""
@@ -228,7 +239,7 @@ class BoostCLI(LightningCLI):
 
     def fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
         """Trains the teacher if it is missing, then the rounds; returns the data of the rounds."""
-        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_unset=False))
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))["fit"]
         seed = int(self.config.fit.seed_everything)
         network = model.teacher.network
         controller = RoundController(
@@ -265,7 +276,7 @@ class BoostCLI(LightningCLI):
         run, config = controller.run, controller.boosting.planner.config({})
         if model.mekd is not None:
             run.prepare()
-            run.freeze(config, self.free_keys, GROWING_KEYS, self._complete)
+            run.freeze(config, self.free_keys, RENEWED_KEYS, self._complete)
             loggers = self._start_loggers(controller, config)
             datamodule = self._emulate(model.mekd, model, datamodule, controller, loggers)
         plan = controller.boosting.check(datamodule)
@@ -278,6 +289,8 @@ class BoostCLI(LightningCLI):
             folder = str(run.work(module.number))
             # Each round gets its own copies of the recipe's callbacks.
             beside = copy.deepcopy(self.callbacks())
+            if not loggers:  # as if W&B did not start; these refuse a Trainer without a logger
+                beside = [each for each in beside if not isinstance(each, LearningRateMonitor | DeviceStatsMonitor)]
             trainer = self.new_trainer(*beside, controller, logger=loggers, default_root_dir=folder)
             trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
         return datamodule
@@ -304,7 +317,8 @@ class BoostCLI(LightningCLI):
         """The loggers of all fits; none if nothing will be trained, or only a fast_dev_run."""
         run = controller.run
         over = run.committed() >= controller.settings.rounds or run.stopped
-        if over or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        reported = run.report.is_file()  # otherwise the run was killed before it logged its curve
+        if (over and reported) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return []
         loggers = self._loggers(run, config)
         # Only these have started a run already, which is to be ended if no round begins.
@@ -393,19 +407,21 @@ def run_fit(args: Sequence[str], cli: type[BoostCLI] = BoostCLI) -> BoostCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         parser_kwargs={"prog": "bdistil"},
-        args=["fit", *_with_recipe_paths(args)],
+        args=["fit", *_recipes_first(args)],
     )
 
 
-def _with_recipe_paths(args: Sequence[str]) -> list[str]:
-    """Replaces the names of shipped recipes after --config by their paths."""
-    out = list(args)
-    for place, arg in enumerate(out):
+def _recipes_first(args: Sequence[str]) -> list[str]:
+    """Moves the recipes to the front, so that options override them wherever they stand; names become paths."""
+    recipes, others, rest = [], [], iter(args)
+    for arg in rest:
         if arg.startswith("--config="):
-            out[place] = f"--config={_checked(arg.removeprefix('--config='))}"
-        elif arg in ("--config", "-c") and place + 1 < len(out):
-            out[place + 1] = _checked(out[place + 1])
-    return out
+            recipes.append(f"--config={_checked(arg.removeprefix('--config='))}")
+        elif arg in ("--config", "-c") and (name := next(rest, None)) is not None:
+            recipes += [arg, _checked(name)]
+        else:
+            others.append(arg)
+    return recipes + others
 
 
 def _checked(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -88,5 +89,7 @@ def _known(error: BaseException | None) -> UserError | RunError | None:
     while error is not None and not isinstance(error, UserError | RunError):
         if isinstance(error, MisconfigurationException):  # raised by Lightning for incompatible options
             return UserError(str(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return RunError(f"The disk is full: {error}. Free some space and give the same command again.")
         error = error.__cause__ or error.__context__
     return error

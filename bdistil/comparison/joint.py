@@ -112,10 +112,12 @@ def plan_joint(boosting: Boosting, plan: RunPlan) -> RoundPlan:
 
 def joint_ensemble(plan: RoundPlan) -> ProgressiveEnsemble:
     """The ensemble of the students of a trained `Chain`."""
-    chain, head = plan.module.student, plan.run.parts.train.ledger.head
+    chain, head = plan.module.student, plan.checked.parts.train.ledger.head
     assert isinstance(chain, Chain)
     students = list(chain.cpu().train(False).students)
-    costs = [student_cost(student, students[:n], plan.run.example, "record").macs for n, student in enumerate(students)]
+    costs = [
+        student_cost(student, students[:n], plan.checked.example, "record").macs for n, student in enumerate(students)
+    ]
     return ProgressiveEnsemble(
         students, scale=head.scale, offset=head.offset, macs=costs, task=plan.module.settings.task
     )

@@ -14,6 +14,7 @@ from threading import Lock
 
 import torch
 
+from bdistil.boosting.parts import copy_teacher
 from bdistil.comparison.methods import Cell
 from bdistil.errors import RunError
 from bdistil.reporting.tables import format_duration
@@ -85,7 +86,7 @@ class CellRunner:
         """Reuses the teacher's answers of a finished cell with the same seed."""
         for other in chain:
             if other.seed == cell.seed and other.kind != "teacher" and is_done(other.folder(self.output)):
-                RunDirectory(cell.folder(self.output)).take_teacher(RunDirectory(other.folder(self.output)))
+                copy_teacher(*(RunDirectory(each.folder(self.output)) for each in (other, cell)))
                 return
 
     def _run_cell(self, cell: Cell) -> None:

@@ -69,7 +69,7 @@ class Budget:
 
     Attributes:
         stages: maximum number of students.
-        macs: maximum number of multiply-adds per sample.
+        macs: maximum number of multiply-adds per sample; where lengths vary, of one like the first training sample.
         seconds: maximum time; no student is started that would exceed it according to the measured stage times.
         confidence: a sample is decided as soon as its confidence reaches this value; ``fitted`` uses the thresholds
             fitted on the validation part, and their rule.

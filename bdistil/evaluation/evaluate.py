@@ -20,7 +20,7 @@ from bdistil.evaluation.run_data import Split, loader_of
 from bdistil.evaluation.tables import SCORES, cpu_latency
 from bdistil.metrics.cost import latency_ms, measure_cost
 from bdistil.metrics.quality import PrefixMetric, prefix_metric
-from bdistil.models.student import link_macs, linked_activations, links_of
+from bdistil.models.student import linked_activations, links_of
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.trees import row_count, take_rows
 
@@ -145,7 +145,8 @@ def sweep_budgets(
     clock = calibration.clock("cpu") if calibration is not None else None
     if clock is None:
         raise UserError(
-            "Expected measured stage times for a sweep of seconds. Run `bdistil calibrate` on the run first."
+            "Expected measured stage times for a sweep of seconds. Run `bdistil calibrate` on the run first; for other "
+            "tasks than classification, whose stages it does not time, give --sweep macs."
         )
     late = [clock.late(stage, batch_size) for stage in range(len(macs))]
     deadlines = torch.linspace(late[0], 1.2 * sum(late), DEADLINES).tolist()
@@ -158,8 +159,10 @@ def sweep_budgets(
 def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
     """Costs of each stage, after those of the teacher: MACs per sample, parameters, bytes, latency.
 
-    The teacher was measured at the start of the run with a batch size of 1; for other batch sizes, its activation bytes
-    and latency are None, and so is its latency if the run was trained on a GPU.
+    MACs are those of the run's curve. The activation bytes and the latency of a stage are measured here, on random
+    samples; lengths that may vary are the largest of training. The teacher was measured at the start of the run with a
+    batch size of 1; for other batch sizes, its activation bytes and latency are None, and so is its latency if the run
+    was trained on a GPU.
 
     Args:
         run: the run directory.
@@ -183,13 +186,13 @@ def profile_run(run: RunDirectory, batch_size: int = 1) -> list[dict[str, Any]]:
              "latency_ms": cpu_latency(teacher) if batch_size == 1 else None,
              "cumulative_macs": teacher["macs"]}
         ]  # fmt: skip
-    students = list(ensemble.students)
+    students, curve = list(ensemble.students), run.rows()[1:]
     for number, student in enumerate(students):
         inputs = (x, linked_activations(student, students[:number], x)) if links_of(student) else (x,)
         cost = measure_cost(student, inputs, uncounted="record")
         rows.append(
-            {"stage": number + 1, "macs": cost.macs // batch_size,
-             "link_macs": link_macs(cost.by_module) // batch_size,
+            {"stage": number + 1, "macs": ensemble.macs[number] - (ensemble.macs[number - 1] if number else 0),
+             "link_macs": curve[number]["link_macs"],
              "params": cost.params, "weight_bytes": cost.weight_bytes, "activation_bytes": cost.activation_bytes,
              "latency_ms": round(latency_ms(student, inputs), 3), "cumulative_macs": ensemble.macs[number]}
         )  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from bdistil.boosting.ledger.samples import check_stored
 from bdistil.data.loaders import only_given, paired, single_loader, with_trainer
@@ -31,9 +33,16 @@ def datamodule_of(run: RunDirectory) -> LightningDataModule:
             f"{run.config} names no data, as it was not written by `bdistil fit`. "
             "Load the ensemble with ProgressiveEnsemble.load(run_dir) and evaluate it on your own data."
         )
-    parser = ArgumentParser()
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=LightningDataModule)
-    module: LightningDataModule = parser.instantiate(parser.parse_object({"data": data})).data
+    try:
+        module: LightningDataModule = parser.instantiate(parser.parse_object({"data": data})).data
+    except ArgumentError as error:
+        start = (run.read("environment") or [{}])[-1]
+        raise UserError(
+            f"The data that {run.config} names cannot be read here: {error}\nStart the command where the run was "
+            f"started, {start.get('folder', 'its folder')}, with the same PYTHONPATH; or correct `data` in that file."
+        ) from error
     return open_generated(run.emulation, module) if run.emulation.exists() else module
 
 
@@ -72,6 +81,8 @@ def loader_of(run: RunDirectory, part: Split, datamodule: LightningDataModule | 
     with run_data(run, datamodule) as data:
         if part == "test":
             data.setup("test")
+        if not is_overridden(name, data, LightningDataModule):
+            raise UserError(f"{type(data).__name__} has no `{name}`. Implement it, or give --part val.")
         loader = single_loader(getattr(data, name)())
         if part == "test":
             check_stored(run.ledger / "test", name, loader.dataset)

@@ -75,6 +75,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         {key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in row.items()} for row in rows
     )
     with disk_errors("the table of the evaluation", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.getvalue())
 
 
@@ -93,6 +94,7 @@ def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str, swe
         for row in sorted(rows, key=lambda row: float(row["average_macs"]))
     ]  # fmt: skip
     with disk_errors("the picture of the evaluation", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         plot_curve(points, path, title=title, task=task)
 
 

@@ -175,18 +175,30 @@ class _Search:
         place = np.arange(len(thresholds))
         closed = np.where(place == number, NEVER, thresholds)  # no sample exits at this stage
         base = exit_outcome(exit_stages(self.confidence, closed), self.right, self.macs)
-        later = exit_stages(self.confidence, np.where(place <= number, NEVER, thresholds))
-        reaching = np.flatnonzero((self.confidence < closed[:, None])[:number].all(0))
-        order = reaching[np.argsort(-self.confidence[number, reaching], kind="stable")]
-        ordered = self.confidence[number, order]
-        gain = self.right[number, order].astype(int) - self.right[later[order], order]
-        saved = self.macs[number] - self.macs[later[order]]
-        right = base.right + np.concatenate(([0], gain.cumsum()))
-        macs = base.macs + np.concatenate(([0], saved.cumsum()))
-        falls = np.concatenate(([True], np.append(ordered[1:] < ordered[:-1], True)))[: len(order) + 1]
-        counts = np.flatnonzero(falls)  # possible numbers of exiting samples: tied samples exit together
+        order = self._arriving(closed, number)
+        later = exit_stages(self.confidence, np.where(place <= number, NEVER, thresholds))[order]  # exits without it
+        right = base.right + _running(self.right[number, order].astype(int) - self.right[later, order])
+        macs = base.macs + _running(self.macs[number] - self.macs[later])
         met, first, second = self.value(right, macs)
-        return _between(ordered, int(max(counts, key=lambda m: (met[m], first[m], second[m]))))
+        ordered = self.confidence[number, order]
+        best = max(_counts(ordered), key=lambda count: (met[count], first[count], second[count]))
+        return _between(ordered, int(best))
+
+    def _arriving(self, thresholds: Array, number: int) -> Array:
+        """Samples that no earlier stage decides, by descending confidence at this stage."""
+        samples = np.flatnonzero((self.confidence < thresholds[:, None])[:number].all(0))
+        return samples[np.argsort(-self.confidence[number, samples], kind="stable")]
+
+
+def _running(changes: Array) -> Array:
+    """Sums of the first 0, 1, … n changes, (n + 1,)."""
+    return np.concatenate(([0], changes.cumsum()))
+
+
+def _counts(ordered: Array) -> Array:
+    """How many of the samples with descending confidences may exit: samples of equal confidence exit together."""
+    falls = np.concatenate(([True], ordered[1:] < ordered[:-1], [True]))
+    return np.flatnonzero(falls[: len(ordered) + 1])
 
 
 def _between(ordered: Array, count: int) -> float:

@@ -49,7 +49,10 @@ def onnx_files(export: Export, folder: Path, manifest: Mapping[str, Any]) -> dic
         except Exception as error:  # errors of torch's exporters share no base class
             problems.append(f"{name}: {error}")
     else:
-        raise RunError("No exporter of torch wrote graphs that match PyTorch.\n" + "\n".join(problems))
+        raise RunError(
+            "\n".join(("No exporter of torch wrote graphs that match PyTorch.", *problems))
+            + "\nReplace what they name in the students; in place of pack_padded_sequence, mask the padded steps."
+        )
     opset = onnx.load(str(folder / entries[0]["file"])).opset_import[0].version
     found: dict[str, Any] = {"exporter": name, "opset": opset, "stages": entries, "parity": parity}
     found["runner"] = copy_runner(folder)

@@ -132,13 +132,13 @@ def traced_onnx(segment: Segment, example: Sequence[Tensor], path: Path, *, cons
         name: {0: "batch", **{axis: f"{name}_{axis}" for axis in _varying(segment, name)}}
         for name in (*segment.reads, *segment.gives)
     }
-    with warnings.catch_warnings(record=True) as told, _silent_stdout():
+    with warnings.catch_warnings(record=True) as caught, _silent_stdout():
         warnings.simplefilter("always")  # otherwise a warning raised before would be suppressed
         torch.onnx.export(
             segment, tuple(example), str(path), dynamo=False, opset_version=OPSET,
             input_names=segment.reads, output_names=segment.gives, dynamic_axes=dynamic,
         )  # fmt: skip
-    fixed = [str(warning.message) for warning in told if CONSTANT in str(warning.message)]
+    fixed = [str(warning.message) for warning in caught if CONSTANT in str(warning.message)]
     if fixed and not constants:
         raise RuntimeError(fixed[0])
 

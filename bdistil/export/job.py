@@ -106,7 +106,7 @@ class Export:
         if run.config.exists() and run.read_config().get("data"):
             with run_data(run) as self.datamodule:
                 self.loader = pairs_loader(run, self.datamodule.val_dataloader(), VAL)
-        self.normalisation: Normalisation | None = getattr(self.datamodule, "normalisation", None)
+        self.normalisation = _normalisation(self.datamodule)
         self.inside = self.normalisation if options.normalisation == "inside" else None
         if options.normalisation == "inside" and self.inside is None:
             raise UserError(
@@ -237,3 +237,18 @@ class Export:
 def to_list(value: float | Tensor | None) -> Any:
     """Converts a factor for JSON; a list with one value per output for real outputs."""
     return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _normalisation(datamodule: Any) -> Normalisation | None:
+    """Mean and standard deviation that a data module declares as `normalisation`, float32."""
+    given = getattr(datamodule, "normalisation", None)
+    if given is None:
+        return None
+    try:
+        mean, deviation = (torch.as_tensor(value, dtype=torch.float32) for value in given)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            "Expected `normalisation` of the data module to be (mean, standard deviation), numbers or tensors that "
+            f"broadcast over a sample, got {given!r}."
+        ) from error
+    return mean, deviation

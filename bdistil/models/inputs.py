@@ -257,7 +257,7 @@ def _refuse_nan(x: Tensor, name: str) -> None:
     if count := int(wrong.sum()):
         raise UserError(
             f"Expected `{name}` without NaN or infinity, got {count} such samples of {len(x)}, the first at index "
-            f"{int(wrong.nonzero()[0])}. Mend or leave out these samples."
+            f"{int(wrong.nonzero()[0])}. Fix or leave out these samples."
         )
 
 

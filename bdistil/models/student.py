@@ -217,20 +217,19 @@ class Student(nn.Module):
             raise UserError(f"Expected an example `x` beside a rung of kind {rung.kind!r}: link(earlier, rung, x).")
         with eval_mode(nn.ModuleList(earlier)):  # earlier students stay as they are, batch norm too
             given = activations_of(earlier, linked_numbers(earlier, 1)[0], x)
-        start = given.get(rung.at - 1)
+        start = given.get(rung.at - 1) if rung.at else None
         if rung.at and (start is None or rung.at >= len(body.stages)):
             raise UserError(
                 f"Expected `at` of the rung to be a stage of the student before and not the last of this one's "
                 f"{len(body.stages)}, got {rung.at}; the one before has activations after stages "
                 f"{[key + 1 for key in given if key != FEATURES]}."
             )
-        if start is not None and rung.at:
+        if start is not None:
             body.begin_at(rung.at)
             body.refinement = self.refinement(start)
-        linked = (start,) if start is not None and rung.at else ()
-        check_stages(body, start.clone() if start is not None and rung.at else x)
+        check_stages(body, x if start is None else start.clone())
         if rung.kind == "deep":
-            body.project(given, x, linked)
+            body.project(given, x, () if start is None else (start,))
         self.stage_reads = body.reads
         self.states_read = len(self.stage_reads)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import pickle
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,14 +28,18 @@ def disk_errors(doing: str, root: Path) -> Iterator[None]:
     """Converts an OSError, or the SafetensorError that wraps one, from a write to the run directory `root`.
 
     Raises:
-        RunError: the write failed; the message names it (`doing`), the cause, the data that are safe, and the fix.
+        RunError: the write failed; the message names it (`doing`), the cause, the data that are safe, and the fix. An
+            error of a file outside of `root` is raised as it is.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
+        file = getattr(error, "filename", None)
+        if file and not Path(str(file)).absolute().is_relative_to(root.absolute()):
+            raise  # such as a file of the user's dataset
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         cause = "the disk is full" if full else str(error)
-        way_out = "Free some space" if full else "Mend that (a permission, a disk that became read-only)"
+        way_out = "Free some space" if full else "Fix that (a permission, a disk that became read-only)"
         raise RunError(
             f"Could not finish {doing} in {root}: {cause}. Every round committed before is intact. "
             f"{way_out} and give the same command again: it goes on from there."
@@ -97,14 +99,10 @@ def save_epoch(trainer: pl.Trainer, path: Path) -> None:
 
 def warn_of_unreadable(path: Path) -> None:
     """Warns if Lightning will not load a checkpoint without ``weights_only=False``, while nothing is lost yet."""
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        kind = found.group(1) if found else "something else"
+    if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
         rank_zero_warn(
-            f"{path} cannot be resumed as it is: the state of an optimizer, a schedule or a callback holds {kind}, not "
-            "only numbers, text and tensors. Convert it in `state_dict`, or fit with weights_only=False."
+            f"{path} cannot be resumed as it is: the state of an optimizer, a schedule or a callback holds {names[0]}, "
+            "not only numbers, text and tensors. Convert it in `state_dict`, or fit with weights_only=False."
         )
 
 

@@ -1,4 +1,4 @@
-"""The run directory: the only code that names the files of a run.
+"""The run directory: paths of the results of a run, and atomic writes of its rounds and figures.
 
 It holds all results of a run. A round (student, cost, metrics) is written atomically: it is complete or absent. Only
 files that a restart recreates are ever deleted.
@@ -101,7 +101,7 @@ class RunDirectory:
 
         Files: `environment` (the starts), `teacher` (its row of the curve), `test` (test accuracy of the teacher, None
         where it was not measured, and of every prefix), `anytime` (the calibration), `stopped`, `work/…/rejected`,
-        `work/…/spent`.
+        `work/…/spent`, and `figures` in a comparison.
 
         Raises:
             RunError: the write failed.
@@ -115,18 +115,6 @@ class RunDirectory:
         """The content of NAME.json, or None where there is no such file."""
         path = self.root / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def take_teacher(self, other: RunDirectory) -> None:
-        """Copies the teacher's logits from a run of the same teacher, data and seed, unless they exist here already."""
-        figures = other.read("teacher")
-        if figures is None or self.read("teacher") is not None or self.scratch is not None:
-            return
-        for file in other.ledger.rglob("*.*"):
-            if file.is_file() and file.suffix != ".tmp" and not file.name.startswith(("error.", "features.")):
-                copy = self.ledger / file.relative_to(other.ledger)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
-        self.write("teacher", figures)
 
     # ---- starting
 
@@ -165,7 +153,7 @@ class RunDirectory:
         self,
         config: Mapping[str, Any],
         ignore: Sequence[str] = (),
-        growing: Sequence[str] = (),
+        renewed: Sequence[str] = (),
         complete: Complete = dict,
     ) -> None:
         """Writes the configuration of a new run, or compares it with that of the existing run.
@@ -173,7 +161,7 @@ class RunDirectory:
         Args:
             config: nested plain values.
             ignore: dotted keys that may differ, with all below them, between two starts of the same run.
-            growing: dotted keys that may differ, too; their new values are written.
+            renewed: dotted keys that may differ, too; their new values are written.
             complete: adds the defaults of options missing in a configuration of an earlier version.
 
         Raises:
@@ -182,9 +170,9 @@ class RunDirectory:
         if not self.config.exists() and not self.committed():
             write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False))
             return
-        self.compare(config, [*ignore, *growing], complete)
+        self.compare(config, [*ignore, *renewed], complete)
         there = self.read_config()
-        if updated(there, config, growing):
+        if updated(there, config, renewed):
             write_atomically(self.config, yaml.safe_dump(there, sort_keys=False))
 
     def compare(self, config: Mapping[str, Any], ignore: Sequence[str] = (), complete: Complete = dict) -> None:
@@ -196,9 +184,10 @@ class RunDirectory:
         now = yaml.safe_load(yaml.safe_dump(dict(config)))
         differing = differences(complete(self.read_config()), complete(now), ignore)
         if differing:
+            kept = f" Its trained teacher: --model.teacher.checkpoint {self.teacher}." if self.teacher.is_file() else ""
             raise UserError(
                 f"`run_dir` {self.root} holds a run of another configuration:\n{differing}\n"
-                "Choose another `run_dir`, or give the values that stand there to go on with that run."
+                f"Choose another `run_dir`, or give the values that stand there to go on with that run.{kept}"
             )
 
     def discard(self) -> None:
@@ -256,7 +245,7 @@ class RunDirectory:
         Raises:
             RunError: the write failed.
         """
-        with disk_errors(f"the commit of round {number}", self.root), atomic(self.folder(number)) as folder:
+        with disk_errors(f"the commit of round {number + 1}", self.root), atomic(self.folder(number)) as folder:
             folder.mkdir(parents=True)
             file = folder / "student.safetensors"
             save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, file)

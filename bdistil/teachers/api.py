@@ -189,7 +189,7 @@ class ApiTeacher(nn.Module):
         self.cache.answered(number, {key: row for key, row, fine in zip(keys, rows, good, strict=False) if fine})
         if fault:
             raise RunError(
-                f"{fault} Nothing invalid was kept; every other answer is in {self.cache.path}. Mend the API, or the "
+                f"{fault} Nothing invalid was kept; every other answer is in {self.cache.path}. Fix the API, or the "
                 "settings of ApiTeacher, and give the same command again."
             )
         return None

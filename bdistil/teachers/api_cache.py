@@ -60,7 +60,7 @@ class AnswerCache:
         except sqlite3.Error as error:
             raise RunError(
                 f"The answers of the API in {self.path} cannot be read or written: {error}. Every answer written "
-                "before is intact. Mend that (room, permission, a file that is no cache) and start again."
+                "before is intact. Fix that (room, permission, a file that is no cache) and start again."
             ) from error
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:

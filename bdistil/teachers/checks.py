@@ -29,6 +29,17 @@ def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
         )
 
 
+def warn_of_mean(r2: float) -> None:
+    """Warns if a teacher of a regression is not better than the mean of the labels."""
+    if r2 <= 0:
+        rank_zero_warn(
+            f"The teacher has R² {r2:.3g} on the validation part, no better than always answering the mean of its "
+            "labels. Is it trained, for labels of this scale? A teacher trained here learns labels far from 0 … 1 "
+            "slowly: standardise them, or give it their mean and standard deviation (bdistil.models.MLP has `mean` and "
+            "`std`)."
+        )
+
+
 def warn_of_inputs(teacher: nn.Module, datamodule: Any, x: Any) -> None:
     """Warns if samples x (B, ...), on the CPU, do not look like the teacher's training data.
 

@@ -61,6 +61,7 @@ class OfflineTeacher(nn.Module):
                 "Expected `val` of an OfflineTeacher, logits of the validation part, got `train` and `test` alone. "
                 "Give `val`, or one table of all parts as `train`."
             )
+        self._given = dict(self.tables)  # `check` may divide one of all parts
         widths = {name: table.shape[1] for name, table in self.tables.items()}
         if len(set(widths.values())) > 1:
             raise UserError(f"Expected logits of the same L outputs in all parts, got {_listed(widths)}.")
@@ -74,7 +75,7 @@ class OfflineTeacher(nn.Module):
     def identity(self) -> str:
         """Sha256 of all logits, by which a run recognises its teacher."""
         digest = hashlib.sha256()
-        for name, table in self.tables.items():
+        for name, table in self._given.items():
             digest.update(f"{name} {table.shape} {table.dtype}".encode())
             digest.update(np.ascontiguousarray(table).view(np.uint8).data)
         return digest.hexdigest()

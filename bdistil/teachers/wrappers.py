@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,9 @@ class FrozenTeacher(nn.Module):
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in eval mode, whatever `mode` is."""
-        return super().train(False)
+        with suppress(NotImplementedError):  # a graph of torch.export has the mode in which it was exported
+            super().train(False)
+        return self
 
     @torch.no_grad()
     def forward(self, x: Any) -> Tensor:
@@ -60,7 +63,7 @@ class FrozenTeacher(nn.Module):
         Attributes and functions are not part of it: when a run resumes, the teacher's outputs are compared, too.
 
         State is all weights and buffers, other state such as packed int8 weights, code and constants of scripted
-        modules, and the attribute `identity` of modules that have one. A compiled module equals the plain one.
+        modules, and the string `identity` of modules that have one. A compiled module equals the plain one.
         """
         digest = hashlib.sha256()
         for name, value in self.module.state_dict().items():
@@ -68,8 +71,9 @@ class FrozenTeacher(nn.Module):
             digest.update(_content(value))
         for part in _outermost(self.module):
             scriptable: Any = part
-            scripted = isinstance(part, torch.jit.ScriptModule)
-            digest.update(scriptable.save_to_buffer() if scripted else str(getattr(part, "identity", "")).encode())
+            scripted, identity = isinstance(part, torch.jit.ScriptModule), getattr(part, "identity", "")
+            own = identity.encode() if isinstance(identity, str) else b""
+            digest.update(scriptable.save_to_buffer() if scripted else own)
         return digest.hexdigest()
 
 

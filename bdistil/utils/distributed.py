@@ -121,7 +121,7 @@ def _reduced(values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
     return moved.to(values.device)
 
 
-def agreed(flag: bool) -> bool:
+def all_true(flag: bool) -> bool:
     """Whether a flag is true on all processes."""
     return not bool(all_max(torch.tensor(float(not flag))))
 
@@ -135,7 +135,7 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
-def share(tensors: Iterable[Tensor]) -> None:
+def broadcast(tensors: Iterable[Tensor]) -> None:
     """Broadcasts tensors from process 0, in place."""
     if _active():
         for tensor in tensors:

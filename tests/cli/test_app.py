@@ -187,10 +187,19 @@ def test_evaluations_that_contradict_themselves(run, capsys, args, names):
 
 
 def test_a_file_that_cannot_be_written_is_named(run, capsys, tmp_path):
-    target = str(tmp_path / "none" / "sweep.csv")
+    (tmp_path / "file").write_text("no folder")
+    target = str(tmp_path / "file" / "sweep.csv")
     status, message = failed(capsys, "evaluate", "--run_dir", str(run.root), "--batch_size", "1", "--csv", target)
     assert status == 1
     assert "the table of the evaluation" in message
+
+
+def test_folders_of_files_are_made(run, capsys, tmp_path):
+    files = ["--csv", str(tmp_path / "new" / "a.csv"), "--picture", str(tmp_path / "other" / "a.png")]
+    assert main(["evaluate", "--run_dir", str(run.root), "--batch_size", "1", *files]) == 0
+    assert "average_macs" in capsys.readouterr().out
+    assert (tmp_path / "new" / "a.csv").exists()
+    assert (tmp_path / "other" / "a.png").exists()
 
 
 def test_profile_lists_teacher_and_stages(run, capsys):
@@ -384,6 +393,8 @@ def test_a_strategy_of_its_own_class_is_made_anew_for_every_round(tmp_path):
         "lightning.pytorch.strategies.DDPStrategy",
         "--trainer.strategy.timeout",
         "0:01:00",
+        "--trainer.strategy.cluster_environment",
+        "lightning.fabric.plugins.environments.LightningEnvironment",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "bdistil.cli", *SMALL, "--run_dir", str(tmp_path / "run"), *strategy],

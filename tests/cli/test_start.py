@@ -77,6 +77,18 @@ def test_anchors_and_merged_keys_are_no_duplicates(tmp_path, capsys):
     assert "lr: 0.2" in capsys.readouterr().out
 
 
+def test_options_before_the_recipe_override_it_too(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("run_dir: here\nmodel: {boosting: {rounds: 2}}\n")
+    given = ["--run_dir", "there", "--model.boosting.rounds=5", "--config", "digits", f"--config={path}"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *given, "--print_config"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "run_dir: there" in printed
+    assert "rounds: 5" in printed
+
+
 # ---- options of the Trainer and the seed
 
 

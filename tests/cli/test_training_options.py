@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import yaml
 from helpers.toys import digests
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar, Timer, TQDMProgressBar
 
 from bdistil.boosting.round import BoostingRound
 from bdistil.callbacks import EpochKeeper
@@ -91,12 +92,54 @@ def test_the_best_epoch_of_a_recipe(tmp_path):
         ("trainer.max_epochs", "0", "`max_epochs` of the Trainer to be at least 1"),
         ("trainer.limit_train_batches", "0", "`limit_train_batches` of the Trainer"),
         ("trainer.callbacks+", "LearningRateFinder", "without LearningRateFinder"),
+        ("trainer.callbacks+", "bdistil.callbacks.MetricCurves", "MetricCurves in fits of whole models"),
+        ("trainer.overfit_batches", "2", "`overfit_batches` of the Trainer to be 0, got 2"),
+        ("trainer.logger", "true", "`trainer.logger` to be false, a logger or a list of loggers, got true"),
     ],
 )
 def test_the_trainer_is_checked_before_the_teacher_is_trained(tmp_path, capsys, option, value, message):
     assert fit(tmp_path / "run", f"--{option}", value) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["EarlyStopping", "ModelCheckpoint"])
+def test_a_metric_that_no_round_logs_is_refused_before_the_teacher_is_trained(tmp_path, capsys, kind):
+    callback = ["--trainer.callbacks+", kind, "--trainer.callbacks.monitor", "val_acc"]
+    assert fit(tmp_path / "run", *callback) == 2
+    said = capsys.readouterr().err
+    assert f"`monitor` of {kind} to be a metric that a round logs, one of train_loss, val_accuracy" in said
+    assert "got 'val_acc'" in said
+    assert not (tmp_path / "run").exists()
+
+
+class Logs(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log("mine", 1.0)
+
+
+def test_a_metric_of_the_users_callback_may_be_monitored(tmp_path):
+    stop = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "mine"]
+    assert fit(tmp_path / "run", *stop, "--trainer.callbacks+", f"{__name__}.Logs") == 0
+
+
+def test_callbacks_that_need_a_logger_do_nothing_without_one(tmp_path):
+    assert fit(tmp_path / "run", "--trainer.callbacks+", "LearningRateMonitor") == 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_of_the_recipe_is_used(tmp_path, monkeypatch, terminal):
+    bars = []
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setattr(BoostingRound, "on_train_start", lambda module: bars.append(module.trainer.callbacks))
+    assert fit(tmp_path / "run", "--trainer.callbacks+", "TQDMProgressBar") == 0
+    assert [type(bar) for bar in bars[0] if isinstance(bar, ProgressBar)] == [TQDMProgressBar]
+
+
+def test_a_run_of_another_configuration_names_its_teacher(tmp_path, capsys):
+    assert fit(tmp_path) == 0
+    assert fit(tmp_path, "--model.boosting.lr", "0.5") == 2
+    assert f"--model.teacher.checkpoint {tmp_path / 'teacher.safetensors'}" in capsys.readouterr().err
 
 
 def test_nothing_of_a_fast_dev_run_is_kept(tmp_path):
@@ -148,6 +191,24 @@ def test_data_that_a_fit_has_torn_down_are_set_up_again_for_thresholds(tmp_path)
     (tmp_path / "closed.yaml").write_text(RECIPE)
     assert main(["fit", "--config", str(tmp_path / "closed.yaml"), "--run_dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/anytime.json").exists()
+
+
+def test_data_may_lie_elsewhere_when_a_run_goes_on(tmp_path, capsys):
+    """Staged to the disk of another node; other data there are refused."""
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(120, 8)), generator.integers(0, 4, 120)
+    np.savez(tmp_path / "mine.npz", x=x, y=y)
+    recipe = RECIPE.replace("data: helpers.toys.ClosedToys", "data: {class_path: bdistil.data.Arrays}")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    command = ["fit", "--config", str(tmp_path / "recipe.yaml"), "--run_dir", str(tmp_path / "run")]
+    assert main([*command, "--data.file", str(tmp_path / "mine.npz"), "--model.boosting.rounds", "1"]) == 0
+    (tmp_path / "mine.npz").rename(tmp_path / "moved.npz")
+    assert main([*command, "--data.file", str(tmp_path / "moved.npz")]) == 0
+    assert RunDirectory(tmp_path / "run").committed() == 2
+    assert main(["evaluate", "--run_dir", str(tmp_path / "run")]) == 0
+    np.savez(tmp_path / "other.npz", x=x + 1, y=y)
+    assert main([*command, "--data.file", str(tmp_path / "other.npz"), "--model.boosting.rounds", "3"]) == 2
+    assert "is not the one that this run keeps state for: its x has changed" in capsys.readouterr().err
 
 
 def test_the_training_of_a_teacher_goes_on_with_the_same_samples_only(tmp_path, capsys, monkeypatch):

@@ -49,7 +49,7 @@ def train(tmp_path, *, batches=6, **settings):
     plan = plan_joint(boosting, boosting.check(data))
     losses = []
     original = type(plan.module).training_step
-    with indexed_loaders(data, 0, *plan.run.parts.plans, prepare=plan.run.parts.renew):
+    with indexed_loaders(data, 0, *plan.checked.parts.plans, prepare=plan.checked.parts.replace_loader):
         plan.module.training_step = lambda *a: losses.append(original(plan.module, *a)) or losses[-1]
         ledger = JointLedger(boosting, plan)
         options = {"epochs": 8, "enable_checkpointing": False, "limit_train_batches": batches}
@@ -69,7 +69,7 @@ def test_joint_training_lowers_the_sum_and_gives_an_ensemble(tmp_path, loss):
     ensemble = joint_ensemble(plan)
     assert len(ensemble) == 3
     assert ensemble.macs == [72, 96, 120]
-    assert ensemble.scale == plan.run.parts.train.ledger.head.scale
+    assert ensemble.scale == plan.checked.parts.train.ledger.head.scale
 
 
 def test_the_loss_is_the_sum_of_what_a_first_student_would_have(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.run_data import Asking, Drawn, DrawnTest, Sampled
+from helpers.run_data import Asking, Declared, Drawn, DrawnTest, Misdeclared, Sampled, Untested
 from helpers.toys import CLASSES, boost, control, settings_for
 from torch.utils.data import TensorDataset
 
@@ -61,3 +61,24 @@ def test_an_export_sets_the_data_up_as_other_commands_do(tmp_path, monkeypatch):
     y = Asking().labels
     calibrated = {int(y[number]) for count, number in read if count == len(y)}
     assert calibrated == set(range(CLASSES))
+
+
+def test_data_without_a_test_part_name_the_other_part(tmp_path):
+    run = run_of(tmp_path, Untested)
+    assert len(loader_of(run, "val").dataset) == 64
+    with pytest.raises(UserError, match=r"Untested has no `test_dataloader`\. Implement it, or give --part val"):
+        loader_of(run, "test")
+
+
+def test_data_that_cannot_be_imported_are_one_message(tmp_path):
+    run = run_of(tmp_path, Drawn)
+    run.config.write_text(run.config.read_text().replace("helpers.run_data", "elsewhere.run_data"))
+    with pytest.raises(UserError, match=r"(?s)cannot be read here: .*elsewhere.*where the run was started"):
+        loader_of(run, "val")
+
+
+def test_a_normalisation_in_numbers_is_exported(tmp_path):
+    manifest = export_run(run_of(tmp_path / "run", Declared), tmp_path / "out")
+    assert manifest["normalisation"] == {"mean": 0.5, "deviation": 0.25, "inside": False}
+    with pytest.raises(UserError, match=r"`normalisation` of the data module to be \(mean.*got 'imagenet'"):
+        export_run(run_of(tmp_path / "other", Misdeclared), tmp_path / "none")

@@ -38,12 +38,13 @@ def test_exits_fitted_on_the_data_of_the_run(run):
     run.calibration.unlink()
 
 
-def test_stages_are_profiled_at_the_largest_length(run):
-    rows = profile_run(run, batch_size=4)
-    assert [row["macs"] for row in rows[1:]] == [
-        7 * WIDTH * WIDTH + WIDTH * CLASSES,
-        7 * WIDTH**2 + 2 * WIDTH * CLASSES,
-    ]
+def test_macs_of_a_profile_are_those_of_the_curve(run):
+    """The first sentence of the training part is shorter than the longest, on which bytes and latency are measured."""
+    rows, curve = profile_run(run, batch_size=4)[1:], run.rows()[1:]
+    assert [row["cumulative_macs"] for row in rows] == [row["macs"] for row in curve]
+    assert rows[0]["macs"] + rows[1]["macs"] == rows[1]["cumulative_macs"]
+    assert rows[0]["macs"] < 7 * WIDTH * WIDTH + WIDTH * CLASSES
+    assert [row["link_macs"] for row in rows] == [0, WIDTH * CLASSES]
 
 
 def test_a_teacher_measured_on_a_gpu_has_no_latency_beside_students_on_the_cpu(run):

@@ -117,6 +117,13 @@ def test_figures_are_those_of_the_parts_that_a_cell_was_trained_with(recipe, tmp
     assert 0 <= run.read("figures")[-1]["test_accuracy"] <= 1
 
 
+def test_gradient_noise_of_a_recipe_measures_no_joint_training(recipe, tmp_path):
+    noise = ["--trainer.callbacks+", "bdistil.callbacks.GradientNoise"]
+    run = cell(JointCLI, recipe, tmp_path / "run", *noise)
+    assert len(run.read("figures")) > 1
+    assert not (run.root / "noise").exists()
+
+
 class Broken(L.Callback):
     """Ends a training after a slow first epoch, once."""
 
@@ -181,14 +188,14 @@ def test_macs_are_planned_for_the_sample_that_a_run_counts(recipe, tmp_path):
     student = ["--model.student", "bdistil.models.RecurrentStudent", "--model.student.in_channels", str(FEATURES)]
     student += ["--model.student.outputs", str(CLASSES), "--model.student.hidden", "4"]
     data = ["--data", f"{__name__}.Sequences"]
-    assert start(PlanCLI, recipe, *student, *data).x.shape == (1, 3, FEATURES)
+    assert start(PlanCLI, recipe, *student, *data).inputs.x.shape == (1, 3, FEATURES)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.boosting.labels", "null"], "labels (model.boosting.labels is null) lacks"),
-        (["--data", f"{__name__}.NoTest"], "a test_dataloader lacks"),
+        (["--model.boosting.labels", "null"], "some without labels (model.boosting.labels: null)"),
+        (["--data", f"{__name__}.NoTest"], "some without a test_dataloader"),
         (API, "got one behind an API"),
     ],
 )

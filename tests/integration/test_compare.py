@@ -184,17 +184,17 @@ def test_widths_beside_a_run_need_only_the_small_files_of_its_cells(tmp_path):
     run.write("figures", rows)
     for number, row in enumerate(rows):
         run.write(f"rounds/{number:03d}/round", {"format": FORMAT, "curve": row})
-    planned = SimpleNamespace(model_planned=SimpleNamespace(make_student=make_conv), x=IMAGE)
-    assert _reached(Training(tmp_path, [], [], 1, 1, planned, forms), cell) == forms
+    inputs = SimpleNamespace(model=SimpleNamespace(make_student=make_conv), x=IMAGE)
+    assert _reached(Training(tmp_path, [], [], 1, 1, inputs, forms), cell) == forms
 
 
 def test_a_prefix_of_the_oracle_is_reported_once_both_losses_are_trained(tmp_path):
     settings = settings_for(2, loss="prefix_kl")
     forms = plan_forms(make_conv, settings, IMAGE, widths=True)
-    planned = SimpleNamespace(model_planned=SimpleNamespace(boosting=settings))
+    inputs = SimpleNamespace(model=SimpleNamespace(boosting=settings))
     for name in ("no_resched-1", "no_resched-1-game", "no_resched-2"):
         RunDirectory(Cell("no_resched", 0, name, 0).folder(tmp_path)).write("figures", [])
-    cells = _finished(Training(tmp_path, [], ["no_resched"], 1, 1, planned, forms))
+    cells = _finished(Training(tmp_path, [], ["no_resched"], 1, 1, inputs, forms))
     assert [cell.name for cell in cells] == ["no_resched-1", "no_resched-1-game"]
 
 

@@ -105,7 +105,7 @@ def run_and_spoil(folder, spoil, point):
 
 WAYS = {
     "full": (fill, rf"the disk is full. {INTACT} Free some space and"),
-    "read-only": (forbid, rf"Read-only file system: .* {INTACT} Mend that"),
+    "read-only": (forbid, rf"Read-only file system: .* {INTACT} Fix that"),
 }
 
 

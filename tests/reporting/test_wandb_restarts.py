@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.run import Boosting
 from bdistil.cli import app as cli
 from bdistil.cli import compare
 from bdistil.models.convnets import StridedConvNet
@@ -202,6 +203,27 @@ def test_a_server_that_takes_no_table_does_not_fail_a_comparison(server, tmp_pat
     log = tmp_path / "log"
     assert in_child(log, tracked_comparison, tmp_path / "compared", server.url) == 0, log.read_text()
     assert "The comparison was not logged to W&B (" in log.read_text()
+
+
+def end_that_is_killed(folder):
+    enter(None)
+
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Boosting.finish = killed
+    cli.main([*SMALL, "--run_dir", str(folder), "--trainer.logger.save_dir", str(folder.with_name("csv"))])
+
+
+def test_a_run_killed_after_its_last_round_logs_its_curve_when_it_goes_on(tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "run"
+    assert in_child(log, end_that_is_killed, folder) != 0
+    assert RunDirectory(folder).committed() == ROUNDS, log.read_text()
+    for _ in range(2):  # the second start has nothing to do
+        assert in_child(log, a_start, folder, None) == 0, log.read_text()
+    _, second = offline_runs(folder)
+    assert "curve" in {key for row in second.history for key in row}
+    assert second.exit_code == 0
 
 
 def start_that_fails(folder):

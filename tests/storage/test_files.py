@@ -5,8 +5,9 @@ import os
 
 import pytest
 
+from bdistil.errors import RunError
 from bdistil.storage import files
-from bdistil.storage.files import atomic, write_atomically
+from bdistil.storage.files import atomic, disk_errors, write_atomically
 
 
 class Killed(BaseException):
@@ -116,3 +117,10 @@ def test_a_file_that_cannot_be_flushed_is_an_error(path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         write_atomically(path, "after")
     assert path.read_text() == "before"
+
+
+def test_a_missing_file_of_the_user_is_no_error_of_the_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.png"), disk_errors("the ledger", tmp_path / "run"):
+        (tmp_path / "none.png").read_bytes()
+    with pytest.raises(RunError, match="Could not finish the ledger"), disk_errors("the ledger", tmp_path):
+        (tmp_path / "none.png").read_bytes()

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from bdistil.boosting.ledger.ledger import ErrorLedger
+from bdistil.cli.guard import guarded
 from bdistil.errors import RunError, UserError
 from bdistil.storage import files as disk
 from bdistil.storage.provenance import flatten
@@ -127,7 +128,7 @@ def test_a_record_that_is_none_is_named(run, text):
 
 def test_a_round_is_never_written_over(run):
     run.commit(0, WEIGHTS, {"first": True})
-    with pytest.raises(RunError, match="commit of round 0"):
+    with pytest.raises(RunError, match="commit of round 1"):
         run.commit(0, {"a": torch.ones(1)}, {"first": False})
     assert run.record(0)["first"]
     assert run.weights(0).keys() == WEIGHTS.keys()
@@ -360,7 +361,7 @@ def test_a_full_disk_costs_the_round_and_no_other(small_disk):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(100 << 10))
     student = {"weight": torch.ones(50 << 10)}  # 200 kB
-    with pytest.raises(RunError, match=r"commit of round 1 in .*run: the disk is full\. Every round .* is intact"):
+    with pytest.raises(RunError, match=r"commit of round 2 in .*run: the disk is full\. Every round .* is intact"):
         run.commit(1, student, {"round": 1})
     assert run.committed() == 1
     assert torch.equal(run.weights(0)["a"], WEIGHTS["a"])
@@ -427,6 +428,12 @@ def test_a_run_does_not_start_on_a_full_disk(small_disk):
         RunDirectory(small_disk / "run").prepare()
 
 
+def test_a_full_disk_is_one_message_of_any_command(small_disk, capsys):
+    fill(small_disk)
+    assert guarded(lambda: (small_disk / "report.html").write_text("x" * 9000)) == 1
+    assert "The disk is full: [Errno 28]" in capsys.readouterr().err
+
+
 def test_a_quota_is_a_full_disk(run, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
@@ -446,7 +453,7 @@ def test_a_disk_that_can_only_be_read(small_disk):
         message = rf"`run_dir` {place} cannot be written to: Read-only file system\. Give a folder"
         with pytest.raises(UserError, match=message):
             RunDirectory(place).prepare()
-    with pytest.raises(RunError, match=r"commit of round 1 in .*Read-only file system.*is intact"):
+    with pytest.raises(RunError, match=r"commit of round 2 in .*Read-only file system.*is intact"):
         run.commit(1, WEIGHTS, {})
     assert run.weights(0).keys() == WEIGHTS.keys()
 

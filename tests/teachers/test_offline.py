@@ -85,6 +85,13 @@ def test_it_goes_on_and_another_table_is_refused(tmp_path, logits):
     assert FrozenTeacher(OfflineTeacher(whole)).fingerprint != FrozenTeacher(OfflineTeacher(whole + 1)).fingerprint
 
 
+def test_its_identity_does_not_depend_on_the_checks(logits):
+    whole = torch.cat(list(logits.values()))
+    first, checked = OfflineTeacher(whole), OfflineTeacher(whole)
+    checked.check({name: len(rows) for name, rows in logits.items()})
+    assert first.identity == checked.identity
+
+
 def test_without_logits_of_the_test_part_the_teacher_has_no_test_figure(tmp_path, logits):
     boost(tmp_path, teacher={"train": logits["train"], "val": logits["val"]}, **ONE)
     teacher, student = curve(tmp_path)

@@ -26,7 +26,13 @@ from bdistil.metrics.cost import measure_cost
 from bdistil.models.timm import TimmTeacher
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
-from bdistil.teachers.checks import some_inputs, warn_of_chance, warn_of_inputs, warn_of_probabilities
+from bdistil.teachers.checks import (
+    some_inputs,
+    warn_of_chance,
+    warn_of_inputs,
+    warn_of_mean,
+    warn_of_probabilities,
+)
 from bdistil.teachers.wrappers import comes_trained
 
 
@@ -557,6 +563,36 @@ def test_a_teacher_that_guesses_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # also what the suite passes over
         warn_of_chance(0.25 + 0.1300, 4, 100)
+
+
+def test_functions_are_no_part_of_a_fingerprint():
+    """They have another name in every process."""
+    prints = []
+    for identity in (lambda x: x, lambda x: x, "mine", "yours"):
+        network = nn.Linear(2, 2)
+        nn.init.ones_(network.weight)
+        nn.init.ones_(network.bias)
+        network.identity = identity
+        prints.append(FrozenTeacher(network).fingerprint)
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_a_graph_of_torch_export_is_a_teacher():
+    network = make_teacher().eval()
+    x = torch.randn(5, FEATURES)
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    teacher = FrozenTeacher(program.module())
+    assert torch.equal(teacher.train()(x), network(x))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_of_a_regression_that_answers_worse_than_the_mean_is_warned_of():
+    with pytest.warns(UserWarning, match=r"R² -12\.7 on the validation part"):
+        warn_of_mean(-12.7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_mean(0.01)
 
 
 def test_a_run_warns_of_a_teacher_that_guesses(tmp_path):

@@ -49,8 +49,18 @@ def check_hooks(owner: pl.LightningDataModule | pl.LightningModule, loader: Any,
     last = len(loader.dataset) - 1
     batch = loader.collate_fn([loader.dataset[0], loader.dataset[last]])
     batch = (*batch, torch.tensor([0, last])) if indexed else batch
-    if owner.trainer is not None:
-        owner.trainer.training = True
+    trainer: Any = owner.trainer
+    state = None if trainer is None else trainer.training
+    if trainer is not None:
+        trainer.training = True  # hooks ask for it
+    try:
+        _call_hooks(owner, hooks, batch, indexed)
+    finally:
+        if trainer is not None:
+            trainer.training = state
+
+
+def _call_hooks(owner: Any, hooks: list[str], batch: Any, indexed: bool) -> None:
     for hook in hooks * TRIES:
         device = [torch.device("cpu")] if hook == "transfer_batch_to_device" else []
         try:
@@ -80,16 +90,11 @@ def indexed(batch: Any) -> tuple[Any, Any, Index]:
 
 
 def check_fit(trainer: pl.Trainer, datamodule: pl.LightningDataModule | None) -> None:
-    """Raises UserError if a Trainer fits other data than those of the run, or only the first batches of an epoch."""
+    """Raises UserError if a Trainer fits other data than those of the run."""
     if getattr(trainer, "datamodule", None) is not datamodule:
         raise UserError(
             "Expected the data module that `controller.rounds(datamodule)` was given, got another one or loaders. "
             "Fit with trainer.fit(round_module, datamodule): batches need the number of each sample."
-        )
-    if overfit := getattr(trainer, "overfit_batches", 0):
-        raise UserError(
-            f"Expected `overfit_batches` of the Trainer to be 0, got {overfit}: it replaces the sampler. To try a run "
-            "on few batches, give limit_train_batches and limit_val_batches."
         )
 
 
@@ -159,7 +164,7 @@ def check_teacher(teacher: nn.Module, part: Part) -> None:
 
     with as_written(teacher):
         now = ask()
-        off = float((now - part.ledger.answers(np.asarray(numbers))).square().mean().sqrt())
+        off = float((now - part.ledger.teacher_logits(np.asarray(numbers))).square().mean().sqrt())
         if off <= UNCHANGED or float((ask() - now).square().mean().sqrt()) > UNCHANGED:
             return
     raise UserError(

@@ -150,12 +150,19 @@ def check_ladder(make: Callable[..., nn.Module], settings: BoostingSettings, x: 
             links = not earlier or isinstance(earlier[0], Student)
             classes = settings.rungs(number, links=links)
             made = [_next_student(make, earlier, rungs, rung, x, outputs) for rung in classes]
-            if number == 2 and any(rung.reads_stages for rung in classes):
-                for before in classes[1:]:
-                    second = _next_student(make, earlier[:1], rungs[:1], before, x, outputs)
-                    for rung in classes:
-                        _next_student(make, [earlier[0], second], [rungs[0], before], rung, x, outputs)
+            if number == 2 and any(rung.reads_stages for rung in classes):  # the same pairs as in later rounds
+                _check_pairs(make, earlier[0], rungs[0], classes, x, outputs)
             earlier, rungs = [*earlier, made[0]], [*rungs, classes[0]]
+
+
+def _check_pairs(
+    make: Callable[..., nn.Module], first: nn.Module, rung: Rung, classes: Sequence[Rung], x: Any, outputs: int
+) -> None:
+    """Builds a student of each class after one of each class but the first: the round before may accept any of them."""
+    for before in classes[1:]:
+        second = _next_student(make, [first], [rung], before, x, outputs)
+        for after in classes:
+            _next_student(make, [first, second], [rung, before], after, x, outputs)
 
 
 def _next_student(
@@ -168,9 +175,9 @@ def _next_student(
         _check_own(student, earlier)
         check_student(student, earlier, x, outputs)
     except Exception as error:  # the user's code may raise anything
-        told = str(error) if isinstance(error, UserError) else f"It fails by {type(error).__name__}: {error}."
-        of = f"round {number + 1}, of class {rung.name}" + (f" after one of class {rungs[-1].name}" if rungs else "")
-        raise UserError(f"The student of {of}, cannot be used. {told}{_way_out(rungs, rung)}") from error
+        reason = str(error) if isinstance(error, UserError) else f"It fails by {type(error).__name__}: {error}."
+        place = f"round {number + 1}, of class {rung.name}" + (f" after one of class {rungs[-1].name}" if rungs else "")
+        raise UserError(f"The student of {place}, cannot be used. {reason}{_way_out(rungs, rung)}") from error
     return student.train(False)
 
 
@@ -233,6 +240,12 @@ def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) ->
             raise UserError(
                 f"Expected x of the same type as the student's weights ({_names(own)}), got {_names(given)}. Convert x "
                 "in the dataset, or the student."
+            ) from error
+        if not given and "dtype" in str(error):
+            raise UserError(
+                f"Expected a student that reads x as it is, {_form(example)}, got one that fails on it ({error}). "
+                "Integers are for embeddings; convert other x to float32 in the dataset (Arrays: --data.standardise "
+                "true)."
             ) from error
         raise
 

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
@@ -18,6 +24,7 @@ from bdistil.utils import distributed
 
 # Strategies with one device, or one process per device that runs the script from its top; `auto` chooses between them.
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+LOGGED = ("train_loss", "val_accuracy", "val_loss", "val_rms")  # metrics of a round that callbacks may monitor
 # WeightAveraging exists since lightning 2.6.
 AVERAGING = (StochasticWeightAveraging, getattr(lightning_callbacks, "WeightAveraging", StochasticWeightAveraging))
 
@@ -38,6 +45,7 @@ def check_trainer(trainer: pl.Trainer, settings: BoostingSettings) -> None:
     check_precision(str(trainer.precision))
     _check_length(trainer)
     _check_finders(trainer)
+    _check_monitors(trainer.callbacks)  # type: ignore[attr-defined]
     if settings.keep_epoch == "best":
         _check_validation(trainer)
 
@@ -85,7 +93,12 @@ def check_precision(precision: str) -> None:
 
 
 def _check_length(trainer: pl.Trainer) -> None:
-    """Raises UserError for limits with which a Trainer performs no step."""
+    """Raises UserError for limits with which a Trainer performs no step, or reads other samples than the run."""
+    if overfit := trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise UserError(
+            f"Expected `overfit_batches` of the Trainer to be 0, got {overfit}: it replaces the sampler. To try a run "
+            "on few batches, give limit_train_batches and limit_val_batches."
+        )
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if (value := getattr(trainer, name)) == 0:
             raise UserError(
@@ -105,6 +118,20 @@ def _check_finders(trainer: pl.Trainer) -> None:
                 f"Expected a Trainer without {finder.__name__} (or Tuner) beside RoundController: it fits on trial "
                 "before the teacher's logits are known. Find the "
                 f"{found} with bdistil.distillation.Distillation(student, teacher), and {way_out}."
+            )
+
+
+def _check_monitors(callbacks: Sequence[pl.Callback]) -> None:
+    """Raises UserError for a callback that monitors a metric which no round logs; the user's callbacks may log more."""
+    if any(type(callback).__module__.partition(".")[0] not in ("lightning", "bdistil") for callback in callbacks):
+        return
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        waits = isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
+        if waits and monitor is not None and monitor not in LOGGED:
+            raise UserError(
+                f"Expected `monitor` of {type(callback).__name__} to be a metric that a round logs, one of "
+                f"{', '.join(LOGGED)}, got {monitor!r}."
             )
 
 

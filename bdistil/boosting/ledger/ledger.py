@@ -234,7 +234,7 @@ class ErrorLedger:
         wanted = index.cpu().numpy() if isinstance(index, Tensor) else index
         return self._gather(self._g, wanted), self._gather(self._s, wanted)
 
-    def answers(self, index: Array) -> Tensor:
+    def teacher_logits(self, index: Array) -> Tensor:
         """g of a batch, (B, L) float32 on the CPU; no version of S needs to be open."""
         return RowFile(self._teacher_file, self._shape, self.storage).gather(index)
 

@@ -40,22 +40,22 @@ FIRST, EVERY = 8, 32
 # Largest number of values of a batch that are sketched; the remaining rows are skipped.
 NUMBERS = 1 << 14
 
-SEED = (
+ADVICE_SEED = (
     "State is kept by sample number, so the sample behind a number must be the same in every fit, start and process. "
     "Where `setup()` or a `*_dataloader()` splits or selects at random, seed it: "
     "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0)). Where the data were edited, choose "
     "another `run_dir`. A curriculum keeps the dataset, and chooses samples by a sampler."
 )
-PARTS = (
+ADVICE_SPLIT = (
     "Its parts would be mixed: samples that the students were trained on would be among those of the figures. Where "
     "the data module splits at random, seed it: "
     "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0))."
 )
-RANDOM = (
+ADVICE_VIEWS = (
     f"Give {RECOMPUTE} to evaluate the teacher on every batch, or BoostingSettings(views=K) (model.boosting.views) to "
     "cache its logits on K fixed views of each sample."
 )
-WAY = (
+ADVICE_BATCH = (
     "A hook such as `transfer_batch_to_device`, a callback, or a collate function that mixes or pads the samples of a "
     "batch changes them after they are read, so that cached logits of the teacher do not belong to them. Change "
     f"samples in the dataset, one by one, or give {RECOMPUTE}."
@@ -75,7 +75,7 @@ def check_stored(folder: Path, name: str, items: Items) -> None:
     """
     file = folder / "samples.json"
     if file.exists():
-        check_known(read_known(json.loads(file.read_text(encoding="utf-8"))), name, items, "in the run", PARTS)
+        check_known(read_known(json.loads(file.read_text(encoding="utf-8"))), name, items, "in the run", ADVICE_SPLIT)
 
 
 def store_samples(folder: Path, items: Items) -> None:
@@ -164,8 +164,7 @@ class SampleGuard:
             UserError: a sample differs.
         """
         if self.file.exists():
-            stored = json.loads(self.file.read_text(encoding="utf-8"))
-            self._compare({int(number): _from_json(found) for number, found in stored.items()}, self.digests)
+            self._compare(read_known(json.loads(self.file.read_text(encoding="utf-8"))), self.digests)
 
     def store(self) -> None:
         """Stores the digests of some samples for later starts."""
@@ -182,10 +181,12 @@ class SampleGuard:
         first = distributed.from_first(self.digests)
         same = first.keys() == self.digests.keys()
         same = same and not any(changed(found, self.digests[number]) for number, found in first.items())
-        if not distributed.agreed(same):
-            raise UserError(f"The processes read different samples behind the same numbers of `{self.name}()`. {SEED}")
+        if not distributed.all_true(same):
+            raise UserError(
+                f"The processes read different samples behind the same numbers of `{self.name}()`. {ADVICE_SEED}"
+            )
 
-    def renew(self, loader: DataLoader[Any], items: Items) -> None:
+    def replace_loader(self, loader: DataLoader[Any], items: Items) -> None:
         """Replaces loader and dataset by the data module's current ones, and compares some samples.
 
         Raises:
@@ -194,7 +195,7 @@ class SampleGuard:
         if len(items) != len(self.items):
             raise UserError(
                 f"`{self.name}()` gives a dataset of {len(items)} samples, but the run was started with "
-                f"{len(self.items)}. {SEED}"
+                f"{len(self.items)}. {ADVICE_SEED}"
             )
         known, self._compared = self._compared, loader.dataset
         self.loader, self.items = loader, items
@@ -215,7 +216,9 @@ class SampleGuard:
             if not self.fixed:
                 self._forget(random)
                 return
-            raise UserError(f"Two readings of sample {number} of `{self.name}()` give two {_and(random)}. {RANDOM}")
+            raise UserError(
+                f"Two readings of sample {number} of `{self.name}()` give two {_and(random)}. {ADVICE_VIEWS}"
+            )
         if self.recomputed and not {"y", getattr(self.loader.collate_fn, "labels", None)} & set(names):
             self._forget(names)
             rank_zero_warn(
@@ -226,7 +229,7 @@ class SampleGuard:
             return
         raise UserError(
             f"Sample {number} of `{self.name}()` is not the one that this run keeps state for: its {_and(names)} "
-            f"{'has' if len(names) == 1 else 'have'} changed. {SEED}"
+            f"{'has' if len(names) == 1 else 'have'} changed. {ADVICE_SEED}"
         )
 
     def _forget(self, names: Sequence[str]) -> None:
@@ -247,7 +250,7 @@ class SampleGuard:
         if self.sketches is not None:
             self.sketches.write(int(index[0]), _sketches(x, y, len(index)))
 
-    def see(self, x: Any, y: Any, index: Index) -> None:
+    def compare_batch(self, x: Any, y: Any, index: Index) -> None:
         """Compares some rows of some batches with the samples on which the teacher was evaluated.
 
         Raises:
@@ -261,9 +264,9 @@ class SampleGuard:
         rows, shapes = slice(low, low + count), [tuple(leaf.shape[1:]) for leaf in leaves(x)]
         self._pending.append(_Compared(index[rows], _sketches(x, y, len(index), rows), shapes))
         if len(self._pending) == FIRST or self._pending[-1].sketches.device.type == "cpu":
-            self.settle()
+            self.complete_comparisons()
 
-    def settle(self) -> None:
+    def complete_comparisons(self) -> None:
         """Completes the pending comparisons, which synchronises with the device.
 
         Raises:
@@ -297,7 +300,9 @@ class SampleGuard:
                 f"{RECOMPUTE}."
             )
             return
-        raise UserError(f"The {_and(names)} of sample {number} in a batch of `{self.name}()` has changed. {WAY}")
+        raise UserError(
+            f"The {_and(names)} of sample {number} in a batch of `{self.name}()` has changed. {ADVICE_BATCH}"
+        )
 
 
 def _sketches(x: Any, y: Any, count: int, rows: slice = slice(None)) -> Tensor:
