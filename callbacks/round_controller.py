@@ -34,6 +34,7 @@ from bdistil.errors import UserError
 from bdistil.reporting.report import write_report
 from bdistil.reporting.round_tracker import RoundTracker
 from bdistil.storage.files import disk_errors, save_epoch, warn_of_unreadable
+from bdistil.storage.run_directory import RunConfig
 from bdistil.utils import distributed
 from bdistil.utils.optimizers import Interval
 from bdistil.utils.resumption import advance_plateaus, plateau_metrics, uncount_empty_epoch
@@ -61,9 +62,11 @@ class RoundController(Checkpoint):
             rate.
         lr_interval: whether that schedule advances after every ``epoch`` or ``step``.
         seed: determines, with round, epoch and rank, all randomness of the run.
-        config: content of config.yaml, as nested plain values; settings and seed by default.
+        config: content of config.yaml, as nested plain values; settings and seed by default. A `RunConfig` also says
+            which of them may differ when a run goes on.
         uncounted: whether an operator with unknown multiply-adds raises an ``error`` before training, or is omitted
             from the count with a warning (``record``).
+        reads_test: whether the test part, if there is one, is evaluated at the end of the run.
 
     Example:
         >>> import tempfile, torch, lightning as L
@@ -104,13 +107,14 @@ class RoundController(Checkpoint):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
         seed: int = 0,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | RunConfig | None = None,
         uncounted: Uncounted = "record",
+        reads_test: bool = True,
     ) -> None:
         self.settings = settings or BoostingSettings()
         self.boosting = Boosting(
             run_dir, teacher=teacher, student=student, settings=self.settings, seed=seed, config=config,
-            uncounted=uncounted, optimization=Optimization(optimizer, lr_scheduler, lr_interval),
+            uncounted=uncounted, reads_test=reads_test, optimization=Optimization(optimizer, lr_scheduler, lr_interval),
         )  # fmt: skip
         self.run = self.boosting.run
         self.tracker, self.signals = RoundTracker(self.run), StopSignals(self.resume_message)

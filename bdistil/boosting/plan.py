@@ -5,8 +5,8 @@ User code is run here once, so that it does not fail after hours of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -39,35 +39,25 @@ from bdistil.data.loaders import LOADERS, is_indexed
 from bdistil.errors import UserError
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, build_student
-from bdistil.storage.run_directory import Complete, RunDirectory
+from bdistil.storage.run_directory import RunConfig, RunDirectory
 from bdistil.teachers.checks import some_inputs, warn_of_inputs
 from bdistil.teachers.offline import declared_outputs, table_of
 from bdistil.teachers.wrappers import FrozenTeacher
 from bdistil.utils import distributed
 
-# Configuration keys that may differ between two starts of one run: they do not change what it computes.
-FREE_KEYS = (
-    "run_dir", "config", "tracking", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
-    "trainer.logger", "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
-    "trainer.enable_autolog_hparams", "trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.profiler",
-)  # fmt: skip
-# Keys that may differ, too; the new values replace those in config.yaml. Earlier students do not depend on the number
-# of rounds, and samples are compared wherever they are read from.
-RENEWED_KEYS = (
-    "boosting.rounds", "model.boosting.rounds",
-    "data.init_args.root", "data.init_args.file", "data.init_args.cache", "data.init_args.num_workers",
-)  # fmt: skip
-
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Completes a configuration of an earlier version: settings added since then get their defaults."""
-    sections, model = dict(config), config.get("model")
-    if isinstance(model, Mapping):
-        sections["model"] = {"lr_interval": "epoch", **complete(model)}
-    if isinstance(given := config.get("boosting"), Mapping):
-        settings = BoostingSettings().to_dict() | dict(given)
-        sections["boosting"] = settings | {"ladder": [asdict(Rung()) | dict(rung) for rung in settings["ladder"]]}
-    return sections
+    """Completes a configuration of an earlier version: settings of `boosting` added since then get their defaults."""
+    if not isinstance(given := config.get("boosting"), Mapping):
+        return dict(config)
+    settings = BoostingSettings().to_dict() | dict(given)
+    ladder = [asdict(Rung()) | dict(rung) for rung in settings["ladder"]]
+    return {**config, "boosting": settings | {"ladder": ladder}}
+
+
+def _own_config(values: Mapping[str, Any]) -> RunConfig:
+    """Configuration of a run that is not started by a recipe: `rounds` may be raised to continue it."""
+    return RunConfig(dict(values), renewed=("boosting.rounds",), complete=complete)
 
 
 @dataclass(frozen=True)
@@ -112,13 +102,12 @@ class Planner:
         settings: BoostingSettings,
         seed: int,
         optimization: Optimization,
-        config: Mapping[str, Any] | None,
+        config: Mapping[str, Any] | RunConfig | None,
     ) -> None:
         check_factory(make)
         self.run, self.teacher, self.make, self.settings, self.seed = run, teacher, make, settings, seed
-        self.optimization, self._config = optimization, dict(config) if config else None
-        self.complete: Complete = complete  # completes a configuration of an earlier version
-        self.free_keys: Sequence[str] = FREE_KEYS
+        self.optimization = optimization
+        self._config = config if isinstance(config, RunConfig) else _own_config(config) if config else None
         self._checked: tuple[pl.LightningDataModule, InputSpec] | None = None
 
     def check(self, datamodule: pl.LightningDataModule) -> RunPlan:
@@ -132,8 +121,8 @@ class Planner:
         if distributed.early_rank() == 0:
             run.prepare()
             if run.config.exists() or run.committed():
-                free = (*self.free_keys, *RENEWED_KEYS, "optimizer", "lr_scheduler")
-                run.compare(self.config({}), free, self.complete)
+                config = self.config({})
+                run.compare(replace(config, free=(*config.free, "optimizer", "lr_scheduler")))  # not known yet
         self._check_rounds()
         train, val = loaders_of(datamodule, settings)
         parts = Parts.of(train, val, run.ledger, settings, self.seed)
@@ -163,7 +152,7 @@ class Planner:
         warn_of_inputs(self.teacher.module, datamodule, some_inputs(train))
         optimization = self.optimization.describe(student, settings)
         if distributed.early_rank() == 0:
-            run.freeze(self.config(optimization), self.free_keys, RENEWED_KEYS, self.complete)
+            run.freeze(self.config(optimization))
             self._keep_test(test)
         return RunPlan(parts, train.collate_fn([train.dataset[0]])[0], inputs, outputs, student, optimization)
 
@@ -211,11 +200,12 @@ class Planner:
         self._checked = (datamodule, inputs)
         return inputs
 
-    def config(self, optimization: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Content of config.yaml: the given configuration, or settings, seed and the user's optimizer."""
+    def config(self, optimization: Mapping[str, Any]) -> RunConfig:
+        """The given configuration, or settings, seed and the user's optimizer."""
         if self._config is not None:
             return self._config
-        return {"boosting": self.optimization.settings_used(self.settings), "seed": self.seed, **optimization}
+        values = {"boosting": self.optimization.settings_used(self.settings), "seed": self.seed, **optimization}
+        return _own_config(values)
 
     def _check_rounds(self) -> None:
         """Raises UserError for more committed rounds than `rounds`, RunError for a torn one."""

@@ -36,7 +36,7 @@ from bdistil.metrics.quality import Task, given_labels, prefix_metric, score_nam
 from bdistil.models.student import Rung, Student, build_student
 from bdistil.storage.blueprint import IndescribableError, describe
 from bdistil.storage.provenance import describe_start
-from bdistil.storage.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunConfig, RunDirectory
 from bdistil.teachers.checks import warn_of_chance, warn_of_mean
 from bdistil.teachers.offline import OfflineTeacher, as_teacher, declared_outputs, table_of
 from bdistil.teachers.wrappers import FrozenTeacher
@@ -81,8 +81,9 @@ class Boosting:
         student: Callable[..., nn.Module],
         settings: BoostingSettings,
         seed: int = 0,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | RunConfig | None = None,
         uncounted: Uncounted = "record",
+        reads_test: bool = True,
         optimization: Optimization | None = None,
     ) -> None:
         self.run = RunDirectory(run_dir)
@@ -90,7 +91,7 @@ class Boosting:
         self.make, self.settings, self.seed, self.uncounted = student, settings, seed, uncounted
         self.optimization = optimization or Optimization()
         self.planner = Planner(self.run, self.teacher, student, settings, seed, self.optimization, config)
-        self.reads_test = True  # whether `finish` evaluates the test part
+        self.reads_test = reads_test
         self.students: list[nn.Module] = []  # of the committed rounds, restored from the disk
         self.rehearsed: RoundPlan | None = None  # the round of a fast_dev_run
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from bdistil.boosting.plan import FREE_KEYS
 from bdistil.callbacks import EpochKeeper, GradientNoise, RoundController
-from bdistil.cli.fit import BoostCLI, Distiller, run_fit
+from bdistil.cli.fit import FREE_KEYS, BoostCLI, Distiller, run_fit
 from bdistil.cli.guard import guarded
 from bdistil.comparison.figures import Row, part_figures, prefix_rows, table_figures
 from bdistil.comparison.joint import JointLedger, joint_ensemble, plan_joint
@@ -117,12 +116,12 @@ class JointCLI(TeacherCLI):
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
         run, settings = controller.run, model.boosting
-        seed, config = controller.boosting.seed, controller.boosting.planner.config({})
+        seed = controller.boosting.seed
         checked = controller.boosting.check(datamodule)
         self._teach(model, datamodule, controller, checked.parts)
         plan = plan_joint(controller.boosting, checked)
         model.speed_up(plan.module.student)
-        loggers = controller.tracker.loggers = self._loggers(run, config)
+        loggers = controller.tracker.loggers = self._loggers(run, self.run_config.values)
         keeper, ledger = EpochKeeper(run.checkpoint(0), seed, "joint"), JointLedger(controller.boosting, plan)
         with indexed_loaders(
             datamodule, seed_of(seed, "joint"), *checked.parts.plans, labels=settings.labels,

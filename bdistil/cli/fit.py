@@ -25,7 +25,7 @@ from torch import nn
 
 from bdistil.boosting.checks.trainer import check_strategy, check_trainer
 from bdistil.boosting.parts import Parts
-from bdistil.boosting.plan import FREE_KEYS, RENEWED_KEYS, complete
+from bdistil.boosting.plan import complete
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.callbacks import EpochKeeper, LossMixing, MetricCurves, RoundController, RoundProgressBar
 from bdistil.callbacks.metric_curves import NOT_IN_ROUNDS
@@ -43,7 +43,7 @@ from bdistil.evaluation.run_data import pairs_loader
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tracking import RunLogger, Tracking, make_logger
 from bdistil.storage.files import disk_errors
-from bdistil.storage.run_directory import RunDirectory
+from bdistil.storage.run_directory import RunConfig, RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.teachers.training import TeacherSpec, TeacherTraining
 from bdistil.teachers.wrappers import comes_trained
@@ -56,6 +56,20 @@ HELP = {
     "config": "Recipe: a YAML file, or a name that `bdistil recipes` lists. A later --config overrides an earlier one.",
     "seed_everything": "Seed of the run.",
 }
+
+
+# Options that may differ between two starts of one run: they do not change what it computes.
+FREE_KEYS = (
+    "run_dir", "config", "tracking", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "trainer.logger", "trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "trainer.enable_autolog_hparams", "trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.profiler",
+)  # fmt: skip
+# Options that may differ, too; the new values replace those in config.yaml. Earlier students do not depend on the
+# number of rounds, and samples are compared wherever they are read from.
+RENEWED_KEYS = (
+    "model.boosting.rounds",
+    "data.init_args.root", "data.init_args.file", "data.init_args.cache", "data.init_args.num_workers",
+)  # fmt: skip
 
 
 class Distiller(LightningModule):
@@ -239,15 +253,15 @@ class BoostCLI(LightningCLI):
 
     def fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
         """Trains the teacher if it is missing, then the rounds; returns the data of the rounds."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))["fit"]
+        values = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))["fit"]
+        self.run_config = RunConfig(values, self.free_keys, RENEWED_KEYS, self._complete)
         seed = int(self.config.fit.seed_everything)
         network = model.teacher.network
         controller = RoundController(
-            run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed, config=config,
+            run.root, teacher=network, student=model.make_student, settings=model.boosting, seed=seed,
+            config=self.run_config, reads_test=self.reads_test,
             optimizer=model.optimizer, lr_scheduler=model.lr_scheduler, lr_interval=model.lr_interval,
         )  # fmt: skip
-        controller.boosting.planner.complete, controller.boosting.planner.free_keys = self._complete, self.free_keys
-        controller.boosting.reads_test = self.reads_test
         try:
             with controller.signals, controller.run.in_use():
                 return self._fit_rounds(model, datamodule, controller)
@@ -260,12 +274,14 @@ class BoostCLI(LightningCLI):
 
     def _complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Completes the configuration of an earlier version: options added since then get their defaults."""
-        parser = self._parser("fit")
+        known = {**config, "model": {"lr_interval": "epoch", **complete(config.get("model") or {})}}
+        parser = self.parser
         exits, parser.exit_on_error = parser.exit_on_error, False
         try:
-            return dict(yaml.safe_load(parser.dump(parser.parse_object(complete(config)), skip_unset=False)))
+            parsed = parser.parse_object({"subcommand": "fit", "fit": known})
+            return dict(yaml.safe_load(parser.dump(parsed, skip_unset=False))["fit"])
         except (ArgumentError, TypeError):  # an option no longer exists, which the comparison will report
-            return complete(config)
+            return known
         finally:
             parser.exit_on_error = exits
 
@@ -273,17 +289,17 @@ class BoostCLI(LightningCLI):
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
         """Trains the teacher and all rounds; returns the data of the rounds."""
-        run, config = controller.run, controller.boosting.planner.config({})
+        run, config = controller.run, self.run_config
         if model.mekd is not None:
             run.prepare()
-            run.freeze(config, self.free_keys, RENEWED_KEYS, self._complete)
-            loggers = self._start_loggers(controller, config)
+            run.freeze(config)
+            loggers = self._start_loggers(controller, config.values)
             datamodule = self._emulate(model.mekd, model, datamodule, controller, loggers)
         plan = controller.boosting.check(datamodule)
         model.speed_up(model.teacher.network)
         self._teach(model, datamodule, controller, plan.parts)
         if model.mekd is None:  # not before the teacher is trained
-            loggers = self._start_loggers(controller, config)
+            loggers = self._start_loggers(controller, config.values)
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,12 +32,28 @@ from bdistil.utils import distributed
 from bdistil.utils.paths import user_path
 
 FORMAT = 2  # of round.json
-Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 CURVE_COLUMNS = (
     "stage", "macs", "link_macs", "params", "train_macs", "val_accuracy", "val_loss", "test_accuracy", "latency_ms",
     "seconds", "accepted_class", "margin_share", "reason",
     "margin_min", "rms_error", "sup_error", "activation_bytes", "area", "violations",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Content of config.yaml, and how it may differ between two starts of one run.
+
+    Attributes:
+        values: nested plain values.
+        free: dotted keys that may differ, with all below them.
+        renewed: dotted keys that may differ, too; their new values replace those in the file.
+        complete: adds the defaults of options that a configuration of an earlier version lacks.
+    """
+
+    values: Mapping[str, Any]
+    free: Sequence[str] = ()
+    renewed: Sequence[str] = ()
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
 
 class RunDirectory:
@@ -149,40 +166,28 @@ class RunDirectory:
         with self.lock.held():
             yield
 
-    def freeze(
-        self,
-        config: Mapping[str, Any],
-        ignore: Sequence[str] = (),
-        renewed: Sequence[str] = (),
-        complete: Complete = dict,
-    ) -> None:
+    def freeze(self, config: RunConfig) -> None:
         """Writes the configuration of a new run, or compares it with that of the existing run.
-
-        Args:
-            config: nested plain values.
-            ignore: dotted keys that may differ, with all below them, between two starts of the same run.
-            renewed: dotted keys that may differ, too; their new values are written.
-            complete: adds the defaults of options missing in a configuration of an earlier version.
 
         Raises:
             UserError: the existing run has another configuration; the message lists the differences.
         """
         if not self.config.exists() and not self.committed():
-            write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False))
+            write_atomically(self.config, yaml.safe_dump(dict(config.values), sort_keys=False))
             return
-        self.compare(config, [*ignore, *renewed], complete)
+        self.compare(config)
         there = self.read_config()
-        if updated(there, config, renewed):
+        if updated(there, config.values, config.renewed):
             write_atomically(self.config, yaml.safe_dump(there, sort_keys=False))
 
-    def compare(self, config: Mapping[str, Any], ignore: Sequence[str] = (), complete: Complete = dict) -> None:
+    def compare(self, config: RunConfig) -> None:
         """Compares a configuration with that of the existing run; see `freeze`."""
         if not self.config.exists():
             raise UserError(
                 f"{self.root} holds rounds but no config.yaml: put the file back, or choose another `run_dir`."
             )
-        now = yaml.safe_load(yaml.safe_dump(dict(config)))
-        differing = differences(complete(self.read_config()), complete(now), ignore)
+        there, now = self.read_config(), yaml.safe_load(yaml.safe_dump(dict(config.values)))
+        differing = differences(config.complete(there), config.complete(now), [*config.free, *config.renewed])
         if differing:
             kept = f" Its trained teacher: --model.teacher.checkpoint {self.teacher}." if self.teacher.is_file() else ""
             raise UserError(

@@ -14,7 +14,7 @@ from bdistil.errors import UserError
 from bdistil.reporting.curve_plot import plot_curve
 from bdistil.reporting.report import write_report
 from bdistil.reporting.tables import curve_table
-from bdistil.storage.run_directory import CURVE_COLUMNS, FORMAT, RunDirectory
+from bdistil.storage.run_directory import CURVE_COLUMNS, FORMAT, RunConfig, RunDirectory
 
 TEACHER = {"stage": "teacher", "macs": 1_204_224, "params": 602_112, "val_accuracy": 0.965, "val_loss": 0.1123}
 ACCURACY = (0.794, 0.8765, 0.9001)
@@ -40,7 +40,7 @@ def run(tmp_path_factory):
     """A run of three rounds that stopped in the fourth, as it lies on the disk."""
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "eta <0.5> & more")
     run.prepare()
-    run.freeze({"model": {"note": "<script>alert(1)</script>", "eta": 0.5}})
+    run.freeze(RunConfig({"model": {"note": "<script>alert(1)</script>", "eta": 0.5}}))
     run.write_curve(rows())
     for number, tries in enumerate([[], ["F_1: rms error did <not> fall"], []]):
         run.folder(number).mkdir()

@@ -19,7 +19,7 @@ from bdistil.cli.guard import guarded
 from bdistil.errors import RunError, UserError
 from bdistil.storage import files as disk
 from bdistil.storage.provenance import flatten
-from bdistil.storage.run_directory import CURVE_COLUMNS, RunDirectory
+from bdistil.storage.run_directory import CURVE_COLUMNS, RunConfig, RunDirectory
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.tensor([1, 2]), "scalar": torch.tensor(3.0)}
 
@@ -229,23 +229,23 @@ def changed(**values):
 
 
 def test_the_same_configuration_goes_on(run):
-    run.freeze(CONFIG)
+    run.freeze(RunConfig(CONFIG))
     before = run.config.read_bytes()
-    run.freeze(CONFIG)
-    RunDirectory(run.root).freeze(changed())  # with a list where there was a tuple
+    run.freeze(RunConfig(CONFIG))
+    RunDirectory(run.root).freeze(RunConfig(changed()))  # with a list where there was a tuple
     assert run.config.read_bytes() == before
     assert run.read_config() == yaml.safe_load(before) == changed()
 
 
 def test_what_differs_is_listed(run):
-    run.freeze(CONFIG)
+    run.freeze(RunConfig(CONFIG))
     before = run.config.read_bytes()
     other = changed(
         model__boosting__rounds=4, trainer__max_epochs="absent", trainer__precision="16", model__name="ä",
         model__boosting__ladder=[{"links": 0}],
     )  # fmt: skip
     with pytest.raises(UserError) as caught:
-        run.freeze(other)
+        run.freeze(RunConfig(other))
     head, *lines, tail = str(caught.value).splitlines()
     assert f"`run_dir` {run.root} holds a run of another configuration" in head
     assert lines == [
@@ -261,31 +261,31 @@ def test_what_differs_is_listed(run):
 
 @pytest.mark.parametrize("ignore", [["trainer.devices", "run_dir"], ("run_dir", "trainer")])
 def test_keys_that_may_differ(run, ignore):
-    run.freeze(CONFIG, ignore)
-    run.freeze(changed(trainer__devices=8, run_dir="there"), ignore)
+    run.freeze(RunConfig(CONFIG, ignore))
+    run.freeze(RunConfig(changed(trainer__devices=8, run_dir="there"), ignore))
     with pytest.raises(UserError, match=r"\n  seed: None there, 5 now\n") as caught:
-        run.freeze(changed(seed=5, trainer__devices=8), ignore)
+        run.freeze(RunConfig(changed(seed=5, trainer__devices=8), ignore))
     assert "devices" not in str(caught.value)
     with pytest.raises(UserError, match=r"run_dir: 'here' there, 'there' now"):
-        run.freeze(changed(run_dir="there"))
+        run.freeze(RunConfig(changed(run_dir="there")))
 
 
 def test_own_keys_that_begin_like_those_that_may_differ_are_compared(run):
     own = {**CONFIG, "config_version": 1, "tracking_loss": "mse", "trainer_lr": 0.1, "tracking": {"group": "a"}}
     free = ["config", "tracking", "trainer"]
-    run.freeze(own, free)
-    run.freeze({**own, "tracking": {"group": "b"}, "config": "c.yaml"}, free)
+    run.freeze(RunConfig(own, free))
+    run.freeze(RunConfig({**own, "tracking": {"group": "b"}, "config": "c.yaml"}, free))
     for key in ("config_version", "tracking_loss", "trainer_lr"):
         with pytest.raises(UserError, match=rf"{key}: .* there, 'other' now"):
-            run.freeze({**own, key: "other"}, free)
+            run.freeze(RunConfig({**own, key: "other"}, free))
 
 
 def test_rounds_without_a_configuration(run):
-    run.freeze(CONFIG)
+    run.freeze(RunConfig(CONFIG))
     run.commit(0, WEIGHTS, {})
     run.config.unlink()
     with pytest.raises(UserError, match=r"run holds rounds but no config\.yaml: put the file back"):
-        run.freeze(CONFIG)
+        run.freeze(RunConfig(CONFIG))
     assert not run.config.exists()
 
 
