@@ -53,8 +53,8 @@ each seed trains a teacher of its own.
 
 In short: from the second student on, bdistil is 1 to 16 points above independent students that are averaged
 (`resched`), except on JapaneseVowels and Diabetes, where it is level. One larger student of the same MACs
-(`no_resched`) is level with it where students read features, and below it where they start from activations: by 1.4
-to 1.8 points on CIFAR-10 (2 seeds) and by 2.4 to 4.8 on spoken digits (3 seeds); with so few seeds most of the
+(`no_resched`) is level with it where students read features, and below it where they start from activations: by 1.3
+to 1.5 points on CIFAR-10 and by 2.4 to 4.8 on spoken digits; with three seeds, as in both cases, most of the
 intervals include 0. Fitting the residual alone (`residual`) is level; leaving the error correction out (`links_only`)
 costs 0.4 to 5.5 points on images, sensor data and spoken digits. Joint training has the worse first student on most
 data; with more students it is level, except on CIFAR-10, where it is 1.4 to 2.5 points better, and on spoken digits
