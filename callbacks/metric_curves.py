@@ -59,7 +59,7 @@ class MetricCurves(FitState):
         """Restores the points of earlier fits, unless this instance has more: those of fits since the checkpoint."""
         if len(state_dict["points"]) > len(self.points):
             self.points = [(float(cost), float(value)) for cost, value in state_dict["points"]]
-        self._latest = state_dict["latest"]
+        self._latest = state_dict.get("latest")
 
     def add(self, cost: float, accuracy: float) -> dict[str, float]:
         """Adds a point with a cost > 0 and an accuracy in 0 … 1; returns area and falls so far."""

@@ -62,8 +62,8 @@ class RoundController(Checkpoint):
             rate.
         lr_interval: whether that schedule advances after every ``epoch`` or ``step``.
         seed: determines, with round, epoch and rank, all randomness of the run.
-        config: content of config.yaml, as nested plain values; settings and seed by default. A `RunConfig` also says
-            which of them may differ when a run goes on.
+        config: content of config.yaml, as nested plain values; settings and seed by default. A
+            `bdistil.storage.run_directory.RunConfig` also says which of them may differ when a run goes on.
         uncounted: whether an operator with unknown multiply-adds raises an ``error`` before training, or is omitted
             from the count with a warning (``record``).
         reads_test: whether the test part, if there is one, is evaluated at the end of the run.

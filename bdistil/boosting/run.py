@@ -116,6 +116,8 @@ class Boosting:
         if self.run.scratch is None:
             plan.parts.compare_stored()
             self._compare_teacher(plan.parts.train)
+        if distributed.early_rank() == 0:
+            self.run.renew(self.planner.config({}))
         last, started = plan.student, False
         while (this := self._plan_round(plan, fingerprint)) is not None:
             if this.module.student is last:

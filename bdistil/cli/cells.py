@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import sys
 from functools import partial
@@ -128,7 +127,7 @@ class JointCLI(TeacherCLI):
             ignore_index=settings.ignore_index, prepare=checked.parts.replace_loader,
         ):  # fmt: skip
             # GradientNoise measures one student's last layer, and changes no training.
-            beside = [each for each in copy.deepcopy(self.callbacks()) if not isinstance(each, GradientNoise)]
+            beside = [each for each in self.copied_callbacks(loggers) if not isinstance(each, GradientNoise)]
             trainer = self.new_trainer(
                 *beside, ledger, controller.signals, keeper,
                 logger=loggers, default_root_dir=str(run.work(0)),

@@ -205,6 +205,13 @@ class BoostCLI(LightningCLI):
         given = self.config_init.fit.trainer.callbacks
         return list(given) if isinstance(given, list) else [given] if given else []
 
+    def copied_callbacks(self, loggers: Sequence[Logger]) -> list[Callback]:
+        """Copies of the recipe's callbacks for one fit, without those that refuse a Trainer without a logger."""
+        copies = copy.deepcopy(self.callbacks())
+        if loggers:
+            return copies
+        return [each for each in copies if not isinstance(each, LearningRateMonitor | DeviceStatsMonitor)]
+
     def _strategy(self) -> Strategy | str:
         """A new strategy as the recipe defines it: a strategy cannot be shared between Trainers."""
         given = self.config.fit.trainer.strategy
@@ -278,7 +285,7 @@ class BoostCLI(LightningCLI):
         parser = self.parser
         exits, parser.exit_on_error = parser.exit_on_error, False
         try:
-            parsed = parser.parse_object({"subcommand": "fit", "fit": known})
+            parsed = parser.parse_object({"subcommand": "fit", "fit": copy.deepcopy(known)})
             return dict(yaml.safe_load(parser.dump(parsed, skip_unset=False))["fit"])
         except (ArgumentError, TypeError):  # an option no longer exists, which the comparison will report
             return known
@@ -303,10 +310,7 @@ class BoostCLI(LightningCLI):
         for module in controller.rounds(datamodule):
             model.speed_up(module.student)
             folder = str(run.work(module.number))
-            # Each round gets its own copies of the recipe's callbacks.
-            beside = copy.deepcopy(self.callbacks())
-            if not loggers:  # as if W&B did not start; these refuse a Trainer without a logger
-                beside = [each for each in beside if not isinstance(each, LearningRateMonitor | DeviceStatsMonitor)]
+            beside = self.copied_callbacks(loggers)
             trainer = self.new_trainer(*beside, controller, logger=loggers, default_root_dir=folder)
             trainer.fit(module, datamodule, ckpt_path=controller.ckpt_path)
         return datamodule

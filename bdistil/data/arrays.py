@@ -154,7 +154,9 @@ def read_arrays(file: Path) -> dict[str, tuple[Array, Array]]:
     try:
         with np.load(file, allow_pickle=False) as loaded:
             arrays = {name.lower(): _read(loaded, name) for name in loaded.files}
-    except (OSError, AttributeError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"Expected {file} to be a .npz file of arrays of numbers, got: {error}") from error
     divided = "x_train" in arrays
     names = {part: (f"x_{part}", f"y_{part}") for part in PARTS if f"x_{part}" in arrays} if divided else {}
@@ -183,6 +185,8 @@ def _read(loaded: Any, name: str) -> Any:
     try:
         return loaded[name]
     except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
         raise UserError(
             f"Expected arrays of numbers or names, got {name} of Python objects, as pandas keeps texts and mixed "
             f"columns ({error}). Save {name}.astype(str) for names, {name}.astype(numpy.float32) for numbers."

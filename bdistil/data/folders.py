@@ -217,9 +217,16 @@ def _classes(folder: Path) -> Files:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """Files at any depth, also in linked folders, that are not hidden."""
-    for inner, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(inner, name) for name in names if not name.startswith("."))
+    """Files at any depth, also in linked folders, that are not hidden; each folder once, as links may form circles."""
+    seen: set[Path] = set()
+    for inner, folders, names in os.walk(folder, followlinks=True):
+        if (place := Path(inner).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(inner, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
 
 
 def _numbered(files: Files, classes: Sequence[str], folder: Path) -> tuple[list[Path], Tensor]:

@@ -211,7 +211,7 @@ class LabelNoise(pl.LightningDataModule):
         self.data = data
         for method in FORWARDED:  # lets Lightning and the checks of a run see which of them `data` overrides
             if getattr(type(self), method) is getattr(pl.LightningDataModule, method):  # not overridden in a subclass
-                setattr(self, method, getattr(data, method))
+                vars(self)[method] = getattr(data, method)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that other code asks a data module for, such as `labels`, `normalisation`, `check_outputs`."""
@@ -222,7 +222,8 @@ class LabelNoise(pl.LightningDataModule):
     def __setattr__(self, name: str, value: Any) -> None:
         """Attributes of the wrapped data module are set there, such as `batch_size` by Lightning's Tuner."""
         inner = vars(self).get("data")
-        forwarded = inner is not None and name in vars(inner) and name not in vars(self)
+        own = name in vars(self) or hasattr(type(self), name)  # such as a loader that a run replaces
+        forwarded = inner is not None and name in vars(inner) and not own
         if forwarded:
             setattr(inner, name, value)
         else:

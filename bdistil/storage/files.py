@@ -28,13 +28,13 @@ def disk_errors(doing: str, root: Path) -> Iterator[None]:
     """Converts an OSError, or the SafetensorError that wraps one, from a write to the run directory `root`.
 
     Raises:
-        RunError: the write failed; the message names it (`doing`), the cause, the data that are safe, and the fix. An
-            error of a file outside of `root` is raised as it is.
+        RunError: the write failed; the message names it (`doing`), the cause, the data that are safe, and the fix.
+        FileNotFoundError: a file outside of `root` is missing.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        file = getattr(error, "filename", None)
+        file = error.filename if isinstance(error, FileNotFoundError) else None
         if file and not Path(str(file)).absolute().is_relative_to(root.absolute()):
             raise  # such as a file of the user's dataset
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)

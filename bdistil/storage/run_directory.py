@@ -176,6 +176,9 @@ class RunDirectory:
             write_atomically(self.config, yaml.safe_dump(dict(config.values), sort_keys=False))
             return
         self.compare(config)
+
+    def renew(self, config: RunConfig) -> None:
+        """Writes the values that may change, `config.renewed`, once the checks of a start have passed."""
         there = self.read_config()
         if updated(there, config.values, config.renewed):
             write_atomically(self.config, yaml.safe_dump(there, sort_keys=False))

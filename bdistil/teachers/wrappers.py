@@ -72,7 +72,7 @@ class FrozenTeacher(nn.Module):
         for part in _outermost(self.module):
             scriptable: Any = part
             scripted, identity = isinstance(part, torch.jit.ScriptModule), getattr(part, "identity", "")
-            own = identity.encode() if isinstance(identity, str) else b""
+            own = str(identity).encode() if isinstance(identity, str | nn.Module) else b""  # no function or object
             digest.update(scriptable.save_to_buffer() if scripted else own)
         return digest.hexdigest()
 

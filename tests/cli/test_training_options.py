@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import yaml
 from helpers.toys import digests
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ProgressBar, Timer, TQDMProgressBar
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
 
+from bdistil.boosting.checks.trainer import check_trainer
 from bdistil.boosting.round import BoostingRound
+from bdistil.boosting.settings import BoostingSettings
 from bdistil.callbacks import EpochKeeper
 from bdistil.cli.app import main
 from bdistil.errors import RunError
@@ -123,6 +125,13 @@ def test_a_metric_of_the_users_callback_may_be_monitored(tmp_path):
     assert fit(tmp_path / "run", *stop, "--trainer.callbacks+", f"{__name__}.Logs") == 0
 
 
+@pytest.mark.parametrize("callback", [["ModelCheckpoint", "step"], ["EarlyStopping", "cost/train_macs"]], ids=str)
+def test_what_lightning_and_compute_cost_log_may_be_monitored(callback):
+    kind, monitor = callback
+    made = {"ModelCheckpoint": ModelCheckpoint, "EarlyStopping": EarlyStopping}[kind](monitor=monitor)
+    check_trainer(Trainer(callbacks=[made], accelerator="cpu", logger=False), BoostingSettings())
+
+
 def test_callbacks_that_need_a_logger_do_nothing_without_one(tmp_path):
     assert fit(tmp_path / "run", "--trainer.callbacks+", "LearningRateMonitor") == 0
 
@@ -209,6 +218,7 @@ def test_data_may_lie_elsewhere_when_a_run_goes_on(tmp_path, capsys):
     np.savez(tmp_path / "other.npz", x=x + 1, y=y)
     assert main([*command, "--data.file", str(tmp_path / "other.npz"), "--model.boosting.rounds", "3"]) == 2
     assert "is not the one that this run keeps state for: its x has changed" in capsys.readouterr().err
+    assert main(["evaluate", "--run_dir", str(tmp_path / "run")]) == 0, "what was refused is not kept"
 
 
 def test_the_training_of_a_teacher_goes_on_with_the_same_samples_only(tmp_path, capsys, monkeypatch):

@@ -185,6 +185,9 @@ def test_linked_folders_are_read(tmp_path):
     write(tmp_path / "photos", {"ant": 9, "bee": 9})
     write(tmp_path / "elsewhere", {"bee": 4})
     (tmp_path / "photos" / "bee" / "more").symlink_to(tmp_path / "elsewhere" / "bee")
+    (tmp_path / "photos" / "ant" / "loop").symlink_to(tmp_path / "photos" / "ant")
+    (tmp_path / "photos" / "ant" / "gone.png").symlink_to(tmp_path / "none.png")
+    write(tmp_path / "photos", {"ant/.checkpoints": 3})
     assert sum(map(len, opened(tmp_path / "photos").parts.values())) == 22
 
 

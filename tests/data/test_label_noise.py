@@ -30,6 +30,16 @@ def test_another_training_part_has_labels_of_its_own():
         assert int(noise.noisy.flipped.sum()) == 36
 
 
+def test_loaders_of_an_instance_are_those_of_the_wrapper():
+    """As Lightning makes them of datasets; one wrapper inside another has them, too."""
+    dataset = TensorDataset(*Toys().parts["train"])
+    inner = L.LightningDataModule.from_datasets(dataset, dataset, batch_size=32)
+    for noise in (LabelNoise(inner, rate=0.25), LabelNoise(LabelNoise(inner, rate=0.25), rate=0.25)):
+        assert len(noise.val_dataloader()) == 6
+        noise.train_dataloader = "replaced for a fit"
+        assert len(inner.train_dataloader()) == 6
+
+
 def test_attributes_of_the_data_module_are_set_there():
     """Lightning's Tuner sets `batch_size`, and measures what the loaders then give."""
     folds = Folds()

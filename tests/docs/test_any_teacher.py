@@ -50,7 +50,7 @@ def test_its_blocks_are_at_most_20_lines():
 
 
 @pytest.mark.filterwarnings(
-    "ignore:The teacher (expects normalised|was trained on images)"
+    "ignore:The teacher (expects normalised|was trained on images|has R²)"
 )  # random weights and images
 def test_its_python_runs(folder, monkeypatch, capsys):
     """Word for word, but for the number of epochs and rounds."""

@@ -117,8 +117,8 @@ def test_figures_are_those_of_the_parts_that_a_cell_was_trained_with(recipe, tmp
     assert 0 <= run.read("figures")[-1]["test_accuracy"] <= 1
 
 
-def test_gradient_noise_of_a_recipe_measures_no_joint_training(recipe, tmp_path):
-    noise = ["--trainer.callbacks+", "bdistil.callbacks.GradientNoise"]
+def test_callbacks_that_joint_training_cannot_have_are_left_out(recipe, tmp_path):
+    noise = ["--trainer.callbacks+", "bdistil.callbacks.GradientNoise", "--trainer.callbacks+", "LearningRateMonitor"]
     run = cell(JointCLI, recipe, tmp_path / "run", *noise)
     assert len(run.read("figures")) > 1
     assert not (run.root / "noise").exists()

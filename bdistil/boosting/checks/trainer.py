@@ -128,7 +128,10 @@ def _check_monitors(callbacks: Sequence[pl.Callback]) -> None:
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         waits = isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
-        if waits and monitor is not None and monitor not in LOGGED:
+        known = (
+            monitor is None or monitor in (*LOGGED, "epoch", "step") or monitor.startswith("cost/")
+        )  # of ComputeCost
+        if waits and not known:
             raise UserError(
                 f"Expected `monitor` of {type(callback).__name__} to be a metric that a round logs, one of "
                 f"{', '.join(LOGGED)}, got {monitor!r}."

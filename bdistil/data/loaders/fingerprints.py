@@ -165,7 +165,7 @@ def row_sketches(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
     a single number, its asinh. Zeros at the end of a row have no effect.
 
     Args:
-        tree: tensors (B, ...) in lists, tuples, mappings and `fields_of` objects; anything else is left out.
+        tree: tensors (B, ...) in lists, tuples and mappings; anything else is left out.
         count: B.
         rows: R of the B rows; all of them by default.
     """
@@ -212,7 +212,10 @@ def row_size(tree: Any, count: int) -> int:
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
-    """The tensors in lists, tuples, mappings and `fields_of` objects; packed sequences are padded by zeros."""
+    """The tensors in lists, tuples and mappings; packed sequences are padded by zeros.
+
+    Not those of graphs and other objects, whose first dimension is seldom that of the samples.
+    """
     if isinstance(tree, Tensor):
         yield tree.detach() if tree.requires_grad else tree
     elif isinstance(tree, PackedSequence):
@@ -225,5 +228,3 @@ def leaves(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, tuple | list):
         for entry in tree:
             yield from leaves(entry)
-    elif (fields := fields_of(tree)) is not None:
-        yield from leaves(fields)

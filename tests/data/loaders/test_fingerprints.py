@@ -3,7 +3,6 @@
 import copy
 import random
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,7 +105,6 @@ BATCHES = {
     "flags": X > 0,
     "column": torch.arange(6.0) + 1,
     "array": X.numpy(),
-    "graph": SimpleNamespace(to_dict=lambda: {"x": X}),
     "mapping": {"a": X, "b": [torch.arange(6), "text"], "shared": torch.ones(2)},
 }
 
