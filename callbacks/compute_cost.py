@@ -26,7 +26,8 @@ class ComputeCost(FitState):
     except for one without `attribute`.
 
     ``cost/train_macs`` counts three forward passes of the measured module per sample, the usual estimate of a step.
-    Other networks that a step runs, such as the teacher of a `Distillation`, are not counted.
+    Other networks that a step runs, such as the teacher of a `Distillation`, are not counted; samples that a
+    distributed sampler repeats are.
 
     Args:
         inputs: positional arguments of the pass, used unchanged. Default: the first row of the module's

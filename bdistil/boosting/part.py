@@ -142,8 +142,15 @@ class Part:
         if sketches is not None:
             sketches.begin()
         yield
-        if sketches is not None:
+        if sketches is not None and self._all_sketched():
             sketches.publish()
+
+    def _all_sketched(self) -> bool:
+        """Whether all processes compare sketches; none does if padding changes those of one."""
+        assert self.guard is not None
+        if not distributed.all_true(self.guard.sketches is not None):
+            self.guard.sketches = None
+        return self.guard.sketches is not None
 
     def _catch_up_samples(self) -> None:
         """Compares the samples with their fingerprints on disk; computes the fingerprints that are missing."""
@@ -152,7 +159,8 @@ class Part:
         self.guard.compare_stored()
         distributed.barrier()
         self.guard.store()
-        if self.guard.sketches is not None and not distributed.all_true(self.guard.sketches.exists()):
+        sketches = self.guard.sketches
+        if self._all_sketched() and not distributed.all_true(sketches is not None and sketches.exists()):
             with self._sketched():
                 for x, y, index in self._batches(0):
                     self.guard.record(x, y, index)

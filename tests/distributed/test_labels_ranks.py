@@ -15,7 +15,7 @@ from bdistil import ProgressiveEnsemble, UserError
 
 pytestmark = pytest.mark.distributed
 
-TRAIN, VAL = 301, 601  # of blocks of 512 rows, one and two: one process has none of the training part
+TRAIN, VAL = 301, 2201  # of blocks of 512 rows, one and five: one process has none of the training part
 
 
 def labels_of(x):

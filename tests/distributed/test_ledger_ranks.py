@@ -16,7 +16,7 @@ from bdistil.utils import distributed
 
 pytestmark = pytest.mark.distributed
 
-N, L, ETA = 4 * BLOCK + 100, 6, 0.5  # of blocks of 512 rows, two and three
+N, L, ETA = 7 * BLOCK + 100, 5, 0.5  # two groups of four blocks of 512 rows; rows of 20 bytes
 
 
 def answers(seed):
@@ -68,7 +68,8 @@ def test_each_rank_reads_and_writes_its_own_rows_of_the_ledger(tmp_path, monkeyp
     monkeypatch.setattr(row_files, "LARGE", 0)
     evidence, log_z, _ = two_rounds(tmp_path / "one", storage)
     assert first[:2] == second[:2] == [evidence, log_z]
-    border = 2 * BLOCK
+    border = distributed.GROUP * BLOCK
+    assert border * L * (2 if storage == "float16" else 4) % 4096 == 0, "hosts share a page of the file"
     for what in ("read", "written"):
         assert {high <= border for _, high in first[2][what]} == {True}
         assert {low >= border for low, _ in second[2][what]} == {True}

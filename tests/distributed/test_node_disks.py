@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
-from helpers.toys import boost, digests, settings_for
+from helpers.toys import Hook, boost, digests, on_ranks, settings_for
 
 from bdistil.storage.run_directory import RunDirectory
 
@@ -77,3 +78,25 @@ def test_what_a_disk_has_of_other_rounds_is_removed(disk, tmp_path):
     boost(tmp_path / "run", settings=settings_for(3))
     boost(tmp_path / "whole", settings=settings_for(3))
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+
+
+def on_own_disk(folder, dies):
+    """A process with a scratch disk of its own, which ends in the first round."""
+    os.environ["BDISTIL_SCRATCH"] = str(folder / f"disk{os.environ['RANK']}")
+
+    def end(trainer, module):
+        trainer.strategy.barrier()
+        os._exit(1)
+
+    hooks = [Hook(on_train_start=end)] if dies else []
+    boost(
+        folder / "run", settings=settings_for(2), callbacks=lambda: hooks, trainer={"num_nodes": 2, "strategy": "ddp"}
+    )
+
+
+@pytest.mark.distributed
+def test_a_first_round_goes_on_where_one_of_two_disks_is_empty(tmp_path):
+    on_ranks(tmp_path, on_own_disk, tmp_path, True, nodes=2)
+    shutil.rmtree(tmp_path / "disk1")
+    assert on_ranks(tmp_path, on_own_disk, tmp_path, False, nodes=2) == [0, 0], (tmp_path / "rank0.log").read_text()
+    assert RunDirectory(tmp_path / "run").committed() == 2

@@ -24,7 +24,7 @@ from bdistil import Rung, Student
 from bdistil.callbacks import LossMixing
 from bdistil.distillation import MixingSettings
 
-TRAIN, VAL, GLOBAL_BATCH, ROUNDS, EPOCHS = 1088, 600, 32, 2, 3  # three blocks of rows to score, and two
+TRAIN, VAL, GLOBAL_BATCH, ROUNDS, EPOCHS = 2112, 600, 32, 2, 3  # five blocks of rows: a group for each of two processes
 SETTINGS = settings_for(ROUNDS, ladder=[Rung(0), Rung(1)])
 MIXING = MixingSettings(mode="convex", warmup=1, every=1)
 BOUND = BUSY  # seconds in which a job with a dead process has ended

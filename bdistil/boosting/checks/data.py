@@ -26,6 +26,7 @@ from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.checks import warn_of_probabilities
 from bdistil.teachers.offline import table_of
 from bdistil.teachers.wrappers import AdaptedTeacher, AveragedTeacher
+from bdistil.utils import distributed
 from bdistil.utils.modules import module_device
 from bdistil.utils.trees import device_of, take_rows
 
@@ -62,6 +63,13 @@ def _data_errors(datamodule: pl.LightningDataModule) -> Iterator[None]:
     kind = type(datamodule).__name__
     try:
         yield
+    except OSError as error:
+        if distributed.early_rank() == 0:
+            raise
+        raise UserError(
+            f"`{kind}` cannot be set up in process {distributed.early_rank()} ({error}). Processes set up the data at "
+            "the same time: let a single process run `prepare_data` before the job starts."
+        ) from error
     except (ValueError, RuntimeError) as error:
         if "num_samples" in str(error):  # torch's RandomSampler rejects an empty dataset
             message = f"Expected the datasets of `{kind}` to hold samples, got an empty one ({error})."

@@ -183,7 +183,7 @@ class ErrorLedger:
         Raises:
             RunError: the version is missing or torn.
         """
-        if version == 0 and not self._error_file(0).exists():
+        if version == 0 and not distributed.all_true(self._error_file(0).exists()):  # each node may have a disk
             allocate(self._next_file, self._shape, self.storage)
             publish(self._next_file, self._error_file(0))
         if not self.has(version):

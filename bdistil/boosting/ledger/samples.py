@@ -39,6 +39,8 @@ FEW = 4
 FIRST, EVERY = 8, 32
 # Largest number of values of a batch that are sketched; the remaining rows are skipped.
 NUMBERS = 1 << 14
+# Number of shapes of padded samples for which sketches are compared with those of the samples alone.
+SHAPES = 4
 
 ADVICE_SEED = (
     "State is kept by sample number, so the sample behind a number must be the same in every fit, start and process. "
@@ -111,12 +113,15 @@ def check_known(known: Mapping[int, Digests], name: str, items: Items, where: st
             raise UserError(f"Sample {number} of `{name}()` has another {_and(names)} than {where}. {way}")
 
 
+Shapes = tuple[tuple[int, ...], ...]  # of the tensors of a row
+
+
 class _Compared(NamedTuple):
     """Rows of a batch: sample numbers (R,), sketches of x and y (R, 2), and the shapes of the tensors of a row of x."""
 
     numbers: Index
     sketches: Tensor
-    shapes: list[tuple[int, ...]]
+    shapes: Shapes
 
 
 class SampleGuard:
@@ -140,6 +145,7 @@ class SampleGuard:
         self.name, self.loader, self.items, self.file = name, loader, items, folder / "samples.json"
         self.digests = stable_digests(items, spread(len(items)))
         self.fixed, self.recomputed = not augmented and not recomputed, recomputed
+        self._shapes: set[Shapes] = set()  # of samples, in batches whose sketches were compared
         self.sketches = SampleSketches(folder, len(items)) if self.fixed and self._sketches_hold() else None
         self._compared: Any = None  # the dataset compared most recently
         self.restart()
@@ -246,9 +252,33 @@ class SampleGuard:
         self._pending: list[_Compared] = []
 
     def record(self, x: Any, y: Any, index: Index) -> None:
-        """Stores the sketches of samples on which the teacher is evaluated."""
+        """Stores the sketches of samples on which the teacher is evaluated, unless padding changes them."""
+        if self.sketches is None:
+            return
+        sketches, shapes = _sketches(x, y, len(index)), _shapes(x)
+        if shapes not in self._shapes and len(self._shapes) < SHAPES:
+            self._shapes.add(shapes)
+            self._check_padding(index, sketches.cpu(), shapes)
         if self.sketches is not None:
-            self.sketches.write(int(index[0]), _sketches(x, y, len(index)))
+            self.sketches.write(int(index[0]), sketches)
+
+    def _check_padding(self, index: Index, sketches: Tensor, shapes: Shapes) -> None:
+        """Drops all sketches if a longer sample of a batch pads others such that theirs differ from those alone."""
+        for number, sketch in zip(index.tolist(), sketches, strict=True):
+            item = self.items[number]
+            alone = _shapes(self.loader.collate_fn([item])[0])
+            if alone != shapes and not bool(same_sketch(self._alone(item), sketch).all()):
+                self._drop_sketches(number, alone, shapes)
+                return
+
+    def _drop_sketches(self, number: int, alone: Shapes, shapes: Shapes) -> None:
+        """Compares no sketches from now on, as padding changes them; warns once."""
+        self.sketches = None
+        rank_zero_warn(
+            f"Sample {number} of `{self.name}()` has tensors of {list(alone)} alone, and of {list(shapes)} in a batch. "
+            "Cached logits belong to it only if teacher and students do not see the padding; if they do, give "
+            f"{RECOMPUTE}."
+        )
 
     def compare_batch(self, x: Any, y: Any, index: Index) -> None:
         """Compares some rows of some batches with the samples on which the teacher was evaluated.
@@ -261,7 +291,7 @@ class SampleGuard:
             return
         count = min(len(index), max(1, NUMBERS // max(1, row_size(x, len(index)))))
         low = 7919 * number % (len(index) - count + 1)  # not always the first rows
-        rows, shapes = slice(low, low + count), [tuple(leaf.shape[1:]) for leaf in leaves(x)]
+        rows, shapes = slice(low, low + count), _shapes(x)
         self._pending.append(_Compared(index[rows], _sketches(x, y, len(index), rows), shapes))
         if len(self._pending) == FIRST or self._pending[-1].sketches.device.type == "cpu":
             self.complete_comparisons()
@@ -285,20 +315,15 @@ class SampleGuard:
                 names = [name for name, wrong in zip(("x", "y"), differ[first].tolist(), strict=True) if wrong]
                 self._refuse_row(int(rows.numbers[first]), names, rows.shapes)
 
-    def _refuse_row(self, number: int, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+    def _refuse_row(self, number: int, names: Sequence[str], shapes: Shapes) -> None:
         """Raises UserError for a row of a batch that differs from its sample; warns if it is only padded."""
         assert self.sketches is not None
         stored, item = self.sketches.rows(torch.tensor([number]).numpy())[0], self.items[number]
         if not bool(same_sketch(self._alone(item), stored).all()):
             self._refuse_item(number, names)
-        alone = [tuple(leaf.shape[1:]) for leaf in leaves(self.loader.collate_fn([item])[0])]
-        if names == ["x"] and alone != list(shapes):
-            self.sketches = None
-            rank_zero_warn(
-                f"Sample {number} of `{self.name}()` has tensors of {alone} alone, and of {list(shapes)} in a batch. "
-                "Cached logits belong to it only if teacher and students do not see the padding; if they do, give "
-                f"{RECOMPUTE}."
-            )
+        alone = _shapes(self.loader.collate_fn([item])[0])
+        if names == ["x"] and alone != shapes:
+            self._drop_sketches(number, alone, shapes)
             return
         raise UserError(
             f"The {_and(names)} of sample {number} in a batch of `{self.name}()` has changed. {ADVICE_BATCH}"
@@ -309,6 +334,10 @@ def _sketches(x: Any, y: Any, count: int, rows: slice = slice(None)) -> Tensor:
     """Sketches of x and y of the rows of a batch (R, 2)."""
     first, second = row_sketches(x, count, rows), row_sketches(y, count, rows)
     return torch.stack((first, second.to(first.device)), 1)
+
+
+def _shapes(x: Any) -> Shapes:
+    return tuple(tuple(leaf.shape[1:]) for leaf in leaves(x))
 
 
 def _from_json(digests: Mapping[str, Any]) -> Digests:

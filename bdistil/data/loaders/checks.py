@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from bdistil.data.loaders.batches import PairCollate, pairs_of
 from bdistil.data.loaders.fingerprints import spread
-from bdistil.data.loaders.order import EpochLoader
+from bdistil.data.loaders.order import EpochLoader, KeptShare
 from bdistil.errors import UserError
 from bdistil.utils.trees import fields_of, joined_rows, row_count, take_rows
 
@@ -114,6 +114,7 @@ def distinct_samples(loader: Any, read: int) -> int:
     they occur only if a whole epoch was read. `read` counts the samples read by all processes.
     """
     sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:  # whole batches are repeated
+    users = isinstance(sampler, KeptShare)  # which may draw samples repeatedly
+    if users or not isinstance(sampler, DistributedSampler) or loader.batch_size is None:  # whole batches are repeated
         return read
     return min(read, len(cast(Sized, sampler.dataset)))

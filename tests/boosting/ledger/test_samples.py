@@ -5,10 +5,24 @@ import json
 import lightning as L
 import pytest
 import torch
-from helpers.toys import BATCH, CLASSES, FEATURES, TRAIN, VAL, Hook, Noisy, Toys, boost, control, fit, settings_for
+from helpers.toys import (
+    BATCH,
+    CLASSES,
+    FEATURES,
+    TRAIN,
+    VAL,
+    Hook,
+    Noisy,
+    Toys,
+    boost,
+    control,
+    fit,
+    make_teacher,
+    settings_for,
+)
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from bdistil import UserError
+from bdistil import Student, UserError
 from bdistil.boosting.ledger import samples
 from bdistil.storage.run_directory import RunDirectory
 
@@ -338,3 +352,49 @@ def test_a_fit_goes_on_with_loaders_of_its_own(tmp_path):
 
     controller = control(tmp_path)
     assert len(fit(controller, Files()).ensemble) == 3
+
+
+class Longer(Dataset):
+    """One sample is longer than the others, which are all of one length."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        row = self.x[index]
+        return (torch.cat([row, row[:2]]) if index == 10 else row), self.y[index]
+
+
+def pad_with_ones(items):
+    x = torch.nn.utils.rnn.pad_sequence([x for x, _ in items], batch_first=True, padding_value=1.0)
+    return x, torch.stack([y for _, y in items])
+
+
+class Head(torch.nn.Module):
+    """Reads what all samples have: padding changes no answer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x[:, :FEATURES])
+
+
+def test_samples_that_a_longer_one_pads_are_the_same(tmp_path):
+    """In the pass of the teacher, sample 10 has padded the others of its batch; in a fit it pads other ones."""
+    data = Toys()
+    longer = Longer(*data.parts["train"])
+    data.train_dataloader = lambda: DataLoader(longer, batch_size=BATCH, shuffle=True, collate_fn=pad_with_ones)
+    options = {
+        "teacher": Head(make_teacher()),
+        "student": lambda number: Student(Head(torch.nn.Linear(FEATURES, 3)), torch.nn.Linear(3, CLASSES)),
+        "settings": settings_for(2),
+        "trainer": {"epochs": 4},
+    }
+    with pytest.warns(UserWarning, match=r"has tensors of .*8,.* alone, and of .*10,.* in a batch"):
+        controller = boost(tmp_path, data, **options)
+    assert controller.run.committed() == 2

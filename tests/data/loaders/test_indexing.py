@@ -293,16 +293,17 @@ def test_each_sample_is_in_order_on_one_rank_only(world_size):
         sequential_loader(loader, world_size=23)
 
 
-@pytest.mark.parametrize(("total", "block"), [(22, 4), (24, 4), (3, 4), (0, 4)])
+@pytest.mark.parametrize(("total", "block"), [(70, 4), (96, 4), (3, 4), (0, 4)])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_ranks_share_whole_blocks(monkeypatch, total, block, world_size):
+def test_ranks_share_groups_of_whole_blocks(monkeypatch, total, block, world_size):
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
     found = []
     for rank in range(world_size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         found.append(distributed.my_blocks(total, block))
     assert [*chain.from_iterable(found)] == [(low, min(low + block, total)) for low in range(0, total, block)]
-    assert max(map(len, found)) - min(map(len, found)) <= 1
+    assert all(blocks[0][0] % (4 * block) == 0 for blocks in found if blocks)
+    assert max(map(len, found)) - min(map(len, found)) <= 2 * 4
 
 
 def test_blocks_are_batches():

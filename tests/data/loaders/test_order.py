@@ -221,3 +221,19 @@ def test_a_shared_order_has_a_checksum():
     order.set_epoch(1)
     list(order)
     assert order.drawn != first
+
+
+def test_samples_that_a_share_draws_repeatedly_all_count():
+    class Weighted(Sampler):
+        """Of one of two processes."""
+
+        num_replicas, rank = 2, 0
+
+        def __iter__(self):
+            return iter([0] * 3 * N)
+
+        def __len__(self):
+            return 3 * N
+
+    loader = training_loader(DataLoader(DATA, B, sampler=Weighted()), seed=0, epoch=0, rank=0, world_size=2)
+    assert distinct_samples(loader, 6 * N) == 6 * N
