@@ -197,7 +197,7 @@ class LossMixing(FitState):
         with eval_mode(pl_module), torch.no_grad(), isolate_rng():
             self.mix = update_mix(self.probe, self.mix, self.settings, lr=lr, key=key)
         self._attach(pl_module)
-        weights, flipped = self._trained()
+        weights, flipped = self._weights_in_training()
         self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, flipped)})
         log_weights(trainer.loggers, weights, self.history[-1], logger_step(trainer))
 
@@ -207,7 +207,7 @@ class LossMixing(FitState):
             return
         self._write()
         if trainer.is_global_zero and self.history:
-            draw_weights(self._file.with_name("mixing.png"), *self._trained())
+            draw_weights(self._file.with_name("mixing.png"), *self._weights_in_training())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the learned parameters of a fit that was resumed after its end: `on_train_end` is not called then."""
@@ -237,7 +237,7 @@ class LossMixing(FitState):
         rows = self.mix if index is None else self.mix[torch.as_tensor(index)]
         return loss_weights(rows, self.settings.mode)
 
-    def _trained(self) -> tuple[Tensor, Tensor | None]:
+    def _weights_in_training(self) -> tuple[Tensor, Tensor | None]:
         """Weights of the samples that are trained on, and which of their labels are known to be flipped."""
         rows = torch.tensor(self.probe.rows)
         return self.weights()[rows], None if self.flipped is None else self.flipped[rows]

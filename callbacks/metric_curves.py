@@ -86,15 +86,15 @@ class MetricCurves(FitState):
         """Records that a validation has logged its metrics."""
         self._validated = not trainer.sanity_checking
         if self._validated:
-            self._note(trainer)
+            self._keep_latest(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the metrics after the first validated epoch, instead of at the end of training."""
         if self._validated:
             self._check(trainer)
-        self._note(trainer)
+        self._keep_latest(trainer)
 
-    def _note(self, trainer: pl.Trainer) -> None:
+    def _keep_latest(self, trainer: pl.Trainer) -> None:
         """Keeps the figures for a fit that is resumed after its end: `on_train_end` is not called then."""
         if self._fault(trainer) is None:
             self._latest = self._figures(trainer)

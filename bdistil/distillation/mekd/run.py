@@ -43,10 +43,10 @@ from bdistil.utils.seeding import reseed, seed_of
 
 @dataclass(frozen=True)
 class Mekd:
-    """Settings of MEKD. Those of networks, losses and optimizers are the paper's by default.
+    """Settings of MEKD. The defaults of networks, losses and optimizers are the paper's.
 
-    `queries`, `first_queries` and `epochs` are not: the paper queries a new sample in each step of both stages, 200
-    epochs of stage 1, and 240 of 500 steps in stage 2.
+    Those of `queries`, `first_queries` and `epochs` are not: the paper trains stage 2 for 240 epochs of 500 steps, and
+    queries new samples in each of them.
 
     Attributes:
         queries: query budget in samples, for stage 1, the local samples and, with the rest, generated samples.
