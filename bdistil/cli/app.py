@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 
 from bdistil.cli.commands import COMMANDS, EXAMPLES
 from bdistil.cli.compare import compare, run_compare
-from bdistil.cli.fit import RoundTrainer, run_fit
+from bdistil.cli.fit import SUMMARY, run_fit
 from bdistil.cli.guard import guarded
 from bdistil.cli.parser import Parser
 from bdistil.errors import UserError
@@ -25,7 +25,7 @@ def _overview() -> str:
         "Progressive ensemble distillation: one teacher, an ordered ensemble of students.",
         "",
     ]
-    lines.append(f"  {'fit':<10} {RoundTrainer.fit.__doc__}")
+    lines.append(f"  {'fit':<10} {SUMMARY}")
     commands = {**COMMANDS, "compare": compare}
     lines += [f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}" for name, function in commands.items()]
     hints = ["Help of a command:  bdistil COMMAND --help", "First run:          bdistil fit --config digits"]

@@ -14,7 +14,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from bdistil.callbacks import EpochKeeper, GradientNoise, RoundController
-from bdistil.cli.fit import FREE_KEYS, BoostCLI, Distiller, run_fit
+from bdistil.cli.distiller import Distiller
+from bdistil.cli.fit import FREE_KEYS, BoostCLI, run_fit
 from bdistil.cli.guard import guarded
 from bdistil.comparison.figures import Row, part_figures, prefix_rows, table_figures
 from bdistil.comparison.joint import JointLedger, joint_ensemble, plan_joint
@@ -52,7 +53,7 @@ class CellCLI(ComparedCLI):
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains the missing rounds and evaluates the prefixes."""
-        run = RunDirectory(self.config.fit.run_dir)
+        run = RunDirectory(self.config.run_dir)
         datamodule = self.fit_run(model, datamodule, run)
         write_figures(
             run, ProgressiveEnsemble.load(run.root, student=model.make_student), prefix_costs(run), datamodule
@@ -105,7 +106,7 @@ class TeacherCLI(ComparedCLI):
 
     def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
         """Trains and evaluates the teacher."""
-        self.fit_run(model, datamodule, RunDirectory(self.config.fit.run_dir))
+        self.fit_run(model, datamodule, RunDirectory(self.config.run_dir))
 
 
 class JointCLI(TeacherCLI):

@@ -20,7 +20,8 @@ from bdistil.boosting.checks.data import TEST
 from bdistil.boosting.costs import is_api
 from bdistil.callbacks import LossMixing
 from bdistil.cli.commands import find_recipe
-from bdistil.cli.fit import BoostCLI, Distiller, run_fit
+from bdistil.cli.distiller import Distiller
+from bdistil.cli.fit import BoostCLI, run_fit
 from bdistil.cli.parser import Parser
 from bdistil.comparison.forms import Forms, latencies, plan_forms, shared_forms, with_widths
 from bdistil.comparison.methods import MEANING, METHODS, TEACHER, Cell, Method, cells_of, check_methods
@@ -128,7 +129,7 @@ class PlanCLI(BoostCLI):
             model,
             parts,
             x=train.collate_fn([train.dataset[0]])[0],
-            tracking=self.config_init.fit.tracking,
+            tracking=self.config_init.tracking,
             mixes=any(isinstance(callback, LossMixing) for callback in self.callbacks()),
             origin=origin_of(parts, model.teacher),
             trains_teacher=not (comes_trained(model.teacher.network) or model.teacher.checkpoint),
@@ -310,13 +311,8 @@ def _train_interruptibly(training: Training) -> list[Cell]:
     message = (
         f"The comparison in {training.output} was interrupted. Give the same command again: it goes on from there."
     )
-    with StopSignals(lambda: message) as signals:
-        try:
-            return _train(training)
-        except BaseException as end:
-            if signals.received or isinstance(end, SystemExit | KeyboardInterrupt):
-                raise signals.interruption() from end
-            raise
+    with StopSignals(lambda: message).ending_with_message():
+        return _train(training)
 
 
 def _train(training: Training) -> list[Cell]:

@@ -10,7 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -69,6 +70,17 @@ class StopSignals(pl.Callback):
 
     def __exit__(self, *_: object) -> None:
         self._install(self._before.pop())
+
+    @contextmanager
+    def ending_with_message(self) -> Iterator[None]:
+        """Context that also turns Ctrl-C, and any failure that a signal has caused, into an `Interrupted`."""
+        try:
+            with self:
+                yield
+        except BaseException as end:  # Ctrl-C is SystemExit in Lightning; ranks that lost a peer fail in any way
+            if self.received or isinstance(end, SystemExit | KeyboardInterrupt):
+                raise self.interruption() from end
+            raise
 
     def watch(self, trainer: pl.Trainer) -> None:
         """Replaces the handlers of a Trainer, which restores them itself, and forwards signals to its processes."""

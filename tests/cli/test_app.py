@@ -311,12 +311,12 @@ MISTAKES = [
     (
         ["fit", "--config", "digits", "--trainer.max_epochs", "ten"],
         "max_epochs",
-        "a whole number or null. Got value: ten",
+        "a whole number\n    - or null\n  Given value: ten",
     ),
     (
         ["export", "--run_dir", "none", "--fuse", "exit"],
         "fuse",
-        "one of 'all', 'exits' or null. Got value: exit. Did you",
+        "one of 'all', 'exits'\n    - or null\n  Given value: exit",
     ),
     (["evaluate", "--run_dir", "none", "--budget.stage", "1"], "budget.stage", "Did you mean 'budget.stages'"),
     (["evaluate", "--run_dir", "none", "--budget.stages", "0"], "`stages`", "got 0"),

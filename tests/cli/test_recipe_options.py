@@ -14,7 +14,7 @@ from torch import nn
 from bdistil import ProgressiveEnsemble
 from bdistil.boosting import round as rounds
 from bdistil.cli.app import main
-from bdistil.cli.fit import Distiller
+from bdistil.cli.distiller import Distiller
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written, measure_cost
 from bdistil.models import ConvStudent
