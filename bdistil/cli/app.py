@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from jsonargparse import Namespace
 
 from bdistil.cli.commands import COMMANDS, EXAMPLES
-from bdistil.cli.compare import compare, run_compare
-from bdistil.cli.fit import SUMMARY, run_fit
+from bdistil.cli.compare import COMPARE_SUMMARY, run_compare
+from bdistil.cli.fit import FIT_SUMMARY, run_fit
 from bdistil.cli.guard import guarded
 from bdistil.cli.parser import Parser
 from bdistil.errors import UserError
@@ -25,11 +25,15 @@ def _overview() -> str:
         "Progressive ensemble distillation: one teacher, an ordered ensemble of students.",
         "",
     ]
-    lines.append(f"  {'fit':<10} {SUMMARY}")
-    commands = {**COMMANDS, "compare": compare}
-    lines += [f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}" for name, function in commands.items()]
+    summaries = {name: _summary(function) for name, function in COMMANDS.items()}
+    for name, summary in {"fit": FIT_SUMMARY, **summaries, "compare": COMPARE_SUMMARY}.items():
+        lines.append(f"  {name:<10} {summary}")
     hints = ["Help of a command:  bdistil COMMAND --help", "First run:          bdistil fit --config digits"]
     return "\n".join([*lines, "", *hints])
+
+
+def _summary(function: Callable[..., object]) -> str:
+    return (function.__doc__ or "").splitlines()[0]
 
 
 def _run(command: str, args: Sequence[str]) -> None:
@@ -40,8 +44,8 @@ def _run(command: str, args: Sequence[str]) -> None:
         run_compare(args)
         return
     function = COMMANDS[command]
-    summary, example = (function.__doc__ or "").splitlines()[0], f"Example: {EXAMPLES[command]}"
-    parser = Parser(prog=f"bdistil {command}", description=summary, epilog=example)
+    example = f"Example: {EXAMPLES[command]}"
+    parser = Parser(prog=f"bdistil {command}", description=_summary(function), epilog=example)
     parser.add_function_arguments(function, as_positional=False, as_group=False, skip={"as_json"})
     if "as_json" in inspect.signature(function).parameters:
         parser.add_argument("--json", action="store_true", help="Print JSON.")

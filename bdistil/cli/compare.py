@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import platform
-import re
 import shlex
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,52 +21,25 @@ from bdistil.callbacks import LossMixing
 from bdistil.cli.commands import find_recipe
 from bdistil.cli.distiller import Distiller
 from bdistil.cli.fit import BoostCLI, run_fit
-from bdistil.cli.parser import Parser
-from bdistil.comparison.forms import Forms, latencies, plan_forms, shared_forms, with_widths
+from bdistil.comparison.folder import begun, check_same, freeze
 from bdistil.comparison.methods import MEANING, METHODS, TEACHER, Cell, Method, cells_of, check_methods
-from bdistil.comparison.origin import FILE, Origin, check_split, check_start, origin_of, parts_of, read_origin
+from bdistil.comparison.origin import Origin, check_split, check_start, origin_of, parts_of
 from bdistil.comparison.report import Unit, difference_table, summary_table, write_comparison
 from bdistil.comparison.running import CellRunner, is_done
-from bdistil.comparison.tables import classes_of, gather, methods_of
+from bdistil.comparison.students import PlannedStudents, equal_macs_note, latencies, plan_students, with_widths
+from bdistil.comparison.tables import gather, methods_of, rungs_of
 from bdistil.data.loaders import LOADERS
 from bdistil.errors import UserError
 from bdistil.reporting.tables import TextTable, format_table
 from bdistil.reporting.tracking import Tracking, make_logger
-from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.teachers.wrappers import comes_trained
 from bdistil.utils.paths import user_path
 from bdistil.utils.signals import StopSignals
 
-EXAMPLE = "bdistil compare --config digits --methods bdistil no_resched joint --seeds 3 --output compare-digits"
-METHODS_HELP = ". ".join(f"{method}: {meaning}" for method, meaning in MEANING.items())
-OWN = ("config", "output", "methods", "seeds", "workers", "report_only", "help")
-FILES = ("recipe.yaml", "options.json", "compare.csv", "compare.md", "report.html")  # in the folder of a comparison
+COMPARE_SUMMARY = "Compare bdistil with other ways to train the same students, on the same data and teacher."
 # Options that the comparison sets for each training, and the option of `compare` that determines them.
 SET = {"run_dir": "output", "seed_everything": "seeds"}
-
-
-def compare(
-    config: str,
-    output: str,
-    methods: list[Method] = list(METHODS),  # noqa: B006
-    seeds: int = 5,
-    workers: int = 1,
-    report_only: bool = False,
-) -> None:
-    """Compare bdistil with other ways to train the same students, on the same data and teacher.
-
-    All other options are those of `bdistil fit`, and hold for every training. The same command resumes an interrupted
-    comparison; more methods and seeds may be added.
-
-    Args:
-        config: recipe, a YAML file or a name that `bdistil recipes` lists.
-        output: folder of the runs, compare.csv, compare.md, the pictures and report.html.
-        methods: bdistil and the methods to compare it with.
-        seeds: number of seeds, from 0.
-        workers: number of parallel processes; torch's threads are divided among them.
-        report_only: train nothing; write the report of the trainings that are finished, also while others run.
-    """
 
 
 @dataclass(frozen=True)
@@ -145,73 +117,68 @@ class PartsCLI(BoostCLI):
 
 
 def run_compare(args: Sequence[str]) -> None:
-    """Runs the command; options it does not know are passed to `bdistil fit`."""
-    own, options = split_options(args)
-    _check_options(own, options)
-    summary = (compare.__doc__ or "").splitlines()[0]
-    parser = Parser(
-        prog="bdistil compare",
-        description=summary,
-        epilog=f"All other options are those of `bdistil fit`, and hold for every training. Methods: {METHODS_HELP}. "
-        f"Example: {EXAMPLE}",
-    )
-    parser.add_function_arguments(compare, as_positional=False, as_group=False)
-    given = parser.instantiate(parser.parse_args(own))
+    """Runs the command; options it does not know are those of `bdistil fit`."""
+    given, rest = _parser().parse_known_args(args)
+    options = [part for arg in rest for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    _check_options(options, [*vars(given)])
+    if len(given.config) > 1:
+        raise UserError("Expected one `--config`, got several. Put them into one file; other options may follow.")
     if given.seeds < 1 or given.workers < 1:
         raise UserError(f"Expected `seeds` and `workers` >= 1, got {given.seeds} and {given.workers}.")
-    _compare(find_recipe(given.config), user_path(given.output, "output"), check_methods(given.methods), given, options)
+    _compare(given, check_methods(given.methods), options)
 
 
-def split_options(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits arguments into the options of `compare`, with the values of `methods` joined, and those of `fit`."""
-    groups: list[list[str]] = []
-    for arg in args:
-        if arg.startswith("--") or arg == "-h" or not groups:
-            groups.append(list(arg.split("=", 1)) if arg.startswith("--") and "=" in arg else [arg])
-        else:
-            groups[-1].append(arg)
-    own: list[str] = []
-    others: list[str] = []
-    for name, *values in groups:
-        key = "help" if name == "-h" else name.removeprefix("--")
-        if key == "methods":
-            own += [name, json.dumps([m for value in values for m in re.findall(r"\w+", value)])]
-        elif key in OWN:
-            own += [name, *values]
-        else:
-            others += [name, *values]
-    return own, others
+def _parser() -> ArgumentParser:
+    methods = ". ".join(f"{method}: {meaning}" for method, meaning in MEANING.items())
+    parser = ArgumentParser(
+        prog="bdistil compare",
+        description=f"{COMPARE_SUMMARY} All other options are those of `bdistil fit`, and hold for every training. "
+        "The same command resumes an interrupted comparison; more methods and seeds may be added.",
+        epilog=f"Methods: {methods}. Example: bdistil compare --config digits --methods bdistil no_resched joint "
+        "--seeds 3 --output compare-digits",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    recipe = "Recipe: a YAML file, or a name that `bdistil recipes` lists."
+    add("--config", required=True, action="append", metavar="RECIPE", help=recipe)
+    add("--output", required=True, help="Folder of the runs, compare.csv, compare.md, the pictures and report.html.")
+    add("--methods", nargs="+", default=METHODS, metavar="METHOD", help="Methods to compare; all by default.")
+    add("--seeds", type=int, default=5, help="Number of seeds, from 0; 5 by default.")
+    add("--workers", type=int, default=1, help="Processes, among which torch's threads are divided; 1 by default.")
+    only = "Train nothing: report the trainings that are finished, also while others run."
+    add("--report_only", choices=("true", "false"), default="false", help=only)
+    return parser
 
 
-def _check_options(own: Sequence[str], options: Sequence[str]) -> None:
-    """Raises UserError for options that would be overridden, and for misspelt options of `compare`."""
-    if own.count("--config") > 1:
-        raise UserError("Expected one `--config`, got several. Put them into one file; other options may follow.")
+def _check_options(options: Sequence[str], own: Sequence[str]) -> None:
+    """Raises UserError for options of `fit` that would be overridden, and for misspelt ones of `compare`, `own`."""
     for name in (option.removeprefix("--") for option in options if option.startswith("--")):
         if name in SET:
             raise UserError(f"`--{name}` is set by the comparison for each training: give `--{SET[name]}` instead.")
-        if "." not in name and (near := difflib.get_close_matches(name, OWN, 1, 0.75)):
+        if "." not in name and (near := difflib.get_close_matches(name, own, 1, 0.75)):
             raise UserError(f"Expected an option of compare or fit, got `--{name}`. Did you mean `--{near[0]}`?")
 
 
-def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, options: Sequence[str]) -> None:
+def _compare(given: Any, methods: Sequence[Method], options: Sequence[str]) -> None:
+    recipe, output = find_recipe(given.config[0]), user_path(given.output, "output")
+    report_only = given.report_only == "true"
     text = recipe.read_text(encoding="utf-8")
-    _check_same(output, text, options)
-    if given.report_only and not _begun(output):
+    check_same(output, text, options)
+    if report_only and not begun(output):
         raise UserError(
             f"Expected a comparison in `output` {output} for `report_only`, got none. Leave it out to begin it."
         )
     inputs = _read(recipe, options, given.seeds)
-    if _begun(output):
+    if begun(output):
         check_start(output, inputs.parts, inputs.origin)
     _check_mixing(inputs, methods)
     model = inputs.model
-    forms = plan_forms(model.make_student, model.boosting, inputs.x, widths="no_resched" in methods)
-    if shared := shared_forms(forms):
+    planned = plan_students(model.make_student, model.boosting, inputs.x, widths="no_resched" in methods)
+    if shared := equal_macs_note(planned):
         print(shared)
-    fixed = ["--config", str(_freeze(output, text, options, inputs.origin)), *options]
-    training = Training(output, fixed, methods, given.seeds, given.workers, inputs, forms)
-    cells = _finished(training) if given.report_only else _train_interruptibly(training)
+    fixed = ["--config", str(freeze(output, text, options, inputs.origin)), *options]
+    training = Training(output, fixed, methods, given.seeds, given.workers, inputs, planned)
+    cells = _finished(training) if report_only else _train_interruptibly(training)
     facts = {
         "recipe": recipe.stem,
         "options": shlex.join(options) or "none",
@@ -219,8 +186,8 @@ def _compare(recipe: Path, output: Path, methods: Sequence[Method], given: Any, 
         "commit": ", ".join(_revisions(output, cells)) or "none",
         "system": f"{platform.system()} {platform.machine()}",
     }
-    rows = _publish(output, cells, inputs, forms, text, facts)
-    if not given.report_only:
+    rows = _publish(output, cells, inputs, planned, text, facts)
+    if not report_only:
         _track(inputs.tracking, output, summary_table(rows, model.boosting.task))
 
 
@@ -234,12 +201,12 @@ def _check_mixing(inputs: Inputs, methods: Sequence[Method]) -> None:
 
 
 def _publish(
-    output: Path, cells: Sequence[Cell], inputs: Inputs, forms: Forms, text: str, facts: Mapping[str, Any]
+    output: Path, cells: Sequence[Cell], inputs: Inputs, planned: PlannedStudents, text: str, facts: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Writes the report of finished trainings and prints its tables; returns the rows of compare.csv."""
     make, task = inputs.model.make_student, inputs.model.boosting.task
-    times = latencies(make, {classes_of(output, cell, forms.rungs): None for cell in cells}, inputs.x)
-    rows = gather(output, cells, forms.rungs, times)
+    times = latencies(make, {rungs_of(output, cell, planned.rungs): None for cell in cells}, inputs.x)
+    rows = gather(output, cells, planned.rungs, times)
     page = write_comparison(output, rows, task, text, facts)
     print(format_table(*summary_table(rows, task)))
     first, *others = methods_of(rows)
@@ -275,13 +242,13 @@ class Training(NamedTuple):
     seeds: int
     workers: int
     inputs: Inputs
-    forms: Forms
+    planned: PlannedStudents
 
-    def chains(self, methods: Sequence[Method], forms: Sequence[Forms]) -> list[list[Cell]]:
-        """The cells of these methods, one chain per seed; `forms` are given per seed."""
+    def chains(self, methods: Sequence[Method], planned: Sequence[PlannedStudents]) -> list[list[Cell]]:
+        """The cells of these methods, one chain per seed; `planned` are given per seed."""
         settings = self.inputs.model.boosting
         return [
-            [c for method in methods for c in cells_of(method, seed, settings, own)] for seed, own in enumerate(forms)
+            [c for method in methods for c in cells_of(method, seed, settings, own)] for seed, own in enumerate(planned)
         ]
 
 
@@ -293,7 +260,7 @@ def _finished(training: Training) -> list[Cell]:
     Raises:
         UserError: there are none but the teacher's.
     """
-    chains = training.chains(training.methods, [training.forms] * training.seeds)
+    chains = training.chains(training.methods, [training.planned] * training.seeds)
     cells = [TEACHER, *chain.from_iterable(chains)]
     lacking = {(c.method, c.seed, c.prefix) for c in cells if not is_done(c.folder(training.output))}
     done = [cell for cell in cells if (cell.method, cell.seed, cell.prefix) not in lacking]
@@ -318,8 +285,8 @@ def _train_interruptibly(training: Training) -> list[Cell]:
 def _train(training: Training) -> list[Cell]:
     """Runs the unfinished cells of a comparison; returns all cells."""
     output, methods, workers, options = training.output, training.methods, training.workers, list(training.options)
-    forms = [training.forms] * training.seeds
-    cells = [TEACHER, *chain.from_iterable(training.chains(methods, forms))]
+    planned = [training.planned] * training.seeds
+    cells = [TEACHER, *chain.from_iterable(training.chains(methods, planned))]
     print(f"{len(cells)} trainings: {', '.join(methods)}; {training.seeds} seeds, in {output}.", flush=True)
     CellRunner(output, options, 1, cells).run([[TEACHER]])
     if training.inputs.trains_teacher:
@@ -331,63 +298,19 @@ def _train(training: Training) -> list[Cell]:
             )
         options += ["--model.teacher.checkpoint", str(weights)]
     if {"bdistil", "no_resched"} <= set(methods):
-        first = training.chains(["bdistil"], forms)
+        first = training.chains(["bdistil"], planned)
         CellRunner(output, options, workers, cells).run(first)
-        forms = [_reached(training, cell) for (cell,) in first]
-    chains = training.chains(methods, forms)
+        planned = [_reached(training, cell) for (cell,) in first]
+    chains = training.chains(methods, planned)
     cells = [TEACHER, *chain.from_iterable(chains)]
     CellRunner(output, options, workers, cells).run(chains)
     return cells
 
 
-def _reached(training: Training, cell: Cell) -> Forms:
-    """Forms that match a finished run of bdistil, whose rejected rounds have used wider classes than planned."""
+def _reached(training: Training, cell: Cell) -> PlannedStudents:
+    """The students, with the widths for a finished run of bdistil, whose rejected rounds have used wider classes."""
     reached = [row["macs"] for row in RunDirectory(cell.folder(training.output)).read("figures")]
-    return with_widths(training.forms, training.inputs.model.make_student, training.inputs.x, reached)
-
-
-def _check_same(output: Path, text: str, options: Sequence[str]) -> None:
-    """Raises UserError if the folder holds a run, or a comparison of another recipe or with other options."""
-    copy, kept = output / "recipe.yaml", output / "options.json"
-    if (output / "rounds").exists():
-        raise UserError(f"`output` {output} is the folder of a run, whose report would be lost. Choose another folder.")
-    if not _begun(output):
-        if read_origin(output) is None and (own := [name for name in FILES if (output / name).exists()]):
-            raise UserError(f"`output` {output} has a file {own[0]}, which would be replaced. Choose another folder.")
-        return
-    if lost := [name for name in (copy.name, kept.name, FILE) if not (output / name).exists()]:
-        raise UserError(
-            f"`output` {output} holds a comparison without its {lost[0]}, so nothing shows whether recipe, options and "
-            "data are still the same. Put the file back, or choose another folder."
-        )
-    if (copy.read_text(encoding="utf-8"), json.loads(kept.read_text())) != (text, list(options)):
-        raise UserError(
-            f"`output` {output} holds a comparison of another recipe or with other options "
-            f"({' '.join(json.loads(kept.read_text())) or 'none'}). Choose another folder, or give those."
-        )
-
-
-def _begun(output: Path) -> bool:
-    """Whether any training has passed its checks; before that, recipe and options may still be changed."""
-    return any((output / "runs").glob("*/config.yaml"))
-
-
-def _freeze(output: Path, text: str, options: Sequence[str], origin: Origin) -> Path:
-    """Stores recipe, options and origin of a comparison; returns the copy of the recipe that its trainings read.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    copy, kept = output / "recipe.yaml", output / "options.json"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not _begun(output):  # written first, as it identifies the other files as those of a comparison
-            write_atomically(output / FILE, json.dumps(origin))
-        write_atomically(kept, json.dumps(list(options)))
-        write_atomically(copy, text)
-    except OSError as error:
-        raise UserError(f"`output` {output} cannot be written to: {error.strerror or error}.") from error
-    return copy
+    return with_widths(training.planned, training.inputs.model.make_student, training.inputs.x, reached)
 
 
 def _track(tracking: Any, output: Path, summary: TextTable) -> None:

@@ -46,7 +46,7 @@ from bdistil.teachers.wrappers import comes_trained
 from bdistil.utils import distributed
 from bdistil.utils.seeding import seed_of
 
-SUMMARY = "Distil a teacher into an ordered ensemble of students; resumes a run that is in `run_dir`."
+FIT_SUMMARY = "Distil a teacher into an ordered ensemble of students; resumes a run that is in `run_dir`."
 USAGE = "bdistil fit --config RECIPE [--run_dir DIR] [--KEY VALUE ...]"
 CONFIG_HELP = (
     "RECIPE is a YAML file or a name that `bdistil recipes` lists. A later --config overrides an earlier one, options "
@@ -340,7 +340,7 @@ def run_fit(args: Sequence[str], cli: type[BoostCLI] = BoostCLI) -> BoostCLI:
         LightningDataModule,
         subclass_mode_data=True,
         parser_class=Parser,
-        parser_kwargs={"prog": "bdistil fit", "usage": USAGE, "description": SUMMARY, "epilog": CONFIG_HELP},
+        parser_kwargs={"prog": "bdistil fit", "usage": USAGE, "description": FIT_SUMMARY, "epilog": CONFIG_HELP},
         save_config_callback=None,
         auto_configure_optimizers=False,
         seed_everything_default=0,

@@ -14,7 +14,7 @@ from bdistil.boosting.costs import student_cost
 from bdistil.boosting.plan import RunPlan
 from bdistil.boosting.round import BoostingRound
 from bdistil.boosting.run import Boosting, RoundPlan
-from bdistil.comparison.forms import build_students, planned_classes
+from bdistil.comparison.students import build_students, planned_rungs
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.models.student import Rung, run_all
 from bdistil.utils.seeding import reseed
@@ -91,7 +91,7 @@ def plan_joint(boosting: Boosting, plan: RunPlan) -> RoundPlan:
     """
     settings = boosting.settings
     reseed(boosting.seed, "joint")
-    students = build_students(boosting.make, planned_classes(boosting.make, settings), plan.example)
+    students = build_students(boosting.make, planned_rungs(boosting.make, settings), plan.example)
     costs = [student_cost(student, students[:n], plan.example, "record") for n, student in enumerate(students)]
     module = JointRound(
         Chain(students).train(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.comparison.forms import Forms
+from bdistil.comparison.students import PlannedStudents
 from bdistil.errors import UserError
 from bdistil.models.student import Rung
 
@@ -83,21 +83,21 @@ def check_methods(methods: Sequence[str]) -> list[Method]:
     return sorted(known, key=given.index)
 
 
-def cells_of(method: Method, seed: int, settings: BoostingSettings, forms: Forms) -> list[Cell]:
+def cells_of(method: Method, seed: int, settings: BoostingSettings, planned: PlannedStudents) -> list[Cell]:
     """The cells of a method and a seed.
 
     Args:
         method: method of the comparison.
         seed: seed of the runs.
         settings: settings of the recipe.
-        forms: forms of the students.
+        planned: the students.
     """
-    whole = forms.prefixes[-1]
+    whole = planned.prefix_macs[-1]
     if method == "no_resched":
-        return _oracle(seed, settings, forms)
+        return _single_students(seed, settings, planned)
     if method == "resched":
-        alone = {"independent": True, "ladder": [asdict(forms.first)], "start": 0}
-        return [Cell(method, seed, method, settings.rounds * forms.prefixes[0], boosting=alone | ACCEPTED)]
+        alone = {"independent": True, "ladder": [asdict(planned.first)], "start": 0}
+        return [Cell(method, seed, method, settings.rounds * planned.prefix_macs[0], boosting=alone | ACCEPTED)]
     changed: dict[str, dict[str, Any]] = {
         "bdistil": {},
         "links_only": {"loss": "game", "kappa": 0.0, "gamma": None, **ACCEPTED},
@@ -109,7 +109,7 @@ def cells_of(method: Method, seed: int, settings: BoostingSettings, forms: Forms
     ]
 
 
-def _oracle(seed: int, settings: BoostingSettings, forms: Forms) -> list[Cell]:
+def _single_students(seed: int, settings: BoostingSettings, planned: PlannedStudents) -> list[Cell]:
     """One student per prefix, or two if the loss of the recipe is not the game."""
     losses = dict.fromkeys((settings.loss, "game"))
     return [
@@ -118,5 +118,5 @@ def _oracle(seed: int, settings: BoostingSettings, forms: Forms) -> list[Cell]:
             boosting={"rounds": 1, "loss": loss, "ladder": [asdict(Rung(0, width=width))], **ACCEPTED},
         )
         for loss in losses
-        for prefix, (width, macs) in enumerate(zip(forms.widths, forms.oracle, strict=True), 1)
+        for prefix, (width, macs) in enumerate(zip(planned.single_widths, planned.single_macs, strict=True), 1)
     ]  # fmt: skip

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t
 
-from bdistil.comparison.forms import Classes
 from bdistil.comparison.methods import Cell
+from bdistil.comparison.students import Rungs
 from bdistil.metrics.curve import area_under_curve, merge_points, violations_of_monotony
 from bdistil.models.student import Rung
 from bdistil.storage.run_directory import RunDirectory
@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 TOLERANCE = 0.05  # relative difference allowed between the MACs of a prefix and of its single student
 
 
-def classes_of(output: Path, cell: Cell, planned: Classes) -> Classes:
+def rungs_of(output: Path, cell: Cell, planned: Rungs) -> Rungs:
     """The classes of the students of a finished cell; those of joint training are as planned."""
     run = RunDirectory(cell.folder(output))
     if cell.kind != "rounds":
@@ -33,7 +33,7 @@ def classes_of(output: Path, cell: Cell, planned: Classes) -> Classes:
 
 
 def gather(
-    output: Path, cells: Sequence[Cell], planned: Classes, latencies: Mapping[Classes, float]
+    output: Path, cells: Sequence[Cell], planned: Rungs, latencies: Mapping[Rungs, float]
 ) -> list[dict[str, Any]]:
     """Collects the rows of all finished cells; of students that differ only in the loss, keeps the best on validation.
 
@@ -43,11 +43,11 @@ def gather(
         output: folder of the comparison.
         cells: cells of the comparison.
         planned: the classes of the recipe's students.
-        latencies: result of `bdistil.comparison.forms.latencies`.
+        latencies: result of `bdistil.comparison.students.latencies`.
     """
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
     for cell in cells:
-        rungs = classes_of(output, cell, planned)
+        rungs = rungs_of(output, cell, planned)
         for row in RunDirectory(cell.folder(output)).read("figures") or []:
             number = cell.prefix or row["prefix"]
             key = (cell.method, cell.seed, number)

@@ -5,8 +5,8 @@ import torch
 from helpers.toys import FEATURES, Toys, control, make_student, make_trainer, settings_for
 
 from bdistil import ProgressiveEnsemble, Rung
-from bdistil.comparison.forms import build_students, planned_classes
 from bdistil.comparison.joint import Chain, JointLedger, joint_ensemble, plan_joint
+from bdistil.comparison.students import build_students, planned_rungs
 from bdistil.data.loaders import indexed_loaders
 
 SETTINGS = settings_for(3, ladder=[Rung(0), Rung(2)])
@@ -14,7 +14,7 @@ SETTINGS = settings_for(3, ladder=[Rung(0), Rung(2)])
 
 @pytest.fixture
 def chain():
-    classes = planned_classes(make_student, SETTINGS)
+    classes = planned_rungs(make_student, SETTINGS)
     return Chain(build_students(make_student, classes, torch.zeros(1, FEATURES)))
 
 

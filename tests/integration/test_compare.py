@@ -18,9 +18,9 @@ from helpers.toys import settings_for
 from helpers.wandb_offline import finished_runs
 
 from bdistil.cli.app import main
-from bdistil.cli.compare import Training, _finished, _reached, split_options
-from bdistil.comparison.forms import plan_forms
+from bdistil.cli.compare import Training, _finished, _reached
 from bdistil.comparison.methods import MEANING, Cell
+from bdistil.comparison.students import plan_students
 from bdistil.ensemble.budget import Budget
 from bdistil.evaluation.evaluate import evaluate_budgets
 from bdistil.models import ConvStudent
@@ -178,32 +178,32 @@ def test_a_comparison_without_one_of_its_files_is_refused(done, root, tmp_path, 
 
 def test_widths_beside_a_run_need_only_the_small_files_of_its_cells(tmp_path):
     """Those that an archive keeps: the row of the teacher is not among them."""
-    forms = plan_forms(make_conv, CONV, IMAGE, widths=True)
+    planned = plan_students(make_conv, CONV, IMAGE, widths=True)
     cell = Cell("bdistil", 0, "bdistil", 0)
-    run, rows = RunDirectory(cell.folder(tmp_path)), [{"macs": macs} for macs in forms.prefixes]
+    run, rows = RunDirectory(cell.folder(tmp_path)), [{"macs": macs} for macs in planned.prefix_macs]
     run.write("figures", rows)
     for number, row in enumerate(rows):
         run.write(f"rounds/{number:03d}/round", {"format": FORMAT, "curve": row})
     inputs = SimpleNamespace(model=SimpleNamespace(make_student=make_conv), x=IMAGE)
-    assert _reached(Training(tmp_path, [], [], 1, 1, inputs, forms), cell) == forms
+    assert _reached(Training(tmp_path, [], [], 1, 1, inputs, planned), cell) == planned
 
 
 def test_a_prefix_of_the_oracle_is_reported_once_both_losses_are_trained(tmp_path):
     settings = settings_for(2, loss="prefix_kl")
-    forms = plan_forms(make_conv, settings, IMAGE, widths=True)
+    planned = plan_students(make_conv, settings, IMAGE, widths=True)
     inputs = SimpleNamespace(model=SimpleNamespace(boosting=settings))
     for name in ("no_resched-1", "no_resched-1-game", "no_resched-2"):
         RunDirectory(Cell("no_resched", 0, name, 0).folder(tmp_path)).write("figures", [])
-    cells = _finished(Training(tmp_path, [], ["no_resched"], 1, 1, inputs, forms))
+    cells = _finished(Training(tmp_path, [], ["no_resched"], 1, 1, inputs, planned))
     assert [cell.name for cell in cells] == ["no_resched-1", "no_resched-1-game"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "bdistil", "boosting"], "Got value: boosting"),
-        (["--methods", "bdistil", "no_reshed"], "Got value: no_reshed. Did you mean 'no_resched'?"),
-        (["--seeds", "two"], "Expected a whole number. Got value: two"),
+        (["--methods", "bdistil", "boosting"], "got bdistil, boosting"),
+        (["--methods", "bdistil", "no_reshed"], "got bdistil, no_reshed"),
+        (["--seeds", "two"], "argument --seeds: invalid int value: 'two'"),
         (["--seeds", "0"], "Expected `seeds` and `workers` >= 1, got 0 and 1"),
         (["--model.boosting.round", "2"], "Did you mean 'model.boosting.rounds'"),
         (["--model.mekd.queries", "1000"], "got one with `model.mekd`"),
@@ -233,14 +233,6 @@ def test_the_help_says_what_the_methods_mean(capsys):
         main(["compare", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(f"{method}: {meaning}" in said for method, meaning in MEANING.items())
-
-
-def test_options_are_split_between_compare_and_fit():
-    own, others = split_options(
-        ["--methods", '["a","b"]', "c", "--seeds=2", "--trainer.max_epochs", "3", "--output", "o"]
-    )
-    assert own == ["--methods", '["a", "b", "c"]', "--seeds", "2", "--output", "o"]
-    assert others == ["--trainer.max_epochs", "3"]
 
 
 @pytest.mark.slow

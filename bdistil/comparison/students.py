@@ -1,4 +1,4 @@
-"""Students trained in a comparison: classes of the recipe's, and widths of single ones with the MACs of a prefix."""
+"""The students of a comparison: those of the recipe, and single ones with the MACs of a prefix."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ WIDEST = 64.0
 TURNS = 5  # latencies are measured in turns, so that a busy moment does not affect a single network
 
 Make = Callable[..., nn.Module]
-Classes = tuple[Rung, ...]  # classes of the students of an ensemble, in order
+Rungs = tuple[Rung, ...]  # classes of the students of an ensemble, in order
 
 
 @dataclass(frozen=True)
-class Forms:
-    """Classes, widths and MACs of the students that the methods of a comparison train.
+class PlannedStudents:
+    """The students that the methods of a comparison train: those of the recipe, and single ones of as many MACs.
 
     Attributes:
-        rungs: planned classes of the recipe's students; a rejected round uses a later one.
-        prefixes: MACs of the prefixes of the recipe's ensemble, links included.
-        widths: for each prefix, the width of a single student with as many MACs; empty if no method needs them.
-        oracle: MACs of these single students.
+        rungs: classes of the recipe's students; a rejected round uses a later one.
+        prefix_macs: MACs of the prefixes of the recipe's ensemble, links included.
+        single_widths: for each prefix, the width of a single student with as many MACs; empty if no method needs them.
+        single_macs: MACs of these single students.
         first: class of the first student.
     """
 
-    rungs: Classes
-    prefixes: tuple[int, ...]
-    widths: tuple[float, ...]
-    oracle: tuple[int, ...]
+    rungs: Rungs
+    prefix_macs: tuple[int, ...]
+    single_widths: tuple[float, ...]
+    single_macs: tuple[int, ...]
     first: Rung
 
 
-def plan_forms(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) -> Forms:
+def plan_students(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) -> PlannedStudents:
     """Builds the students of a recipe without training them, and finds the widths of single ones with as many MACs.
 
     Args:
@@ -58,7 +58,7 @@ def plan_forms(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) 
     """
     first = next((rung for rung in settings.ladder if rung.links == 0), Rung(0))
     with isolate_rng(include_cuda=False):
-        rungs = planned_classes(make, settings)
+        rungs = planned_rungs(make, settings)
     students = build_students(make, rungs, x)
     if widths and isinstance(students[0], Student) and students[0].most_rounds is not None:
         raise UserError(
@@ -66,15 +66,15 @@ def plan_forms(make: Make, settings: BoostingSettings, x: Any, *, widths: bool) 
             "single one reads the first segment only, whatever its width. Leave the method out of `methods`."
         )
     costs = [student_cost(s, students[:n], x, "record").macs for n, s in enumerate(students)]
-    forms = Forms(rungs, tuple(accumulate(costs)), (), (), first)
-    return with_widths(forms, make, x) if widths else forms
+    planned = PlannedStudents(rungs, tuple(accumulate(costs)), (), (), first)
+    return with_widths(planned, make, x) if widths else planned
 
 
-def with_widths(forms: Forms, make: Make, x: Any, reached: Sequence[int] = ()) -> Forms:
+def with_widths(planned: PlannedStudents, make: Make, x: Any, reached: Sequence[int] = ()) -> PlannedStudents:
     """Finds the widths of single students with as many MACs as the prefixes.
 
     Args:
-        forms: the planned forms.
+        planned: the recipe's students.
         make: `make_student` of the recipe.
         x: an example batch (B, ...).
         reached: MACs of the committed prefixes of a finished run.
@@ -82,32 +82,35 @@ def with_widths(forms: Forms, make: Make, x: Any, reached: Sequence[int] = ()) -
     Raises:
         UserError: `make` takes no width.
     """
-    more = reached[-1] - forms.prefixes[len(reached) - 1] if reached else 0
-    prefixes = (*reached, *(macs + more for macs in forms.prefixes[len(reached) :]))
+    more = reached[-1] - planned.prefix_macs[len(reached) - 1] if reached else 0
+    prefixes = (*reached, *(macs + more for macs in planned.prefix_macs[len(reached) :]))
 
     @cache
     def macs_of(width: float) -> int:
         (student,) = build_students(make, (Rung(0, width=width),), x)
         return int(student_cost(student, [], x, "record").macs)
 
-    found = tuple(width_for(target, _named_width(macs_of), forms.first.width) for target in prefixes)
-    return replace(forms, prefixes=prefixes, widths=found, oracle=tuple(map(macs_of, found)))
+    found = tuple(width_for(target, _named_width(macs_of), planned.first.width) for target in prefixes)
+    return replace(planned, prefix_macs=prefixes, single_widths=found, single_macs=tuple(map(macs_of, found)))
 
 
-def shared_forms(forms: Forms) -> str:
+def equal_macs_note(planned: PlannedStudents) -> str:
     """Note on the prefixes whose single students have equal MACs, as widths are rounded; empty if there are none."""
-    groups = [[n for n, macs in enumerate(forms.oracle, 1) if macs == own] for own in dict.fromkeys(forms.oracle)]
+    groups = [
+        [n for n, macs in enumerate(planned.single_macs, 1) if macs == own]
+        for own in dict.fromkeys(planned.single_macs)
+    ]
     shared = [f"prefixes {', '.join(map(str, group))}" for group in groups if len(group) > 1]
     return f"Students of no_resched have equal MACs beside {'; '.join(shared)}: widths are rounded." if shared else ""
 
 
-def planned_classes(make: Make, settings: BoostingSettings) -> Classes:
+def planned_rungs(make: Make, settings: BoostingSettings) -> Rungs:
     """The class that each round tries first; builds one student to find out whether students take links."""
     links = isinstance(build_student(make, 0, [], Rung(0)), Student)
     return tuple(settings.rungs(number, links=links)[0] for number in range(settings.rounds))
 
 
-def build_students(make: Make, rungs: Classes, x: Any) -> list[nn.Module]:
+def build_students(make: Make, rungs: Rungs, x: Any) -> list[nn.Module]:
     """Untrained students of these classes, in eval mode."""
     students: list[nn.Module] = []
     with isolate_rng(include_cuda=False):
@@ -150,7 +153,7 @@ def width_for(target: int, macs_of: Callable[[float], int], start: float = 1.0) 
     return min((width for width in (low, high) if width > 0), key=lambda width: abs(macs_of(width) - target))
 
 
-def latencies(make: Make, ensembles: Iterable[Classes], x: Any) -> dict[Classes, float]:
+def latencies(make: Make, ensembles: Iterable[Rungs], x: Any) -> dict[Rungs, float]:
     """Latency in milliseconds of untrained ensembles and their prefixes for one sample, on the CPU.
 
     All students are measured in turns; the fastest turn of each counts.
@@ -160,7 +163,7 @@ def latencies(make: Make, ensembles: Iterable[Classes], x: Any) -> dict[Classes,
         ensembles: the classes of the students of each ensemble.
         x: an example batch (B, ...).
     """
-    chains: dict[Classes, list[nn.Module]] = {}
+    chains: dict[Rungs, list[nn.Module]] = {}
     for rungs in ensembles:
         students = build_students(make, rungs, x)
         for count in range(1, len(rungs) + 1):
@@ -169,7 +172,7 @@ def latencies(make: Make, ensembles: Iterable[Classes], x: Any) -> dict[Classes,
     for _ in range(TURNS):
         for rungs, (*earlier, student) in chains.items():
             own[rungs] = min(own[rungs], student_latency(student, earlier, x, torch.device("cpu")))
-    found: dict[Classes, float] = {(): 0.0}
+    found: dict[Rungs, float] = {(): 0.0}
     for rungs in chains:
         found[rungs] = found[rungs[:-1]] + own[rungs]
     return found
