@@ -20,7 +20,7 @@ def check_recipe(path: Path) -> None:
     """Checks that a file holds options as YAML, in UTF-8.
 
     Raises:
-        UserError: it does not, or the parser would decode it differently in the encoding of the terminal.
+        UserError: it does not.
     """
     content = path.read_bytes()
     try:
@@ -39,17 +39,6 @@ def check_recipe(path: Path) -> None:
     if not isinstance(found, dict) or not found:
         got = "an empty file" if found in (None, {}) else f"a {type(found).__name__}"
         raise UserError(f"Expected the recipe {path} to set options (`key: value`), got {got}.")
-    if not text.isascii():
-        _check_locale(path, found)
-
-
-def _check_locale(path: Path, found: Any) -> None:
-    try:
-        same = yaml.safe_load(path.read_text()) == found  # decoded in the encoding of the terminal, as by the parser
-    except (UnicodeDecodeError, yaml.YAMLError):
-        same = False
-    if not same:
-        raise UserError(f"The recipe {path} is in UTF-8, the locale of this terminal is not. Set PYTHONUTF8=1.")
 
 
 def refuse_duplicate_keys() -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from bdistil.errors import RunError
 
-# Errors of file systems that cannot flush a folder, such as network mounts and those of Windows.
+# Errors of file systems that cannot flush a folder, such as network mounts.
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
@@ -107,20 +107,15 @@ def warn_of_unreadable(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk; a folder only if system and file system allow it."""
-    folder = path.is_dir()
-    if folder and os.name == "nt":
-        return
-    writable = not folder and os.access(path, os.W_OK)  # Windows cannot flush a file opened read-only
+    """Flushes a file, or the names in a folder, to the disk; a folder only if the file system allows it."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
     except OSError as error:
-        if not folder or error.errno not in UNSUPPORTED:
+        if not path.is_dir() or error.errno not in UNSUPPORTED:
             raise
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -15,11 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from bdistil.errors import UserError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 # Seconds for which the lock of a dead process may outlive it: forked workers notice the end of their parent after
 # about 5, a file server that of its client after up to 90.
@@ -87,7 +83,8 @@ class RunLock:
         handle, self._handle = self._handle, None
         with suppress(OSError):  # the disk accepts no more writes
             self.path.write_text("")
-        _unlock(handle)  # forked workers share the open file, so that closing it is not enough
+        with suppress(OSError):  # the file system has no locks
+            fcntl.flock(handle, fcntl.LOCK_UN)  # forked workers share the open file, so that closing it is not enough
         os.close(handle)
 
     def _wait(self, handle: int) -> None:
@@ -148,36 +145,23 @@ def _may_be_passed_over(holder: dict[str, Any], *, locks: bool) -> bool:
 
 
 def _exists(process: Any) -> bool:
-    if sys.platform == "win32" or not isinstance(process, int):
-        return True  # on Windows os.kill(process, 0) would end it
+    if not isinstance(process, int):
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # of another user
+        pass
     return True
 
 
 def _try_lock(handle: int) -> bool | None:
     """Whether the lock was taken; None where the file system has no locks."""
     try:
-        if sys.platform == "win32":
-            os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond the text, which others read
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
         return None
     return True
-
-
-def _unlock(handle: int) -> None:
-    with suppress(OSError):  # there was none: the file system has no locks, or the holder was passed over
-        if sys.platform == "win32":
-            os.lseek(handle, 1 << 30, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_UN)

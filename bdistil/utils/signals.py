@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from bdistil.utils import distributed
 
 LOOK = 1.0  # seconds between checks that the parent is alive
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def end_with_parent() -> None:

@@ -10,7 +10,6 @@ import torch
 
 from bdistil import UserError
 from bdistil.cli.app import main
-from bdistil.cli.commands import recipes
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.paths import user_path
 
@@ -172,13 +171,3 @@ def test_a_terminal_of_another_encoding_gets_what_it_can_show():
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert "fit " in done.stdout.decode("ascii")
-
-
-def test_a_recipe_that_the_terminals_encoding_would_change_is_refused():
-    assert not recipes()["digits"].read_text(encoding="utf-8").isascii()
-    forced = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
-    process = started("fit", "--config", "digits", "--print_config", **forced)
-    out, said = process.communicate(timeout=120)
-    assert (process.returncode, out) == (2, b"")
-    assert said.decode().endswith("is in UTF-8, the locale of this terminal is not. Set PYTHONUTF8=1.\n")
-    assert len(said.splitlines()) == 1

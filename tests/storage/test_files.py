@@ -79,36 +79,6 @@ def test_a_file_system_that_cannot_flush_folders_will_do(path, monkeypatch, numb
     assert path.read_text() == "after"
 
 
-def test_files_and_folders_are_flushed_as_windows_allows_it(tmp_path, monkeypatch):
-    """There a folder cannot be opened, and a handle for reading cannot be flushed; here that is only imitated."""
-    opened, fsync, flags_of = os.open, os.fsync, {}
-
-    def open_as_windows(path, flags, *args, **kwargs):
-        if os.path.isdir(path):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        handle = opened(path, flags, *args, **kwargs)
-        flags_of[handle] = flags
-        return handle
-
-    def fsync_as_windows(handle):
-        if not flags_of[handle] & (os.O_RDWR | os.O_WRONLY):
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        fsync(handle)
-
-    monkeypatch.setattr(os, "open", open_as_windows)
-    monkeypatch.setattr(os, "fsync", fsync_as_windows)
-    with atomic(tmp_path / "folder") as folder:
-        folder.mkdir()
-        (folder / "file").write_text("content")
-    write_atomically(tmp_path / "folder" / "other", "text")
-    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["file", "other"]
-    monkeypatch.undo()
-    (tmp_path / "folder" / "file").chmod(0o444)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda *_: False)  # as for other users than root
-        files.sync(tmp_path / "folder" / "file")
-
-
 def test_a_file_that_cannot_be_flushed_is_an_error(path, monkeypatch):
     def refused(handle):
         raise OSError(errno.EINVAL, "no")
