@@ -250,7 +250,7 @@ class ProgressiveEnsemble(nn.Module):
         return Prediction(logits, torch.from_numpy(answer.stages), self.macs, ran)
 
     def _plan(self, budget: Budget, allowed: int, device: str) -> ExitPlan | None:
-        """Exits of a budget, cached together with their statistics of past samples; None without a confidence."""
+        """Exits of a budget, cached; None without a confidence."""
         if self._plans_of is not self.calibration or len(self._plans) >= PLANS:
             self._plans, self._plans_of = {}, self.calibration
         key = (budget.confidence, budget.rule, allowed, device)

@@ -166,7 +166,7 @@ class ExportedEnsemble:
         return Prediction(logits, np.full(len(logits), number), np.full(len(logits), self.macs[number - 1]))
 
     def _plan(self, budget: Budget, allowed: int) -> ExitPlan:
-        """The cached exit plan of a budget, with its statistics of the samples served."""
+        """The cached exit plan of a budget."""
         key = (budget.confidence, budget.rule, allowed)
         if key not in self._plans:
             if len(self._plans) >= PLANS:

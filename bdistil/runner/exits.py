@@ -241,9 +241,6 @@ class Answers:
             self._answer(here, runner.total(last - 1).take(here, 0), last - 1)
         assert self._logits is not None
         runner.close()
-        for stage, count in enumerate(np.bincount(self._stages).tolist()):
-            if count:
-                self.plan.guard.learn(stage, count)
         if self._rows is None:
             return Answer(self._logits, self._stages, last)
         self._ran[self._rows] = last
@@ -280,7 +277,6 @@ class OneAnswer:
         answered = last if self.left else self.checked
         logits = self.runner.total(answered - 1) * self.plan.factors.item(answered - 1)
         self.runner.close()
-        self.plan.guard.learn(answered, 1)
         return Answer(logits, np.array([answered]), last)
 
 

@@ -9,9 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-PRIOR = 100  # weight of the calibration's shares, in samples, against those seen while serving
-ENOUGH = 50  # number of samples from which on shares count as known
-REMEMBERED = 4096  # samples; the counts of older ones are halved
+RARE = 0.01  # added to shares, which are those of a limited number of samples
 PAYS = 3.0  # factor on measured costs: in a prediction a check is slower, and slows the stage after it
 CACHED = 4096  # cached decisions: computing one takes as long as a tiny student
 
@@ -94,19 +92,17 @@ class Guard:
     """Decides after which stages to evaluate the exit rule, and when to remove decided samples from the batch.
 
     It affects only the running time: a sample whose rule is evaluated later, or which stays in the batch, gets the
-    same answer. Without measured times the rule is evaluated after each stage, and decided samples are removed at once.
+    same answer. Without measured times or shares the rule is evaluated after each stage; without times, decided samples
+    are removed at once.
 
     Args:
         clock: measured times, or None.
         allowed: number of stages that may run.
-        shares: share of samples decided at each stage, where known; updated from the samples seen.
+        shares: expected share of samples decided at each stage, or None.
     """
 
     def __init__(self, clock: StageClock | None, allowed: int, shares: Sequence[float] | None = None) -> None:
-        self.clock, self.allowed = clock, allowed
-        self.counts = [PRIOR * share for share in shares or ()] or [0.0] * allowed  # of samples answered by each stage
-        self.seen = sum(self.counts)
-        self._fresh = 1.5 * self.seen  # number of samples seen until which decisions stay cached
+        self.clock, self.allowed, self.shares = clock, allowed, shares
         self._decisions: dict[tuple[int, int, int], int] = {}
 
     def next_check(self, checked: int, batch: int, left: int) -> int:
@@ -117,20 +113,22 @@ class Guard:
             batch: samples in the batch.
             left: how many of them are undecided.
         """
-        if self.clock is None or self.seen < ENOUGH:
+        if self.clock is None or self.shares is None:
             return checked + 1
         key = (checked, batch, left)
         if key not in self._decisions:
             if len(self._decisions) >= CACHED:
                 self._decisions.clear()
             later = range(checked + 1, self.allowed)
-            pays = (count for count in later if self._check_pays(self.clock, count, checked, batch, left))
+            pays = (n for n in later if self._check_pays(self.clock, self.shares, n, checked, batch, left))
             self._decisions[key] = next(pays, self.allowed)
         return self._decisions[key]
 
-    def _check_pays(self, clock: StageClock, count: int, checked: int, batch: int, left: int) -> bool:
+    def _check_pays(
+        self, clock: StageClock, shares: Sequence[float], count: int, checked: int, batch: int, left: int
+    ) -> bool:
         """Whether the samples that the first `count` stages decide save more than it costs to find them."""
-        staying = left * (sum(self.counts[count:]) + 1) / (sum(self.counts[checked:]) + 1)
+        staying = left * (sum(shares[count:]) + RARE) / (sum(shares[checked:]) + RARE)
         removal = clock.compact(batch) * min(1.0, staying) if batch > 1 else 0.0
         saved = clock.rest(count, self.allowed, batch) - clock.rest(count, self.allowed, staying)
         return saved > PAYS * (clock.check(batch) + removal)
@@ -141,17 +139,6 @@ class Guard:
             return True
         saved = self.clock.rest(count, self.allowed, batch) - self.clock.rest(count, self.allowed, left)
         return saved > PAYS * self.clock.compact(batch)
-
-    def learn(self, stage: int, samples: int) -> None:
-        """Counts samples that a stage, from 1, has answered."""
-        self.counts[stage - 1] += samples
-        self.seen += samples
-        if self.seen > REMEMBERED:
-            self.counts, self.seen = [count / 2 for count in self.counts], self.seen / 2
-            self._fresh = self.seen
-        if self.seen >= self._fresh:
-            self._fresh = 1.5 * self.seen
-            self._decisions.clear()
 
 
 class Deadline:

@@ -15,7 +15,7 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.models.student import Rung, Student
 from bdistil.runner import exits
 from bdistil.runner.confidence import confidence_of_one
-from bdistil.runner.stage_clock import ENOUGH, REMEMBERED, BatchTimes, Guard, StageClock
+from bdistil.runner.stage_clock import BatchTimes, Guard, StageClock
 
 IN, L, T, B = 5, 4, 4, 40
 MACS = [10, 25, 45, 70]
@@ -223,20 +223,6 @@ def test_the_rule_is_evaluated_where_that_is_expected_to_pay(batch, shares, chec
 def test_without_times_or_shares_it_is_evaluated_after_each_stage():
     assert [Guard(None, T, (0.0, 0.0, 0.0, 1.0)).next_check(number, 8, 8) for number in range(3)] == [1, 2, 3]
     assert [guard(check=1.0).next_check(number, 8, 8) for number in range(3)] == [1, 2, 3]
-
-
-def test_shares_are_learned_from_the_samples_served():
-    served = guard(check=1e-3)
-    served.learn(T, ENOUGH)
-    assert served.next_check(0, 8, 8) == T  # nobody is ever sure
-    served.learn(1, 20 * ENOUGH)
-    assert served.next_check(0, 8, 8) == 1
-    wrong = guard((1.0, 0.0, 0.0, 0.0), check=1e-3)
-    assert wrong.next_check(0, 8, 8) == 1
-    for _ in range(REMEMBERED):
-        wrong.learn(T, 4)
-    assert wrong.next_check(0, 8, 8) == T
-    assert wrong.seen <= REMEMBERED + 4
 
 
 @pytest.mark.parametrize("left", range(1, 16))
