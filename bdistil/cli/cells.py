@@ -84,12 +84,13 @@ def write_figures(
 class TeacherCLI(ComparedCLI):
     """Trains the teacher of a recipe, if it has no weights yet, and evaluates it."""
 
-    def _fit_rounds(
+    def fit_rounds(
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
+        """Trains and evaluates the teacher."""
         run = controller.run
         plan = controller.boosting.check(datamodule)
-        self._teach(model, datamodule, controller, plan.parts)
+        self.prepare_teacher(model, datamodule, controller, plan.parts)
         teacher = controller.boosting.teacher
         if (table := table_of(teacher)) is not None:
             loaders = ((part, loader_of(run, part, datamodule)) for part in PARTS)
@@ -112,16 +113,17 @@ class TeacherCLI(ComparedCLI):
 class JointCLI(TeacherCLI):
     """Trains all students of a recipe at once."""
 
-    def _fit_rounds(
+    def fit_rounds(
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
+        """Trains the students and evaluates the prefixes."""
         run, settings = controller.run, model.boosting
         seed = controller.boosting.seed
         checked = controller.boosting.check(datamodule)
-        self._teach(model, datamodule, controller, checked.parts)
+        self.prepare_teacher(model, datamodule, controller, checked.parts)
         plan = plan_joint(controller.boosting, checked)
         model.speed_up(plan.module.student)
-        loggers = controller.tracker.loggers = self._loggers(run, self.run_config.values)
+        loggers = controller.tracker.loggers = self.new_loggers(run, self.run_config.values)
         keeper, ledger = EpochKeeper(run.checkpoint(0), seed, "joint"), JointLedger(controller.boosting, plan)
         with indexed_loaders(
             datamodule, seed_of(seed, "joint"), *checked.parts.plans, labels=settings.labels,

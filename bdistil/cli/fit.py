@@ -178,7 +178,7 @@ class BoostCLI(LightningCLI):
         )  # fmt: skip
         try:
             with controller.signals.ending_with_message(), controller.run.in_use():
-                return self._fit_rounds(model, datamodule, controller)
+                return self.fit_rounds(model, datamodule, controller)
         finally:
             controller.tracker.close()
 
@@ -197,7 +197,7 @@ class BoostCLI(LightningCLI):
         finally:
             parser.exit_on_error = exits
 
-    def _fit_rounds(
+    def fit_rounds(
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController
     ) -> LightningDataModule:
         """Trains the teacher and all rounds; returns the data of the rounds."""
@@ -209,7 +209,7 @@ class BoostCLI(LightningCLI):
             datamodule = self._emulate(model.mekd, model, datamodule, controller, loggers)
         plan = controller.boosting.check(datamodule)
         model.speed_up(model.teacher.network)
-        self._teach(model, datamodule, controller, plan.parts)
+        self.prepare_teacher(model, datamodule, controller, plan.parts)
         if model.mekd is None:  # not before the teacher is trained
             loggers = self._start_loggers(controller, config.values)
         for module in controller.rounds(datamodule):
@@ -245,17 +245,17 @@ class BoostCLI(LightningCLI):
         reported = run.report.is_file()  # otherwise the run was killed before it logged its curve
         if (over and reported) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return []
-        loggers = self._loggers(run, config)
+        loggers = self.new_loggers(run, config)
         # Only these have started a run already, which is to be ended if no round begins.
         controller.tracker.loggers = [logger for logger in loggers if isinstance(logger, RunLogger)]
         return loggers
 
-    def _loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
+    def new_loggers(self, run: RunDirectory, config: Mapping[str, Any]) -> list[Logger]:
         """The loggers of the recipe and the W&B logger of `tracking`."""
         tracked = make_logger(self.config_init.tracking, run.root, config)
         return [*_as_list(self.config_init.trainer.logger), *_as_list(tracked)]
 
-    def _teach(
+    def prepare_teacher(
         self, model: Distiller, datamodule: LightningDataModule, controller: RoundController, parts: Parts
     ) -> None:
         """Loads the teacher's weights; trains the teacher first if the run has none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from bdistil.export.job import Export, ExportOptions, to_list
 from bdistil.reporting.tables import format_table
 from bdistil.runner.graphs import FORMAT, VERSION
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.utils.packages import installed_versions
 
 __all__ = ["ExportOptions", "export_run", "export_summary"]
 
+PACKAGES = ("bdistil", "torch", "onnx", "onnxruntime", "executorch")  # their versions are in the manifest
 # By format: the extra of this package and the packages it installs.
 NEEDED = {"onnx": ("export", ("onnx", "onnxruntime")), "executorch": ("executorch", ("executorch",))}
 
@@ -47,11 +48,10 @@ def export_run(run: RunDirectory, output: Path, options: ExportOptions | None = 
     options = options or ExportOptions()
     check_output(output, options.overwrite)
     extra, packages = NEEDED.get(options.format, ("", ()))
-    for package in packages:
-        if _version(package) is None:
-            raise UserError(
-                f"Exporting needs the package `{package}`, which is not installed. pip install 'bdistil[{extra}]'"
-            )
+    if missing := [package for package in packages if package not in installed_versions(packages)]:
+        raise UserError(
+            f"Exporting needs the package `{missing[0]}`, which is not installed. pip install 'bdistil[{extra}]'"
+        )
     export = Export(run, options)
     with new_folder(output) as folder:
         manifest = _manifest(export)
@@ -89,7 +89,7 @@ def _manifest(export: Export) -> dict[str, Any]:
         "quantised": None,
         "fused": None,
         "times": [],
-        "versions": {name: _version(name) for name in ("bdistil", "torch", "onnx", "onnxruntime", "executorch")},
+        "versions": dict.fromkeys(PACKAGES) | installed_versions(PACKAGES),
     }
 
 
@@ -114,13 +114,6 @@ def _inputs(export: Export) -> list[dict[str, Any]]:
         entry = {"name": name, "path": path, "shape": sizes[name], "dtype": spec.dtype}
         entries.append({**entry, "largest": largest, "least": {axis: least[str(axis)] for axis in largest}})
     return entries
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def export_summary(manifest: Mapping[str, Any], output: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import platform
 import re
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from bdistil.reporting.tables import COLUMNS, Curve, TextTable
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.drawing import default_style
+from bdistil.utils.packages import installed_versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,6 +125,5 @@ def _times_table(calibration: Calibration) -> TextTable:
 
 def versions() -> str:
     """Versions of the packages that the results depend on."""
-    found = ((name, [d.version for d in distributions(name=name)]) for name in ("bdistil", "torch", "lightning"))
-    named = [f"{name} {(installed or ['not installed'])[0]}" for name, installed in found]
-    return ", ".join([*named, f"python {platform.python_version()}"])
+    found = installed_versions(("bdistil", "torch", "lightning"))
+    return ", ".join(f"{name} {version}" for name, version in {**found, "python": platform.python_version()}.items())

@@ -10,8 +10,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import distributions
 from typing import Any
+
+from bdistil.utils.packages import installed_versions
 
 PACKAGES = ("bdistil", "torch", "lightning", "numpy", "safetensors", "timm", "torchmetrics", "wandb")
 # Environment variables by which a launcher is recognised, and others that are recorded.
@@ -32,7 +33,7 @@ def describe_start() -> dict[str, Any]:
         "variables": {key: environ[key] for key in RECORDED if key in environ},
         "python": platform.python_version(),
         "system": platform.platform(),
-        "versions": {name: found[0].version for name in PACKAGES if (found := [*distributions(name=name)])},
+        "versions": installed_versions(PACKAGES),
         "revision": _revision(),
     }
 

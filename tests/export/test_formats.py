@@ -63,7 +63,7 @@ def test_a_program_of_other_numbers_is_refused(tmp_path, monkeypatch):
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", *KINDS["mlp"])
-    monkeypatch.setattr("bdistil.export.run._version", lambda name: None)
+    monkeypatch.setattr("bdistil.export.run.installed_versions", lambda names: {})
     given = ["export", "--run_dir", str(run.root), "--output", str(tmp_path / "out"), "--format"]
     assert main([*given, "executorch"]) == 2
     assert "`executorch`, which is not installed. pip install 'bdistil[executorch]'" in capsys.readouterr().err

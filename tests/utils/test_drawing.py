@@ -18,7 +18,6 @@ from bdistil.utils.drawing import drop_missing_backend
         ("module://bdistil.no_such_backend", None),
         ("module://matplotlib.backends.backend_svg", "module://matplotlib.backends.backend_svg"),
         ("Agg", "Agg"),
-        ("no_such_backend", None),
     ],
 )
 def test_only_a_backend_that_is_not_installed_is_dropped(monkeypatch, given, left):
