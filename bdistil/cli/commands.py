@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
+from bdistil.cli.recipe_files import jobs, recipes, summary
 from bdistil.ensemble.budget import Budget, Rule
 from bdistil.ensemble.calibration import load_calibration, save_calibration
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
-from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import fit_anytime, format_calibration
 from bdistil.evaluation.evaluate import Sweep, evaluate_budgets, profile_run, sweep_budgets
 from bdistil.evaluation.run_data import Split, loader_of
 from bdistil.evaluation.tables import reference_row, table, write_csv, write_picture
 from bdistil.evaluation.thresholds import ExitTarget
 from bdistil.export.run import ExportOptions, export_run, export_summary
-from bdistil.reporting.report import write_report
-from bdistil.reporting.tables import curve_table
+from bdistil.reporting.report import curve_summary, write_report
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.paths import user_path
 
@@ -152,45 +148,7 @@ def report(run_dir: str) -> None:
     """
     run = RunDirectory(run_dir)
     write_report(run)
-    print_curve(run)
-
-
-def print_curve(run: RunDirectory) -> None:
-    """Prints the curve of a run as a table, and the paths of its picture and its report."""
-    print(curve_table(run.read_curve(), run.task))
-    print(f"\n{run.picture}  {run.report}")
-
-
-def recipes() -> dict[str, Path]:
-    """The shipped recipes: paths by name."""
-    folder = Path(str(files("bdistil") / "recipes"))
-    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
-
-
-def jobs() -> list[Path]:
-    """The shipped SLURM scripts."""
-    return sorted(Path(str(files("bdistil") / "recipes")).rglob("*.sbatch"))
-
-
-def summary(path: Path) -> str:
-    """The description of a recipe: its first comment line."""
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
-
-
-def find_recipe(name: str) -> Path:
-    """The path of a recipe, given as a path or as the name of a shipped recipe.
-
-    Raises:
-        UserError: there is no such recipe; similar names are listed.
-    """
-    if name and (path := user_path(name, "config")).is_file():
-        return path
-    known = recipes()
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give a path, or one of those."
-    raise UserError(f"Expected `--config` to be a file or a shipped recipe ({', '.join(known)}), got {name!r}. {hint}")
+    print(curve_summary(run))
 
 
 def list_recipes() -> None:

@@ -18,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from bdistil.boosting.checks.data import TEST
 from bdistil.boosting.costs import is_api
 from bdistil.callbacks import LossMixing
-from bdistil.cli.commands import find_recipe
 from bdistil.cli.distiller import Distiller
 from bdistil.cli.fit import BoostCLI, run_fit
+from bdistil.cli.recipe_files import find_recipe
 from bdistil.comparison.folder import begun, check_same, freeze
 from bdistil.comparison.methods import MEANING, METHODS, TEACHER, Cell, Method, cells_of, check_methods
 from bdistil.comparison.origin import Origin, check_split, check_start, origin_of, parts_of

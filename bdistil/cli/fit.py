@@ -24,10 +24,9 @@ from bdistil.boosting.parts import Parts
 from bdistil.boosting.plan import complete
 from bdistil.callbacks import EpochKeeper, LossMixing, MetricCurves, RoundController, RoundProgressBar
 from bdistil.callbacks.metric_curves import NOT_IN_ROUNDS
-from bdistil.cli.commands import find_recipe, print_curve
 from bdistil.cli.distiller import Distiller
 from bdistil.cli.parser import Parser
-from bdistil.cli.recipe_files import check_recipe
+from bdistil.cli.recipe_files import check_recipe, find_recipe
 from bdistil.data.loaders import indexed_loaders, with_trainer
 from bdistil.distillation.loss_mixing import check_boosting
 from bdistil.distillation.mekd.run import Emulation, Mekd
@@ -36,7 +35,7 @@ from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.evaluation.calibrate import fit_anytime
 from bdistil.evaluation.run_data import pairs_loader
-from bdistil.reporting.report import write_report
+from bdistil.reporting.report import curve_summary, write_report
 from bdistil.reporting.tracking import RunLogger, Tracking, make_logger
 from bdistil.storage.files import disk_errors
 from bdistil.storage.run_directory import RunConfig, RunDirectory
@@ -157,7 +156,7 @@ class BoostCLI(LightningCLI):
             datamodule = self.fit_run(model, datamodule, run)
             _fit_anytime(run, datamodule)
             if distributed.early_rank() == 0:
-                print_curve(run)
+                print(curve_summary(run))
             return
         rehearsal = RunDirectory(run.root.with_name(f"{run.root.name}.fast_dev_run"))
         try:

@@ -1,8 +1,10 @@
-"""Reading of recipes, with clear errors for a file that is empty, in another encoding, or sets a key twice."""
+"""Recipes: those that are shipped, and clear errors for a file that is empty, not in UTF-8, or sets a key twice."""
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,41 @@ from yaml.nodes import MappingNode, Node, SequenceNode
 
 from bdistil.errors import UserError
 from bdistil.models.student import Rung
+from bdistil.utils.paths import user_path
 
 RUNG = asdict(Rung())
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes: paths by name."""
+    folder = Path(str(files("bdistil") / "recipes"))
+    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def jobs() -> list[Path]:
+    """The shipped SLURM scripts."""
+    return sorted(Path(str(files("bdistil") / "recipes")).rglob("*.sbatch"))
+
+
+def summary(path: Path) -> str:
+    """The description of a recipe: its first comment line."""
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
+
+
+def find_recipe(name: str) -> Path:
+    """The path of a recipe, given as a path or as the name of a shipped recipe.
+
+    Raises:
+        UserError: there is no such recipe; similar names are listed.
+    """
+    if name and (path := user_path(name, "config")).is_file():
+        return path
+    known = recipes()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give a path, or one of those."
+    raise UserError(f"Expected `--config` to be a file or a shipped recipe ({', '.join(known)}), got {name!r}. {hint}")
 
 
 def check_recipe(path: Path) -> None:

@@ -17,7 +17,7 @@ from bdistil.errors import UserError
 from bdistil.metrics.quality import score_name
 from bdistil.reporting.axes import COLOURS
 from bdistil.reporting.curve_plot import curve_figure, error_figure, plot_curve
-from bdistil.reporting.tables import COLUMNS, Curve, TextTable
+from bdistil.reporting.tables import COLUMNS, Curve, TextTable, curve_table
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
 from bdistil.utils.drawing import default_style
@@ -61,6 +61,11 @@ def write_report(run: RunDirectory) -> Path:
     )  # fmt: skip
     write_atomically(run.report, text)
     return run.report
+
+
+def curve_summary(run: RunDirectory) -> str:
+    """The curve of a run as a table, and the paths of its picture and its report."""
+    return f"{curve_table(run.read_curve(), run.task)}\n\n{run.picture}  {run.report}"
 
 
 def template(name: str) -> Template:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bdistil.cli.app import main
-from bdistil.cli.commands import jobs
+from bdistil.cli.recipe_files import jobs
 
 NAMES = ["one_node", "several_nodes", "torchrun"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from bdistil.cli.commands import find_recipe, recipes, summary
+from bdistil.cli.recipe_files import find_recipe, recipes, summary
 from bdistil.data import digits as digits_module
 from bdistil.data.digits import Digits, read_digits
 from bdistil.data.readers import packaged_file, stratified_split

@@ -11,7 +11,7 @@ import yaml
 
 from bdistil import Budget, ProgressiveEnsemble
 from bdistil.cli.app import main
-from bdistil.cli.commands import recipes
+from bdistil.cli.recipe_files import recipes
 from bdistil.runner import Budget as RunnerBudget
 from bdistil.runner import ExportedEnsemble, ExportError
 

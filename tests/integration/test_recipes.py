@@ -19,7 +19,7 @@ from helpers.paper_files import (
 
 from bdistil import ProgressiveEnsemble
 from bdistil.cli.app import main
-from bdistil.cli.commands import recipes, summary
+from bdistil.cli.recipe_files import recipes, summary
 from bdistil.storage.run_directory import RunDirectory
 
 FOLDER = Path(__file__).parents[2] / "recipes"
