@@ -29,7 +29,8 @@ from bdistil.boosting.plan import Planner, RunPlan
 from bdistil.boosting.round import BoostingRound, Game
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import indexed_loaders
-from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies, restore_student
+from bdistil.ensemble.ensemble import ProgressiveEnsemble, prefix_accuracies
+from bdistil.ensemble.restore import restore_student
 from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import Cost
 from bdistil.metrics.quality import Task, given_labels, prefix_metric, score_name

@@ -20,7 +20,6 @@ from .confidence import Array, add_votes, confidence_of, confidence_of_one
 from .stage_clock import Deadline, Guard
 
 ALWAYS = -1.0  # threshold that every sample reaches
-KEPT = 64  # cached repetitions of scales and thresholds
 FEW = 96  # up to this many numbers the rule is evaluated in Python floats, faster than by NumPy calls
 ROUNDING = 2.0**-24  # tolerance: floats reach a threshold if their float32 values do
 
@@ -103,17 +102,11 @@ class ExitPlan:
         self.factors = np.array(factors, np.float32)  # dtype of the logits
         self.scales = (np.array(factors) / exits.temperatures).tolist()
         self.thresholds = list(exits.thresholds)
-        self._repeated: dict[tuple[int, int, int], Array] = {}
 
     def repeated(self, first: int, last: int, samples: int) -> tuple[Array, Array]:
         """Scales and thresholds of the stages `first` to `last` - 1, each repeated for `samples` samples, (P n)."""
-        key = (first, last, samples)
-        if key not in self._repeated:
-            if len(self._repeated) >= KEPT:
-                self._repeated.clear()
-            rows = np.array([self.scales[first:last], self.thresholds[first:last]], np.float32)
-            self._repeated[key] = rows.repeat(samples, 1)
-        scales, thresholds = self._repeated[key]
+        rows = np.array([self.scales[first:last], self.thresholds[first:last]], np.float32)
+        scales, thresholds = rows.repeat(samples, 1)
         return scales, thresholds
 
     def decides(self, number: int, total: Sequence[float]) -> bool:
