@@ -142,16 +142,20 @@ class JointCLI(TeacherCLI):
         ensemble = joint_ensemble(plan)
         asked, seen = run.rows()[0]["macs"] if settings.state == "recompute" else 0, ledger.samples_seen
         whole = training_macs(student=plan.cost.macs, samples_seen=seen, teacher=asked, teacher_samples=seen)
-        params = accumulate(sum(p.numel() for p in student.parameters()) for student in ensemble.students)
-        costs: list[Row] = [
-            {"macs": macs, "params": count, "train_macs": whole, "seconds": seconds}
-            for macs, count in zip(accumulate(ensemble.macs), params, strict=True)
-        ]
-        write_figures(run, ensemble, costs, datamodule)
+        write_figures(run, ensemble, joint_costs(ensemble, whole, seconds), datamodule)
         for row in run.read("figures"):
             controller.tracker.log_round(row, row["prefix"], trainer.global_step)
         shutil.rmtree(run.work(0), ignore_errors=True)
         return datamodule
+
+
+def joint_costs(ensemble: ProgressiveEnsemble, train_macs: int, seconds: float) -> list[Row]:
+    """Costs of every prefix of students that were trained at once; all of them share the cost of the training."""
+    params = accumulate(sum(p.numel() for p in student.parameters()) for student in ensemble.students)
+    return [
+        {"macs": macs, "params": count, "train_macs": train_macs, "seconds": seconds}
+        for macs, count in zip(ensemble.macs, params, strict=True)
+    ]
 
 
 CELLS: dict[Kind, type[BoostCLI]] = {"teacher": TeacherCLI, "rounds": CellCLI, "joint": JointCLI}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import lightning.pytorch as pl
@@ -115,9 +116,8 @@ def joint_ensemble(plan: RoundPlan) -> ProgressiveEnsemble:
     chain, head = plan.module.student, plan.checked.parts.train.ledger.head
     assert isinstance(chain, Chain)
     students = list(chain.cpu().train(False).students)
-    costs = [
-        student_cost(student, students[:n], plan.checked.example, "record").macs for n, student in enumerate(students)
-    ]
+    costs = (student_cost(student, students[:n], plan.checked.example, "record") for n, student in enumerate(students))
+    macs = list(accumulate(cost.macs for cost in costs))
     return ProgressiveEnsemble(
-        students, scale=head.scale, offset=head.offset, macs=costs, task=plan.module.settings.task
+        students, scale=head.scale, offset=head.offset, macs=macs, task=plan.module.settings.task
     )

@@ -9,7 +9,8 @@ from bdistil.comparison.joint import Chain, JointLedger, joint_ensemble, plan_jo
 from bdistil.comparison.students import build_students, planned_rungs
 from bdistil.data.loaders import indexed_loaders
 
-SETTINGS = settings_for(3, ladder=[Rung(0), Rung(2)])
+LINKED = [Rung(0), Rung(2)]
+SETTINGS = settings_for(3, ladder=LINKED)
 
 
 @pytest.fixture
@@ -43,8 +44,8 @@ def test_gradients_of_a_later_student_reach_the_first_one_through_its_links(chai
     assert chain.students[0].body[0].weight.grad.abs().sum() > 0
 
 
-def train(tmp_path, *, batches=6, **settings):
-    controller, data = control(tmp_path, settings=settings_for(3, ladder=[Rung(0), Rung(2)], **settings)), Toys()
+def train(tmp_path, *, batches=6, ladder=LINKED, **settings):
+    controller, data = control(tmp_path, settings=settings_for(3, ladder=ladder, **settings)), Toys()
     boosting = controller.boosting
     plan = plan_joint(boosting, boosting.check(data))
     losses = []
@@ -68,7 +69,7 @@ def test_joint_training_lowers_the_sum_and_gives_an_ensemble(tmp_path, loss):
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
     ensemble = joint_ensemble(plan)
     assert len(ensemble) == 3
-    assert ensemble.macs == [72, 96, 120]
+    assert ensemble.macs == [72, 72 + 96, 72 + 96 + 120]
     assert ensemble.scale == plan.checked.parts.train.ledger.head.scale
 
 
@@ -78,3 +79,8 @@ def test_the_loss_is_the_sum_of_what_a_first_student_would_have(tmp_path):
     prefixes, error = torch.randn(3, 6, 4), torch.zeros(6, 4)
     each = [super(type(module), module).loss(prefix - target, error, target) for prefix in prefixes]
     assert float(module.loss(prefixes - target, error, target)) == pytest.approx(float(sum(each)))
+
+
+def test_students_that_cost_the_same_have_cumulative_macs(tmp_path):
+    ensemble = joint_ensemble(train(tmp_path, ladder=[Rung(0)])[0])
+    assert ensemble.macs == [number * ensemble.macs[0] for number in (1, 2, 3)]
