@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 
 from bdistil.cli.commands import COMMANDS, EXAMPLES
 from bdistil.cli.compare import COMPARE_SUMMARY, run_compare
-from bdistil.cli.fit import FIT_SUMMARY, run_fit
+from bdistil.cli.fit import FIT_SUMMARY, BoostCLI, run_fit
 from bdistil.cli.guard import guarded
 from bdistil.cli.parser import Parser
 from bdistil.errors import UserError
@@ -38,7 +38,7 @@ def _summary(function: Callable[..., object]) -> str:
 
 def _run(command: str, args: Sequence[str]) -> None:
     if command == "fit":
-        run_fit(args)
+        run_fit(args, BoostCLI)
         return
     if command == "compare":
         run_compare(args)

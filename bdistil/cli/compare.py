@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -106,14 +106,6 @@ class PlanCLI(BoostCLI):
             origin=origin_of(parts, model.teacher),
             trains_teacher=not (comes_trained(model.teacher.network) or model.teacher.checkpoint),
         )
-
-
-class PartsCLI(BoostCLI):
-    """Sets up the data of a recipe as in a training with another seed."""
-
-    def fit(self, model: Distiller, datamodule: LightningDataModule) -> None:
-        """Collects the loaders."""
-        self.parts = parts_of(datamodule, model.boosting)
 
 
 def run_compare(args: Sequence[str]) -> None:
@@ -226,11 +218,10 @@ def _revisions(output: Path, cells: Sequence[Cell]) -> list[str]:
 def _read(recipe: Path, options: Sequence[str], seeds: int) -> Inputs:
     """Reads a recipe; checks that the data do not depend on the seed, as all seeds share one teacher."""
     command = ["--config", str(recipe), *options, "--trainer.logger=false"]
-    inputs: Inputs = cast(PlanCLI, run_fit([*command, f"--seed_everything={TEACHER.seed}"], PlanCLI)).inputs
-    if seeds > 1:
-        other: Any = run_fit([*command, f"--seed_everything={TEACHER.seed + 1}"], PartsCLI)
-        check_split(inputs.origin, other.parts)
-    return inputs
+    first, *others = (run_fit([*command, f"--seed_everything={seed}"], PlanCLI).inputs for seed in range(min(seeds, 2)))
+    for other in others:
+        check_split(first.origin, other.parts)
+    return first
 
 
 class Training(NamedTuple):

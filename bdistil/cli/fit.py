@@ -8,7 +8,7 @@ import sys
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import Namespace
@@ -63,6 +63,9 @@ RENEWED_KEYS = (
     "model.boosting.rounds",
     "data.init_args.root", "data.init_args.file", "data.init_args.cache", "data.init_args.num_workers",
 )  # fmt: skip
+
+
+CLI = TypeVar("CLI", bound="BoostCLI")
 
 
 class BoostCLI(LightningCLI):
@@ -332,8 +335,8 @@ def _fit_anytime(run: RunDirectory, datamodule: LightningDataModule) -> None:
     write_report(run)
 
 
-def run_fit(args: Sequence[str], cli: type[BoostCLI] = BoostCLI) -> BoostCLI:
-    """Runs `bdistil fit`, or the subclass `cli` of it, with these arguments."""
+def run_fit(args: Sequence[str], cli: type[CLI]) -> CLI:
+    """Runs `bdistil fit` (`BoostCLI`), or a subclass of it, with these arguments."""
     made = cli(
         Distiller,
         LightningDataModule,
