@@ -44,13 +44,11 @@ class Cell:
         name: prefix of the folder name.
         kind: kind of the process.
         boosting: settings that differ from the recipe's.
-        macs: MACs of all students trained in the cell, an estimate of its relative duration; 0 if unknown.
     """
 
     method: str
     seed: int
     name: str
-    macs: int
     prefix: int = 0
     kind: Kind = "rounds"
     boosting: Mapping[str, Any] = field(default_factory=dict)
@@ -67,7 +65,7 @@ class Cell:
         return [f"--{key}={json.dumps(v) if not isinstance(v, str) else v}" for key, v in {**run, **settings}.items()]
 
 
-TEACHER = Cell("teacher", 0, "teacher", 0, kind="teacher")  # all methods and seeds share it
+TEACHER = Cell("teacher", 0, "teacher", kind="teacher")  # all methods and seeds share it
 
 
 def check_methods(methods: Sequence[str]) -> list[Method]:
@@ -92,21 +90,16 @@ def cells_of(method: Method, seed: int, settings: BoostingSettings, planned: Pla
         settings: settings of the recipe.
         planned: the students.
     """
-    whole = planned.prefix_macs[-1]
     if method == "no_resched":
         return _single_students(seed, settings, planned)
-    if method == "resched":
-        alone = {"independent": True, "ladder": [asdict(planned.first)], "start": 0}
-        return [Cell(method, seed, method, settings.rounds * planned.prefix_macs[0], boosting=alone | ACCEPTED)]
     changed: dict[str, dict[str, Any]] = {
         "bdistil": {},
+        "resched": {"independent": True, "ladder": [asdict(planned.first)], "start": 0, **ACCEPTED},
         "links_only": {"loss": "game", "kappa": 0.0, "gamma": None, **ACCEPTED},
         "residual": {"loss": "residual", **ACCEPTED},
         "joint": {},
     }
-    return [
-        Cell(method, seed, method, whole, kind="joint" if method == "joint" else "rounds", boosting=changed[method])
-    ]
+    return [Cell(method, seed, method, kind="joint" if method == "joint" else "rounds", boosting=changed[method])]
 
 
 def _single_students(seed: int, settings: BoostingSettings, planned: PlannedStudents) -> list[Cell]:
@@ -114,9 +107,9 @@ def _single_students(seed: int, settings: BoostingSettings, planned: PlannedStud
     losses = dict.fromkeys((settings.loss, "game"))
     return [
         Cell(
-            "no_resched", seed, f"no_resched-{prefix}" + ("" if loss == settings.loss else f"-{loss}"), macs, prefix,
+            "no_resched", seed, f"no_resched-{prefix}" + ("" if loss == settings.loss else f"-{loss}"), prefix,
             boosting={"rounds": 1, "loss": loss, "ladder": [asdict(Rung(0, width=width))], **ACCEPTED},
         )
         for loss in losses
-        for prefix, (width, macs) in enumerate(zip(planned.single_widths, planned.single_macs, strict=True), 1)
+        for prefix, width in enumerate(planned.single_widths, 1)
     ]  # fmt: skip

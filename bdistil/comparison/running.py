@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -42,11 +42,9 @@ class CellRunner:
 
     def __init__(self, output: Path, options: Sequence[str], workers: int, cells: Sequence[Cell]) -> None:
         self.output, self.options, self.workers = output, list(options), workers
-        self._lock, self._processes, self._stopped = Lock(), dict[subprocess.Popen[bytes], Cell](), False
+        self._lock, self._processes, self._stopped = Lock(), set[subprocess.Popen[bytes]](), False
         self._open = [cell for cell in cells if not is_done(cell.folder(output))]
-        self._count, self._started, self._spent = len(cells), time.perf_counter(), 0.0
-        # Cells of 0.7M, 2.3M, 4.0M and 5.6M MACs took 363, 600, 820 and 1,095 s: part of it is the same for all.
-        self._overhead = sum(cell.macs for cell in cells) / len(cells)
+        self._count, self._started, self._trained = len(cells), time.perf_counter(), 0
 
     def run(self, chains: Sequence[Sequence[Cell]]) -> None:
         """Runs all cells that are not done yet.
@@ -103,10 +101,10 @@ class CellRunner:
                 process = subprocess.Popen(
                     command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
                 )
-                self._processes[process] = cell
+                self._processes.add(process)
             status = process.wait()
         with self._lock:
-            self._processes.pop(process)
+            self._processes.remove(process)
             if status and not self._stopped:
                 raise RunError(_failure(cell, folder, status))
             if not status:
@@ -114,16 +112,12 @@ class CellRunner:
 
     def _report(self, cell: Cell) -> None:
         self._open.remove(cell)
-        self._spent += self._work([cell])
-        half = self._work(self._processes.values()) / 2  # cells under way count half
-        elapsed, done = time.perf_counter() - self._started, self._count - len(self._open)
-        spent, rest = self._spent + half, "time left unknown" if self._open else "all done"
-        if spent and self._open:
-            rest = f"about {format_duration((self._work(self._open) - half) / spent * elapsed)} left"
+        self._trained += cell.kind != "teacher"  # whose time says nothing of the students'
+        done, rest = self._count - len(self._open), "time left unknown" if self._open else "all done"
+        if self._trained and self._open:
+            each = (time.perf_counter() - self._started) / self._trained
+            rest = f"about {format_duration(each * len(self._open))} left"
         print(f"{done} of {self._count}: {cell.name}, seed {cell.seed}; {rest}.", flush=True)
-
-    def _work(self, cells: Iterable[Cell]) -> float:
-        return sum(cell.macs + self._overhead for cell in cells if cell.macs)  # nothing is known of the teacher
 
 
 def _failure(cell: Cell, folder: Path, status: int) -> str:

@@ -138,7 +138,7 @@ def finish(cell, output, rungs, figures):
 
 
 def test_of_two_losses_the_one_that_is_better_on_validation_counts(tmp_path):
-    cells = [Cell("no_resched", 0, name, 1, prefix=2) for name in ("no_resched-2", "no_resched-2-game")]
+    cells = [Cell("no_resched", 0, name, prefix=2) for name in ("no_resched-2", "no_resched-2-game")]
     wide = (Rung(0, width=2.0),)
     costs = {"prefix": 1, "macs": 5, "train_macs": 50, "seconds": 1.5}
     for cell, val, test in zip(cells, (0.5, 0.6), (0.9, 0.1), strict=True):
@@ -152,7 +152,7 @@ def test_of_two_losses_the_one_that_is_better_on_validation_counts(tmp_path):
 def test_latencies_are_those_of_the_classes_that_a_run_took(tmp_path):
     """Of a round that was rejected in its first class, and of joint training, which trains the planned ones."""
     planned, taken = (Rung(0), Rung(1)), (Rung(0), Rung(2, "hidden"))
-    cells = [Cell("bdistil", 0, "bdistil", 1), Cell("joint", 0, "joint", 1, kind="joint"), TEACHER]
+    cells = [Cell("bdistil", 0, "bdistil"), Cell("joint", 0, "joint", kind="joint"), TEACHER]
     figures = [{"prefix": n, "macs": n, "val_accuracy": 0.5, "test_accuracy": 0.5} for n in (1, 2)]
     for cell, rungs, count in zip(cells, (taken, (), ()), (2, 2, 1), strict=True):
         finish(cell, tmp_path, rungs, figures[:count])

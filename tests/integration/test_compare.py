@@ -179,7 +179,7 @@ def test_a_comparison_without_one_of_its_files_is_refused(done, root, tmp_path, 
 def test_widths_beside_a_run_need_only_the_small_files_of_its_cells(tmp_path):
     """Those that an archive keeps: the row of the teacher is not among them."""
     planned = plan_students(make_conv, CONV, IMAGE, widths=True)
-    cell = Cell("bdistil", 0, "bdistil", 0)
+    cell = Cell("bdistil", 0, "bdistil")
     run, rows = RunDirectory(cell.folder(tmp_path)), [{"macs": macs} for macs in planned.prefix_macs]
     run.write("figures", rows)
     for number, row in enumerate(rows):
@@ -193,7 +193,7 @@ def test_a_prefix_of_the_oracle_is_reported_once_both_losses_are_trained(tmp_pat
     planned = plan_students(make_conv, settings, IMAGE, widths=True)
     inputs = SimpleNamespace(model=SimpleNamespace(boosting=settings))
     for name in ("no_resched-1", "no_resched-1-game", "no_resched-2"):
-        RunDirectory(Cell("no_resched", 0, name, 0).folder(tmp_path)).write("figures", [])
+        RunDirectory(Cell("no_resched", 0, name).folder(tmp_path)).write("figures", [])
     cells = _finished(Training(tmp_path, [], ["no_resched"], 1, 1, inputs, planned))
     assert [cell.name for cell in cells] == ["no_resched-1", "no_resched-1-game"]
 
