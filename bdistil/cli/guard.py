@@ -13,7 +13,7 @@ from typing import TextIO
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from bdistil.cli.recipe_files import refuse_duplicate_keys
+from bdistil.cli.recipe_files import install_yaml_loader
 from bdistil.errors import RunError, UserError
 from bdistil.utils.memory import keep_freed_memory
 from bdistil.utils.signals import Interrupted
@@ -45,7 +45,7 @@ def guarded(call: Callable[[], object]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # for R² and µ on an ASCII-only terminal
     keep_freed_memory()
-    refuse_duplicate_keys()
+    install_yaml_loader()
     try:
         try:
             return _status(call)

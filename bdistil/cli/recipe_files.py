@@ -76,10 +76,10 @@ def check_recipe(path: Path) -> None:
         raise UserError(f"Expected the recipe {path} to set options (`key: value`), got {got}.")
 
 
-def refuse_duplicate_keys() -> None:
-    """Makes the command-line parsers reject duplicate keys, of which YAML silently drops the first.
+def install_yaml_loader() -> None:
+    """Makes the command-line parsers refuse duplicate keys, of which YAML silently drops the first, and complete rungs.
 
-    It also completes the fields of rungs, see `_whole_rungs`.
+    See `_whole_rungs`.
     """
     set_loader("yaml", _load, (yaml.YAMLError,))
 

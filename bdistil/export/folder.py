@@ -28,23 +28,23 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() and not output.is_symlink():
         return
     try:
-        is_export = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        is_export = False
-    if not is_export:
+        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"Expected `--output` to be a new folder, got {output}, which exists and is no export.")
     if not overwrite:
         raise UserError(f"`--output` {output} is an export. Give --overwrite true to replace it, or a new folder.")
-    if other := _other_files(output):
+    if other := _other_files(output, manifest):
         raise UserError(
             f"Expected `--output` {output} to hold nothing but an export, which --overwrite replaces, got {other[0]}. "
             "Move it elsewhere, or give a new folder."
         )
 
 
-def _other_files(output: Path) -> list[str]:
+def _other_files(output: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Files in an export folder that do not belong to the export."""
-    written = {"manifest.json", *_files_of(json.loads((output / "manifest.json").read_text(encoding="utf-8")))}
+    written = {"manifest.json", *_files_of(manifest)}
     found = [path for path in output.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return sorted({path.relative_to(output).as_posix() for path in found} - written)
 
