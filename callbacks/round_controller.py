@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -20,7 +19,6 @@ from bdistil.boosting.checks.trainer import (
     check_uncompiled,
     check_unused,
     equal_parameters,
-    finish_averages,
 )
 from bdistil.boosting.commit import close_round
 from bdistil.boosting.costs import Uncounted
@@ -28,7 +26,8 @@ from bdistil.boosting.optimization import LRSchedulerCallable, Optimization, Opt
 from bdistil.boosting.round import BoostingRound, RoundState
 from bdistil.boosting.run import Boosting, RoundPlan
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import begin_epoch, check_drawn, distinct_samples
+from bdistil.callbacks.epoch_keeper import EpochKeeper
+from bdistil.data.loaders import check_drawn, distinct_samples
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.errors import UserError
 from bdistil.reporting.report import write_report
@@ -37,17 +36,15 @@ from bdistil.storage.files import disk_errors, save_epoch, warn_of_unreadable
 from bdistil.storage.run_directory import RunConfig
 from bdistil.utils import distributed
 from bdistil.utils.optimizers import Interval
-from bdistil.utils.resumption import advance_plateaus, plateau_metrics, uncount_empty_epoch
-from bdistil.utils.seeding import reseed
 from bdistil.utils.signals import StopSignals
 
 
-class RoundController(Checkpoint):
+class RoundController(EpochKeeper):
     """Runs boosting, with a new module and a new Trainer for each round and this callback in all of them.
 
     It evaluates the teacher once, adds the index to the batches, accepts or rejects each student, tries a wider class
     of students after a rejection, commits student, ledger and metrics together, logs cost and curve of every prefix,
-    and resumes a run. It is a ``Checkpoint``, so Lightning calls its hooks after those of other callbacks.
+    and resumes a run. It saves a round after each epoch, as any `EpochKeeper`.
 
     Args:
         run_dir: the run directory; a run found there is resumed.
@@ -96,6 +93,8 @@ class RoundController(Checkpoint):
         >>> folder.cleanup()
     """
 
+    state: RoundState
+
     def __init__(
         self,
         run_dir: str | os.PathLike[str],
@@ -118,13 +117,23 @@ class RoundController(Checkpoint):
         )  # fmt: skip
         self.run = self.boosting.run
         self.tracker, self.signals = RoundTracker(self.run), StopSignals(self.resume_message)
-        self.state, self.device, self._shared = RoundState(), torch.device("cpu"), SharedCallbacks()
+        self.device, self._shared = torch.device("cpu"), SharedCallbacks()
         self._plan: RoundPlan | None = None
         self._datamodule: pl.LightningDataModule | None = None
-        self._begun = self._closed = False
-        self._first_epoch, self._read = True, 0
-        self._saved: list[torch.Tensor] = []  # weights of the student in the checkpoint of this fit's last epoch
+        self._begun = False  # a fit of the round
         self._final: list[torch.Tensor] = []  # weights of the evaluated student
+        super().__init__(self.run.checkpoint(0))
+
+    def begin(self) -> None:
+        """Begins a fit of the current round, whose checkpoint is loaded later."""
+        super().begin()
+        self.state = RoundState()
+        if self._plan is not None:
+            self.state = RoundState(number=self._plan.module.number, attempt=self._plan.attempt)
+        self.path = self.run.checkpoint(self.number)
+        self.key = (self.boosting.seed, self.number, self.state.attempt)
+        self._read = 0  # samples of the epoch under way, in this process
+        self._saved: list[torch.Tensor] = []  # weights of the student in the checkpoint of this fit's last epoch
 
     def rounds(self, datamodule: pl.LightningDataModule) -> Iterator[BoostingRound]:
         """Yields the modules of the remaining rounds; fit each with this callback before requesting the next.
@@ -140,8 +149,8 @@ class RoundController(Checkpoint):
         self._datamodule = datamodule
         with self.signals, self.run.in_use():
             for plan in self.boosting.rounds(datamodule):
-                self._plan, self.state = plan, RoundState(plan.module.number, plan.attempt)
-                self._begun = self._closed = False
+                self._plan, self._begun = plan, False
+                self.begin()
                 try:
                     yield plan.module
                 except GeneratorExit:  # the loop was left, by `break` or by an error in its body
@@ -186,28 +195,14 @@ class RoundController(Checkpoint):
         return self.state.number
 
     @property
-    def ckpt_path(self) -> str | None:
-        """Lightning's checkpoint of the current round; None if there is none."""
-        path = self.run.checkpoint(self.number)
-        return str(path) if path.exists() else None
-
-    @property
     def ensemble(self) -> ProgressiveEnsemble:
         """The ensemble of the committed rounds."""
         return self.boosting.ensemble
 
-    def state_dict(self) -> dict[str, Any]:
-        """Progress of the current round."""
-        return self.state.to_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the progress from a checkpoint of this round."""
-        self.state.load(state_dict)
-
     # ---- hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks Trainer and module of a fit; seeds the fit, as configure_optimizers may create the loader."""
+        """Checks Trainer and module of a fit."""
         if stage != "fit":
             return
         self._begun = True
@@ -221,43 +216,28 @@ class RoundController(Checkpoint):
                 "RoundController expected the module that `controller.rounds(datamodule)` gave for round "
                 f"{self.number + 1}, got another module ({type(pl_module).__name__})."
             )
-        if self._closed:
+        if self._ended:
             raise UserError(
                 f"Expected one fit for round {self.number + 1}, got a second one: take the next module from the loop."
             )
         check_fit(trainer, self._datamodule)
         check_uncompiled(pl_module)
-        self.state = RoundState(self._plan.module.number, self._plan.attempt)  # an earlier fit may have failed
-        self._first_epoch, self._read, self._saved = True, 0, []
         self._shared.start(trainer, (self.number, self.state.attempt))
-        self._reseed(trainer)
-
-    def _reseed(self, trainer: pl.Trainer) -> None:
-        reseed(self.boosting.seed, self.number, self.state.attempt, self.state.epochs, trainer.global_rank)
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the ledger; a round resumed after its last epoch is not trained further."""
+        """Opens the ledger."""
         self.device = pl_module.device
         with disk_errors(f"the ledger of round {self.number + 1}", self.run.root):
             self.boosting.open(self.plan)
-        self.state.restart_clock()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.tracker.start(trainer, self.number)
-        self._reseed(trainer)
-        trainer.should_stop |= self.state.done
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over signal handling from the Trainer; advances schedules by the metrics of the last saved epoch."""
+        """Takes over signal handling from the Trainer."""
         self.signals.watch(trainer)
-        advance_plateaus(trainer, self.state.metrics)
-        self.state.metrics = []
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds every epoch but the first, which `on_fit_start` seeds before its loader is created."""
-        begin_epoch(trainer.train_dataloader, self.state.epochs)
-        if not self._first_epoch:
-            self._reseed(trainer)
-        self._first_epoch = False
+        super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -279,45 +259,44 @@ class RoundController(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts samples for the cost of training."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._read += len(batch[-1])
         self.signals.check()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Updates the progress and saves the round, unless the epoch is empty or a fast_dev_run."""
-        read, self._read = int(distributed.all_sum(torch.tensor(self._read))), 0
-        if not read:
-            uncount_empty_epoch(trainer)
-            return
-        self.plan.checked.parts.train.complete_comparisons()
-        check_drawn(trainer.train_dataloader)
-        self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
-        self.state.epochs += 1
-        self.state.done, self.state.metrics = trainer.should_stop, plateau_metrics(trainer)
+        """Completes the checks and the counts of the epoch, and saves it."""
+        if self._has_batches:
+            self.plan.checked.parts.train.complete_comparisons()
+            check_drawn(trainer.train_dataloader)
+            read, self._read = int(distributed.all_sum(torch.tensor(self._read))), 0
+            self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Saves the round under way, except a fast_dev_run."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         with disk_errors(f"round {self.number + 1}", self.run.root):
-            save_epoch(trainer, self.run.checkpoint(self.number))
+            save_epoch(trainer, self.path)
             if trainer.is_global_zero and not self._saved:
-                warn_of_unreadable(self.run.checkpoint(self.number))
-        self.state.metrics = []
-        self._saved = [parameter.detach().cpu().clone() for parameter in self.plan.module.student.parameters()]
+                warn_of_unreadable(self.path)
+        self._saved = _parameters(self.plan.module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the weights that other callbacks leave, such as an average; commits or rejects the student."""
+        super().on_train_end(trainer, pl_module)
         if self._saved and not equal_parameters(self.plan.module.student, self._saved):
-            with disk_errors(f"round {self.number + 1}", self.run.root):
-                save_epoch(trainer, self.run.checkpoint(self.number))
+            self.save(trainer)
         self._close(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes a round that was resumed after its last epoch, for which `on_train_end` is not called.
+        """Closes a round that was resumed after its last epoch.
 
         Otherwise warns if another callback has changed the weights after the evaluation.
         """
-        if not self._closed:
+        if not self._ended:
             pl_module.to(self.device)
-            finish_averages(trainer, pl_module)
-            self._close(trainer)
+            super().on_fit_end(trainer, pl_module)
             pl_module.cpu()
         elif not equal_parameters(self.plan.module.student, self._final):
             rank_zero_warn(
@@ -337,7 +316,6 @@ class RoundController(Checkpoint):
             self.signals.print()
 
     def _close(self, trainer: pl.Trainer) -> None:
-        self._closed = True
         module = self.plan.module
         if (best := module.best) is not None:
             best.restore(module.student)
@@ -347,10 +325,15 @@ class RoundController(Checkpoint):
                     "validation. Let the Trainer validate more often (check_val_every_n_epoch, val_check_interval)."
                 )
         check_trained(trainer.global_step, self.number, module.student, module.initial)
-        self._final = [parameter.detach().cpu().clone() for parameter in module.student.parameters()]
+        self._final = _parameters(module)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.boosting.rehearse(self.plan)
             return
         row = close_round(self.boosting, self.plan, self.state, self.device, steps=trainer.global_step)
         if row is not None:
             self.tracker.committed(trainer, row, self.number)
+
+
+def _parameters(module: BoostingRound) -> list[torch.Tensor]:
+    """Copies of the student's parameters on the CPU."""
+    return [parameter.detach().cpu().clone() for parameter in module.student.parameters()]

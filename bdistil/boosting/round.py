@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from bdistil.models.student import run_all, run_student, sources
 from bdistil.utils import distributed
 from bdistil.utils.modules import first_difference, structure_of
 from bdistil.utils.optimizers import other_length
+from bdistil.utils.resumption import FitProgress
 from bdistil.utils.trees import python_numbers
 
 # (g, S, labels, index) of a batch -> target and error of a round that mixes in the labels.
@@ -86,41 +86,18 @@ class Game:
 
 
 @dataclass
-class RoundState:
-    """Progress of one try of one round, as plain numbers stored in checkpoints.
+class RoundState(FitProgress):
+    """Progress of one try of one round.
 
     Attributes:
         number: index of the round, from 0.
         attempt: index of this try among the rungs of the round.
-        done: whether the last epoch is finished and only the verdict is missing.
-        epochs: number of finished epochs.
         samples_seen: number of training samples over all processes.
-        seconds: wall time before this start.
-        metrics: metrics with which schedules have yet to advance, see `plateau_metrics`.
     """
 
     number: int = 0
     attempt: int = 0
-    done: bool = False
-    epochs: int = 0
     samples_seen: int = 0
-    seconds: float = 0.0
-    metrics: list[float | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._started = time.perf_counter()
-
-    def restart_clock(self) -> None:
-        """Restarts the clock, to exclude the checks and the teacher's pass over all samples."""
-        self._started = time.perf_counter()
-
-    def elapsed(self) -> float:
-        """Wall seconds of training and evaluating the student, including those before a restart."""
-        return self.seconds + time.perf_counter() - self._started
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return asdict(self) | {"seconds": self.elapsed()}
 
     def load(self, values: dict[str, Any]) -> None:
         """Restores the values of a checkpoint.
@@ -134,8 +111,7 @@ class RoundState:
                 f"Expected a checkpoint of (round, try) {expected}, got one of {found}. Fit with "
                 "ckpt_path=controller.ckpt_path; under SLURM give each round's Trainer a default_root_dir of its own."
             )
-        for name in (known.name for known in fields(self) if known.name in values):  # older versions have fewer
-            setattr(self, name, values[name])
+        super().load(values)
 
 
 class BoostingRound(pl.LightningModule):

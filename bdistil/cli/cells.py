@@ -136,7 +136,7 @@ class JointCLI(TeacherCLI):
                 logger=loggers, default_root_dir=str(run.work(0)),
             )  # fmt: skip
             trainer.fit(plan.module, datamodule, ckpt_path=keeper.ckpt_path)
-        seconds = keeper.elapsed()
+        seconds = keeper.state.elapsed()
         if plan.module.best is not None:  # the recipe keeps the best epoch
             plan.module.best.restore(plan.module.student)
         ensemble = joint_ensemble(plan)

@@ -1,12 +1,51 @@
-"""What Lightning leaves out when a fit is resumed from the checkpoint of an epoch's end."""
+"""Progress of a fit that is saved after each epoch, and what Lightning leaves out when such a fit is resumed."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+
+@dataclass
+class FitProgress:
+    """Progress of a fit, as plain numbers stored in its checkpoints.
+
+    Attributes:
+        epochs: number of finished epochs.
+        seconds: wall time before this start.
+        done: whether the last epoch is finished.
+        metrics: metrics with which schedules have yet to advance, see `plateau_metrics`.
+    """
+
+    epochs: int = 0
+    seconds: float = 0.0
+    done: bool = False
+    metrics: list[float | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Excludes the time before this call, for example that of checks, from this start."""
+        self._started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Wall seconds of all starts."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self) | {"seconds": self.elapsed()}
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Restores the values of a checkpoint."""
+        for name in (known.name for known in fields(self) if known.name in values):  # older versions have fewer
+            setattr(self, name, values[name])
 
 
 def plateau_metrics(trainer: pl.Trainer) -> list[float | None]:

@@ -59,7 +59,7 @@ def test_schedules_and_early_stopping_see_the_epoch_before_the_kill(tmp_path, cu
         trainer = make_trainer(Hook(on_train_epoch_start=stop), look, patience, keeper, epochs=6)
         with indexed_loaders(data := Toys(), 5):
             trainer.fit(module, data, ckpt_path=keeper.ckpt_path)
-        return rates, keeper.epochs, module.student.state_dict()
+        return rates, keeper.state.epochs, module.student.state_dict()
 
     rates, epochs, weights = train(tmp_path / "whole/last.ckpt")
     assert len(set(rates)) > 1
@@ -79,7 +79,7 @@ def test_a_second_fit_begins_anew(tmp_path):
         stop.patience = 1
         trainer = make_trainer(stop, keeper, epochs=5)
         trainer.fit(module, Toys())
-        steps.append((trainer.global_step, keeper.epochs))
+        steps.append((trainer.global_step, keeper.state.epochs))
     assert steps[0] == steps[1]
     assert steps[0][0] > 0
 
