@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from bdistil.boosting.costs import round_training_macs, student_latency
+from bdistil.boosting.costs import linked_activations_macs, student_latency
 from bdistil.boosting.ledger.records import RoundEvidence
 from bdistil.boosting.round import RoundState
 from bdistil.boosting.run import Boosting, RoundPlan
 from bdistil.boosting.settings import BoostingSettings
+from bdistil.metrics.cost import training_macs
 from bdistil.metrics.curve import curve_figures
 from bdistil.metrics.quality import score_name
 from bdistil.models.student import Rung, link_macs, links_of
@@ -132,18 +133,23 @@ def _curve_row(
 
 
 def _training_macs(boosting: Boosting, plan: RoundPlan, state: RoundState) -> int:
-    """Training MACs of one try of a round; moves the earlier students to the CPU."""
-    module = plan.module
+    """Training MACs of one try of a round: of its student, and of whatever it reads that is not cached.
+
+    Moves the earlier students to the CPU.
+    """
+    module, example = plan.module, plan.checked.example
     for student in module.earlier:
         student.cpu()
-    teacher, *prefixes = boosting.run.rows()
-    recomputed = boosting.settings.state == "recompute"
-    return round_training_macs(
-        module.student, plan.cost, module.earlier, plan.checked.example, state.samples_seen,
-        teacher_macs=teacher["macs"] if recomputed else 0,
-        earlier_macs=prefixes[-1]["macs"] if recomputed and prefixes else 0,
-        cached_links=module.reads_cache(plan.checked.parts.train),
-    )  # fmt: skip
+    teacher_macs = earlier_macs = 0
+    if boosting.settings.state == "recompute":
+        teacher, *prefixes = boosting.run.rows()
+        teacher_macs, earlier_macs = teacher["macs"], prefixes[-1]["macs"] if prefixes else 0
+    elif links_of(module.student) and not module.reads_cache(plan.checked.parts.train):
+        earlier_macs = linked_activations_macs(module.student, module.earlier, example)
+    seen = state.samples_seen
+    return training_macs(
+        student=plan.cost.macs, links=earlier_macs, samples_seen=seen, teacher=teacher_macs, teacher_samples=seen
+    )
 
 
 def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str, Any], **counts: int) -> None:

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
+from bdistil.metrics.cost import Cost, latency_ms, measure_cost
 from bdistil.models.student import linked_activations, links_of
 from bdistil.teachers.api import ApiTeacher
 from bdistil.teachers.offline import table_of
@@ -85,40 +85,13 @@ def queries_of(teacher: nn.Module) -> int:
     return sum({api.cache.path: api.queries for api in apis}.values())
 
 
-def round_training_macs(
-    student: nn.Module,
-    cost: Cost,
-    earlier: Sequence[nn.Module],
-    example: Any,
-    samples_seen: int,
-    *,
-    teacher_macs: int,
-    earlier_macs: int,
-    cached_links: bool,
-) -> int:
-    """MACs of training one round: the student, and whatever of the teacher and the linked students is not cached.
-
-    Args:
-        student: student of the round.
-        cost: cost of the student.
-        earlier: the students before it, on the CPU.
-        example: x of one sample, as a batch.
-        samples_seen: number of training samples over all epochs and processes.
-        teacher_macs: MACs of the teacher if it runs on every batch; 0 with cached state.
-        earlier_macs: MACs of all earlier students if they run on every batch; 0 with cached state.
-        cached_links: whether the activations that the student reads are cached; otherwise the bodies of the students
-            it links to run on every batch.
-    """
-    links = earlier_macs
-    if not cached_links and not earlier_macs and links_of(student):
-        links = measure_cost(_Links(student, earlier), (example,), uncounted="record").macs
-    return training_macs(
-        student=cost.macs, links=links, samples_seen=samples_seen, teacher=teacher_macs, teacher_samples=samples_seen
-    )
+def linked_activations_macs(student: nn.Module, earlier: Sequence[nn.Module], example: Any) -> int:
+    """MACs, for one sample, of the activations that a student reads from earlier ones; all modules on the CPU."""
+    return measure_cost(_Links(student, earlier), (example,), uncounted="record").macs
 
 
 class _Links(nn.Module):
-    """Computes all features that a student reads from earlier ones; a module, so that its cost can be measured."""
+    """Computes them as a module, whose cost can be measured."""
 
     def __init__(self, student: nn.Module, earlier: Sequence[nn.Module]) -> None:
         super().__init__()
