@@ -14,7 +14,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from bdistil.boosting.checks.batches import check_hooks, close
 from bdistil.boosting.settings import RECOMPUTE, BoostingSettings
@@ -145,14 +145,14 @@ def check_augmentation(loader: Any, settings: BoostingSettings, seed: int) -> bo
     random = is_random(loader.dataset)
     if settings.state == "recompute":
         return random
-    if settings.views is None and (random or is_random(_Collated(loader, loader.dataset))):
+    if settings.views is None and (random or is_random(loader.dataset, loader.collate_fn)):
         raise UserError(
             "Reading a training sample twice gives two different x (random augmentation), so cached teacher logits "
             f"would not belong to the x of a batch. Give {RECOMPUTE} to evaluate the teacher on "
             "every batch, or BoostingSettings(views=K) (model.boosting.views) to cache its logits on K fixed views of "
             "each sample."
         )
-    if is_random(_Collated(loader, Views(loader.dataset, seed))):
+    if is_random(Views(loader.dataset, seed), loader.collate_fn):
         raise UserError(
             f"`views={settings.views}` fixes what a dataset draws from the generators of Python, NumPy and torch, but "
             "reading a view twice gives two different x: the collate function augments, or the dataset has a generator "
@@ -169,7 +169,7 @@ def check_repeatable_x(loader: DataLoader[Any], seed: int) -> bool:
             with any `state`.
     """
     random = is_random(loader.dataset)
-    if is_random(_Collated(loader, Views(loader.dataset, seed) if random else loader.dataset)):
+    if is_random(Views(loader.dataset, seed) if random else loader.dataset, loader.collate_fn):
         raise UserError(
             "Reading a sample of `val_dataloader()` twice gives two different x, even if the generators of Python, "
             "NumPy and torch are seeded: the dataset has a generator of its own, or the collate function augments. The "
@@ -177,19 +177,6 @@ def check_repeatable_x(loader: DataLoader[Any], seed: int) -> bool:
             "them. Leave the augmentation out of the validation part."
         )
     return random
-
-
-class _Collated(Dataset[Any]):
-    """A dataset whose items are the samples as collated batches of one."""
-
-    def __init__(self, loader: Any, dataset: Any) -> None:
-        self.loader, self.dataset = loader, dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.loader.collate_fn([self.dataset[index]])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -78,10 +78,17 @@ def check_dataset(loader: Any, name: str) -> int:
     return len(dataset)
 
 
-def is_random(dataset: Dataset[Any]) -> bool:
-    """Whether two reads of a sample differ in x (random augmentation), tried on samples all over the dataset."""
-    numbers = spread(len(cast(Sized, dataset)), TRIES)
-    return not all(same_x(_x_of(dataset[index]), _x_of(dataset[index])) for index in numbers)
+def is_random(dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None = None) -> bool:
+    """Whether two reads of a sample differ in x (random augmentation), tried on samples all over the dataset.
+
+    With a collate function, whether batches of one sample differ.
+    """
+
+    def read(number: int) -> Any:
+        item = dataset[number]
+        return _x_of(item if collate is None else collate([item]))
+
+    return not all(same_x(read(number), read(number)) for number in spread(len(cast(Sized, dataset)), TRIES))
 
 
 def _x_of(item: Any) -> Any:
