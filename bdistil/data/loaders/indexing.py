@@ -31,7 +31,7 @@ from bdistil.data.loaders.order import (
     KeptShare,
     SharedOrder,
     batch_options,
-    check_sharing,
+    check_length,
     is_shared,
     largest_batch,
     only_given,
@@ -110,8 +110,7 @@ def training_loader(
     """
     indexed, options = _indexed(loader, plan)
     ranks, views = {"num_replicas": world_size, "rank": rank, "seed": seed}, plan.count if plan else 1
-    batches = own_batches(loader)
-    given = sampler_of(loader) if batches is None else batches
+    batches, given = own_batches(loader), sampler_of(loader)
     if reads_all(loader):
         sampler: Any = ViewSampler(views, indexed, shuffle=isinstance(given, RandomSampler), **ranks)
     elif world_size == views == 1:
@@ -119,7 +118,7 @@ def training_loader(
     elif is_shared(given):
         sampler = KeptShare(indexed, given, views=views, **ranks)
     else:
-        check_sharing(given, "train_dataloader")
+        check_length(given, "several processes can share what `train_dataloader()` gives")
         sampler = SharedOrder(given, samples=len(indexed), views=views, **ranks)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)

@@ -25,6 +25,7 @@ from bdistil.utils import distributed
 from bdistil.utils.seeding import drawn_from, seed_of
 
 SEEDED = "generator=torch.Generator().manual_seed(0)"
+BEFORE_TRAINING = "its samples can be read before training"
 
 
 def worker_options(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -41,8 +42,9 @@ def own_batches(loader: DataLoader[Any]) -> Any:
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
-    """The sampler from which torch's batch sampler of a loader makes batches."""
-    return cast(BatchSampler, loader.batch_sampler).sampler
+    """The sampler from which torch's batch sampler of a loader makes batches; or the user-defined batch sampler."""
+    batches: Any = loader.batch_sampler
+    return batches.sampler if type(batches) is BatchSampler else batches
 
 
 def batch_options(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -53,8 +55,6 @@ def batch_options(loader: DataLoader[Any]) -> dict[str, Any]:
 
 def reads_all(loader: DataLoader[Any]) -> bool:
     """Whether one of torch's samplers reads each sample once per epoch, shuffled or in order."""
-    if own_batches(loader) is not None:
-        return False
     sampler, samples = sampler_of(loader), len(cast(Sized, loader.dataset))
     if type(sampler) is RandomSampler:
         return not sampler.replacement and sampler.num_samples == len(sampler.data_source) == samples
@@ -81,7 +81,7 @@ def largest_batch(loader: DataLoader[Any]) -> int:
     size = getattr(loader.batch_sampler, "batch_size", None)
     if isinstance(size, int):
         return size
-    _check_length(loader.batch_sampler)
+    check_length(loader.batch_sampler, BEFORE_TRAINING)
     return max(map(len, _drawn(loader.batch_sampler, 0)), default=1)
 
 
@@ -197,21 +197,12 @@ def _drawn(sampler: Any, *key: object) -> list[Any]:
         return list(sampler)
 
 
-def check_sharing(sampler: Any, name: str) -> None:
-    """Raises UserError if a user-defined sampler cannot be split over processes because it has no length."""
+def check_length(sampler: Any, purpose: str) -> None:
+    """Raises UserError for a user-defined sampler without a length, which may never end."""
     if not hasattr(sampler, "__len__"):
         raise UserError(
-            f"Expected the sampler of `{name}()` to have a `__len__`, so that several processes can share what it "
-            f"gives in an epoch, got {type(sampler).__name__} without one. Define it, or train in one process."
-        )
-
-
-def _check_length(sampler: Any) -> None:
-    """Raises UserError for a user-defined sampler that may never end, and that is to be read here to its end."""
-    if not hasattr(sampler, "__len__"):
-        raise UserError(
-            f"Expected a sampler that has a `__len__`, so that its samples can be read before training, got "
-            f"{type(sampler).__name__} without one. Define it; a sampler that never ends cannot be used here."
+            f"Expected a sampler that has a `__len__`, so that {purpose}, got {type(sampler).__name__} without one. "
+            "Define it; a sampler that never ends can only be used for training in one process."
         )
 
 
@@ -255,12 +246,10 @@ def given_rows(loader: DataLoader[Any], name: str) -> Sequence[int] | None:
     Raises:
         UserError: the sampler yields no samples, or different ones on each pass.
     """
-    sampler = own_batches(loader)
-    if sampler is None:
-        sampler = sampler_of(loader)
+    sampler = sampler_of(loader)
     if reads_all(loader) or is_shared(sampler):
         return None  # each process gets a share of all samples
-    _check_length(sampler)
+    check_length(sampler, BEFORE_TRAINING)
     states = [(generator, generator.get_state()) for generator in generators_of(loader)]
     first, second = (np.unique(_flat(_drawn(sampler, number))) for number in (0, 1))
     for generator, state in states:  # the user's, which the next epoch draws from

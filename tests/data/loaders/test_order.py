@@ -163,7 +163,7 @@ def test_a_sampler_without_a_length_cannot_be_shared():
     for read in (lambda: given_rows(loader, "train_dataloader"), lambda: largest_batch(batches)):
         with pytest.raises(UserError, match=r"that has a `__len__`, so that its samples can be read.* got Endless"):
             read()
-    with pytest.raises(UserError, match=r"sampler of `train_dataloader\(\)` to have a `__len__`.*got Endless"):
+    with pytest.raises(UserError, match=r"has a `__len__`, so that several.*`train_dataloader\(\)` gives, got Endless"):
         training_loader(loader, seed=0, epoch=0, rank=0, world_size=2)
 
 
