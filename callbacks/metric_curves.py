@@ -43,7 +43,7 @@ class MetricCurves(FitState):
     def __init__(self, metric: str = "val_accuracy", cost: str = "cost/macs", tolerance: float = 0.0) -> None:
         self.metric, self.cost, self.tolerance = metric, cost, tolerance
         self.points: list[tuple[float, float]] = []
-        self._validated, self._added = False, False
+        self._validated = False
         self._latest: tuple[float, float] | None = None  # the point of the fit, if it ended now
 
     @property
@@ -69,7 +69,7 @@ class MetricCurves(FitState):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses a boosting run, whose accuracy is that of the prefix, but the cost that of one student."""
         super().setup(trainer, pl_module, stage)
-        self._latest, self._added = None, False
+        self._latest = None
         if stage == "fit" and isinstance(pl_module, BoostingRound):
             raise UserError(NOT_IN_ROUNDS)
 
@@ -90,21 +90,19 @@ class MetricCurves(FitState):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the metrics after the first validated epoch, instead of at the end of training."""
-        if self._validated:
-            self._check(trainer)
-        self._keep_latest(trainer)
+        self._keep_latest(trainer, strict=self._validated)
 
-    def _keep_latest(self, trainer: pl.Trainer) -> None:
-        """Keeps the figures for a fit that is resumed after its end: `on_train_end` is not called then."""
-        if self._fault(trainer) is None:
-            self._latest = self._figures(trainer)
+    def _keep_latest(self, trainer: pl.Trainer, *, strict: bool = False) -> None:
+        """Keeps the logged figures, also for a fit that is resumed after its end.
 
-    def _figures(self, trainer: pl.Trainer) -> tuple[float, float]:
-        return float(trainer.callback_metrics[self.cost]), float(trainer.callback_metrics[self.metric])
-
-    def _check(self, trainer: pl.Trainer) -> None:
-        """Raises UserError if metric or cost was not logged, or the cost is not positive."""
-        if fault := self._fault(trainer):
+        Raises:
+            UserError: with `strict`, if metric or cost was not logged, or the cost is not positive.
+        """
+        fault = self._fault(trainer)
+        if fault is None:
+            metrics = trainer.callback_metrics
+            self._latest = float(metrics[self.cost]), float(metrics[self.metric])
+        elif strict:
             raise UserError(fault)
 
     def _fault(self, trainer: pl.Trainer) -> str | None:
@@ -120,19 +118,13 @@ class MetricCurves(FitState):
         return None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the point of this fit from the logged metrics; none for a `fast_dev_run`."""
-        self._check(trainer)
-        self._log(trainer, *self._figures(trainer))
+        """Checks the metrics at the end of training."""
+        self._keep_latest(trainer, strict=True)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the point of a fit that was resumed after its end."""
-        if not self._added and self._latest is not None:
-            self._log(trainer, *self._latest)
-
-    def _log(self, trainer: pl.Trainer, cost: float, accuracy: float) -> None:
-        self._added = True
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Adds the point of this fit; none for a `fast_dev_run`."""
+        if self._latest is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        figures = self.add(cost, accuracy)
+        figures = self.add(*self._latest)
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{key}": value for key, value in figures.items()}, step=logger_step(trainer))
