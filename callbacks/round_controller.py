@@ -251,10 +251,6 @@ class RoundController(EpochKeeper):
         """Compares some validation samples with those on which the teacher was evaluated."""
         self.plan.checked.parts.val.compare_batch(indexed(batch))
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Completes the comparison of validation samples."""
-        self.plan.checked.parts.val.complete_comparisons()
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -266,7 +262,6 @@ class RoundController(EpochKeeper):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Completes the checks and the counts of the epoch, and saves it."""
         if self._has_batches:
-            self.plan.checked.parts.train.complete_comparisons()
             check_drawn(trainer.train_dataloader)
             read, self._read = int(distributed.all_sum(torch.tensor(self._read))), 0
             self.state.samples_seen += distinct_samples(trainer.train_dataloader, read)
@@ -327,7 +322,7 @@ class RoundController(EpochKeeper):
         check_trained(trainer.global_step, self.number, module.student, module.initial)
         self._final = _parameters(module)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.boosting.rehearse(self.plan)
+            self.boosting.rehearsed = self.plan
             return
         row = close_round(self.boosting, self.plan, self.state, self.device, steps=trainer.global_step)
         if row is not None:

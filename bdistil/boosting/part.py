@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from bdistil.boosting.ledger.records import RoundEvidence, Units
 from bdistil.boosting.ledger.reductions import BLOCK
 from bdistil.boosting.ledger.samples import SampleGuard
 from bdistil.boosting.settings import BoostingSettings
-from bdistil.data.loaders import Index, Views, check_dataset, largest_batch, rows_loader
+from bdistil.data.loaders import Index, Views, largest_batch, rows_loader
 from bdistil.functional.boosting import prefix_error
 from bdistil.metrics.quality import PrefixMetric, given_labels, prefix_metric, whole_figures
 from bdistil.models.stages import FEATURES
@@ -42,14 +42,11 @@ class Part:
 
     Args:
         name: ``train`` or ``val``: as in ``train_dataloader`` and in the ledger's folder.
-        loader: the user's loader, yields (x, y).
+        loader: the user's loader, yields (x, y); it has passed `check_dataset`.
         folder: folder of all ledgers of a run.
         settings: settings of the run.
         seed: seed of the run.
         view: index of the view of a randomly augmented dataset; each view has its own g and S.
-
-    Raises:
-        UserError: the dataset is iterable or empty, or its items are not (x, y).
     """
 
     def __init__(
@@ -63,7 +60,7 @@ class Part:
     ) -> None:
         self.name, self.settings, self.seed, self.view = name, settings, seed, view
         self.fixed = True  # whether all samples have one shape, so that activations of stages can be cached
-        self.samples = check_dataset(loader, self.method)
+        self.samples = len(cast(Sized, loader.dataset))
         self._take(loader)
         folder = folder / name / f"view{view:03d}" if view else folder / name
         self.ledger = ErrorLedger(folder, settings.storage)
@@ -92,20 +89,14 @@ class Part:
         Raises:
             UserError: its samples are not those of the run.
         """
-        check_dataset(loader, self.method)
         self._take(loader)
         if self.guard is not None:
             self.guard.replace_loader(loader, self.items)
 
     def compare_batch(self, batch: tuple[Any, Any, Index]) -> None:
-        """Checks some rows of a batch (x, y, index) of a fit against the stored samples, see `SampleGuard`."""
+        """Checks a batch (x, y, index) of a fit against the stored samples, see `SampleGuard`."""
         if self.guard is not None:
             self.guard.compare_batch(*batch)
-
-    def complete_comparisons(self) -> None:
-        """Completes the comparisons that `compare_batch` has deferred."""
-        if self.guard is not None:
-            self.guard.complete_comparisons()
 
     def query(
         self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str, units: Units | None = None

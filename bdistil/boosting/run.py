@@ -94,7 +94,7 @@ class Boosting:
         self.planner = Planner(self.run, self.teacher, student, settings, seed, self.optimization, config)
         self.reads_test = reads_test
         self.students: list[nn.Module] = []  # of the committed rounds, restored from the disk
-        self.rehearsed: RoundPlan | None = None  # the round of a fast_dev_run
+        self.rehearsed: RoundPlan | None = None  # the round of a fast_dev_run, once it has been fitted
 
     def check(self, datamodule: pl.LightningDataModule) -> RunPlan:
         """Runs the checks before training, see `Planner.check`."""
@@ -272,10 +272,6 @@ class Boosting:
             self.run.stop(number, f"no class of students was accepted in round {number + 1}; last, {reason}")
 
     # ---- a fast_dev_run, which commits nothing
-
-    def rehearse(self, plan: RoundPlan) -> None:
-        """Ends the only round of a fast_dev_run without committing it."""
-        self.rehearsed = plan
 
     def _end_rehearsal(self, new: bool) -> None:
         """Removes what was written to a `new` run directory, so that the real run may use another configuration."""

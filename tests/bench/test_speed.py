@@ -148,8 +148,7 @@ def test_comparing_samples_costs_less_than_a_hundredth_of_an_epoch(tmp_path, rec
 
         return call
 
-    for name in ("see", "settle"):
-        monkeypatch.setattr(Part, name, timed(getattr(Part, name)))
+    monkeypatch.setattr(Part, "compare_batch", timed(Part.compare_batch))
     epochs = round_epochs(tmp_path, conv, [0, 1, 2], 7)
     whole = sum(7 * statistics.mean(times) for times in epochs.values())  # the clock leaves out the last epoch
     print(f"\ncomparing samples / epochs, step {whole / 21 / (SAMPLES / 128) * 1e3:.1f} ms: {spent[0] / whole:.4f}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,7 +23,6 @@ from bdistil.data.loaders.fingerprints import (
     digests,
     leaves,
     read_digests,
-    row_size,
     row_sketches,
     same_sketch,
     spread,
@@ -33,12 +32,11 @@ from bdistil.errors import UserError
 from bdistil.storage.files import write_atomically
 from bdistil.utils import distributed
 
+FILE = "samples.json"  # digests of some samples, in the ledger folder of a part
 # Number of samples compared at the start of a fit.
 FEW = 4
 # Batches of a fit that are compared: the first `FIRST`, then every `EVERY`-th.
 FIRST, EVERY = 8, 32
-# Largest number of values of a batch that are sketched; the remaining rows are skipped.
-NUMBERS = 1 << 14
 # Number of shapes of padded samples for which sketches are compared with those of the samples alone.
 SHAPES = 4
 
@@ -75,16 +73,25 @@ def check_stored(folder: Path, name: str, items: Items) -> None:
     Raises:
         UserError: a sample differs.
     """
-    file = folder / "samples.json"
-    if file.exists():
-        check_known(read_known(json.loads(file.read_text(encoding="utf-8"))), name, items, "in the run", ADVICE_SPLIT)
+    check_known(_stored_digests(folder), name, items, "in the run", ADVICE_SPLIT)
 
 
 def store_samples(folder: Path, items: Items) -> None:
     """Stores the digests of some samples of a part for `check_stored`, unless already stored."""
-    if not (file := folder / "samples.json").exists():
+    _store_digests(folder, lambda: stable_digests(items, spread(len(items))))
+
+
+def _stored_digests(folder: Path) -> dict[int, Digests]:
+    """The digests in a ledger folder; none if there is no file of them."""
+    file = folder / FILE
+    return read_known(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _store_digests(folder: Path, found: Callable[[], Mapping[int, Digests]]) -> None:
+    """Stores digests, unless the folder already holds some."""
+    if not (file := folder / FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(stable_digests(items, spread(len(items)))))
+        write_atomically(file, json.dumps(found()))
 
 
 def read_known(stored: Mapping[str, Any]) -> dict[int, Digests]:
@@ -116,14 +123,6 @@ def check_known(known: Mapping[int, Digests], name: str, items: Items, where: st
 Shapes = tuple[tuple[int, ...], ...]  # of the tensors of a row
 
 
-class _Compared(NamedTuple):
-    """Rows of a batch: sample numbers (R,), sketches of x and y (R, 2), and the shapes of the tensors of a row of x."""
-
-    numbers: Index
-    sketches: Tensor
-    shapes: Shapes
-
-
 class SampleGuard:
     """Checks that the samples of a part are still those for which the ledger holds state.
 
@@ -142,7 +141,7 @@ class SampleGuard:
     def __init__(
         self, name: str, loader: DataLoader[Any], items: Items, folder: Path, *, augmented: bool, recomputed: bool
     ) -> None:
-        self.name, self.loader, self.items, self.file = name, loader, items, folder / "samples.json"
+        self.name, self.loader, self.items, self.folder = name, loader, items, folder
         self.digests = stable_digests(items, spread(len(items)))
         self.fixed, self.recomputed = not augmented and not recomputed, recomputed
         self._shapes: set[Shapes] = set()  # of samples, in batches whose sketches were compared
@@ -169,14 +168,12 @@ class SampleGuard:
         Raises:
             UserError: a sample differs.
         """
-        if self.file.exists():
-            self._compare(read_known(json.loads(self.file.read_text(encoding="utf-8"))), self.digests)
+        self._compare(_stored_digests(self.folder), self.digests)
 
     def store(self) -> None:
         """Stores the digests of some samples for later starts."""
-        if distributed.rank() == 0 and not self.file.exists():
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.file, json.dumps(self.digests))
+        if distributed.rank() == 0:
+            _store_digests(self.folder, lambda: self.digests)
 
     def compare_processes(self) -> None:
         """Compares some samples between processes; must be called by all of them.
@@ -248,8 +245,7 @@ class SampleGuard:
     def restart(self) -> None:
         """Starts a new fit: its dataset and its first batches will be compared again."""
         self._compared = None
-        self._seen: int = 0
-        self._pending: list[_Compared] = []
+        self._seen = 0  # batches
 
     def record(self, x: Any, y: Any, index: Index) -> None:
         """Stores the sketches of samples on which the teacher is evaluated, unless padding changes them."""
@@ -281,7 +277,7 @@ class SampleGuard:
         )
 
     def compare_batch(self, x: Any, y: Any, index: Index) -> None:
-        """Compares some rows of some batches with the samples on which the teacher was evaluated.
+        """Compares some batches with the samples on which the teacher was evaluated.
 
         Raises:
             UserError: a row differs.
@@ -289,31 +285,11 @@ class SampleGuard:
         number, self._seen = self._seen, self._seen + 1
         if self.sketches is None or (number >= FIRST and number % EVERY):
             return
-        count = min(len(index), max(1, NUMBERS // max(1, row_size(x, len(index)))))
-        low = 7919 * number % (len(index) - count + 1)  # not always the first rows
-        rows, shapes = slice(low, low + count), _shapes(x)
-        self._pending.append(_Compared(index[rows], _sketches(x, y, len(index), rows), shapes))
-        if len(self._pending) == FIRST or self._pending[-1].sketches.device.type == "cpu":
-            self.complete_comparisons()
-
-    def complete_comparisons(self) -> None:
-        """Completes the pending comparisons, which synchronises with the device.
-
-        Raises:
-            UserError: a row differs from the sample on which the teacher was evaluated.
-        """
-        pending, self._pending = self._pending, []
-        for rows in pending:
-            if self.sketches is None:
-                return
-            stored, seen = self.sketches.rows(rows.numbers), rows.sketches.cpu()
-            if torch.equal(stored, seen):
-                continue
-            differ = ~same_sketch(stored, seen)
-            if bool(differ.any()):
-                first = int(differ.any(1).nonzero()[0])
-                names = [name for name, wrong in zip(("x", "y"), differ[first].tolist(), strict=True) if wrong]
-                self._refuse_row(int(rows.numbers[first]), names, rows.shapes)
+        differ = ~same_sketch(self.sketches.rows(index), _sketches(x, y, len(index)).cpu())
+        if bool(differ.any()):
+            first = int(differ.any(1).nonzero()[0])
+            names = [name for name, wrong in zip(("x", "y"), differ[first].tolist(), strict=True) if wrong]
+            self._refuse_row(int(index[first]), names, _shapes(x))
 
     def _refuse_row(self, number: int, names: Sequence[str], shapes: Shapes) -> None:
         """Raises UserError for a row of a batch that differs from its sample; warns if it is only padded."""
@@ -330,9 +306,9 @@ class SampleGuard:
         )
 
 
-def _sketches(x: Any, y: Any, count: int, rows: slice = slice(None)) -> Tensor:
-    """Sketches of x and y of the rows of a batch (R, 2)."""
-    first, second = row_sketches(x, count, rows), row_sketches(y, count, rows)
+def _sketches(x: Any, y: Any, count: int) -> Tensor:
+    """Sketches of x and y of the rows of a batch (B, 2)."""
+    first, second = row_sketches(x, count), row_sketches(y, count)
     return torch.stack((first, second.to(first.device)), 1)
 
 

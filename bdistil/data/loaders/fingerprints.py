@@ -158,8 +158,8 @@ def same_sketch(first: Tensor, second: Tensor) -> Tensor:
     return ((first - second).abs() <= ROUNDING) | ~(first.isfinite() | second.isfinite())
 
 
-def row_sketches(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
-    """One float32 per row of a batch, (R,), that differs if the rows do; on the device of the batch.
+def row_sketches(tree: Any, count: int) -> Tensor:
+    """One float32 per row of a batch, (B,), that differs if the rows do; on the device of the batch.
 
     It sums, over the tensors, the projection of the row's direction on random signs and the logarithm of its norm; for
     a single number, its asinh. Zeros at the end of a row have no effect.
@@ -167,18 +167,17 @@ def row_sketches(tree: Any, count: int, rows: slice = slice(None)) -> Tensor:
     Args:
         tree: tensors (B, ...) in lists, tuples and mappings; anything else is left out.
         count: B.
-        rows: R of the B rows; all of them by default.
     """
     total: Tensor | None = None
     for number, leaf in enumerate(leaves(tree)):
         if leaf.ndim and len(leaf) == count and leaf.numel():
-            sketch = _sketch(_reals(leaf[rows]), number)
+            sketch = _sketch(_reals(leaf), number)
             total = sketch if total is None else total + sketch.to(total.device)
-    return torch.zeros(len(range(count)[rows])) if total is None else total
+    return torch.zeros(count) if total is None else total
 
 
 def _sketch(numbers: Tensor, salt: int) -> Tensor:
-    """Sketch (R,) of rows (R, D), or of single numbers (R,)."""
+    """Sketch (B,) of rows (B, D), or of single numbers (B,)."""
     if numbers.ndim == 1:
         return torch.asinh(numbers).float()
     if numbers.shape[1] > LONGEST:
@@ -189,7 +188,7 @@ def _sketch(numbers: Tensor, salt: int) -> Tensor:
 
 
 def _reals(leaf: Tensor) -> Tensor:
-    """Rows of a tensor as real numbers (R, D), or (R,); integers are scattered, 0 stays 0."""
+    """Rows of a tensor as real numbers (B, D), or (B,); integers are scattered, 0 stays 0."""
     if leaf.is_complex():
         leaf = torch.view_as_real(leaf)
     if leaf.ndim > 2:
@@ -204,11 +203,6 @@ def _signs(count: int, salt: int, device: torch.device) -> Tensor:
     """Random signs (D,), float32."""
     drawn = np.random.default_rng([salt, 0x5EED]).integers(0, 2, count)
     return torch.from_numpy(drawn * 2 - 1).float().to(device)
-
-
-def row_size(tree: Any, count: int) -> int:
-    """Number of values per row of a batch."""
-    return sum(leaf.numel() // count for leaf in leaves(tree) if leaf.ndim and len(leaf) == count)
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:

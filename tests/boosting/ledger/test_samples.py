@@ -261,14 +261,13 @@ def test_a_callback_that_changes_batches_is_refused(tmp_path):
 
 
 def test_the_first_batches_and_a_few_of_the_others_are_compared(tmp_path, monkeypatch):
-    compared = []
-    complete = samples.SampleGuard.complete_comparisons
+    compared, rows = [], samples.SampleSketches.rows
 
-    def count(guard):
-        compared.extend(len(rows.numbers) for rows in guard._pending)
-        complete(guard)
+    def count(sketches, index):
+        compared.append(len(index))
+        return rows(sketches, index)
 
-    monkeypatch.setattr(samples.SampleGuard, "complete_comparisons", count)
+    monkeypatch.setattr(samples.SampleSketches, "rows", count)
     boost(tmp_path, settings=settings_for(1), trainer={"epochs": 6})
     train, val = 6 * TRAIN // BATCH, 6 * VAL // BATCH + 2  # two to try validation
     assert compared == [BATCH] * sum(8 + len(range(32, batches, 32)) for batches in (train, val))
