@@ -18,7 +18,7 @@ from bdistil.boosting.ledger import passes
 from bdistil.boosting.ledger.records import LedgerHead, RoundEvidence, Units
 from bdistil.boosting.ledger.reductions import largest_finite
 from bdistil.boosting.ledger.rows import Array, RowFile, Storage, allocate, is_complete, publish, size_of
-from bdistil.errors import RunError, UserError
+from bdistil.errors import RunError
 from bdistil.functional.distillation import centre
 from bdistil.metrics.quality import Task
 from bdistil.utils import distributed
@@ -117,20 +117,18 @@ class ErrorLedger:
         Raises:
             RunError: a logit is NaN or infinite (names the first such sample), or all rows are equal.
         """
-        raw_file, scaled_file = self.folder / "teacher.next.tmp", self.folder / "teacher.scaled.tmp"
-        raw = allocate(raw_file, (samples, outputs))
+        raw = allocate(self.folder / "teacher.raw.tmp", (samples, outputs))
         for low, rows in logits:
             rows = rows.detach().float().cpu()
             largest_finite(rows, low, "the teacher's logits")
             raw.write(low, centre(rows) if task == "classification" else rows)
         units = units or passes.measure_units(raw, task)
-        in_place = self.storage == "float32"
-        scaled = raw if in_place else allocate(scaled_file, (samples, outputs), self.storage)
+        scaled = allocate(self.folder / "teacher.next.tmp", (samples, outputs), self.storage)
         largest = passes.scale_rows(raw, scaled, units)
-        publish(raw_file if in_place else scaled_file, self._teacher_file)
+        publish(scaled.path, self._teacher_file)
         self.head = LedgerHead(samples, outputs, units.scale, units.offset, largest, teacher)
         if distributed.rank() == 0:
-            raw_file.unlink(missing_ok=True)
+            raw.path.unlink()
             self.head.write(self._head_file)
         distributed.barrier()
 
@@ -211,8 +209,7 @@ class ErrorLedger:
         """
         state = passes.GameState(self._g, self._s, self.version, eta, self.log_normaliser(eta))
         target = allocate(self._next_file, self._shape, self.storage)
-        with target.flushed():
-            evidence, log_z = passes.advance(state, target, logits, -tolerance * self.bound)
+        evidence, log_z = passes.advance(state, target, logits, -tolerance * self.bound)
         self._next_log_z = {eta: log_z}
         return evidence
 
@@ -232,19 +229,11 @@ class ErrorLedger:
             UserError: a number is not in 0 … N-1.
         """
         wanted = index.cpu().numpy() if isinstance(index, Tensor) else index
-        return self._gather(self._g, wanted), self._gather(self._s, wanted)
+        return self._g.gather(wanted), self._s.gather(wanted)
 
     def teacher_logits(self, index: Array) -> Tensor:
         """g of a batch, (B, L) float32 on the CPU; no version of S needs to be open."""
         return RowFile(self._teacher_file, self._shape, self.storage).gather(index)
-
-    def _gather(self, table: RowFile, index: Array) -> Tensor:
-        try:
-            return table.gather(index)
-        except IndexError:
-            bad = int(index[(index < 0) | (index >= self.samples)][0])
-            message = f"Expected each sample index to be in 0 … {self.samples - 1}, got {bad}."
-            raise UserError(message) from None
 
     def log_normaliser(self, eta: float) -> Tensor:
         """log Z of the open version, shape (L,) float64; computed by `advance`, or in one pass over S, then cached.

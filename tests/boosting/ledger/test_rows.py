@@ -233,7 +233,7 @@ def test_rows_are_written_and_read_in_any_order(tmp_path, monkeypatch, large):
         assert torch.equal(table.gather(index), rows[[1, 0, 1, 1]])
     assert table.gather(np.array([], np.int64)).shape == (0, 4)
     for bad in (-1, 8):
-        with pytest.raises(IndexError):
+        with pytest.raises(UserError, match=rf"in 0 … 7, got {bad}"):
             table.gather(np.array([0, bad]))
     with pytest.raises(TypeError):
         table.gather(np.array([0.5]))
