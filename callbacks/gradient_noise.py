@@ -166,16 +166,16 @@ class GradientNoise(FitState):
         """Writes the figures, and the picture of the last measurement, if any, to the folder."""
         self._written = True
         folder, name = Path(self.folder or Path(trainer.default_root_dir) / "noise").expanduser(), self._name
-        title = "label gradient and teacher"
+        title, mixed = "label gradient and teacher", "0: labels, 1: teacher"
         if isinstance(pl_module, BoostingRound):
             folder, name = pl_module.run_dir / "noise", f"noise.{pl_module.number:03d}"
-            title = "without and with the game"
+            title, mixed = "squared error and loss of the round", "0: squared error, 1: loss of the round"
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
             rows = [{key: _plain(value) for key, value in row.items()} for row in self.history]
             write_atomically(folder / f"{name}.json", json.dumps(rows, indent=1, allow_nan=False))
             if moments is not None:
-                draw_noise(folder / f"{name}.png", moments, title)
+                draw_noise(folder / f"{name}.png", moments, title, mixed)
 
     # ---- measurements
 

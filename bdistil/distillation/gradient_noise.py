@@ -130,8 +130,15 @@ def noise_figures(estimate: NoiseEstimate) -> dict[str, float]:
 
 
 @default_style()
-def draw_noise(path: str | os.PathLike[str], moments: GradientMoments, title: str) -> None:
-    """Draws the noise-to-signal ratio and the variance over lambda; infinite ratios leave a gap in the line."""
+def draw_noise(path: str | os.PathLike[str], moments: GradientMoments, title: str, mixed: str) -> None:
+    """Draws the noise-to-signal ratio and the variance over lambda; infinite ratios leave a gap in the line.
+
+    Args:
+        path: the PNG.
+        moments: moments of the two gradients.
+        title: title of the picture.
+        mixed: what lambda = 0 and lambda = 1 are.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.8))
@@ -140,8 +147,9 @@ def draw_noise(path: str | os.PathLike[str], moments: GradientMoments, title: st
     figure.subplots_adjust(left=0.11, right=0.98, bottom=0.18, top=0.89, wspace=0.32)
     weights = np.linspace(0, 1, 51).tolist()
     left.plot(weights, [noise_to_signal(moments, weight) for weight in weights])
-    left.set(xlabel="λ", ylabel="noise to signal of one sample", title=title)
+    left.set(xlabel=f"λ ({mixed})", ylabel="noise to signal of one sample", title=title)
     right.plot(weights, [variance_at(moments, weight) for weight in weights])
-    right.axvline(least_variance_weight(moments), linestyle=":", color="grey")
-    right.set(xlabel="λ", ylabel="variance", title=f"R² = {explained_share(moments):.2f}")
+    right.axvline(least_variance_weight(moments), linestyle=":", color="grey", label="least variance")
+    right.legend(frameon=False)
+    right.set(xlabel=f"λ ({mixed})", ylabel="variance", title=f"R² = {explained_share(moments):.2f}")
     figure.savefig(path, dpi=90)

@@ -42,7 +42,7 @@ def _number_stages(axes: Axes, stages: Sequence[Row]) -> None:
         for macs, top in sorted(_points([row], "macs", "val_accuracy") + _points([row], "macs", "test_accuracy"))[-1:]:
             if macs < limit:
                 note(axes, row["stage"], (macs, top), (-3, 5), MUTED, fontsize=8.5, ha="right", weight="normal")
-                limit = macs / (high / low) ** 0.03
+                limit = macs / (high / low) ** max(0.03, 0.0125 * len(str(row["stage"])))
 
 
 def curve_figure(curve: Curve, size: tuple[float, float], title: str = "") -> Figure:
@@ -79,7 +79,8 @@ def curve_figure(curve: Curve, size: tuple[float, float], title: str = "") -> Fi
     if goal:
         axes.axhline(goal, color=INK, linewidth=1, linestyle=":")
         draw(axes, star, "*", INK, 13)
-        text = f"teacher {curve.score(goal, 1)}" + (f", {curve.cell(teacher, 'macs')} MACs" if star else "")
+        part = "validation" if number(teacher, "val_accuracy") else "test"
+        text = f"teacher {curve.score(goal, 1)} ({part})" + (f", {curve.cell(teacher, 'macs')} MACs" if star else "")
         place = {"ha": "left" if beaten else "right", "xycoords": axes.get_yaxis_transform()}
         note(axes, text, (0.01 if beaten else 0.99, goal), (0, 7), INK, **place)
     return figure

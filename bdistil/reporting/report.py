@@ -43,7 +43,7 @@ def write_report(run: RunDirectory) -> Path:
     if not run.curve.is_file():
         raise UserError(f"No round is committed yet in {run.root}: it has no curve.csv. Run `bdistil fit` on it first.")
     curve, title, score = Curve(run.read_curve(), run.task), run.root.resolve().name, score_name(run.task)
-    plot_curve(curve.rows, run.picture, title=title, task=run.task)
+    plot_curve(curve.rows, run.picture, title=f"{title}: {score}", task=run.task)
     pictures = [
         inline_svg(curve_figure(curve, (5.4, 3.8), score), "curve", f"{score} of each prefix by its MACs"),
         inline_svg(error_figure(curve, (5.4, 3.8)), "error", "error to the teacher and margins met, by stage"),

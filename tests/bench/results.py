@@ -121,7 +121,7 @@ def section(part, folder):
     (DOCS / picture).write_bytes((folder / "compare-macs.png").read_bytes())
     text = (folder / "compare.md").read_text()
     trained = f"{minutes(folder):.0f} minutes of training"
-    intro = f"Recipe `{Path(recipe).stem}`, {trained}; {environment()}.{lacking(part, folder)}"
+    intro = f"Recipe `{recipe}`, {trained}; {environment()}.{lacking(part, folder)}"
     return f"{heading}\n\n{intro}\n\n![Test figures of every method over MACs]({picture})\n\n{text}\n"
 
 

@@ -120,5 +120,6 @@ def test_sgd_settles_about_where_it_is_predicted(data):
         axes.plot(WEIGHTS, theory, label="predicted")
         axes.set(xlabel="λ", title=f"{name} teacher", ylim=(0, max(1.2, 1.3 * float(mean.max()))))
     axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("excess loss, labels alone = 1")
     PICTURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURES / f"softmax-noise-{data}.png", dpi=80)
