@@ -21,7 +21,7 @@ from bdistil.callbacks import LossMixing
 from bdistil.cli.distiller import Distiller
 from bdistil.cli.fit import BoostCLI, run_fit
 from bdistil.cli.recipe_files import find_recipe
-from bdistil.comparison.folder import begun, check_same, freeze
+from bdistil.comparison.folder import RECIPE, begun, check_same, freeze, in_use
 from bdistil.comparison.methods import MEANING, METHODS, TEACHER, Cell, Method, cells_of, check_methods
 from bdistil.comparison.origin import Origin, check_split, check_start, origin_of, parts_of
 from bdistil.comparison.report import Unit, difference_table, summary_table, write_comparison
@@ -168,19 +168,31 @@ def _compare(given: Any, methods: Sequence[Method], options: Sequence[str]) -> N
     planned = plan_students(model.make_student, model.boosting, inputs.x, widths="no_resched" in methods)
     if shared := equal_macs_note(planned):
         print(shared)
-    fixed = ["--config", str(freeze(output, text, options, inputs.origin)), *options]
+    fixed = ["--config", str(output / RECIPE), *options]
     training = Training(output, fixed, methods, given.seeds, given.workers, inputs, planned)
-    cells = _finished(training) if report_only else _train_interruptibly(training)
+    if report_only:
+        _report(training, _finished(training), recipe, text, options)
+        return
+    with in_use(output):
+        check_same(output, text, options)  # another start may have begun meanwhile
+        freeze(output, text, options, inputs.origin)
+        rows = _report(training, _train_interruptibly(training), recipe, text, options)
+        _track(inputs.tracking, output, summary_table(rows, model.boosting.task))
+
+
+def _report(
+    training: Training, cells: Sequence[Cell], recipe: Path, text: str, options: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Writes and prints the report of the finished trainings; returns the rows of compare.csv."""
+    output = training.output
     facts = {
         "recipe": recipe.stem,
         "options": shlex.join(options) or "none",
-        "seeds": given.seeds,
+        "seeds": training.seeds,
         "commit": ", ".join(_revisions(output, cells)) or "none",
         "system": f"{platform.system()} {platform.machine()}",
     }
-    rows = _publish(output, cells, inputs, planned, text, facts)
-    if not report_only:
-        _track(inputs.tracking, output, summary_table(rows, model.boosting.task))
+    return _publish(output, cells, training.inputs, training.planned, text, facts)
 
 
 def _check_mixing(inputs: Inputs, methods: Sequence[Method]) -> None:

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from bdistil.comparison.origin import FILE, Origin, read_origin
 from bdistil.errors import UserError
 from bdistil.storage.files import write_atomically
+from bdistil.storage.run_lock import RunLock
 
-FILES = ("recipe.yaml", "options.json", "compare.csv", "compare.md", "report.html")  # in the folder of a comparison
+RECIPE, OPTIONS = "recipe.yaml", "options.json"
+FILES = (RECIPE, OPTIONS, "compare.csv", "compare.md", "report.html")  # in the folder of a comparison
+
+
+@contextmanager
+def in_use(output: Path) -> Iterator[None]:
+    """Context in which no other start of a comparison may use its folder, which is created.
+
+    Raises:
+        UserError: another start uses it, or it cannot be written to.
+    """
+    lock = RunLock(output / ".lock", "output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"`output` {output} cannot be written to: {error.strerror or error}.") from error
+    with lock.held():
+        yield
 
 
 def begun(output: Path) -> bool:
@@ -20,7 +40,7 @@ def begun(output: Path) -> bool:
 
 def check_same(output: Path, text: str, options: Sequence[str]) -> None:
     """Raises UserError if the folder holds a run, or a comparison of another recipe or with other options."""
-    copy, kept = output / "recipe.yaml", output / "options.json"
+    copy, kept = output / RECIPE, output / OPTIONS
     if (output / "rounds").exists():
         raise UserError(f"`output` {output} is the folder of a run, whose report would be lost. Choose another folder.")
     if not begun(output):
@@ -39,19 +59,9 @@ def check_same(output: Path, text: str, options: Sequence[str]) -> None:
         )
 
 
-def freeze(output: Path, text: str, options: Sequence[str], origin: Origin) -> Path:
-    """Stores recipe, options and origin of a comparison; returns the copy of the recipe that its trainings read.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    copy, kept = output / "recipe.yaml", output / "options.json"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not begun(output):  # written first, as it identifies the other files as those of a comparison
-            write_atomically(output / FILE, json.dumps(origin))
-        write_atomically(kept, json.dumps(list(options)))
-        write_atomically(copy, text)
-    except OSError as error:
-        raise UserError(f"`output` {output} cannot be written to: {error.strerror or error}.") from error
-    return copy
+def freeze(output: Path, text: str, options: Sequence[str], origin: Origin) -> None:
+    """Stores recipe, options and origin of a comparison; its trainings read this copy of the recipe."""
+    if not begun(output):  # written first, as it identifies the other files as those of a comparison
+        write_atomically(output / FILE, json.dumps(origin))
+    write_atomically(output / OPTIONS, json.dumps(list(options)))
+    write_atomically(output / RECIPE, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from bdistil.boosting.checks.data import TEST, loaders_of, test_loader_of
+from bdistil.boosting.labels import read_labels
 from bdistil.boosting.ledger.samples import check_known, read_known
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import LOADERS, check_dataset, is_indexed, only_given
@@ -43,9 +45,16 @@ def _datasets(parts: Parts) -> dict[str, Any]:
 
 
 def origin_of(parts: Parts, spec: TeacherSpec) -> Origin:
-    """Digests of some samples of each part, and the teacher's fingerprint unless the comparison trains the teacher."""
+    """Digests of some samples of each part and of all test labels, and the fingerprint of a trained teacher."""
     samples = {name: stable_digests(items, spread(len(items))) for name, items in _datasets(parts).items()}
-    return {"samples": samples, "teacher": _fingerprint(spec)}
+    return {"samples": samples, "labels": _test_labels(parts), "teacher": _fingerprint(spec)}
+
+
+def _test_labels(parts: Parts) -> str | None:
+    """Digest of all labels of the test part, which every training reads anew; None if its samples have no numbers."""
+    if TEST not in _datasets(parts):
+        return None
+    return hashlib.sha256(read_labels(parts[TEST]).numpy().tobytes()).hexdigest()
 
 
 def _fingerprint(spec: TeacherSpec) -> str | None:
@@ -83,3 +92,6 @@ def check_start(output: Path, parts: Parts, now: Origin) -> None:
 def _check_samples(origin: Origin, parts: Parts, where: str, way: str) -> None:
     for name, items in _datasets(parts).items():
         check_known(read_known(origin["samples"].get(name, {})), name, items, where, way)
+    known = origin.get("labels")
+    if known is not None and known != _test_labels(parts):
+        raise UserError(f"Expected `{TEST}()` to give the labels that it gave {where}, got others. {way}")

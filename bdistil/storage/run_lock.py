@@ -31,10 +31,11 @@ class RunLock:
 
     Args:
         path: lock file; it stays when the lock is released.
+        argument: name of the user's argument for the folder, for error messages.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, argument: str = "run_dir") -> None:
+        self.path, self.argument = path, argument
         self._handle: int | None = None
         self._users: set[object] = set()
 
@@ -104,9 +105,9 @@ class RunLock:
         own = (process, host) == (os.getpid(), socket.gethostname())
         where = "this process; an earlier loop over `rounds()` has not ended" if own else "another start"
         return UserError(
-            f"`run_dir` {self.path.parent} is in use by process {process} on host {host} ({where}), since "
+            f"`{self.argument}` {self.path.parent} is in use by process {process} on host {host} ({where}), since "
             f"{holder.get('since', '(unknown)')}: {holder.get('command', '(unknown)')}. Wait until it has ended, or "
-            f"choose another `run_dir`. If that host is gone, remove {self.path}."
+            f"choose another `{self.argument}`. If that host is gone, remove {self.path}."
         )
 
 

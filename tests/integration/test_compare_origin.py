@@ -123,3 +123,39 @@ def test_a_command_may_be_corrected_until_a_training_has_begun(done, capsys, tmp
     assert json.loads((output / "options.json").read_text()) == []
     assert start(done / "recipe.yaml", done / "out", "--trainer.max_epochs", "2") == 2
     assert "with other options (none)" in capsys.readouterr().err
+
+
+def test_other_test_labels_are_refused_in_the_same_folder(tmp_path, capsys, nothing_trained, monkeypatch):
+    """The label that was changed is none of those whose digests are kept."""
+    write_teacher(tmp_path, 0)
+    data = f"{{class_path: bdistil.data.Arrays, init_args: {{file: {tmp_path / 'samples.npz'}}}}}"
+    recipe = write_recipe(tmp_path, data, 2, f"checkpoint: {tmp_path / 'teacher.safetensors'}")
+    x = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    arrays = {f"{name}_{part}": values for part in ("train", "test") for name, values in (("x", x), ("y", x[:, 0] > 0))}
+    np.savez(tmp_path / "samples.npz", **arrays)
+    assert start(recipe, tmp_path / "out") == 1, capsys.readouterr().err
+    (tmp_path / "out/runs/bdistil-seed0").mkdir(parents=True)
+    (tmp_path / "out/runs/bdistil-seed0/config.yaml").write_text("")
+    kept = json.loads((tmp_path / "out/origin.json").read_text())["samples"]["test_dataloader"]
+    other = next(row for row in range(200) if str(row) not in kept)
+    arrays["y_test"] = arrays["y_test"].copy()
+    arrays["y_test"][other] ^= True
+    np.savez(tmp_path / "samples.npz", **arrays)
+    capsys.readouterr()
+    assert start(recipe, tmp_path / "out") == 2
+    assert "Expected `test_dataloader()` to give the labels that it gave at the first start" in capsys.readouterr().err
+
+
+def test_two_starts_do_not_share_a_folder(done, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def run(self, chains):  # while the first one trains
+        seen.append(start(done / "recipe.yaml", tmp_path / "out", "--trainer.max_epochs", "2"))
+        raise RunError("would be trained")
+
+    monkeypatch.setattr(CellRunner, "run", run)
+    assert start(done / "recipe.yaml", tmp_path / "out") == 1
+    assert seen == [2]
+    assert "`output` " in (told := capsys.readouterr().err)
+    assert "is in use by process" in told
+    assert json.loads((tmp_path / "out/options.json").read_text()) == []
