@@ -111,6 +111,8 @@ class RoundController(EpochKeeper):
         reads_test: bool = True,
     ) -> None:
         self.settings = settings or BoostingSettings()
+        if not isinstance(self.settings, BoostingSettings):
+            raise UserError(f"Expected `settings` to be BoostingSettings(…), got a {type(settings).__name__}.")
         self.boosting = Boosting(
             run_dir, teacher=teacher, student=student, settings=self.settings, seed=seed, config=config,
             uncounted=uncounted, reads_test=reads_test, optimization=Optimization(optimizer, lr_scheduler, lr_interval),

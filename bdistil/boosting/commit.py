@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -52,7 +53,7 @@ def decide(
     before, after, minimum = validation.rms_before, validation.rms_after, settings.min_progress
     fall = 1.0 - after / before if before > 0 else 0.0
     verdict, change = "fell" if fall > minimum else "did not fall", f"{before:.4f} -> {after:.4f}, {-fall:+.2%}"
-    return fall > minimum, f"rms error to the teacher {verdict} by more than {minimum:g}: {change}"
+    return fall > minimum, f"rms error to the teacher {verdict} by more than {minimum:.2%}: {change}"
 
 
 def close_round(
@@ -158,6 +159,9 @@ def _commit(boosting: Boosting, plan: RoundPlan, verdict: Verdict, row: dict[str
     for part in parts:
         part.publish(plan.module.student, number)
     if distributed.rank() == 0:
+        for module in plan.module.student.modules():
+            if isinstance(module, pl.LightningModule):
+                module.trainer = None  # Lightning gave it that of the round, which cannot be described
         why, tensors, blueprint = None, plan.module.student.state_dict(), None
         try:
             blueprint, tensors = describe(plan.module.student)

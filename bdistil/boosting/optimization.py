@@ -107,6 +107,11 @@ class Optimization:
             raise UserError(f"Expected `lr_scheduler` to return a schedule of torch, got {kind}.")
         defaults: dict[str, Any] = {"interval": self.lr_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
+            if scheduler.mode == "max" and "monitor" not in given and not hasattr(scheduler, "monitor"):
+                raise UserError(
+                    "Expected ReduceLROnPlateau of mode 'min', as it monitors val_rms, an error, got mode 'max'. Leave "
+                    "`mode` out, or return {'scheduler': …, 'monitor': 'val_accuracy'}."
+                )
             defaults["monitor"] = getattr(scheduler, "monitor", "val_rms")  # Lightning's own subclass has one
         return defaults | given
 

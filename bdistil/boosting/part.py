@@ -111,12 +111,14 @@ class Part:
             units: units of the ledger, if another part determines them.
 
         Returns:
-            The teacher's accuracy and cross entropy, or the scores of another task; NaN on the training part.
+            The teacher's accuracy and cross entropy, or the scores of another task; NaN on the training part, except
+            for a table of logits.
 
         Raises:
             RunError: a logit is NaN or infinite.
         """
-        task, scores = self.settings.task, self._metric(outputs)
+        task, table = self.settings.task, table_of(teacher)  # the rows of a table may be out of order
+        scores = self._metric(outputs) if table is None else prefix_metric(task, outputs)
         answers = self._by_block(self._teacher_logits(teacher, device, scores))
         with distributed.within(self.sharers), self._sketched():
             self.ledger.create(self.samples, answers, outputs=outputs, teacher=fingerprint, task=task, units=units)

@@ -22,6 +22,7 @@ from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import CANONICAL, LOADERS, ViewPlan, check_dataset, only_given
 from bdistil.storage.files import write_atomically
 from bdistil.storage.run_directory import RunDirectory
+from bdistil.teachers.checks import warn_of_guessing, warn_of_order
 from bdistil.utils import distributed
 
 OF_STUDENTS = ("error.", "features.")  # first parts of the names of ledger files that belong to committed rounds
@@ -118,10 +119,15 @@ class Parts:
         return [part.guard for part in (self.train, self.val) if part.guard is not None]
 
     def query(self, teacher: nn.Module, device: torch.device, outputs: int, fingerprint: str) -> tuple[float, float]:
-        """Writes the teacher's logits of all parts; returns its accuracy and loss on the validation part."""
-        self.train.query(teacher, device, outputs, fingerprint)
+        """Writes the teacher's logits of all parts; returns its accuracy and loss on the validation part.
+
+        Warns if the teacher is no better than guessing, and if the rows of a table seem to be in another order.
+        """
+        score, _ = self.train.query(teacher, device, outputs, fingerprint)
         units = self.train.ledger.units
         figures: tuple[float, float] = self.val.query(teacher, device, outputs, fingerprint, units)
+        warn_of_guessing(self.val.settings.task, figures[0], outputs, self.val.samples)
+        warn_of_order(score, figures[0])
         for view in self.views:
             view.query(teacher, device, outputs, fingerprint, units)
         return figures

@@ -26,6 +26,7 @@ from bdistil.boosting.checks.students import (
     check_factory,
     check_ladder,
     check_reads,
+    check_restored,
     check_rounds,
     check_student,
     check_widths,
@@ -132,6 +133,7 @@ class Planner:
         with isolate_rng(include_cuda=False):
             student = build_student(self.make, 0, [], Rung(0))
             check_student(student, [], pair)
+            check_restored(student, self.make, pair)
         check_rounds(student, settings.rounds)
         test = self._test_loader(datamodule)
         self._check_table(parts, val.dataset, test)

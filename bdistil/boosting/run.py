@@ -35,10 +35,9 @@ from bdistil.errors import RunError, UserError
 from bdistil.metrics.cost import Cost
 from bdistil.metrics.quality import Task, given_labels, prefix_metric, score_name
 from bdistil.models.student import Rung, Student, build_student
-from bdistil.storage.blueprint import IndescribableError, describe
+from bdistil.storage.blueprint import reason_indescribable
 from bdistil.storage.provenance import describe_start
 from bdistil.storage.run_directory import RunConfig, RunDirectory
-from bdistil.teachers.checks import warn_of_chance, warn_of_mean
 from bdistil.teachers.offline import OfflineTeacher, as_teacher, declared_outputs, table_of
 from bdistil.teachers.wrappers import FrozenTeacher
 from bdistil.utils import distributed
@@ -149,7 +148,9 @@ class Boosting:
             rank_zero_info(f"{kind} is no bdistil.Student, so it takes no links: all rounds are of class F0.")
         elif any(rung.reads_stages for rung in self.settings.ladder) and student.staged is None:
             rank_zero_info(f"{kind} has no stages: rungs of the kinds 'deep' and 'start' link to its features.")
-        if new and (why := _indescribable(student)) is not None:
+        script = next((type(part).__name__ for part in student.modules() if type(part).__module__ == "__main__"), None)
+        why = reason_indescribable(student) or (script and f"{script} is defined in the script, not in a module")
+        if new and why:
             rank_zero_info(
                 f"The student cannot be built from the files of the run ({why}): ProgressiveEnsemble.load(run_dir, "
                 "student=make_student) loads it, and it cannot be exported."
@@ -255,10 +256,6 @@ class Boosting:
         row = teacher_row(teacher, plan.checked.example, device, samples, self.uncounted)
         accuracy, loss = parts.query(teacher, device, outputs, plan.fingerprint)
         teacher.cpu()
-        if self.settings.task == "classification":
-            warn_of_chance(accuracy, outputs, parts.val.samples)
-        if self.settings.task == "regression":
-            warn_of_mean(accuracy)
         spent = {"queries": queries_of(teacher)} if is_api(teacher) else {}
         if distributed.rank() == 0:
             self.run.write("teacher", {**row, "val_accuracy": accuracy, "val_loss": loss, **spent})
@@ -334,15 +331,6 @@ def _progress(run: RunDirectory) -> tuple[int, list[str], str | None]:
     """Number of committed rounds, reasons of the rejected tries of the next one, and why boosting has stopped."""
     number = run.committed()
     return number, run.tries(number), run.stopped
-
-
-def _indescribable(student: nn.Module) -> str | None:
-    """Reason why a student cannot be rebuilt from the files of a round; None if it can."""
-    try:
-        describe(student)
-    except IndescribableError as error:
-        return str(error)
-    return None
 
 
 def is_attached(module: pl.LightningModule) -> bool:

@@ -32,6 +32,9 @@ PLANS = 64  # largest number of budgets whose exits are cached
 class ProgressiveEnsemble(nn.Module):
     """Students in the order of their rounds. The prefix of k students answers scale * (f_1 + … + f_k) / k (+ offset).
 
+    Its students are frozen, and no gradient passes through them to x. `load` restores all of it; a state dict holds
+    weights, not MACs, calibration or the scale of class logits.
+
     Args:
         students: the students, in order.
         scale: one unit of the students' logits in the teacher's units; one value per output for real outputs.
@@ -75,8 +78,8 @@ class ProgressiveEnsemble(nn.Module):
         if offset is None:
             self.scale, self.offset = scale, None  # type: ignore[assignment]
         else:
-            self.register_buffer("scale", torch.tensor(scale), persistent=False)
-            self.register_buffer("offset", torch.tensor(offset), persistent=False)
+            self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+            self.register_buffer("offset", torch.tensor(offset, dtype=torch.float32))
         if macs and len(macs) != len(students):
             raise UserError(
                 f"Expected `macs` to hold one number for each of {len(students)} students, got {len(macs)}."
@@ -89,8 +92,7 @@ class ProgressiveEnsemble(nn.Module):
         self.macs = list(macs) or [0] * len(self.students)
         self.calibration, self.inputs = calibration or Calibration(len(self.students)), inputs or InputSpec()
         self.wiring = Wiring(students)
-        self._stacked: StackedBodies | None = None  # copies of the weights, rebuilt when these change
-        self.register_load_state_dict_post_hook(_unstack)  # type: ignore[no-untyped-call]
+        self._stacked: StackedBodies | None = None
         self._plans: dict[Any, ExitPlan | None] = {}  # by budget and device, of one calibration
         self._plans_of: Calibration | None = None
         self.requires_grad_(False).train(False)
@@ -120,7 +122,8 @@ class ProgressiveEnsemble(nn.Module):
         run = RunDirectory(run_dir)
         number = run.committed()
         if not number:
-            raise UserError(f"No round is committed in `run_dir` {run.root}. Train one with `bdistil fit`.")
+            there = "No round is committed in" if run.root.exists() else "There is no folder"
+            raise UserError(f"{there} `run_dir` {run.root}. Train one with `bdistil fit`.")
         students: list[nn.Module] = []
         for t in range(number):
             students.append(restore_student(run, t, students, student))
@@ -200,8 +203,10 @@ class ProgressiveEnsemble(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ProgressiveEnsemble:
         """Moves or converts all parameters, as nn.Module does; floating-point x must then have their dtype."""
-        before, self._stacked = self._real_type(), None
+        before, units, self._stacked = self._real_type(), (self.scale, self.offset), None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.offset is not None:  # in half precision, a target of 200,000 has steps of 1,024
+            self.scale, self.offset = (unit.to(self.offset.device) for unit in units)  # type: ignore[union-attr]
         if (now := self._real_type()) != before and now is not None:
             self.inputs = self.inputs.in_type(now)
         return self
@@ -226,6 +231,8 @@ class ProgressiveEnsemble(nn.Module):
         """
         started = time.perf_counter()
         budget = budget or Budget()
+        if not isinstance(budget, Budget):
+            raise UserError(f"Expected a Budget, got {budget!r}: predict(x, Budget(confidence=0.9)).")
         if budget.macs is not None and not any(self.macs):
             raise UserError(
                 f"Expected an ensemble whose `macs` are known for a budget of {budget.macs} multiply-adds, got one "
@@ -271,10 +278,6 @@ class ProgressiveEnsemble(nn.Module):
         """Combines exits with the logit factors of the prefixes."""
         numbers, weights = range(1, len(self) + 1), self.calibration.weights
         return ExitPlan(exits, [float(prefix_factor(self.scale, weights, number)) for number in numbers], guard)
-
-
-def _unstack(ensemble: ProgressiveEnsemble, _: object) -> None:
-    ensemble._stacked = None
 
 
 @torch.no_grad()

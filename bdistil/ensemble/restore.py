@@ -64,11 +64,11 @@ def _made_again(
     if record["blueprint"] is not None:
         _restore_drawn(student, record["blueprint"], tensors)
     else:
-        _restore_buffers(student, tensors)
+        restore_buffers(student, tensors)
     return student
 
 
-def _restore_buffers(student: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def restore_buffers(student: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Restores the saved buffers outside the state dict of a student whose classes cannot be imported."""
     beyond = tensors.keys() - student.state_dict().keys()
     for name in [name for name, _ in student.named_buffers() if name in beyond]:

@@ -217,29 +217,27 @@ class StackedBodies:
     """Bodies of students with identical architectures as one module on stacked parameters.
 
     Links join at the head, so the bodies of students that read no earlier state can run together; the heads then run
-    one after the other. The logits equal those of the students run in order. The parameters are copied.
+    one after the other. The logits equal those of the students run in order.
 
     Raises:
         UserError: the architectures of the students differ.
     """
 
     def __init__(self, students: Sequence[nn.Module]) -> None:
-        same = _of_one_shape(students)
-        self._template = _Features(deepcopy(same[0]))
-        stacked = torch.func.stack_module_state([student.body for student in same])
-        self._parameters, self._buffers = (
-            {f"student.body.{key}": value.detach() for key, value in tensors.items()} for tensors in stacked
-        )
-
-    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Any) -> Tensor:
-        features: Tensor = torch.func.functional_call(self._template, (parameters, buffers), (x,))
-        return features
+        self._students = _of_one_shape(students)
 
     @torch.no_grad()
     def __call__(self, x: Any) -> tuple[Tensor, ...]:
         """Features (B, D) of each student."""
-        together = torch.func.vmap(lambda parameters, buffers: self._one(parameters, buffers, x))
-        return torch.unbind(together(self._parameters, self._buffers))
+        template = _Features(deepcopy(self._students[0]))  # functional_call changes it: one for each thread
+        stacked = torch.func.stack_module_state([student.body for student in self._students])
+        named = [{f"student.body.{key}": value for key, value in tensors.items()} for tensors in stacked]
+
+        def features(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            one: Tensor = torch.func.functional_call(template, (parameters, buffers), (x,))
+            return one
+
+        return torch.unbind(torch.func.vmap(features)(*named))
 
 
 def _of_one_shape(students: Sequence[nn.Module]) -> list[Student]:

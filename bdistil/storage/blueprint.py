@@ -45,6 +45,15 @@ def describe(module: nn.Module) -> tuple[Plan, dict[str, Tensor]]:
     return writer.module(module, ""), writer.tensors
 
 
+def reason_indescribable(module: nn.Module) -> str | None:
+    """Reason why a module cannot be rebuilt from a description; None if it can."""
+    try:
+        describe(module)
+    except IndescribableError as error:
+        return str(error)
+    return None
+
+
 def rebuild(plan: Plan, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Builds the module that `describe` described, with its weights.
 

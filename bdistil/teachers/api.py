@@ -6,8 +6,10 @@ import hashlib
 import inspect
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -200,11 +202,17 @@ def _own_name(ask: Any) -> str:
     own = getattr(ask, "name", None) or getattr(ask, "__qualname__", None)
     local = "<" in str(own) or inspect.ismethod(ask)  # a lambda, a nested function, a bound method
     if isinstance(own, str) and not local:
-        return own
+        return own if hasattr(ask, "name") else f"{_module_of(ask)}.{own}"
     raise UserError(
         f"Expected `name` for an ApiTeacher that asks {own or f'an object of {type(ask).__qualname__}'}: the recorded "
         "answers are found by it, and those of another API could be taken for these. Change it with the model."
     )
+
+
+def _module_of(ask: Any) -> str:
+    """The module of a function; the name of its file if that is the script."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(script).stem if ask.__module__ == "__main__" and script else str(ask.__module__)
 
 
 def _as_batch(x: Any) -> np.ndarray:

@@ -18,25 +18,43 @@ def some_inputs(loader: Any, count: int = 64) -> Any:
     return loader.collate_fn([data[number] for number in range(0, len(data), -(-len(data) // count))])[0]
 
 
-def warn_of_chance(accuracy: float, outputs: int, samples: int) -> None:
-    """Warns if a teacher is not better than chance by three standard errors."""
+def warn_of_guessing(task: Task, score: float, outputs: int, samples: int) -> None:
+    """Warns if a teacher is not better than chance by three standard errors, or than the mean of real labels.
+
+    Args:
+        task: task of the run.
+        score: accuracy of the teacher on the validation part, or R².
+        outputs: L.
+        samples: number of samples of that part.
+    """
     chance = 1 / outputs
-    if accuracy < chance + 3 * (chance * (1 - chance) / samples) ** 0.5:
+    if task == "classification" and score < chance + 3 * (chance * (1 - chance) / samples) ** 0.5:
         rank_zero_warn(
-            f"The teacher is right for {accuracy:.1%} of {samples} validation samples, not clearly better than "
-            f"guessing among {outputs} classes. Is it trained, in the order of these classes, and are its inputs "
-            "normalised and sized as in its training (AdaptedTeacher)?"
+            f"The teacher is right for {score:.1%} of {samples} validation samples, not clearly better than guessing "
+            f"among {outputs} classes. Is it trained, in the order of these classes, and are its inputs normalised and "
+            "sized as in its training (AdaptedTeacher)?"
         )
-
-
-def warn_of_mean(r2: float) -> None:
-    """Warns if a teacher of a regression is not better than the mean of the labels."""
-    if r2 <= 0:
+    if task == "regression" and score <= 0:
         rank_zero_warn(
-            f"The teacher has R² {r2:.3g} on the validation part, no better than always answering the mean of its "
+            f"The teacher has R² {score:.3g} on the validation part, no better than always answering the mean of its "
             "labels. Is it trained, for labels of this scale? A teacher trained here learns labels far from 0 … 1 "
             "slowly: standardise them, or give it their mean and standard deviation (bdistil.models.MLP has `mean` and "
             "`std`)."
+        )
+
+
+def warn_of_order(train: float, val: float) -> None:
+    """Warns if a table of logits is much worse on the training part than on the validation part.
+
+    Args:
+        train: accuracy on the training part, or R²; NaN if it was not scored.
+        val: the same on the validation part.
+    """
+    if train < val - 0.1:
+        rank_zero_warn(
+            f"The table of logits has a score of {train:.3f} on the training part and of {val:.3f} on the validation "
+            "part. Row i belongs to sample i of the dataset: logits that were collected from a shuffled loader are in "
+            "another order. With wrong labels in the training part alone, as in LabelNoise, nothing is amiss."
         )
 
 

@@ -193,7 +193,10 @@ def _read_file(path: Path, part: str) -> Any:
                 return file.get_tensor(name)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(f"Expected {path} to hold teacher logits, but it cannot be read: {error}.") from error
-    raise UserError(f"Expected teacher logits in a .npy or .safetensors file, got {path}.")
+    raise UserError(
+        f"Expected teacher logits in a .npy or .safetensors file, got {path}. If it holds weights, build the network, "
+        "load them, and give the network as `teacher`."
+    )
 
 
 def _holds(table: Table, part: str) -> bool:

@@ -288,3 +288,8 @@ def test_a_schedule_that_fails_before_the_fit_ends_is_refused(tmp_path, interval
     options["trainer"] = {"epochs": -1, "max_time": "00:01:00:00"}
     with pytest.raises(UserError, match=r"`max_epochs` or `max_steps` for a OneCycleLR.* limited by time alone"):
         boost(tmp_path / "endless", lr_scheduler=one_cycle(length), **options)
+
+
+def test_a_plateau_of_a_score_needs_its_name(tmp_path):
+    with pytest.raises(UserError, match=r"of mode 'min', as it monitors val_rms, an error, got mode 'max'"):
+        boost(tmp_path, optimizer=sgd, lr_scheduler=lambda o: ReduceLROnPlateau(o, mode="max"))

@@ -355,6 +355,39 @@ def test_a_round_that_is_gone(saved):
 def test_nothing_to_load(run, prepared):
     if prepared:
         run.prepare()
-    with pytest.raises(UserError, match=r"No round is committed in `run_dir` .*run\. Train one with `bdistil fit`"):
+    there = "No round is committed in" if prepared else "There is no folder"
+    with pytest.raises(UserError, match=there + r" `run_dir` .*run\. Train one with `bdistil fit`"):
         ProgressiveEnsemble.load(run.root)
     assert run.root.exists() == prepared
+
+
+def make_regression():
+    torch.manual_seed(0)
+    return ProgressiveEnsemble(
+        [Student(nn.Linear(IN, 4), nn.Linear(4, 1)) for _ in range(2)], scale=[100.0], offset=[200_003.0]
+    )
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_units_of_a_regression_stay_in_float32(half, x):
+    """In bfloat16 the offset would be 199,680, in float16 infinite."""
+    expected = make_regression()(x)
+    torch.testing.assert_close(make_regression().to(half)(x.to(half)), expected, atol=2.0, rtol=0)
+    torch.testing.assert_close(make_regression().to(half).float()(x), expected, atol=2.0, rtol=0)
+
+
+def test_a_state_dict_has_the_units_of_a_regression(x):
+    saved = make_regression()
+    other = ProgressiveEnsemble(
+        [Student(nn.Linear(IN, 4), nn.Linear(4, 1)) for _ in range(2)], scale=[1.0], offset=[0.0]
+    )
+    other.load_state_dict(saved.state_dict())
+    assert torch.equal(other(x), saved(x))
+    plain = ProgressiveEnsemble([Student(nn.Linear(IN, 4), nn.Linear(4, 1)) for _ in range(2)])
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*\"scale\", \"offset\""):
+        plain.load_state_dict(saved.state_dict())
+
+
+def test_a_confidence_alone_is_no_budget(ensemble, x):
+    with pytest.raises(UserError, match=r"Expected a Budget, got 0\.9: predict\(x, Budget\(confidence=0\.9\)\)"):
+        ensemble.predict(x, 0.9)

@@ -1,5 +1,8 @@
 """Schedules: all bodies together on stacked parameters, and the ensembles that do not support it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -113,3 +116,31 @@ def test_stacked_parameters_follow_loaded_ones():
 def test_bodies_without_parameters_are_timed():
     ensemble = ProgressiveEnsemble([Student(nn.Flatten(), nn.Linear(IN, L)) for _ in range(2)])
     assert measure_times(ensemble, torch.randn(4, IN), batches=(4,))[0].schedule == "one"
+
+
+@pytest.mark.parametrize("change", ["a student", "a tensor"])
+def test_stacked_parameters_follow_their_students(change):
+    ensemble, x = make_ensemble(), torch.randn(9, IN)
+    ensemble(x, schedule="all")
+    if change == "a student":
+        ensemble.students[1].load_state_dict(make_ensemble().students[1].state_dict())
+    else:
+        ensemble.students[1].body[0].weight.data.mul_(2)
+    torch.testing.assert_close(ensemble(x, schedule="all"), ensemble(x, schedule="one"), atol=1e-5, rtol=1e-5)
+
+
+def test_threads_share_stacked_bodies(monkeypatch):
+    """The call of one thread is halted inside a body while another one runs."""
+    ensemble, x = make_ensemble(), torch.randn(9, IN)
+    expected = ensemble(x, schedule="one")
+    inside, forward = threading.Barrier(2), nn.BatchNorm1d.forward
+
+    def halted(self, rows):
+        inside.wait(10)
+        return forward(self, rows)
+
+    monkeypatch.setattr(nn.BatchNorm1d, "forward", halted)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: ensemble(x, schedule="all"), range(2)))
+    for answer in answers:
+        torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)

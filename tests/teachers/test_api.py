@@ -124,3 +124,14 @@ def test_two_at_once_ask_each_input_once(api, make):
         answers = list(pool.map(lambda teacher: teacher(inputs(12)), teachers))
     assert all(torch.equal(answer, answers[0]) for answer in answers)
     assert len(api.samples) == teachers[0].queries == 12
+
+
+def test_functions_of_one_name_in_two_modules_are_two_apis(tmp_path):
+    asks = []
+    for module in ("v1", "v2"):
+        space = {"__name__": module}
+        exec("def ask(batch):\n    return batch[:, :4]", space)
+        asks.append(space["ask"])
+    ApiTeacher(asks[0], OUTPUTS, tmp_path / "answers.sqlite")
+    with pytest.raises(UserError, match=r"are of another API: 'v1\.ask, .* there, 'v2\.ask, "):
+        ApiTeacher(asks[1], OUTPUTS, tmp_path / "answers.sqlite")

@@ -178,3 +178,9 @@ def test_a_student_that_links_learns_from_a_table(tmp_path, logits):
     assert controller.run.rows()[0]["stage"] == "teacher"
     assert len(controller.ensemble) == 2
     assert controller.ensemble(Toys().parts["val"][0]).shape == (VAL, CLASSES)
+
+
+def test_training_logits_in_another_order_are_warned_of(tmp_path, logits):
+    shuffled = {**logits, "train": logits["train"][torch.randperm(TRAIN)]}
+    with pytest.warns(UserWarning, match=r"score of 0\.\d+ on the training part .* are in another order"):
+        boost(tmp_path, teacher=OfflineTeacher(**shuffled), **ONE)

@@ -28,9 +28,8 @@ from bdistil.storage.run_directory import RunDirectory
 from bdistil.storage.weights import load_weights, save_weights
 from bdistil.teachers.checks import (
     some_inputs,
-    warn_of_chance,
+    warn_of_guessing,
     warn_of_inputs,
-    warn_of_mean,
     warn_of_probabilities,
 )
 from bdistil.teachers.wrappers import comes_trained
@@ -559,10 +558,10 @@ def test_nothing_is_said_of_a_teacher_that_says_nothing():
 def test_a_teacher_that_guesses_is_warned_of():
     """Three standard errors of a guess among four classes are 0.12990 of 100 samples."""
     with pytest.warns(UserWarning, match=r"right for 38\.0% of 100 .* among 4 classes"):
-        warn_of_chance(0.25 + 0.1298, 4, 100)
+        warn_of_guessing("classification", 0.25 + 0.1298, 4, 100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # also what the suite passes over
-        warn_of_chance(0.25 + 0.1300, 4, 100)
+        warn_of_guessing("classification", 0.25 + 0.1300, 4, 100)
 
 
 def test_functions_are_no_part_of_a_fingerprint():
@@ -589,10 +588,10 @@ def test_a_graph_of_torch_export_is_a_teacher():
 
 def test_a_teacher_of_a_regression_that_answers_worse_than_the_mean_is_warned_of():
     with pytest.warns(UserWarning, match=r"R² -12\.7 on the validation part"):
-        warn_of_mean(-12.7)
+        warn_of_guessing("regression", -12.7, 1, 100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_mean(0.01)
+        warn_of_guessing("regression", 0.01, 1, 100)
 
 
 def test_a_run_warns_of_a_teacher_that_guesses(tmp_path):

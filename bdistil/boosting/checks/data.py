@@ -42,6 +42,8 @@ def loaders_of(datamodule: pl.LightningDataModule, settings: BoostingSettings | 
     Raises:
         UserError: a loader is missing, or a hook changes batches.
     """
+    if not isinstance(datamodule, pl.LightningDataModule):
+        raise UserError(f"Expected `datamodule` to be a LightningDataModule, got a {type(datamodule).__name__}.")
     for method in ("train_dataloader", "val_dataloader"):
         if not is_overridden(method, datamodule, pl.LightningDataModule):
             raise UserError(

@@ -17,11 +17,13 @@ from bdistil.boosting.checks.batches import close
 from bdistil.boosting.checks.data import check_repeatable
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.data.loaders import check_dataset
+from bdistil.ensemble.restore import restore_buffers
 from bdistil.errors import UserError
 from bdistil.metrics.cost import as_written, is_compiled
 from bdistil.models.inputs import InputSpec, takes_parts
 from bdistil.models.stages import FEATURES
 from bdistil.models.student import Rung, Student, build_student, linked_activations, run_student
+from bdistil.storage.blueprint import reason_indescribable
 from bdistil.utils.modules import eval_mode, first_shared, module_device
 from bdistil.utils.trees import leaves_of, row_count, take_rows
 
@@ -99,6 +101,31 @@ def check_student(student: nn.Module, earlier: Sequence[nn.Module], example: Any
             f"Expected a student whose lazy layers are all used, but `{unknown[0]}` has no size after a first batch. "
             "Give the layer its sizes, or leave it out."
         )
+
+
+def check_restored(student: nn.Module, make: Callable[..., nn.Module], x: Any) -> None:
+    """Checks that the student of the first round can be restored by `make` and its weights, if not by its files alone.
+
+    Args:
+        student: a student that passed `check_student`.
+        make: ``make_student(round)``.
+        x: an example batch (B, ...).
+
+    Raises:
+        UserError: a second student with the weights of the first one answers differently.
+    """
+    if reason_indescribable(student) is None:
+        return
+    second = build_student(make, 0, [], Rung(0), x)
+    second.load_state_dict(student.state_dict())
+    restore_buffers(second, dict(student.named_buffers()))
+    with as_written(student, second), torch.no_grad(), eval_mode(student), eval_mode(second):
+        if not close(run_student(student, [], x), run_student(second, [], x)):
+            raise UserError(
+                "Expected a student whose answers depend on its weights and buffers alone, got one that answers "
+                "differently when `student` makes it again and its state dict is loaded, as when the run is loaded. "
+                "Register random tensors by `register_buffer`, and layers in a list as an nn.ModuleList."
+            )
 
 
 def check_reads(student: nn.Module, loader: Any, name: str) -> None:
@@ -247,7 +274,10 @@ def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) ->
                 "Integers are for embeddings; convert other x to float32 in the dataset (Arrays: --data.standardise "
                 "true)."
             ) from error
-        raise
+        raise UserError(
+            f"Expected a student that reads x as it is, {_form(example)}, got one that fails on it ({error}). Set the "
+            "sizes of its input, such as `features` or `in_channels`."
+        ) from error
 
 
 def _check_alone(student: nn.Module, earlier: Sequence[nn.Module], example: Any, answer: Any) -> None:

@@ -35,8 +35,8 @@ from bdistil.utils import distributed
 FILE = "samples.json"  # digests of some samples, in the ledger folder of a part
 # Number of samples compared at the start of a fit.
 FEW = 4
-# Batches of a fit that are compared: the first `FIRST`, then every `EVERY`-th.
-FIRST, EVERY = 8, 32
+# Batches of a fit that are compared: the first `FIRST`, then every `EVERY`-th, a prime: others in each epoch.
+FIRST, EVERY = 8, 31
 # Number of shapes of padded samples for which sketches are compared with those of the samples alone.
 SHAPES = 4
 

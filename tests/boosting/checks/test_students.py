@@ -1,5 +1,6 @@
 """Students that cannot be trained, saved or evaluated are refused before training; lazy layers get their sizes."""
 
+import lightning as L
 import pytest
 import torch
 from helpers.toys import (
@@ -263,3 +264,44 @@ def test_the_module_of_a_round_is_not_compiled_as_a_whole(tmp_path):
     make_trainer(controller).fit(module, data)
     rounds.close()
     assert list(digests(tmp_path)) == ["000"]
+
+
+class Listed(nn.Module):
+    """Its first layer is no submodule, so that no state dict has it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.blocks = [nn.Linear(FEATURES, WIDTH)] if kind == "list" else []
+        self.matrix = torch.randn(FEATURES, WIDTH)
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))  # cannot be described
+
+    def forward(self, x):
+        return self.norm(self.blocks[0](x) if self.blocks else x @ self.matrix)
+
+
+@pytest.mark.parametrize("kind", ["list", "tensor"])
+def test_state_outside_of_the_state_dict_is_refused(tmp_path, kind):
+    """The loaded ensemble would not be the one that was trained."""
+    with pytest.raises(UserError, match=r"depend on its weights and buffers alone.*register_buffer"):
+        boost(tmp_path, student=lambda round: Student(Listed(kind), nn.Linear(WIDTH, CLASSES)))
+
+
+def test_a_student_that_is_a_lightning_module_is_loaded_from_its_files(tmp_path):
+    boost(tmp_path, student=Attached)
+    ensemble, x = ProgressiveEnsemble.load(tmp_path), torch.randn(5, FEATURES)
+    again = ProgressiveEnsemble.load(tmp_path, student=Attached)
+    assert torch.equal(ensemble(x), again(x))
+
+
+class Attached(L.LightningModule):
+    def __init__(self, round):
+        super().__init__()
+        self.net = make_plain(round)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_x_of_another_size_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"reads x as it is, x of shape .*7.* `features` or `in_channels`"):
+        boost(tmp_path, student=lambda round: nn.Linear(FEATURES - 1, CLASSES))
