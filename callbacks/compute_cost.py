@@ -139,4 +139,10 @@ class ComputeCost(FitState):
 
 def _rows(batch: Any) -> int:
     """Number of samples in a batch: the rows of its first tensor."""
-    return next((len(leaf) for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    rows = next((len(leaf) for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.dim()), None)
+    if rows is None:
+        raise UserError(
+            f"ComputeCost counts samples by the first tensor of a batch (B, ...), got a {type(batch).__name__} without "
+            "one. Give batches as tensors in a tuple, a list or a dictionary."
+        )
+    return rows

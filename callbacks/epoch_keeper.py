@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from bdistil.boosting.checks.trainer import finish_averages
 from bdistil.data.loaders import begin_epoch
+from bdistil.errors import UserError
 from bdistil.storage.files import disk_errors, save_epoch
 from bdistil.utils.resumption import FitProgress, advance_plateaus, plateau_metrics, uncount_empty_epoch
 from bdistil.utils.seeding import reseed
@@ -42,6 +43,7 @@ class EpochKeeper(Checkpoint):
         self._first_epoch = True
         self._has_batches = False  # the epoch under way
         self._ended = False  # the training
+        self._loaded = False  # a checkpoint
 
     @property
     def ckpt_path(self) -> str | None:
@@ -55,6 +57,7 @@ class EpochKeeper(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the progress from a checkpoint."""
         self.state.load(state_dict)
+        self._loaded = True
 
     def _reseed(self, trainer: pl.Trainer) -> None:
         reseed(*self.key, self.state.epochs, trainer.global_rank)
@@ -74,7 +77,19 @@ class EpochKeeper(Checkpoint):
         trainer.should_stop |= self.state.done
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Advances schedules by the metrics of the last saved epoch."""
+        """Advances schedules by the metrics of the last saved epoch.
+
+        Raises:
+            UserError: the checkpoint was written by another callback, before this one had counted the epoch.
+        """
+        current: Any = trainer.fit_loop.epoch_progress.current
+        trained = current.processed
+        if self._loaded and trained != self.state.epochs:
+            raise UserError(
+                f"Expected the checkpoint that {type(self).__name__} writes, got one of another callback, in which it "
+                f"has counted {self.state.epochs} of {trained} epochs: the order of the samples would repeat. Fit with "
+                "its `ckpt_path`."
+            )
         advance_plateaus(trainer, self.state.metrics)
         self.state.metrics = []
 

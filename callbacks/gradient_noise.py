@@ -197,6 +197,11 @@ class GradientNoise(FitState):
     def _measure_and_log(self, trainer: pl.Trainer, module: pl.LightningModule) -> GradientMoments:
         estimate = self.measure(module)
         figures: dict[str, Any] = noise_figures(estimate)
+        if estimate.curvature is not None and math.isnan(estimate.entropy):
+            raise UserError(
+                "Expected labels, without which no distillation weight can be suggested, got none in the samples that "
+                "GradientNoise measures. Give `distillation_weight` as a number, and leave GradientNoise out."
+            )
         if estimate.curvature is not None:
             advice = suggest(estimate.moments, label_loss=estimate.entropy, step=self.step, highest=self.highest)
             figures |= {"suggested_weight": self.set_weight(module, advice), "reason": advice.reason}

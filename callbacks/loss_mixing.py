@@ -176,6 +176,7 @@ class LossMixing(FitState):
                 self._samples = stable_digests(dataset, spread(self.probe.samples))
         self.flipped = flipped_labels(self._loaders[0].dataset)
         self._open.enter_context(_restored(pl_module))
+        self._used = False  # whether the training step has asked for the weights
         self._attach(pl_module)
         last = trainer.max_epochs or 0
         if last > 0 and not any(map(self.settings.due, range(last))) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -200,6 +201,17 @@ class LossMixing(FitState):
         weights, flipped = self._weights_in_training()
         self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, flipped)})
         log_weights(trainer.loggers, weights, self.history[-1], logger_step(trainer))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Raises UserError after the first step if the module did not use the weights."""
+        if not self._used and not isinstance(pl_module, BoostingRound):
+            raise UserError(
+                f"Expected the training step of {type(pl_module).__name__} to weight its losses by "
+                "`self.sample_weights(index)`, which LossMixing learns, but it did not ask for them. See "
+                "docs/noisy-labels.md."
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the learned parameters, and a histogram of the label weights."""
@@ -247,7 +259,11 @@ class LossMixing(FitState):
         if isinstance(module, BoostingRound):
             mix_round(module, self.mix, self._labels)
         else:
-            module.sample_weights = lambda index: self.weights(index).to(module.device)
+            module.sample_weights = lambda index: self._weights_for(module, index)
+
+    def _weights_for(self, module: pl.LightningModule, index: Index) -> Tensor:
+        self._used = True
+        return self.weights(index).to(module.device)
 
 
 def _learning_rate(trainer: pl.Trainer, module: Any) -> float:

@@ -43,7 +43,7 @@ class MetricCurves(FitState):
     def __init__(self, metric: str = "val_accuracy", cost: str = "cost/macs", tolerance: float = 0.0) -> None:
         self.metric, self.cost, self.tolerance = metric, cost, tolerance
         self.points: list[tuple[float, float]] = []
-        self._validated = False
+        self._validated, self._number = False, 0  # of the fit, among the points
         self._latest: tuple[float, float] | None = None  # the point of the fit, if it ended now
 
     @property
@@ -53,13 +53,13 @@ class MetricCurves(FitState):
 
     def state_dict(self) -> dict[str, Any]:
         """The points so far, and that of the fit in progress."""
-        return {"points": [list(point) for point in self.points], "latest": self._latest}
+        return {"points": [list(point) for point in self.points], "latest": self._latest, "number": self._number}
 
     def restore(self, state_dict: dict[str, Any]) -> None:
         """Restores the points of earlier fits, unless this instance has more: those of fits since the checkpoint."""
         if len(state_dict["points"]) > len(self.points):
             self.points = [(float(cost), float(value)) for cost, value in state_dict["points"]]
-        self._latest = state_dict.get("latest")
+        self._latest, self._number = state_dict.get("latest"), state_dict.get("number", len(self.points))
 
     def add(self, cost: float, accuracy: float) -> dict[str, float]:
         """Adds a point with a cost > 0 and an accuracy in 0 … 1; returns area and falls so far."""
@@ -70,6 +70,8 @@ class MetricCurves(FitState):
         """Refuses a boosting run, whose accuracy is that of the prefix, but the cost that of one student."""
         super().setup(trainer, pl_module, stage)
         self._latest = None
+        if stage == "fit" and trainer.global_step == 0:  # otherwise it goes on with a fit, whose point is replaced
+            self._number = len(self.points)
         if stage == "fit" and isinstance(pl_module, BoostingRound):
             raise UserError(NOT_IN_ROUNDS)
 
@@ -125,6 +127,7 @@ class MetricCurves(FitState):
         """Adds the point of this fit; none for a `fast_dev_run`."""
         if self._latest is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self.points[self._number : self._number + 1] = []
         figures = self.add(*self._latest)
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{key}": value for key, value in figures.items()}, step=logger_step(trainer))

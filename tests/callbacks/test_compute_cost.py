@@ -259,3 +259,24 @@ def test_two_processes_count_together(tmp_path, monkeypatch):
     callback = ComputeCost(latency=False)
     fit(Plain(), [callback], tmp_path, data=loader(count=12), strategy="ddp_spawn", devices=2)
     assert logged(tmp_path)["train_macs"] == [3 * MACS * 12]
+
+
+class Batch:
+    """Has no tensor that Lightning's or torch's trees would find."""
+
+    def __init__(self, pairs):
+        self.x = torch.stack([x for x, _ in pairs])
+
+
+def test_batches_without_a_tensor_are_refused():
+    class Own(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch.x, batch_idx)
+
+    loader = DataLoader(Samples(lambda x, y: (x, y)), BATCH, collate_fn=Batch)
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[ComputeCost(inputs=torch.zeros(1, 6))],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"counts samples by the first tensor of a batch .*, got a Batch without one"):
+        trainer.fit(Own(), loader)

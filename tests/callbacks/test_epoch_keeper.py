@@ -3,8 +3,9 @@
 import pytest
 import torch
 from helpers.toys import Hook, Killed, Toys, make_plain, make_teacher, make_trainer
-from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 
+from bdistil import UserError
 from bdistil.callbacks import EpochKeeper
 from bdistil.data.loaders import indexed_loaders
 from bdistil.distillation import Distillation
@@ -94,3 +95,22 @@ def test_a_fit_resumed_after_its_end_has_averaged_weights(tmp_path):
 
     first, again = train(), train()
     assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+class Steady(Distillation):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.student.parameters(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*`ckpt_path`", "ignore:Checkpoint directory")
+def test_a_checkpoint_of_another_callback_is_refused(tmp_path):
+    """It was saved before this one had counted the epoch, whose order of samples would be repeated."""
+    for path in (None, str(tmp_path / "other/last.ckpt")):
+        keeper = EpochKeeper(tmp_path / "own/last.ckpt", 0, "teacher")
+        trainer = make_trainer(ModelCheckpoint(tmp_path / "other", save_last=True), keeper, epochs=2 if path else 1)
+        module = Steady(make_plain(0), teacher=make_teacher())
+        if path is None:
+            trainer.fit(module, Toys())
+            continue
+        with pytest.raises(UserError, match=r"that EpochKeeper writes, got one .* counted 0 of 1 epochs"):
+            trainer.fit(module, Toys(), ckpt_path=path)

@@ -353,3 +353,18 @@ def test_figures_of_a_fit_that_is_resumed_after_its_end_are_written(noisy, tmp_p
 
     first, again = run(tmp_path / "first"), run(tmp_path / "again")
     assert again == first[:-1]  # the checkpoint was saved before the measurement at the end
+
+
+class Nobody(Toys):
+    """No sample has a label."""
+
+    def train_dataloader(self):
+        x, y = self.parts["train"]
+        return DataLoader(TensorDataset(x, torch.full_like(y, -100)), 32)
+
+
+def test_without_labels_there_is_no_weight(tmp_path):
+    """It would be 0, with which nothing is trained."""
+    module = Distillation(nn.Linear(8, 4), nn.Linear(8, 4), distillation_weight="auto")
+    with pytest.raises(UserError, match=r"got none in the samples that GradientNoise measures\. Give"):
+        fit(module, Nobody(), GradientNoise(every=1, samples=64, folder=tmp_path), epochs=1)

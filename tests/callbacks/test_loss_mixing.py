@@ -553,3 +553,14 @@ def test_a_fit_that_ends_before_the_first_update_is_warned_of(tmp_path, warmup, 
     ):
         fit(Distillation(make_student(0), make_teacher()), callback, Toys())
     assert bool(callback.history) is not warned
+
+
+class Unweighted(Distillation):
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+
+def test_a_module_that_does_not_use_the_weights_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"step of Unweighted to weight its losses by `self\.sample_weights\(index\)`"):
+        fit(Unweighted(nn.Linear(8, 4), teacher=make_teacher()), LossMixing(SOON, folder=tmp_path), Toys())

@@ -141,3 +141,22 @@ def test_a_fit_that_is_resumed_after_its_end_has_its_point(tmp_path):
     script(tmp_path / "cut", (4, 8))
     for _ in range(2):
         assert torch.tensor(script(tmp_path / "cut", (4, 8, 16))).allclose(torch.tensor(whole))
+
+
+@pytest.mark.filterwarnings("ignore:.*`ckpt_path`", "ignore:Checkpoint directory")
+@pytest.mark.parametrize("same", [True, False], ids=["trainer", "checkpoint"])
+def test_a_fit_that_is_continued_has_one_point(tmp_path, same):
+    curves, saved = MetricCurves(), ModelCheckpoint(tmp_path, save_last=True)
+    fitted(Foreign(), ComputeCost(), curves)
+    module, trainer = Foreign(), make_trainer(ComputeCost(), curves, saved, epochs=1)
+    trainer.fit(module, Toys())
+    assert len(curves.points) == 2
+    if same:
+        trainer.fit_loop.max_epochs = 4
+        trainer.fit(module, Toys())
+    else:
+        trainer = make_trainer(ComputeCost(), curves, ModelCheckpoint(tmp_path), epochs=4)
+        trainer.fit(module, Toys(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert module.epochs == 4
+    assert len(curves.points) == 2
+    assert curves.points[1][1] == float(trainer.callback_metrics["val_accuracy"])
