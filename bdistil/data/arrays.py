@@ -153,6 +153,9 @@ def read_arrays(file: Path) -> dict[str, tuple[Array, Array]]:
         raise UserError(f"Expected {file} to be a .npz file of arrays of numbers, got another file (see numpy.savez).")
     try:
         with np.load(file, allow_pickle=False) as loaded:
+            lowered = [name.lower() for name in loaded.files]
+            if twice := [name for name in loaded.files if lowered.count(name.lower()) > 1]:
+                raise UserError(f"Expected arrays of different names in {file}, got {listed(twice)}. Rename one.")
             arrays = {name.lower(): _read(loaded, name) for name in loaded.files}
     except UserError:
         raise

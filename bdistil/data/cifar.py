@@ -20,10 +20,11 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
 COMMANDS = "mkdir -p {{root}} && curl -L https://www.cs.toronto.edu/~kriz/{file} | tar xz -C {{root}}"
 
 
-def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tensor, Tensor]:
+def read_batch(file: Path, source: Source, key: str, classes: int, part: str | None = None) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, 3, 32, 32) and labels (N,) of one file: rows of 1024 red, 1024 green and 1024 blue values.
 
-    The file is a pickle of Python 2 with the labels under `key`; nothing in it is executed.
+    The file is a pickle of Python 2 with the labels under `key`, of the part `train` or `test`, if given; nothing
+    in it is executed.
 
     Raises:
         UserError: the file is damaged or not the expected one.
@@ -35,7 +36,9 @@ def read_batch(file: Path, source: Source, key: str, classes: int) -> tuple[Tens
         raise source.damaged(file, str(error)) from error
     if not isinstance(batch, dict) or "data" not in batch or key not in batch:
         raise source.damaged(file, f"it holds no `data` and `{key}`")
-    data, labels = batch["data"], batch[key]
+    data, labels, own = batch["data"], batch[key], batch.get("batch_label")
+    if isinstance(own, str) and own.startswith({"train": "testing", "test": "training"}.get(part or "", "?")):
+        raise source.damaged(file, f"it calls itself {own!r}, so it was renamed")
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIDE**2):
         got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
         raise source.damaged(
@@ -82,7 +85,7 @@ class Cifar10(ImageModule):
 
     def _read(self, folder: Path, part: str, published: int) -> tuple[Tensor, Tensor]:
         files = [folder / name for name in self.FILES[part]]
-        images, labels = zip(*(read_batch(f, self.SOURCE, self.LABELS, self.CLASSES) for f in files), strict=True)
+        images, labels = zip(*(read_batch(f, self.SOURCE, self.LABELS, self.CLASSES, part) for f in files), strict=True)
         self.SOURCE.check_count(f"images in {part}", sum(map(len, labels)), published, folder, self.partial)
         return torch.cat(images), torch.cat(labels)
 

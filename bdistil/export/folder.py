@@ -25,7 +25,10 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: the path exists and is not an export, or is an export that must not be replaced.
     """
-    if not output.exists() and not output.is_symlink():
+    if output.is_symlink():
+        target = output.resolve()
+        raise UserError(f"Expected `--output` to be a folder, got the link {output}. Give its target, {target}.")
+    if not output.exists():
         return
     try:
         manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
@@ -43,9 +46,9 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _other_files(output: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Files in an export folder that do not belong to the export."""
-    written = {"manifest.json", *_files_of(manifest)}
-    found = [path for path in output.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    """Files, links and folders in an export folder that do not belong to the export."""
+    written = {"manifest.json", "runner", *_files_of(manifest)}
+    found = [path for path in output.rglob("*") if "__pycache__" not in path.parts]
     return sorted({path.relative_to(output).as_posix() for path in found} - written)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -167,15 +167,28 @@ class Export:
             cut = dict(tensors)
             for name, axis, size in sizes:
                 cut[name] = cut[name].narrow(axis, 0, min(size, most))
-            try:
-                reference(self.ensemble, inputs.put_together(cut))
-            except Exception:  # errors of the user's code share no base class
-                return False
-            return True
+            return self._works(cut)
 
         tried = range(1, max((size for *_, size in sizes), default=1))
         least = 1 + bisect_left(tried, True, key=works)
         return {f"{name}_{axis}": min(size, least) for name, axis, size in sizes}
+
+    def _works(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the students read these tensors of x without an error."""
+        try:
+            reference(self.ensemble, self.ensemble.inputs.put_together(tensors))
+        except Exception:  # errors of the user's code share no base class
+            return False
+        return True
+
+    def reads_negative(self, name: str) -> bool:
+        """Whether the students read a negative number in this tensor of x.
+
+        PyTorch refuses one as an index of an embedding; ONNX counts it from the end.
+        """
+        inputs = self.ensemble.inputs
+        tensors = inputs.take_apart(inputs.random(1))
+        return tensors[name].dtype.is_signed and self._works(tensors | {name: torch.full_like(tensors[name], -1)})
 
     def tensors(self, x: Any) -> dict[str, Tensor]:
         """Maps names of graph inputs to the tensors of x."""

@@ -104,7 +104,7 @@ def _inputs(export: Export) -> list[dict[str, Any]]:
     """Manifest entries of the tensors of x: name, key in x, and sizes of one sample.
 
     A varying size is given by a name; `largest` holds its largest value in the data of the run, and `least` the
-    smallest that the students read in PyTorch.
+    smallest that the students read in PyTorch. `negative` tells whether they read negative numbers.
     """
     inputs, sizes, entries = export.ensemble.inputs, export.segment([0]).sizes, []
     least = export.least()
@@ -112,7 +112,8 @@ def _inputs(export: Export) -> list[dict[str, Any]]:
         known = zip(sizes[name], spec.shape or (), strict=True)
         largest = {axis: size[1] for axis, size in known if isinstance(size, tuple)}
         entry = {"name": name, "path": path, "shape": sizes[name], "dtype": spec.dtype}
-        entries.append({**entry, "largest": largest, "least": {axis: least[str(axis)] for axis in largest}})
+        smallest, negative = {axis: least[str(axis)] for axis in largest}, export.reads_negative(name)
+        entries.append({**entry, "largest": largest, "least": smallest, "negative": negative})
     return entries
 
 

@@ -245,7 +245,7 @@ class ExportedEnsemble:
         """Measures the stage times on this machine and uses them from now on.
 
         Args:
-            batches: batch sizes, smallest first.
+            batches: batch sizes.
             repeats: measurements of each.
 
         Returns:
@@ -254,7 +254,7 @@ class ExportedEnsemble:
         exits = Exits("max_prob", [0.5] * len(self), [1.0] * len(self))
         plan = ExitPlan(exits, [1.0] * len(self), Guard(None, len(self)))
         entries = []
-        for batch in batches:
+        for batch in sorted(batches):
             arrays = self.inputs.random(batch)
             rows = [measure_stages(lambda: self._runner(arrays), plan) for _ in range(WARM_UP + repeats)]  # noqa: B023
             taken = np.array(rows[WARM_UP:])

@@ -19,6 +19,7 @@ class Inputs:
     Args:
         entries: `inputs` of the manifest: name, path in x, shape of one sample and dtype of each. A size that may vary
             has a name; its largest value in training is in `largest`, the smallest that the students read in `least`.
+            `negative` tells whether the students read negative numbers.
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -76,6 +77,10 @@ def _check(x: Any, entry: Mapping[str, Any], dtype: np.dtype[Any]) -> None:
             raise ExportError(f"Expected `{name}` of at least {least} along axis {axis}, got {x.shape}.")
     if x.dtype != dtype:
         raise ExportError(f"Expected `{name}` of dtype {dtype}, got {x.dtype}. Convert it: {name}.astype('{dtype}').")
+    if isinstance(x, np.ma.MaskedArray):
+        raise ExportError(f"Expected `{name}` without a mask, which graphs ignore, got a masked array. Use .filled().")
+    if dtype.kind == "i" and not entry.get("negative", True) and (x < 0).any():
+        raise ExportError(f"Expected `{name}` without negative numbers, as indices of an embedding, got {x.min()}.")
     if dtype.kind == "f" and not np.isfinite(x).all():
         wrong = ~np.isfinite(x).reshape(len(x), -1).all(1)
         raise ExportError(

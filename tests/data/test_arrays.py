@@ -186,3 +186,8 @@ def test_features_of_any_unit_are_standardised(path):
 def test_workers_read_if_they_are_asked_for(path):
     module = opened(path, num_workers=1)
     assert [loader.num_workers for loader in (module.train_dataloader(), module.val_dataloader())] == [1, 1]
+
+
+def test_names_that_differ_in_case_alone_are_refused(path):
+    with pytest.raises(UserError, match=r"arrays of different names in .*, got x, X\. Rename one"):
+        opened(path, arrays={"x": X, "y": Y, "X": X + 100})

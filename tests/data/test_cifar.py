@@ -147,3 +147,12 @@ def test_missing_files(tmp_path):
 def test_values_that_cannot_be(root, values):
     with pytest.raises(UserError, match=rf"`{next(iter(values))}`"):
         opened(Cifar10, root, **values)
+
+
+@pytest.mark.parametrize(("name", "label"), [("data_batch_5", "testing batch"), ("test_batch", "training batch")])
+def test_a_renamed_file_of_the_other_part_is_refused(tmp_path, name, label):
+    write_cifar10(tmp_path, each=1)
+    file = tmp_path / "cifar-10-batches-py" / name
+    file.write_bytes(old_pickle({"labels": [0], "data": pattern(0)[None], "batch_label": label}))
+    with pytest.raises(UserError, match=rf"{name} of CIFAR-10 cannot be used: it calls itself '{label}'"):
+        opened(Cifar10, tmp_path)

@@ -145,3 +145,22 @@ def test_an_export_is_replaced_but_no_file_of_the_users(mlp, tmp_path):
     with pytest.raises(UserError, match=r"to hold nothing but an export, .* got app\.py"):
         export_run(mlp[0], out, ExportOptions(overwrite=True))
     assert (out / "app.py").exists()
+
+
+def test_a_link_is_not_replaced(mlp, tmp_path):
+    export_run(mlp[0], tmp_path / "real", ExportOptions())
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(UserError, match=r"got the link .*link\. Give its target, .*real\."):
+        export_run(mlp[0], tmp_path / "link", ExportOptions(overwrite=True))
+
+
+@pytest.mark.parametrize("other", ["link", "folder"])
+def test_links_and_empty_folders_of_the_users_are_kept(mlp, tmp_path, other):
+    out = tmp_path / "out"
+    export_run(mlp[0], out, ExportOptions())
+    if other == "link":
+        (out / other).symlink_to(tmp_path / "nowhere")
+    else:
+        (out / other).mkdir()
+    with pytest.raises(UserError, match=rf"to hold nothing but an export, .* got {other}\."):
+        export_run(mlp[0], out, ExportOptions(overwrite=True))

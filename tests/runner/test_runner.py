@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers.export_runs import KINDS, change_manifest, exported_mlps, write_run
+from helpers.export_runs import KINDS, RUNGS, change_manifest, committed, exported_mlps, write_run
 from torch import nn
 
 from bdistil import Budget, ProgressiveEnsemble, Student
@@ -23,6 +23,7 @@ from bdistil.export import export_run
 from bdistil.runner import RULES, BatchTimes, ExportedEnsemble, ExportError, StageClock
 from bdistil.runner import Budget as RunnerBudget
 from bdistil.runner.command import main
+from bdistil.storage.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,7 @@ def test_a_file_that_is_no_array_is_one_message(tmp_path, capsys, content):
         (np.zeros((2, 6)), "dtype float32, got float64"),
         (np.array([[0] * 6, [np.nan] * 6], np.float32), "got 1 such samples of 2, the first at index 1"),
         (np.full((1, 6), np.inf, np.float32), "without NaN or infinity"),
+        (np.ma.masked_invalid(np.full((1, 6), np.nan, np.float32)), "without a mask"),
     ],
 )
 def test_input_that_is_none_is_named(mlp, x, message):
@@ -353,3 +355,32 @@ def test_seconds_count_from_the_call(mlp, monkeypatch):
     check = runner.check
     monkeypatch.setattr(runner, "check", lambda x: time.sleep(0.3) or check(x))
     assert runner.predict(np.zeros((4, 6), np.float32), RunnerBudget(seconds=0.2)).stages.tolist() == [1] * 4
+
+
+class Tokens(nn.Module):
+    """Mean of embedded token ids (B, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 5)
+
+    def forward(self, x):
+        return self.table(x).mean(1)
+
+
+def test_token_ids_that_pytorch_refuses_are_refused(tmp_path):
+    """ONNX counts negative indices from the end."""
+    run, student = RunDirectory(tmp_path / "run"), Student(Tokens(), nn.Linear(5, 5)).eval()
+    tensors, record = committed(student, RUNGS[0], 0, (4,))
+    run.commit(0, tensors, {**record, "input_dtype": "int64"})
+    export_run(run, tmp_path / "out")
+    runner, x = ExportedEnsemble.load(tmp_path / "out"), np.zeros((2, 4), np.int64)
+    assert runner.predict(x).logits.shape == (2, 5)
+    x[1, 2] = -1
+    with pytest.raises(ExportError, match=r"`x` without negative numbers, as indices of an embedding, got -1"):
+        runner.predict(x)
+
+
+def test_batches_are_measured_in_any_order(mlp, monkeypatch):
+    runner = ExportedEnsemble.load(mlp[1])
+    assert [entry["batch"] for entry in runner.measure((8, 1), repeats=2)] == [1, 8]
