@@ -119,7 +119,7 @@ class BoostCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**own | kwargs)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            raise UserError(f"Lightning makes no Trainer of the options `trainer` of the recipe: {error}") from error
+            raise UserError(f"Lightning refuses the options `--trainer.*`: {error}") from error
 
     def callbacks(self) -> list[Callback]:
         """The callbacks of the recipe."""

@@ -43,9 +43,13 @@ class Parser(LightningArgumentParser):
             message = re.sub(r"(?<=[:,] )", "--", message)
         if "required: --model" in message:
             message += "\n  A recipe sets them: bdistil fit --config digits. `bdistil recipes` lists the shipped ones."
-        if unknown := re.search(r"(?:does not accept option|Option) '([\w.]+)'|arguments: --([\w.]+)", message):
-            near = difflib.get_close_matches(unknown[1] or unknown[2], list(self.get_defaults().keys()), 1, 0.75)
-            message += f"\n  Did you mean '{near[0]}'?" if near else ""
+        if unknown := re.search(r"(?:does not accept option|Option) '([\w.]+)'|arguments: --([\w.-]+)", message):
+            name, known = (unknown[1] or unknown[2]).replace("-", "_"), list(self.get_defaults().keys())
+            inside = [key for key in known if key.endswith(f".{name}")]
+            near = inside or difflib.get_close_matches(name, known, 1, 0.75)
+            message += f"\n  Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        elif "unrecognized arguments: " in message:
+            message += "\n  Every value follows an option, such as --config or --run_dir."
         if spaceless := re.search(r"Option '(\w+):(\S+)' is not accepted", message):
             message += f"\n  YAML has a space after the colon of a key: {{{spaceless[1]}: {spaceless[2]}}}."
         super().error(message, ex)

@@ -274,6 +274,10 @@ def test_print_config_shows_the_resolved_recipe(capsys):
 
 MISTAKES = [
     (["fitt"], "'fitt'", "Did you mean 'fit'"),
+    (["fit", "--config", "digits", "--rounds", "3"], "--rounds", "Did you mean 'model.boosting.rounds'"),
+    (["fit", "--config", "digits", "--run-dir", "d"], "--run-dir", "Did you mean 'run_dir'"),
+    (["fit", "digits"], "digits", "Every value follows an option, such as --config"),
+    (["evaluate", "--run_dir", "none", "--confidence", "0.9"], "--confidence", "Did you mean 'budget.confidence'"),
     (["fit", "--config", "digit"], "'digit'", "Did you mean 'digits'"),
     (["fit", "--config", "digits", "--model.boosting.rouns", "3"], "rouns", "Did you mean 'model.boosting.rounds'"),
     (["fit", "--config", "digits", "--model.boosting.round", "3"], "unrecognized", "model.boosting.rounds"),
