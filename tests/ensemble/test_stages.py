@@ -130,17 +130,25 @@ def test_stacked_parameters_follow_their_students(change):
 
 
 def test_threads_share_stacked_bodies(monkeypatch):
-    """The call of one thread is halted inside a body while another one runs."""
+    """Both are inside a body; then one of them ends before the other goes on."""
     ensemble, x = make_ensemble(), torch.randn(9, IN)
+    for student in ensemble.students:
+        nn.init.normal_(student.body[1].weight)
     expected = ensemble(x, schedule="one")
-    inside, forward = threading.Barrier(2), nn.BatchNorm1d.forward
+    inside, ended, forward = threading.Barrier(2), threading.Event(), nn.BatchNorm1d.forward
 
     def halted(self, rows):
-        inside.wait(10)
+        if inside.wait(10) == 1:  # the second one to arrive
+            ended.wait(10)
         return forward(self, rows)
+
+    def answer(_):
+        logits = ensemble(x, schedule="all")
+        ended.set()
+        return logits
 
     monkeypatch.setattr(nn.BatchNorm1d, "forward", halted)
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda _: ensemble(x, schedule="all"), range(2)))
+        answers = list(pool.map(answer, range(2)))
     for answer in answers:
         torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
