@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import platform
+import re
 import shlex
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -117,7 +118,8 @@ def run_compare(args: Sequence[str]) -> None:
         raise UserError("Expected one `--config`, got several. Put them into one file; other options may follow.")
     if given.seeds < 1 or given.workers < 1:
         raise UserError(f"Expected `seeds` and `workers` >= 1, got {given.seeds} and {given.workers}.")
-    _compare(given, check_methods(given.methods), options)
+    methods = re.findall(r"\w+", " ".join(given.methods))  # also with commas and brackets, as other lists
+    _compare(given, check_methods(methods), options)
 
 
 def _parser() -> ArgumentParser:

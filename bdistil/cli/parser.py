@@ -12,13 +12,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 NOISE = re.compile(
     r"\n *- Expected a path but (?!\S*(?:/|\.ya?ml)).* either not accessible or invalid(?=\n)"
     r"|\n *(?:- )?(?:Does not validate against|Subtypes:|Errors:|Given value type:|Given value: NestedArg).*"
-    r"|Type typing\.Callable\[.*\] expects a function or a callable class: |\. Got value: Namespace\(.*\)"
+    r"|Type (?:typing|collections\.abc)\.Callable\[.*\] expects a function or a callable class: "
+    r"|\. Got value: Namespace\(.*\)"
 )
 WORDS = (
     (r"Expected a <class 'NoneType'>", "or null"),
     (r"a <class 'int'>", "a whole number"),
     (r"a <class 'float'>", "a number"),
     (r"a <class 'bool'>", "true or false"),
+    (r"a <class 'collections\.abc\.Sequence'>", "a list without spaces, or in quotes"),
     (r"a typing\.Literal\[(.+?)\]", r"one of \1"),
 )
 

@@ -276,6 +276,11 @@ MISTAKES = [
     (["fitt"], "'fitt'", "Did you mean 'fit'"),
     (["fit", "--config", "digits", "--rounds", "3"], "--rounds", "Did you mean 'model.boosting.rounds'"),
     (["fit", "--config", "digits", "--run-dir", "d"], "--run-dir", "Did you mean 'run_dir'"),
+    (
+        ["fit", "--config", "digits", "--model.student.channels", "[6,", "12]"],
+        '"channels"',
+        "Expected a list without spaces, or in quotes. Got value: [6,",
+    ),
     (["fit", "digits"], "digits", "Every value follows an option, such as --config"),
     (["evaluate", "--run_dir", "none", "--confidence", "0.9"], "--confidence", "Did you mean 'budget.confidence'"),
     (["fit", "--config", "digit"], "'digit'", "Did you mean 'digits'"),
