@@ -53,7 +53,7 @@ def decide(
     before, after, minimum = validation.rms_before, validation.rms_after, settings.min_progress
     fall = 1.0 - after / before if before > 0 else 0.0
     verdict, change = "fell" if fall > minimum else "did not fall", f"{before:.4f} -> {after:.4f}, {-fall:+.2%}"
-    return fall > minimum, f"rms error to the teacher {verdict} by more than {minimum:.2%}: {change}"
+    return fall > minimum, f"rms error to the teacher {verdict} by more than {minimum:g}: {change}"
 
 
 def close_round(

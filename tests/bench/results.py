@@ -60,7 +60,8 @@ costs 0.4 to 5.5 points on images, sensor data and spoken digits. Joint training
 data; with more students it is level, except on CIFAR-10, where it is 1.4 to 2.5 points better, and on spoken digits
 with activations, where it is about a point better from four students on.
 
-Measured elsewhere: [CIFAR-10](activations.md#cifar-10) beside the oracle and links to features, spoken digits by
+Measured elsewhere: [CIFAR-10](activations.md#cifar-10) beside the oracle and links to features, with [one setting
+changed at a time](ablations.md), spoken digits by
 [other links and losses](activations.md#spoken-digits),
 [black-box teachers](mekd.md#figures), [wrong labels](noisy-labels.md#figures), [gradient noise](gradient-noise.md),
 and [other packages](peers.md).

@@ -23,8 +23,8 @@ def decide_on(number, *, before=1.0, after=1.0, share=0.0, **settings):
         ({"after": 0.98}, {"min_progress": 0.01}, True, r"fell by more than 0.01: 1.0000 -> 0.9800, -2.00%"),
         ({"after": 0.98}, {"min_progress": 0.03}, False, r"did not fall by more than 0.03: 1.0000 -> 0.9800"),
         ({"after": 1.0}, {"min_progress": 0.0}, False, "did not fall"),
-        ({"after": 2.0}, {}, False, r"did not fall by more than 0.20%: 1.0000 -> 2.0000, \+100.00%"),
-        ({"before": 0.01, "after": 0.009}, {}, True, "fell by more than 0.20%"),  # relative to the prefix before
+        ({"after": 2.0}, {}, False, r"did not fall by more than 0.002: 1.0000 -> 2.0000, \+100.00%"),
+        ({"before": 0.01, "after": 0.009}, {}, True, "fell by more than 0.002"),  # relative to the prefix before
         ({"before": 10.0, "after": 9.99}, {}, False, "did not fall by more than 0.002"),
         ({"before": 0.0, "after": 0.0}, {}, False, "did not fall"),
         ({"before": 0.5, "after": math.nan}, {}, False, "did not fall.*nan"),
