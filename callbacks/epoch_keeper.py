@@ -43,7 +43,6 @@ class EpochKeeper(Checkpoint):
         self._first_epoch = True
         self._has_batches = False  # the epoch under way
         self._ended = False  # the training
-        self._loaded = False  # a checkpoint
 
     @property
     def ckpt_path(self) -> str | None:
@@ -57,7 +56,6 @@ class EpochKeeper(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the progress from a checkpoint."""
         self.state.load(state_dict)
-        self._loaded = True
 
     def _reseed(self, trainer: pl.Trainer) -> None:
         reseed(*self.key, self.state.epochs, trainer.global_rank)
@@ -84,7 +82,7 @@ class EpochKeeper(Checkpoint):
         """
         current: Any = trainer.fit_loop.epoch_progress.current
         trained = current.processed
-        if self._loaded and trained != self.state.epochs:
+        if trainer.ckpt_path is not None and trained != self.state.epochs:
             raise UserError(
                 f"Expected the checkpoint that {type(self).__name__} writes, got one of another callback, in which it "
                 f"has counted {self.state.epochs} of {trained} epochs: the order of the samples would repeat. Fit with "

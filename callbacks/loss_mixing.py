@@ -202,11 +202,9 @@ class LossMixing(FitState):
         self.history.append({"epoch": trainer.current_epoch, **weight_figures(weights, flipped)})
         log_weights(trainer.loggers, weights, self.history[-1], logger_step(trainer))
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Raises UserError after the first step if the module did not use the weights."""
-        if not self._used and not isinstance(pl_module, BoostingRound):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raises UserError if the module has not asked for the weights since they were learned."""
+        if self.history and not self._used and not isinstance(pl_module, BoostingRound):
             raise UserError(
                 f"Expected the training step of {type(pl_module).__name__} to weight its losses by "
                 "`self.sample_weights(index)`, which LossMixing learns, but it did not ask for them. See "
@@ -246,24 +244,22 @@ class LossMixing(FitState):
     def weights(self, index: Index | None = None) -> Tensor:
         """Weights (B, K) of samples, the label weight first; of all N samples by default."""
         assert self.mix is not None, "there are no weights before training"
+        self._used = True
         rows = self.mix if index is None else self.mix[torch.as_tensor(index)]
         return loss_weights(rows, self.settings.mode)
 
     def _weights_in_training(self) -> tuple[Tensor, Tensor | None]:
         """Weights of the samples that are trained on, and which of their labels are known to be flipped."""
+        assert self.mix is not None
         rows = torch.tensor(self.probe.rows)
-        return self.weights()[rows], None if self.flipped is None else self.flipped[rows]
+        return loss_weights(self.mix[rows], self.settings.mode), None if self.flipped is None else self.flipped[rows]
 
     def _attach(self, module: Any) -> None:
         assert self.mix is not None
         if isinstance(module, BoostingRound):
             mix_round(module, self.mix, self._labels)
         else:
-            module.sample_weights = lambda index: self._weights_for(module, index)
-
-    def _weights_for(self, module: pl.LightningModule, index: Index) -> Tensor:
-        self._used = True
-        return self.weights(index).to(module.device)
+            module.sample_weights = lambda index: self.weights(index).to(module.device)
 
 
 def _learning_rate(trainer: pl.Trainer, module: Any) -> float:

@@ -43,7 +43,8 @@ class MetricCurves(FitState):
     def __init__(self, metric: str = "val_accuracy", cost: str = "cost/macs", tolerance: float = 0.0) -> None:
         self.metric, self.cost, self.tolerance = metric, cost, tolerance
         self.points: list[tuple[float, float]] = []
-        self._validated, self._number = False, 0  # of the fit, among the points
+        self._validated = False
+        self._number, self._module = 0, 0  # place of the fit among the points, and what is fitted
         self._latest: tuple[float, float] | None = None  # the point of the fit, if it ended now
 
     @property
@@ -70,8 +71,8 @@ class MetricCurves(FitState):
         """Refuses a boosting run, whose accuracy is that of the prefix, but the cost that of one student."""
         super().setup(trainer, pl_module, stage)
         self._latest = None
-        if stage == "fit" and trainer.global_step == 0:  # otherwise it goes on with a fit, whose point is replaced
-            self._number = len(self.points)
+        if stage == "fit" and (trainer.global_step == 0 or id(pl_module) != self._module):
+            self._number, self._module = len(self.points), id(pl_module)  # otherwise the point of a fit is replaced
         if stage == "fit" and isinstance(pl_module, BoostingRound):
             raise UserError(NOT_IN_ROUNDS)
 

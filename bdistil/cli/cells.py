@@ -20,7 +20,7 @@ from bdistil.cli.guard import guarded
 from bdistil.comparison.figures import Row, part_figures, prefix_rows, table_figures
 from bdistil.comparison.joint import JointLedger, joint_ensemble, plan_joint
 from bdistil.comparison.methods import Kind
-from bdistil.comparison.origin import check_split, parts_of, read_origin
+from bdistil.comparison.origin import check_split, check_test_labels, parts_of, read_origin
 from bdistil.data.loaders import indexed_loaders
 from bdistil.ensemble.ensemble import ProgressiveEnsemble
 from bdistil.evaluation.run_data import Split, loader_of
@@ -44,7 +44,9 @@ class ComparedCLI(BoostCLI):
     def fit_run(self, model: Distiller, datamodule: LightningDataModule, run: RunDirectory) -> LightningDataModule:
         """Checks the samples, then trains."""
         if (origin := read_origin(run.root.parent.parent)) is not None:
-            check_split(origin, parts_of(datamodule, model.boosting))
+            parts = parts_of(datamodule, model.boosting)
+            check_split(origin, parts)
+            check_test_labels(origin, parts)
         return super().fit_run(model, datamodule, run)
 
 

@@ -140,7 +140,7 @@ def _parser() -> ArgumentParser:
     add("--seeds", type=int, default=5, help="Number of seeds, from 0; 5 by default.")
     add("--workers", type=int, default=1, help="Processes, among which torch's threads are divided; 1 by default.")
     only = "Train nothing: report the trainings that are finished, also while others run."
-    add("--report_only", choices=("true", "false"), default="false", help=only)
+    add("--report_only", type=str.lower, choices=("true", "false"), default="false", help=only)
     return parser
 
 

@@ -41,6 +41,10 @@ class Parser(LightningArgumentParser):
         message = NOISE.sub("", message)
         for pattern, words in WORDS:
             message = re.sub(pattern, words, message)
+        if (choice := re.search(r"one of (.*)\. Got value: (\S+)", message)) and (
+            near := difflib.get_close_matches(choice[2], re.findall("'(.+?)'", choice[1]), 1)
+        ):
+            message += f". Did you mean '{near[0]}'?"
         if "are required: " in message:
             message = re.sub(r"(?<=[:,] )", "--", message)
         if "required: --model" in message:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 
 from bdistil.boosting.checks.data import TEST, loaders_of, test_loader_of
@@ -21,7 +22,7 @@ from bdistil.storage.weights import load_weights
 from bdistil.teachers.training import TeacherSpec
 from bdistil.teachers.wrappers import FrozenTeacher, comes_trained
 
-FILE = "origin.json"
+FILE, FIRST_START = "origin.json", "at the first start of this comparison"
 ONE_SPLIT = (
     "A comparison has one teacher, whose training samples may be among those that this training validates and tests "
     "with. Split with a fixed seed, not with that of the run: "
@@ -54,7 +55,8 @@ def _test_labels(parts: Parts) -> str | None:
     """Digest of all labels of the test part, which every training reads anew; None if its samples have no numbers."""
     if TEST not in _datasets(parts):
         return None
-    return hashlib.sha256(read_labels(parts[TEST]).numpy().tobytes()).hexdigest()
+    labels = read_labels(parts[TEST])
+    return hashlib.sha256(labels.to(torch.float64).numpy().tobytes()).hexdigest()  # NumPy has no bfloat16
 
 
 def _fingerprint(spec: TeacherSpec) -> str | None:
@@ -81,7 +83,8 @@ def check_start(output: Path, parts: Parts, now: Origin) -> None:
     if (before := read_origin(output)) is None:
         return
     way = f"Put the data back, or choose another `output` than {output}."
-    _check_samples(before, parts, "at the first start of this comparison", way)
+    _check_samples(before, parts, FIRST_START, way)
+    _check_labels(before, now["labels"], FIRST_START, way)
     if before["teacher"] != now["teacher"]:
         raise UserError(
             f"Expected `model.teacher` to be the teacher of the comparison in {output}, got other weights. Put the "
@@ -89,9 +92,16 @@ def check_start(output: Path, parts: Parts, now: Origin) -> None:
         )
 
 
+def check_test_labels(origin: Origin, parts: Parts) -> None:
+    """Raises UserError if the test labels that a training reads are not those of the comparison."""
+    _check_labels(origin, _test_labels(parts), FIRST_START, "Put the data back, or choose another `output`.")
+
+
+def _check_labels(origin: Origin, now: str | None, where: str, way: str) -> None:
+    if origin.get("labels") not in (None, now):
+        raise UserError(f"Expected `{TEST}()` to give the labels that it gave {where}, got others. {way}")
+
+
 def _check_samples(origin: Origin, parts: Parts, where: str, way: str) -> None:
     for name, items in _datasets(parts).items():
         check_known(read_known(origin["samples"].get(name, {})), name, items, where, way)
-    known = origin.get("labels")
-    if known is not None and known != _test_labels(parts):
-        raise UserError(f"Expected `{TEST}()` to give the labels that it gave {where}, got others. {way}")

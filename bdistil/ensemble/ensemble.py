@@ -205,7 +205,8 @@ class ProgressiveEnsemble(nn.Module):
         """Moves or converts all parameters, as nn.Module does; floating-point x must then have their dtype."""
         before, units, self._stacked = self._real_type(), (self.scale, self.offset), None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.offset is not None:  # in half precision, a target of 200,000 has steps of 1,024
+        # In half precision, a target of 200,000 would have steps of 1,024.
+        if self.offset is not None and not any(unit.is_meta for unit in units):  # type: ignore[union-attr]
             self.scale, self.offset = (unit.to(self.offset.device) for unit in units)  # type: ignore[union-attr]
         if (now := self._real_type()) != before and now is not None:
             self.inputs = self.inputs.in_type(now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -213,6 +214,9 @@ class _Features(nn.Module):
         return self.student.features(x)
 
 
+ONE_CALL = threading.Lock()  # functional_call replaces the parameters of the template while it runs
+
+
 class StackedBodies:
     """Bodies of students with identical architectures as one module on stacked parameters.
 
@@ -225,19 +229,20 @@ class StackedBodies:
 
     def __init__(self, students: Sequence[nn.Module]) -> None:
         self._students = _of_one_shape(students)
+        self._template = _Features(deepcopy(self._students[0]))
 
     @torch.no_grad()
     def __call__(self, x: Any) -> tuple[Tensor, ...]:
         """Features (B, D) of each student."""
-        template = _Features(deepcopy(self._students[0]))  # functional_call changes it: one for each thread
         stacked = torch.func.stack_module_state([student.body for student in self._students])
         named = [{f"student.body.{key}": value for key, value in tensors.items()} for tensors in stacked]
 
         def features(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            one: Tensor = torch.func.functional_call(template, (parameters, buffers), (x,))
+            one: Tensor = torch.func.functional_call(self._template, (parameters, buffers), (x,))
             return one
 
-        return torch.unbind(torch.func.vmap(features)(*named))
+        with ONE_CALL:
+            return torch.unbind(torch.func.vmap(features)(*named))
 
 
 def _of_one_shape(students: Sequence[nn.Module]) -> list[Student]:

@@ -182,10 +182,12 @@ class Export:
         return True
 
     def reads_negative(self, name: str) -> bool:
-        """Whether the students read a negative number in this tensor of x.
+        """Whether the students read a negative number in this tensor of x, or the samples have one.
 
         PyTorch refuses one as an index of an embedding; ONNX counts it from the end.
         """
+        if bool((self.tensors(self.x)[name] < 0).any()):
+            return True
         inputs = self.ensemble.inputs
         tensors = inputs.take_apart(inputs.random(1))
         return tensors[name].dtype.is_signed and self._works(tensors | {name: torch.full_like(tensors[name], -1)})

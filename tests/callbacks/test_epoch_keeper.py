@@ -102,12 +102,14 @@ class Steady(Distillation):
         return torch.optim.SGD(self.student.parameters(), 0.1)
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["beside it", "without it"])
 @pytest.mark.filterwarnings("ignore:.*`ckpt_path`", "ignore:Checkpoint directory")
-def test_a_checkpoint_of_another_callback_is_refused(tmp_path):
+def test_a_checkpoint_of_another_callback_is_refused(tmp_path, beside):
     """It was saved before this one had counted the epoch, whose order of samples would be repeated."""
     for path in (None, str(tmp_path / "other/last.ckpt")):
         keeper = EpochKeeper(tmp_path / "own/last.ckpt", 0, "teacher")
-        trainer = make_trainer(ModelCheckpoint(tmp_path / "other", save_last=True), keeper, epochs=2 if path else 1)
+        others = [keeper] if beside or path else []
+        trainer = make_trainer(ModelCheckpoint(tmp_path / "other", save_last=True), *others, epochs=2 if path else 1)
         module = Steady(make_plain(0), teacher=make_teacher())
         if path is None:
             trainer.fit(module, Toys())

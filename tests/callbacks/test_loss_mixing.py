@@ -561,6 +561,20 @@ class Unweighted(Distillation):
         return nn.functional.cross_entropy(self(x), y)
 
 
+class Late(Distillation):
+    """Uses the weights from the second epoch on, in which they are learned."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return (
+            super().training_step(batch, batch_idx) if self.current_epoch else nn.functional.cross_entropy(self(x), y)
+        )
+
+
+def test_a_module_may_use_the_weights_once_they_are_learned(tmp_path):
+    fit(Late(nn.Linear(8, 4), teacher=make_teacher()), LossMixing(SOON, folder=tmp_path), Toys())
+
+
 def test_a_module_that_does_not_use_the_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"step of Unweighted to weight its losses by `self\.sample_weights\(index\)`"):
         fit(Unweighted(nn.Linear(8, 4), teacher=make_teacher()), LossMixing(SOON, folder=tmp_path), Toys())

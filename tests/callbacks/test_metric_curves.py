@@ -143,6 +143,16 @@ def test_a_fit_that_is_resumed_after_its_end_has_its_point(tmp_path):
         assert torch.tensor(script(tmp_path / "cut", (4, 8, 16))).allclose(torch.tensor(whole))
 
 
+def test_two_modules_of_one_trainer_have_a_point_each():
+    curves = MetricCurves()
+    trainer = make_trainer(ComputeCost(), curves, enable_checkpointing=False, epochs=1)
+    first, second = Foreign(), Foreign()
+    trainer.fit(first, Toys())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(second, Toys())
+    assert (first.epochs, second.epochs, len(curves.points)) == (1, 1, 2)
+
+
 @pytest.mark.filterwarnings("ignore:.*`ckpt_path`", "ignore:Checkpoint directory")
 @pytest.mark.parametrize("same", [True, False], ids=["trainer", "checkpoint"])
 def test_a_fit_that_is_continued_has_one_point(tmp_path, same):

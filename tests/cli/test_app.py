@@ -281,6 +281,7 @@ MISTAKES = [
         '"channels"',
         "Expected a list without spaces, or in quotes. Got value: [6,",
     ),
+    (["fit", "--config", "digits", "--model.boosting.loss", "gme"], "'game'", "Did you mean 'game'?"),
     (["fit", "digits"], "digits", "Every value follows an option, such as --config"),
     (["evaluate", "--run_dir", "none", "--confidence", "0.9"], "--confidence", "Did you mean 'budget.confidence'"),
     (["fit", "--config", "digit"], "'digit'", "Did you mean 'digits'"),

@@ -376,6 +376,12 @@ def test_units_of_a_regression_stay_in_float32(half, x):
     torch.testing.assert_close(make_regression().to(half).float()(x), expected, atol=2.0, rtol=0)
 
 
+def test_a_regression_is_materialised_from_meta(x):
+    other = make_regression().to("meta").to_empty(device="cpu")
+    other.load_state_dict(make_regression().state_dict())
+    assert torch.equal(other(x), make_regression()(x))
+
+
 def test_a_state_dict_has_the_units_of_a_regression(x):
     saved = make_regression()
     other = ProgressiveEnsemble(

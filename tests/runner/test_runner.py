@@ -360,7 +360,7 @@ def test_seconds_count_from_the_call(mlp, monkeypatch):
 class Tokens(nn.Module):
     """Mean of embedded token ids (B, 4)."""
 
-    def __init__(self):
+    def __init__(self, number=0):
         super().__init__()
         self.table = nn.Embedding(10, 5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,12 +113,17 @@ def check_restored(student: nn.Module, make: Callable[..., nn.Module], x: Any) -
         x: an example batch (B, ...).
 
     Raises:
-        UserError: a second student with the weights of the first one answers differently.
+        UserError: a second student with the weights of the first one answers differently, or cannot load them.
     """
     if reason_indescribable(student) is None:
         return
     second = build_student(make, 0, [], Rung(0), x)
-    second.load_state_dict(student.state_dict())
+    try:
+        second.load_state_dict(student.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise UserError(
+            f"Expected `student` to make the same student again for a round, as when the run is loaded, got {error}."
+        ) from error
     restore_buffers(second, dict(student.named_buffers()))
     with as_written(student, second), torch.no_grad(), eval_mode(student), eval_mode(second):
         first, again = run_student(student, [], x), run_student(second, [], x)
@@ -275,10 +281,12 @@ def _evaluate(student: nn.Module, earlier: Sequence[nn.Module], example: Any) ->
                 "Integers are for embeddings; convert other x to float32 in the dataset (Arrays: --data.standardise "
                 "true)."
             ) from error
-        raise UserError(
-            f"Expected a student that reads x as it is, {_form(example)}, got one that fails on it ({error}). Set the "
-            "sizes of its input, such as `features` or `in_channels`."
-        ) from error
+        if re.search(r"mat1 and mat2|to have \d+ channels", str(error)):
+            raise UserError(
+                f"Expected a student that reads x as it is, {_form(example)}, got one that fails on it ({error}). Set "
+                "the sizes of its input, such as `features` or `in_channels`."
+            ) from error
+        raise
 
 
 def _check_alone(student: nn.Module, earlier: Sequence[nn.Module], example: Any, answer: Any) -> None:

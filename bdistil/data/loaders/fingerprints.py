@@ -180,8 +180,6 @@ def _sketch(numbers: Tensor, salt: int) -> Tensor:
     """Sketch (B,) of rows (B, D), or of single numbers (B,)."""
     if numbers.ndim == 1:
         return torch.asinh(numbers).float()
-    if numbers.shape[1] > LONGEST:
-        numbers = numbers[:, :: -(-numbers.shape[1] // LONGEST)]
     projection = (numbers * _signs(numbers.shape[1], salt, numbers.device)).sum(1)
     length = torch.linalg.vector_norm(numbers, dim=1).clamp_(min=torch.finfo(torch.float32).tiny)
     return projection.div_(length).add_(length.log_()).float()
@@ -191,8 +189,9 @@ def _reals(leaf: Tensor) -> Tensor:
     """Rows of a tensor as real numbers (B, D), or (B,); integers are scattered, 0 stays 0."""
     if leaf.is_complex():
         leaf = torch.view_as_real(leaf)
-    if leaf.ndim > 2:
+    if leaf.ndim > 1:
         leaf = leaf.flatten(1)
+        leaf = leaf[:, :: -(-leaf.shape[1] // LONGEST)]  # some of the columns of long rows
     if leaf.is_floating_point():
         return leaf if leaf.dtype in (torch.float32, torch.float64) else leaf.float()
     return (leaf.long() * SCATTER >> 40).float() / (1 << 23)

@@ -286,6 +286,18 @@ def test_state_outside_of_the_state_dict_is_refused(tmp_path, kind):
         boost(tmp_path, student=lambda round: Student(Listed(kind), nn.Linear(WIDTH, CLASSES)))
 
 
+def test_a_student_that_grows_is_refused(tmp_path):
+    sizes = iter(range(8, 99))
+
+    def make(round):
+        return nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, next(sizes))), nn.LazyLinear(CLASSES)
+        )
+
+    with pytest.raises(UserError, match=r"(?s)`student` to make the same student again .* size mismatch"):
+        boost(tmp_path, student=make)
+
+
 def test_a_student_that_is_a_lightning_module_is_loaded_from_its_files(tmp_path):
     boost(tmp_path, student=Attached)
     ensemble, x = ProgressiveEnsemble.load(tmp_path), torch.randn(5, FEATURES)
