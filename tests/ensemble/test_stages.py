@@ -135,7 +135,7 @@ def test_threads_share_stacked_bodies(monkeypatch):
     ensemble, x = make_ensemble(), torch.randn(9, IN)
     for student in ensemble.students:
         nn.init.normal_(student.body[1].weight)
-    expected = ensemble(x, schedule="one")
+    expected = ensemble(x, schedule="all")
     inside, ended, forward = threading.Barrier(2), threading.Event(), nn.BatchNorm1d.forward
 
     def halted(self, rows):

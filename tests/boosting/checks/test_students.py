@@ -294,7 +294,7 @@ def test_a_student_that_grows_is_refused(tmp_path):
             nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, next(sizes))), nn.LazyLinear(CLASSES)
         )
 
-    with pytest.raises(UserError, match=r"(?s)`student` to make the same student again .* size mismatch"):
+    with pytest.raises(UserError, match=r"(?s)`student` to make the same student again .*size mismatch"):
         boost(tmp_path, student=make)
 
 
