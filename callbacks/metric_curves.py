@@ -44,7 +44,7 @@ class MetricCurves(FitState):
         self.metric, self.cost, self.tolerance = metric, cost, tolerance
         self.points: list[tuple[float, float]] = []
         self._validated = False
-        self._number, self._module = 0, 0  # place of the fit among the points, and what is fitted
+        self._number, self._module = 0, 0  # place of the fit among the points, and id of its module
         self._latest: tuple[float, float] | None = None  # the point of the fit, if it ended now
 
     @property
@@ -71,8 +71,9 @@ class MetricCurves(FitState):
         """Refuses a boosting run, whose accuracy is that of the prefix, but the cost that of one student."""
         super().setup(trainer, pl_module, stage)
         self._latest = None
+        # A fit that goes on with the same module replaces its point.
         if stage == "fit" and (trainer.global_step == 0 or id(pl_module) != self._module):
-            self._number, self._module = len(self.points), id(pl_module)  # otherwise the point of a fit is replaced
+            self._number, self._module = len(self.points), id(pl_module)
         if stage == "fit" and isinstance(pl_module, BoostingRound):
             raise UserError(NOT_IN_ROUNDS)
 

@@ -9,6 +9,7 @@ import shlex
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,6 @@ class Inputs:
         x: example batch (1, ...), on which MACs are counted as in a run.
         tracking: settings of the W&B run.
         mixes: whether the recipe has a LossMixing.
-        origin: content of origin.json.
         trains_teacher: whether the first cell trains the teacher.
     """
 
@@ -62,8 +62,12 @@ class Inputs:
     x: Any
     tracking: Tracking
     mixes: bool
-    origin: Origin
     trains_teacher: bool
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Content of origin.json; reads all test labels."""
+        return origin_of(self.parts, self.model.teacher)
 
 
 class PlanCLI(BoostCLI):
@@ -104,7 +108,6 @@ class PlanCLI(BoostCLI):
             x=train.collate_fn([train.dataset[0]])[0],
             tracking=self.config_init.tracking,
             mixes=any(isinstance(callback, LossMixing) for callback in self.callbacks()),
-            origin=origin_of(parts, model.teacher),
             trains_teacher=not (comes_trained(model.teacher.network) or model.teacher.checkpoint),
         )
 
@@ -163,8 +166,9 @@ def _compare(given: Any, methods: Sequence[Method], options: Sequence[str]) -> N
             f"Expected a comparison in `output` {output} for `report_only`, got none. Leave it out to begin it."
         )
     inputs = _read(recipe, options, given.seeds)
+    origin = inputs.origin  # a damaged teacher.checkpoint is refused here
     if begun(output):
-        check_start(output, inputs.parts, inputs.origin)
+        check_start(output, inputs.parts, origin)
     _check_mixing(inputs, methods)
     model = inputs.model
     planned = plan_students(model.make_student, model.boosting, inputs.x, widths="no_resched" in methods)
@@ -177,7 +181,7 @@ def _compare(given: Any, methods: Sequence[Method], options: Sequence[str]) -> N
         return
     with in_use(output):
         check_same(output, text, options)  # another start may have begun meanwhile
-        freeze(output, text, options, inputs.origin)
+        freeze(output, text, options, origin)
         rows = _report(training, _train_interruptibly(training), recipe, text, options)
         _track(inputs.tracking, output, summary_table(rows, model.boosting.task))
 

@@ -84,7 +84,7 @@ def check_start(output: Path, parts: Parts, now: Origin) -> None:
         return
     way = f"Put the data back, or choose another `output` than {output}."
     _check_samples(before, parts, FIRST_START, way)
-    _check_labels(before, now["labels"], FIRST_START, way)
+    _check_labels(before, now["labels"], way)
     if before["teacher"] != now["teacher"]:
         raise UserError(
             f"Expected `model.teacher` to be the teacher of the comparison in {output}, got other weights. Put the "
@@ -94,12 +94,12 @@ def check_start(output: Path, parts: Parts, now: Origin) -> None:
 
 def check_test_labels(origin: Origin, parts: Parts) -> None:
     """Raises UserError if the test labels that a training reads are not those of the comparison."""
-    _check_labels(origin, _test_labels(parts), FIRST_START, "Put the data back, or choose another `output`.")
+    _check_labels(origin, _test_labels(parts), "Put the data back, or choose another `output`.")
 
 
-def _check_labels(origin: Origin, now: str | None, where: str, way: str) -> None:
+def _check_labels(origin: Origin, now: str | None, way: str) -> None:
     if origin.get("labels") not in (None, now):
-        raise UserError(f"Expected `{TEST}()` to give the labels that it gave {where}, got others. {way}")
+        raise UserError(f"Expected `{TEST}()` to give the labels that it gave {FIRST_START}, got others. {way}")
 
 
 def _check_samples(origin: Origin, parts: Parts, where: str, way: str) -> None:

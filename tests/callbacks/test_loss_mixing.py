@@ -572,7 +572,9 @@ class Late(Distillation):
 
 
 def test_a_module_may_use_the_weights_once_they_are_learned(tmp_path):
-    fit(Late(nn.Linear(8, 4), teacher=make_teacher()), LossMixing(SOON, folder=tmp_path), Toys())
+    mixing = LossMixing(SOON, folder=tmp_path)
+    fit(Late(nn.Linear(8, 4), teacher=make_teacher()), mixing, Toys())
+    assert [row["epoch"] for row in mixing.history] == [1, 2]
 
 
 def test_a_module_that_does_not_use_the_weights_is_refused(tmp_path):

@@ -261,9 +261,15 @@ def test_a_killed_comparison_goes_on_and_ends_as_if_nothing_had_happened(root, t
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(root, whole, *methods)) == 0
     start = [sys.executable, "-m", "bdistil.cli", *command(root, killed, *methods, "--workers", "2")]
+
+    def trainings():
+        return len(list(killed.glob("runs/*/config.yaml")))
+
     for number, status in ((signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGKILL, -signal.SIGKILL)):
+        before = trainings()
         with started(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            time.sleep(20)
+            while trainings() == before and process.poll() is None:
+                time.sleep(0.1)
             process.send_signal(number)
             assert process.wait(BUSY) == status
     assert subprocess.run(start, check=False, timeout=BUSY).returncode == 0
