@@ -38,6 +38,9 @@ def evaluate_budgets(
 ) -> list[dict[str, Any]]:
     """Accuracy (R² and rms error for a regression), average cost, latency and exits, one row per budget.
 
+    `average_macs` counts the stages that ran, which depends on the batches and on measured times; `answered_macs` only
+    those up to the stage that a prediction comes from.
+
     With a single budget, the row of students that read segments of a sequence includes early-classification metrics.
 
     Args:
@@ -97,7 +100,9 @@ def _quality(ensemble: ProgressiveEnsemble, loader: Iterable[Any], budget: Budge
         raise UserError("Expected the part to hold samples, got none.")
     seconds, samples = time.perf_counter() - started, int(decided.sum())
     score, error = (round(float(figure), 6) for figure in metric.compute())
-    costs = {"average_macs": round(macs / samples), "all_stages_macs": ensemble.macs[-1]}
+    answered = sum(int(count) * cost for count, cost in zip(decided[1:], ensemble.macs, strict=True))
+    costs = {"average_macs": round(macs / samples), "answered_macs": round(answered / samples)}
+    costs["all_stages_macs"] = ensemble.macs[-1]
     shares = [round(float(d) / samples, 4) for d in decided[1:]]
     exits = {"decided_share": shares} if ensemble.task == "classification" else {}
     quality = {SCORES[ensemble.task]: score} | ({"rms": error} if ensemble.task == "regression" else {})

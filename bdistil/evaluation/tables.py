@@ -27,7 +27,7 @@ def reference_row(run: RunDirectory, part: str) -> dict[str, Any] | None:
     name = SCORES[run.task]
     return {
         "budget": "teacher", "part": part, name: score, "average_macs": figures["macs"],
-        "single_ms_p50": cpu_latency(figures),
+        "answered_macs": figures["macs"], "single_ms_p50": cpu_latency(figures),
     }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str, sweep: str | None = None) -> None:
-    """Draws accuracy, or R² for a regression, against average MACs for the rows of budgets and teacher.
+    """Draws accuracy, or R² for a regression, against MACs up to the answer for the rows of budgets and teacher.
 
     A point of a sweep is labelled by the value of the limit that varies, others by their limits.
 
@@ -89,9 +89,9 @@ def write_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str, swe
     """
     task = next(task for task, score in SCORES.items() if any(score in row for row in rows))
     points = [
-        {"stage": _label(row["budget"], sweep), "macs": str(row["average_macs"]),
+        {"stage": _label(row["budget"], sweep), "macs": str(row["answered_macs"]),
          f"{row['part']}_accuracy": str(row[SCORES[task]])}
-        for row in sorted(rows, key=lambda row: float(row["average_macs"]))
+        for row in sorted(rows, key=lambda row: float(row["answered_macs"]))
     ]  # fmt: skip
     with disk_errors("the picture of the evaluation", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """Formulas of B-DISTIL (arXiv 2302.10093): game weights, margins and the loss of a boosting round.
 
 Letters: N samples of the training part, B samples of a batch, L outputs (classes), g teacher logits, f_t student t,
-S = sum of (f_s - g) over the earlier students. All functions keep the dtype and device of their arguments.
+S = sum of (f_s - g) over the earlier students. Tensors stay on their device; sums over samples are at
+least in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def log_normaliser(error: Tensor, eta: float, dtype: torch.dtype | None = None) 
     Args:
         error: running error S of the ensemble, shape (N, L), or any part of its rows.
         eta: step size of the game, > 0.
-        dtype: dtype of the sum; that of `error` by default.
+        dtype: dtype of the sum; that of `error` by default, at least float32.
 
     Returns:
         Shape (L,). Values for parts of the rows combine by ``torch.logaddexp`` or ``torch.logsumexp``.
@@ -35,7 +36,7 @@ def log_normaliser(error: Tensor, eta: float, dtype: torch.dtype | None = None) 
         >>> log_normaliser(torch.zeros(5, 2), eta=0.5).exp()
         tensor([10., 10.])
     """
-    scaled = eta * error
+    scaled = eta * at_least_float32(error)
     largest = scaled.detach().abs().amax(0)
     terms = torch.exp(scaled - largest) + torch.exp(-scaled - largest)
     return largest + terms.sum(0, dtype=dtype).log()
@@ -58,7 +59,7 @@ def game_rows(error: Tensor, log_z: Tensor, eta: float) -> tuple[Tensor, Tensor]
         >>> up, down
         (tensor([[0.1250, 0.1250]]), tensor([[0.1250, 0.1250]]))
     """
-    scaled = eta * error
+    scaled = eta * at_least_float32(error)
     return torch.exp(-scaled - log_z), torch.exp(scaled - log_z)
 
 

@@ -48,7 +48,7 @@ class KDTerms(NamedTuple):
 
 
 def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> KDTerms:
-    """Per-sample label loss and teacher loss, with their gradients with respect to the logits.
+    """Per-sample label loss and teacher loss, with their gradients with respect to the logits; at least in float32.
 
     Convention: the teacher's loss has the factor tau^2 (Hinton et al., arXiv 1503.02531, section 2), so that its
     gradient keeps its size at any temperature.
@@ -73,6 +73,7 @@ def kd_terms(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, 
             f"Expected as many logits of the student as of the teacher, got {student_logits.shape[-1]} and "
             f"{teacher_logits.shape[-1]}."
         )
+    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     soft = F.log_softmax(student_logits / temperature, -1)
     goal = F.log_softmax(teacher_logits / temperature, -1)
     kl = temperature**2 * F.kl_div(soft.expand_as(goal), goal, reduction="none", log_target=True).sum(-1)

@@ -169,7 +169,7 @@ def table_of_differences(text):
 def short(cell):
     """A difference without its interval, in bold if that excludes 0."""
     mean, *interval = re.findall(r"[-+][\d.]+", cell) or ["–"]
-    sure = interval and 0 < float(interval[0]) * float(interval[1])
+    sure = interval and float(interval[0]) * float(interval[1]) > 0
     return f"**{mean}**" if sure else mean
 
 

@@ -102,6 +102,8 @@ def test_fit_leaves_what_stopping_early_needs(run, capsys):
     )
     answer = json.loads(capsys.readouterr().out)
     assert answer["accuracy"] == pytest.approx(figures.exits.accuracy, abs=1e-4)
+    assert answer["answered_macs"] == round(figures.exits.average_macs)  # whatever ran
+    assert answer["answered_macs"] <= answer["average_macs"]
 
 
 def test_calibrate_fits_again(run, capsys):
@@ -156,7 +158,8 @@ def test_a_sweep_has_a_row_for_each_budget_beside_the_teacher(run, capsys, tmp_p
     if sweep in ("stages", "macs"):
         curve = run.read_curve()
         assert [row["accuracy"] for row in rows] == pytest.approx([float(row["val_accuracy"]) for row in curve])
-        assert [row["average_macs"] for row in rows] == [int(row["macs"]) for row in curve]
+        for key in ("average_macs", "answered_macs"):
+            assert [row[key] for row in rows] == [int(row["macs"]) for row in curve]
     with open(table, newline="") as file:
         written = list(csv.DictReader(file))
     assert [row["budget"] for row in written] == [row["budget"] for row in rows]

@@ -340,6 +340,27 @@ def test_half_precision_is_computed_in_float32():
     assert torch.equal(torch.autograd.grad(found, d)[0], torch.autograd.grad(wanted, wide)[0].bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bit_errors_sum_to_one(dtype):
+    """log Z of 40,000 samples is beyond the steps of these types."""
+    up, down = bf.game_weights(torch.zeros(40_000, 2, dtype=dtype), 0.5)
+    torch.testing.assert_close(up.sum(0) + down.sum(0), torch.ones(2))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_kd_terms_of_16_bit_logits_are_those_of_float32(autocast):
+    """A student near its teacher: in bfloat16, every other divergence would be negative."""
+    student = torch.randn(50, 10).bfloat16()
+    teacher = (student + 0.02 * torch.randn(50, 10)).bfloat16()
+    target = torch.randint(10, (50,))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = bf.kd_terms(student, teacher, target, temperature=4.0)
+    expected = bf.kd_terms(student.float(), teacher.float(), target, temperature=4.0)
+    assert (found.kl > -1e-6).all()
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
 def test_halves_of_a_batch_that_see_each_other_have_the_gradient_of_the_whole():
     """Two threads in place of two processes; DDP takes the mean of their gradients."""
     S, d, log_z = torch.randn(16, 3), torch.randn(16, 3), torch.rand(3)

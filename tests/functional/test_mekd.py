@@ -128,6 +128,18 @@ def test_hard_emulation_by_hand(logits):
     assert float(answers) == pytest.approx(-0.7 * np.log((q * one_hot).sum(-1)).mean(), rel=1e-10)
 
 
+def test_emulation_of_16_bit_logits_is_that_of_float32():
+    student, labels = torch.randn(6, 10).bfloat16(), torch.arange(6)
+    teacher = (student + 0.02 * torch.randn(6, 10)).bfloat16()
+    mean, sd = torch.zeros(10), torch.ones(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        soft = soft_emulation(nn.Identity(), student, teacher, mean, sd, tau=4.0)
+        hard = hard_emulation(nn.Identity(), student, labels)
+    right = soft_emulation(nn.Identity(), student.float(), teacher.float(), mean, sd, tau=4.0)
+    torch.testing.assert_close(soft, right)
+    torch.testing.assert_close(hard, hard_emulation(nn.Identity(), student.float(), labels))
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_student_that_answers_like_the_teacher_has_no_loss_and_others_get_a_gradient(kind, logits):
     other, teacher = logits
