@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from bdistil.boosting.round import BoostingRound
 from bdistil.callbacks.fit_state import FitState
 from bdistil.errors import UserError
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
@@ -27,7 +29,7 @@ class ComputeCost(FitState):
 
     ``cost/train_macs`` counts three forward passes of the measured module per sample, the usual estimate of a step.
     Other networks that a step runs, such as the teacher of a `Distillation`, are not counted; samples that a
-    distributed sampler repeats are.
+    distributed sampler repeats are, those of further training loaders are not.
 
     Args:
         inputs: positional arguments of the pass, used unchanged. Default: the first row of the module's
@@ -74,6 +76,22 @@ class ComputeCost(FitState):
         """Restores the counts of a checkpoint."""
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a submodule of a boosting round, whose student also reads earlier ones, and warns of the whole."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or not isinstance(pl_module, BoostingRound):
+            return
+        there = "The RoundController logs the cost of each student, and writes it to curve.csv."
+        if self.attribute is not None:
+            raise UserError(
+                f"Expected ComputeCost without `attribute` beside RoundController, got {self.attribute!r}, whose input "
+                f"also comes from earlier students. Leave it out. {there}"
+            )
+        rank_zero_warn(
+            "ComputeCost beside RoundController also counts the parts of earlier students that a student reads, which "
+            f"training takes from a cache. {there}"
+        )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resets the counts unless the fit is resumed, as the instance may have been used in another fit."""
         if trainer.global_step == 0:
@@ -96,6 +114,12 @@ class ComputeCost(FitState):
                 figures["latency_ms"] = latency_ms(part, inputs)
         self._log(trainer, figures)
         self._start = time.perf_counter() - self.seconds
+        loaders = trainer.train_dataloader
+        if isinstance(loaders, (dict, list, tuple)) and len(loaders) > 1:
+            rank_zero_warn(
+                f"ComputeCost counts the samples of the first of {len(loaders)} training loaders: `cost/train_macs` "
+                "lacks those of the others."
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from bdistil.boosting.checks.trainer import finish_averages
+from bdistil.boosting.checks.trainer import finish_averages, refuse_pruning
 from bdistil.data.loaders import begin_epoch
 from bdistil.errors import UserError
 from bdistil.storage.files import disk_errors, save_epoch
@@ -78,7 +78,8 @@ class EpochKeeper(Checkpoint):
         """Advances schedules by the metrics of the last saved epoch.
 
         Raises:
-            UserError: the checkpoint was written by another callback, before this one had counted the epoch.
+            UserError: the checkpoint was written by another callback, before this one had counted the epoch; or a
+                resumed fit has a callback whose state is in no checkpoint.
         """
         current: Any = trainer.fit_loop.epoch_progress.current
         trained = current.processed
@@ -88,6 +89,8 @@ class EpochKeeper(Checkpoint):
                 f"has counted {self.state.epochs} of {trained} epochs: the order of the samples would repeat. Fit with "
                 "its `ckpt_path`."
             )
+        if self.state.epochs:
+            refuse_pruning(trainer)
         advance_plateaus(trainer, self.state.metrics)
         self.state.metrics = []
 

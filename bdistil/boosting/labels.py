@@ -95,7 +95,8 @@ def check_finite(x: Any, index: np.ndarray[Any, Any], name: str) -> None:
     """Raises UserError if x of a batch contains NaN or infinity, which an ensemble rejects; names the sample."""
     for leaf in leaves_of(x):
         # A sum is the cheapest operation that propagates NaN and infinity; a sum of finite numbers may overflow.
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or math.isfinite(float(leaf.sum())):
+        inexact = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+        if not inexact or math.isfinite(abs(leaf.sum().item())):
             continue
         wrong = (~leaf.isfinite()).nonzero()
         if len(wrong):

@@ -67,6 +67,7 @@ class Optimization:
         if schedule is None:
             return optimizer
         _check_length(schedule, trainer)
+        _check_plateau(schedule, trainer)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _optimizer(self, student: nn.Module, settings: BoostingSettings, **options: Any) -> Optimizer:
@@ -161,6 +162,19 @@ def _check_length(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
         raise UserError(
             f"Expected a OneCycleLR as long as the fit, {length} {'steps' if by_step else 'epochs'}, got one with "
             f"total_steps={scheduler.total_steps}, after which it fails. Give total_steps={length}."
+        )
+
+
+def _check_plateau(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
+    """Raises UserError for a ReduceLROnPlateau that would need a metric of the validation before there is one."""
+    if not isinstance(schedule["scheduler"], ReduceLROnPlateau) or not str(schedule["monitor"]).startswith("val_"):
+        return
+    every, frequency = trainer.check_val_every_n_epoch or 1, int(schedule.get("frequency", 1))
+    if schedule.get("strict", True) and (trainer.limit_val_batches == 0 or every > frequency):
+        raise UserError(
+            f"Expected a Trainer that validates before ReduceLROnPlateau reads {schedule['monitor']!r}, which is every "
+            f"{frequency} epochs, got limit_val_batches={trainer.limit_val_batches} and check_val_every_n_epoch="
+            f"{every}. Validate as often, or return {{'scheduler': …, 'frequency': {every}}}."
         )
 
 

@@ -41,7 +41,7 @@ from bdistil.errors import UserError
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, build_student
 from bdistil.storage.run_directory import RunConfig, RunDirectory
-from bdistil.teachers.checks import some_inputs, warn_of_inputs
+from bdistil.teachers.checks import check_apart, some_inputs, warn_of_inputs
 from bdistil.teachers.offline import declared_outputs, table_of
 from bdistil.teachers.wrappers import FrozenTeacher
 from bdistil.utils import distributed
@@ -132,6 +132,7 @@ class Planner:
         pair, _ = train.collate_fn([train.dataset[0], train.dataset[parts.train.samples - 1]])
         with isolate_rng(include_cuda=False):
             student = build_student(self.make, 0, [], Rung(0))
+            check_apart(student, self.teacher.frozen)
             check_student(student, [], pair)
             check_restored(student, self.make, pair)
         check_rounds(student, settings.rounds)

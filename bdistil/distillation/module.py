@@ -24,9 +24,9 @@ from bdistil.functional.distillation import KDTerms, at_least_float32, kd_terms
 from bdistil.functional.gradient_noise import Suggestion, scheduled_weight
 from bdistil.functional.loss_mixing import mixed_loss
 from bdistil.metrics.quality import class_sums
-from bdistil.teachers.checks import warn_of_probabilities
+from bdistil.teachers.checks import check_apart, warn_of_probabilities
 from bdistil.teachers.wrappers import FrozenTeacher
-from bdistil.utils.modules import first_shared, kept_buffers
+from bdistil.utils.modules import kept_buffers
 from bdistil.utils.optimizers import adamw_cosine, other_length, schedule_length
 
 CAUTIOUS = 0.1  # weight used by `auto` before the first suggestion
@@ -105,12 +105,7 @@ class Distillation(pl.LightningModule):
         if not teachers:
             raise UserError("Expected `teacher` to be a module or several, got an empty list.")
         for module in teachers:
-            if name := first_shared(student, module):
-                raise UserError(
-                    f"Expected a student with weights of its own, got `{name}` that the teacher holds, too, and a "
-                    "teacher is frozen. Give the student copies: copy.deepcopy(layer). Freeze layers that are meant to "
-                    "be shared: layer.requires_grad_(False)."
-                )
+            check_apart(student, (parameter for parameter in module.parameters() if parameter.requires_grad))
         # Outside the module tree: in no checkpoint, and never in train mode.
         object.__setattr__(self, "teachers", [FrozenTeacher(module) for module in teachers])
         self.distillation_weight, self.weight_factor, self.temperature = distillation_weight, weight_factor, temperature

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bdistil.errors import UserError
 from bdistil.models.inputs import InputSpec
@@ -47,8 +50,10 @@ def _made_again(
 ) -> nn.Module:  # fmt: skip
     """Builds a committed student with `make_student` and loads its weights. Raises UserError if they do not match."""
     record = run.record(number)
-    with isolate_rng(include_cuda=False):
-        student = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
+    with isolate_rng(include_cuda=False), torch.no_grad():
+        made = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
+    # It may share frozen layers with the student in training, which moves their buffers. Lazy layers are not copied.
+    student = made if any(map(is_lazy, (*made.parameters(), *made.buffers()))) else deepcopy(made)
     try:
         student.load_state_dict(_once(student, tensors), strict=False)
     except (KeyError, RuntimeError) as error:

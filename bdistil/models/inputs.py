@@ -231,7 +231,7 @@ class InputSpec:
             )
         # A sum is the cheapest pass over x that propagates NaN and infinity. Finite values may overflow in it; the
         # samples are then checked one by one.
-        if x.is_floating_point() and not math.isfinite(x.sum().item()):
+        if (x.is_floating_point() or x.is_complex()) and not math.isfinite(abs(x.sum().item())):
             _refuse_nan(x, name)
 
 

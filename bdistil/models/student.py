@@ -272,9 +272,10 @@ class Student(nn.Module):
         return found
 
     def _checked(self, features: Tensor) -> Tensor:
-        if features.ndim != 2 or features.shape[1] != self.width:
+        if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != self.width:
+            got = tuple(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
             raise UserError(
-                f"Expected the student's body to return features (B, {self.width}), got {tuple(features.shape)}. "
+                f"Expected the student's body to return features (B, {self.width}), got {got}. "
                 "End the body with a flatten or a pooling, or give `features`."
             )
         return features

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from bdistil.errors import UserError
 from bdistil.metrics.quality import Task
 from bdistil.models.inputs import expectation_of
 from bdistil.teachers.wrappers import AdaptedTeacher, per_channel
@@ -16,6 +18,18 @@ def some_inputs(loader: Any, count: int = 64) -> Any:
     """Inputs x (B, ...) of samples evenly spread over the dataset of a loader."""
     data = loader.dataset
     return loader.collate_fn([data[number] for number in range(0, len(data), -(-len(data) // count))])[0]
+
+
+def check_apart(student: nn.Module, trainable: Iterable[nn.Parameter]) -> None:
+    """Raises UserError if a student holds one of the teacher's trainable parameters, which are frozen with it."""
+    held = {id(parameter) for parameter in trainable}
+    for name, parameter in student.named_parameters():
+        if id(parameter) in held:
+            raise UserError(
+                f"Expected a student with weights of its own, got `{name}` that the teacher holds, too, and a teacher "
+                "is frozen. Give the student copies: copy.deepcopy(layer). Freeze layers that are meant to be shared: "
+                "layer.requires_grad_(False)."
+            )
 
 
 def warn_of_guessing(task: Task, score: float, outputs: int, samples: int) -> None:

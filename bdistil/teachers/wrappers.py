@@ -30,6 +30,9 @@ class FrozenTeacher(nn.Module):
     Args:
         module: maps a batch x (B, ...) to logits (B, L), see `run_teacher`.
 
+    Attributes:
+        frozen: the parameters that required gradients before.
+
     Example:
         >>> teacher = FrozenTeacher(nn.Sequential(nn.Linear(4, 3), nn.Dropout()))
         >>> teacher.train()(torch.zeros(2, 4)).requires_grad, teacher.module.training
@@ -39,7 +42,8 @@ class FrozenTeacher(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        for parameter in module.parameters():  # a scripted module has no requires_grad_()
+        self.frozen = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for parameter in self.frozen:  # a scripted module has no requires_grad_()
             parameter.requires_grad_(False)
         self.train(False)
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from helpers.toys import boost
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -280,3 +281,25 @@ def test_batches_without_a_tensor_are_refused():
     )  # fmt: skip
     with pytest.raises(UserError, match=r"counts samples by the first tensor of a batch .*, got a Batch without one"):
         trainer.fit(Own(), loader)
+
+
+def test_in_a_boosting_run(tmp_path):
+    with pytest.warns(UserWarning, match=r"also counts the parts of earlier students.*curve\.csv"):
+        boost(tmp_path / "whole", callbacks=lambda: [ComputeCost(latency=False)])
+    with pytest.raises(UserError, match=r"without `attribute` beside RoundController, got 'student'"):
+        boost(tmp_path / "part", callbacks=lambda: [ComputeCost(attribute="student", latency=False)])
+
+
+class OfTwo(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*self.log.* but `Trainer.barebones=True")
+def test_samples_of_further_loaders_are_warned_of():
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, barebones=True, callbacks=[callback := ComputeCost(latency=False)]
+    )
+    with pytest.warns(UserWarning, match=r"counts the samples of the first of 2 training loaders"):
+        trainer.fit(OfTwo(torch.zeros(1, 6)), {"a": loader(), "b": loader()})
+    assert callback.samples_seen == SAMPLES

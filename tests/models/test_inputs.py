@@ -97,6 +97,13 @@ def test_an_x_that_differs_is_named(change, message):
         spec.check(change(NESTED))
 
 
+def test_nan_of_complex_numbers_is_refused():
+    spec = InputSpec((2,), "complex64")
+    spec.check(torch.ones(3, 2, dtype=torch.complex64))
+    with pytest.raises(UserError, match="`x` without NaN or infinity, got 1 such samples of 3, the first at index 2"):
+        spec.check(torch.tensor([[1, 1], [1, 1], [1, complex(0, float("nan"))]], dtype=torch.complex64))
+
+
 def test_a_size_that_varies_is_free_and_the_others_are_not():
     spec = InputSpec(((2, 6), 8), "float32")
     spec.check(torch.zeros(3, 9, 8))

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
@@ -45,7 +46,7 @@ def check_trainer(trainer: pl.Trainer, settings: BoostingSettings) -> None:
     check_precision(str(trainer.precision))
     _check_length(trainer)
     _check_finders(trainer)
-    _check_monitors(trainer.callbacks)  # type: ignore[attr-defined]
+    _check_monitors(trainer)
     if settings.keep_epoch == "best":
         _check_validation(trainer)
 
@@ -121,8 +122,9 @@ def _check_finders(trainer: pl.Trainer) -> None:
             )
 
 
-def _check_monitors(callbacks: Sequence[pl.Callback]) -> None:
+def _check_monitors(trainer: pl.Trainer) -> None:
     """Raises UserError for a callback that monitors a metric which no round logs; the user's callbacks may log more."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(type(callback).__module__.partition(".")[0] not in ("lightning", "bdistil") for callback in callbacks):
         return
     for callback in callbacks:
@@ -131,6 +133,11 @@ def _check_monitors(callbacks: Sequence[pl.Callback]) -> None:
         known = (
             monitor is None or monitor in (*LOGGED, "epoch", "step") or monitor.startswith("cost/")
         )  # of ComputeCost
+        if waits and trainer.limit_val_batches == 0 and str(monitor).startswith("val_"):
+            raise UserError(
+                f"Expected a Trainer that validates, as {type(callback).__name__} monitors {monitor!r}, got "
+                "limit_val_batches=0."
+            )
         if waits and not known:
             raise UserError(
                 f"Expected `monitor` of {type(callback).__name__} to be a metric that a round logs, one of "
@@ -196,6 +203,15 @@ def finish_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, AVERAGING) and not isinstance(callback, StochasticWeightAveraging):
             callback.on_train_end(trainer, module)
+
+
+def refuse_pruning(trainer: pl.Trainer) -> None:
+    """Raises UserError for ModelPruning in a resumed fit, which would prune less: its masks are in no checkpoint."""
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError(
+            "Expected a fit without ModelPruning to be resumed, as its masks are in no checkpoint: the pruned weights "
+            f"would be trained again. Train it from its first epoch: delete {trainer.ckpt_path}."
+        )
 
 
 def check_uncompiled(module: pl.LightningModule) -> None:

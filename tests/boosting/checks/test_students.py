@@ -15,7 +15,10 @@ from helpers.toys import (
     control,
     digests,
     make_plain,
+    make_student,
+    make_teacher,
     make_trainer,
+    settings_for,
 )
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -317,3 +320,67 @@ class Attached(L.LightningModule):
 def test_x_of_another_size_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"reads x as it is, x of shape .*7.* `features` or `in_channels`"):
         boost(tmp_path, student=lambda round: nn.Linear(FEATURES - 1, CLASSES))
+
+
+# ---- layers shared with others
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+@pytest.mark.parametrize("make", [make_plain, make_student], ids=["plain", "linked"])
+def test_a_frozen_backbone_of_all_rounds_keeps_its_statistics_for_each(tmp_path, make):
+    """A callback that sets train mode after an evaluation moves the batch statistics of this round's student only."""
+    backbone = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(FEATURES)).requires_grad_(False)
+
+    def student(round):
+        if make is make_plain:
+            return nn.Sequential(backbone, make(round))
+        own = make(round)
+        return Student(nn.Sequential(backbone, own.body), own.head)
+
+    def to_train_mode(trainer, module):
+        module.train()
+
+    controller = boost(
+        tmp_path, student=student, callbacks=lambda: [Hook(on_train_epoch_start=to_train_mode)], settings=settings_for()
+    )
+    by_factory, by_files = controller.ensemble, ProgressiveEnsemble.load(tmp_path)
+    x, y = Toys().parts["val"]
+    for ensemble in (by_factory, by_files):
+        accuracies = [float((stage.logits.argmax(-1) == y).float().mean()) for stage in ensemble.stages(x)]
+        assert accuracies == pytest.approx([row["val_accuracy"] for row in controller.run.rows()[1:]], abs=1e-6)
+    for one, other in zip(by_factory.stages(x), by_files.stages(x), strict=True):
+        torch.testing.assert_close(one.logits, other.logits)
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot be copied")
+
+
+def test_a_student_that_cannot_be_copied_is_refused(tmp_path):
+    def student(round):
+        return Student(Uncopied(FEATURES, WIDTH), nn.Linear(WIDTH, CLASSES))
+
+    with pytest.raises(UserError, match=r"a student that copy\.deepcopy copies.*TypeError: cannot be copied"):
+        boost(tmp_path, student=student)
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+def test_layers_of_the_teacher_are_not_a_students_unless_frozen_before(tmp_path):
+    def run(folder, teacher):
+        def student(round):
+            return Student(nn.Sequential(teacher[0], nn.ReLU(), nn.Linear(24, WIDTH)), nn.Linear(WIDTH, CLASSES))
+
+        return boost(folder, student=student, teacher=teacher, settings=settings_for(1))
+
+    with pytest.raises(UserError, match=r"weights of its own, got `body.0.weight` that the teacher holds.*deepcopy"):
+        run(tmp_path / "a", make_teacher())
+    assert len(run(tmp_path / "b", make_teacher().requires_grad_(False)).ensemble) == 1
+
+
+def test_a_body_that_returns_a_tuple_is_named(tmp_path):
+    def student(round):
+        return Student(nn.LSTM(FEATURES, WIDTH), nn.Linear(WIDTH, CLASSES))
+
+    with pytest.raises(UserError, match=rf"to return features \(B, {WIDTH}\), got a tuple"):
+        boost(tmp_path, student=student)

@@ -34,6 +34,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
@@ -402,3 +403,35 @@ def test_a_checkpoint_of_ones_own_beside_it(tmp_path):
 def test_weights_of_another_type_are_refused_before_the_teacher(refused):
     refused("`precision` of the Trainer to be '32-true', '16-mixed' or 'bf16-mixed', got '64-true'",
             trainer={"precision": "64-true"}, student=lambda round: nn.Linear(FEATURES, 4))  # fmt: skip
+
+
+def pruning(module):
+    return ModelPruning(
+        "l1_unstructured", [(module.student.body[0], "weight")], amount=0.3, use_lottery_ticket_hypothesis=False
+    )
+
+
+def test_a_pruned_round_is_not_resumed(tmp_path):
+    """The masks are in no checkpoint: what was pruned before the kill would be trained again."""
+
+    def run(stop):
+        controller, data = control(tmp_path, settings=settings_for(1)), Toys()
+        for module in controller.rounds(data):
+            hook = Hook(on_train_epoch_start=lambda trainer, _: kill() if trainer.current_epoch == stop else None)
+            make_trainer(pruning(module), hook, controller).fit(module, data, ckpt_path=controller.ckpt_path)
+        return controller
+
+    with pytest.raises(Killed):
+        run(stop=1)
+    with pytest.raises(UserError, match=r"without ModelPruning to be resumed.*delete .*last\.ckpt"):
+        run(stop=None)
+    next((tmp_path / "work").rglob("last.ckpt")).unlink()
+    weights = run(stop=None).ensemble.students[0].body[0].weight
+    assert float((weights == 0).float().mean()) > 0.4, "pruned twice"
+
+
+def test_early_stopping_without_a_validation(refused):
+    refused(
+        r"Expected a Trainer that validates, as EarlyStopping monitors 'val_rms'", asked=8,
+        callbacks=lambda: [EarlyStopping("val_rms")], trainer={"limit_val_batches": 0},
+    )  # fmt: skip
