@@ -15,6 +15,7 @@ from bdistil.boosting.round import BoostingRound
 from bdistil.callbacks.fit_state import FitState
 from bdistil.errors import UserError
 from bdistil.metrics.cost import Cost, latency_ms, measure_cost, training_macs
+from bdistil.models.student import Student
 from bdistil.reporting.round_tracker import logger_step
 from bdistil.utils.trees import leaves_of, map_tensors
 
@@ -79,7 +80,7 @@ class ComputeCost(FitState):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a submodule of a boosting round, whose student also reads earlier ones, and warns of the whole."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit" or not isinstance(pl_module, BoostingRound):
+        if stage != "fit" or not (isinstance(pl_module, BoostingRound) and isinstance(pl_module.student, Student)):
             return
         there = "The RoundController logs the cost of each student, and writes it to curve.csv."
         if self.attribute is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any
@@ -96,7 +96,7 @@ def check_finite(x: Any, index: np.ndarray[Any, Any], name: str) -> None:
     for leaf in leaves_of(x):
         # A sum is the cheapest operation that propagates NaN and infinity; a sum of finite numbers may overflow.
         inexact = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-        if not inexact or math.isfinite(abs(leaf.sum().item())):
+        if not inexact or cmath.isfinite(leaf.sum().item()):
             continue
         wrong = (~leaf.isfinite()).nonzero()
         if len(wrong):

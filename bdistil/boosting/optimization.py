@@ -23,6 +23,7 @@ LRSchedulerCallable = Callable[[Optimizer], Any]
 
 # Number of initial learning rates by which two schedules are distinguished.
 TRACE = 10
+VALIDATION_METRICS = ("val_accuracy", "val_loss", "val_rms")  # that a round logs
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,21 @@ def _check_length(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
 
 def _check_plateau(schedule: Mapping[str, Any], trainer: pl.Trainer) -> None:
     """Raises UserError for a ReduceLROnPlateau that would need a metric of the validation before there is one."""
-    if not isinstance(schedule["scheduler"], ReduceLROnPlateau) or not str(schedule["monitor"]).startswith("val_"):
+    monitor = schedule.get("monitor")
+    if not isinstance(schedule["scheduler"], ReduceLROnPlateau) or monitor not in VALIDATION_METRICS:
         return
-    every, frequency = trainer.check_val_every_n_epoch or 1, int(schedule.get("frequency", 1))
-    if schedule.get("strict", True) and (trainer.limit_val_batches == 0 or every > frequency):
+    if not schedule.get("strict", True):
+        return
+    if trainer.limit_val_batches == 0:
         raise UserError(
-            f"Expected a Trainer that validates before ReduceLROnPlateau reads {schedule['monitor']!r}, which is every "
-            f"{frequency} epochs, got limit_val_batches={trainer.limit_val_batches} and check_val_every_n_epoch="
-            f"{every}. Validate as often, or return {{'scheduler': …, 'frequency': {every}}}."
+            f"Expected a Trainer that validates, as ReduceLROnPlateau monitors {monitor!r}, got limit_val_batches=0. "
+            "Monitor 'train_loss', or validate."
+        )
+    every, frequency = trainer.check_val_every_n_epoch or 1, int(schedule.get("frequency", 1))
+    if schedule["interval"] == "epoch" and every > frequency:
+        raise UserError(
+            f"Expected a validation before ReduceLROnPlateau reads {monitor!r} after epoch {frequency}, got "
+            f"check_val_every_n_epoch={every}. Validate as often, or return {{'scheduler': …, 'frequency': {every}}}."
         )
 
 

@@ -43,7 +43,7 @@ def evaluate(
         batch_size: samples per batch for the second latency, and for all figures within seconds; the first latency is
             measured on single samples.
         csv: file to write the results to.
-        picture: PNG file to draw accuracy against average MACs to.
+        picture: PNG file to draw accuracy against the MACs up to the answer to.
         as_json: print one JSON object; for a sweep, a list of them.
     """
     if sweep != "confidence":

@@ -6,17 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from bdistil.errors import UserError
 from bdistil.models.inputs import InputSpec
 from bdistil.models.student import Rung, build_student
 from bdistil.storage.blueprint import rebuild
 from bdistil.storage.run_directory import RunDirectory
-from bdistil.utils.modules import first_difference, structure_of
+from bdistil.utils.modules import first_difference, shares_tensors, structure_of
 
 
 def restore_student(
@@ -50,10 +48,11 @@ def _made_again(
 ) -> nn.Module:  # fmt: skip
     """Builds a committed student with `make_student` and loads its weights. Raises UserError if they do not match."""
     record = run.record(number)
-    with isolate_rng(include_cuda=False), torch.no_grad():
-        made = build_student(make, number, earlier, Rung(**record["rung"]), _example(record))
-    # It may share frozen layers with the student in training, which moves their buffers. Lazy layers are not copied.
-    student = made if any(map(is_lazy, (*made.parameters(), *made.buffers()))) else deepcopy(made)
+    rung, example = Rung(**record["rung"]), _example(record)
+    with isolate_rng(include_cuda=False):
+        student, other = (build_student(make, number, earlier, rung, example) for _ in range(2))
+    if shares_tensors(student, other):  # such as a frozen backbone of all rounds, whose buffers move in training
+        student = deepcopy(student)
     try:
         student.load_state_dict(_once(student, tensors), strict=False)
     except (KeyError, RuntimeError) as error:

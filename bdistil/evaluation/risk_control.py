@@ -57,10 +57,7 @@ def samples_needed(max_loss: float, delta: float) -> int | None:
     if share <= 0:
         return None
     tested = 1 if share >= 1 else math.ceil(math.log(delta) / math.log1p(-share))
-    samples = max(tested, tested * LEARNED // (LEARNED - 1) - 2)  # a little less than the answer
-    while samples - learned_samples(samples) < tested:
-        samples += 1
-    return samples
+    return max((tested - 1) * LEARNED // (LEARNED - 1) + 1, tested + 1)  # the least whose untouched rest is `tested`
 
 
 def learned_samples(samples: int) -> int:

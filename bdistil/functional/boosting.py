@@ -1,8 +1,8 @@
 """Formulas of B-DISTIL (arXiv 2302.10093): game weights, margins and the loss of a boosting round.
 
 Letters: N samples of the training part, B samples of a batch, L outputs (classes), g teacher logits, f_t student t,
-S = sum of (f_s - g) over the earlier students. Tensors stay on their device; sums over samples are at
-least in float32.
+S = sum of (f_s - g) over the earlier students. Tensors stay on their device; sums over samples are
+computed in float32 or wider.
 """
 
 from __future__ import annotations
@@ -166,6 +166,7 @@ def log_barrier_loss(
         >>> log_barrier_loss(-0.5 * error, up, down, **options)  # lower: the deviation corrects the error
         tensor(-0.4705)
     """
+    deviation = at_least_float32(deviation)
     share = population / (len(deviation) * 2.0 * bound)
     rise = 1.0 + share * (up * deviation).sum(0)
     fall = 1.0 - share * (down * deviation).sum(0)

@@ -151,8 +151,8 @@ def soft_emulation(
         (tensor(1.), tensor(0.3278))
     """
     _same_shape(student, teacher)
-    student, teacher = at_least_float32(student), at_least_float32(teacher)
     images = _image_loss(generator, soft_latent(student, mean, sd), soft_latent(teacher, mean, sd))
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     target, answer = F.log_softmax(teacher / tau, -1), F.log_softmax(student / tau, -1)
     return images, kl * tau * F.kl_div(answer, target, reduction="batchmean", log_target=True)
 
@@ -166,9 +166,9 @@ def hard_emulation(
         >>> hard_emulation(nn.Identity(), torch.zeros(1, 2), torch.tensor([0]))
         (tensor(0.7071), tensor(0.6931))
     """
-    student, outputs = at_least_float32(student), student.shape[-1]
+    outputs = student.shape[-1]
     goal = F.one_hot(labels, outputs).to(student.dtype) * math.sqrt(outputs)
-    return _image_loss(generator, hard_latent(student), goal), kl * F.cross_entropy(student, labels)
+    return _image_loss(generator, hard_latent(student), goal), kl * F.cross_entropy(at_least_float32(student), labels)
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import cmath
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -231,7 +231,7 @@ class InputSpec:
             )
         # A sum is the cheapest pass over x that propagates NaN and infinity. Finite values may overflow in it; the
         # samples are then checked one by one.
-        if (x.is_floating_point() or x.is_complex()) and not math.isfinite(abs(x.sum().item())):
+        if (x.is_floating_point() or x.is_complex()) and not cmath.isfinite(x.sum().item()):
             _refuse_nan(x, name)
 
 

@@ -1,4 +1,7 @@
-"""Warnings about likely misuse of a teacher: chance accuracy, unusual inputs, probabilities instead of logits."""
+"""Checks of a teacher: weights shared with a student, and warnings of likely misuse.
+
+Likely misuse is an accuracy of guessing, unusual inputs, or probabilities in place of logits.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,12 @@ def some_inputs(loader: Any, count: int = 64) -> Any:
 
 def check_apart(student: nn.Module, trainable: Iterable[nn.Parameter]) -> None:
     """Raises UserError if a student holds one of the teacher's trainable parameters, which are frozen with it."""
-    held = {id(parameter) for parameter in trainable}
+    weights = list(trainable)
+    held = {id(parameter) for parameter in weights}
     for name, parameter in student.named_parameters():
         if id(parameter) in held:
+            for weight in weights:  # FrozenTeacher froze them: a second try would take them for frozen before
+                weight.requires_grad_(True)
             raise UserError(
                 f"Expected a student with weights of its own, got `{name}` that the teacher holds, too, and a teacher "
                 "is frozen. Give the student copies: copy.deepcopy(layer). Freeze layers that are meant to be shared: "

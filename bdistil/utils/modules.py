@@ -65,6 +65,12 @@ def first_shared(module: nn.Module, other: nn.Module) -> str | None:
     return next((name for name, p in module.named_parameters() if p.requires_grad and id(p) in held), None)
 
 
+def shares_tensors(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold a parameter or buffer in common."""
+    first, second = ({id(t) for t in (*m.parameters(), *m.buffers())} for m in (module, other))
+    return not first.isdisjoint(second)
+
+
 def structure_of(module: nn.Module) -> dict[str, str]:
     """Class and options of each submodule by name, as in its repr; lazy modules are left out.
 

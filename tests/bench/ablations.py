@@ -9,6 +9,7 @@ import argparse
 import csv
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,8 @@ def measure(name, changes, output, data):
     command += [text for key, value in options.items() for text in (f"--model.boosting.{key}", str(value))]
     subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "disabled"})
     keep(name, folder)
+    for ledger in folder.glob("runs/*/ledger"):  # some 5 GB each
+        shutil.rmtree(ledger)
 
 
 def keep(name, folder, method="bdistil"):

@@ -93,9 +93,15 @@ def test_a_plateau_is_that_of_the_error_to_the_teacher(tmp_path):
     assert plateau.rates[-1] == pytest.approx(0.05 * 1e-2)  # epochs 1 and 2 of 0 … 3 are no better, by so much
 
 
-@pytest.mark.parametrize("trainer", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}])
-def test_a_plateau_without_its_metric_is_refused_before_training(tmp_path, trainer):
-    with pytest.raises(UserError, match=r"validates before ReduceLROnPlateau reads 'val_rms'.*'frequency': "):
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"limit_val_batches": 0}, "Trainer that validates, as ReduceLROnPlateau monitors 'val_rms'"),
+        ({"check_val_every_n_epoch": 2}, r"before ReduceLROnPlateau reads 'val_rms' after epoch 1, .*'frequency': 2"),
+    ],
+)
+def test_a_plateau_without_its_metric_is_refused_before_training(tmp_path, trainer, message):
+    with pytest.raises(UserError, match=message):
         rates_of(tmp_path / "a", trainer, optimizer=sgd, lr_scheduler=ReduceLROnPlateau)
     rates_of(tmp_path / "b", trainer, optimizer=sgd, lr_scheduler=partial(plateau, monitor="train_loss"))
     if "limit_val_batches" not in trainer:

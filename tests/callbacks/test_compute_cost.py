@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from helpers.toys import boost
+from helpers.toys import boost, make_plain
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -288,6 +288,9 @@ def test_in_a_boosting_run(tmp_path):
         boost(tmp_path / "whole", callbacks=lambda: [ComputeCost(latency=False)])
     with pytest.raises(UserError, match=r"without `attribute` beside RoundController, got 'student'"):
         boost(tmp_path / "part", callbacks=lambda: [ComputeCost(attribute="student", latency=False)])
+    of_plain = ComputeCost(attribute="student", latency=False)
+    rows = boost(tmp_path / "plain", student=make_plain, callbacks=lambda: [of_plain]).run.rows()
+    assert of_plain.cost.macs == rows[1]["macs"]
 
 
 class OfTwo(Plain):

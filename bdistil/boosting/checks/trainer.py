@@ -19,13 +19,14 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 
+from bdistil.boosting.optimization import VALIDATION_METRICS
 from bdistil.boosting.settings import BoostingSettings
 from bdistil.errors import UserError
 from bdistil.utils import distributed
 
 # Strategies with one device, or one process per device that runs the script from its top; `auto` chooses between them.
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
-LOGGED = ("train_loss", "val_accuracy", "val_loss", "val_rms")  # metrics of a round that callbacks may monitor
+LOGGED = ("train_loss", *VALIDATION_METRICS)  # metrics of a round that callbacks may monitor
 # WeightAveraging exists since lightning 2.6.
 AVERAGING = (StochasticWeightAveraging, getattr(lightning_callbacks, "WeightAveraging", StochasticWeightAveraging))
 
@@ -133,7 +134,8 @@ def _check_monitors(trainer: pl.Trainer) -> None:
         known = (
             monitor is None or monitor in (*LOGGED, "epoch", "step") or monitor.startswith("cost/")
         )  # of ComputeCost
-        if waits and trainer.limit_val_batches == 0 and str(monitor).startswith("val_"):
+        kept = getattr(callback, "save_top_k", 1) != 0  # a ModelCheckpoint that keeps none reads no metric
+        if waits and kept and trainer.limit_val_batches == 0 and monitor in VALIDATION_METRICS:
             raise UserError(
                 f"Expected a Trainer that validates, as {type(callback).__name__} monitors {monitor!r}, got "
                 "limit_val_batches=0."
@@ -209,8 +211,8 @@ def refuse_pruning(trainer: pl.Trainer) -> None:
     """Raises UserError for ModelPruning in a resumed fit, which would prune less: its masks are in no checkpoint."""
     if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise UserError(
-            "Expected a fit without ModelPruning to be resumed, as its masks are in no checkpoint: the pruned weights "
-            f"would be trained again. Train it from its first epoch: delete {trainer.ckpt_path}."
+            "Expected a resumed fit without ModelPruning, as its masks are in no checkpoint: the pruned weights would "
+            f"be trained again. Delete {trainer.ckpt_path} to train from the first epoch."
         )
 
 

@@ -325,14 +325,18 @@ def test_x_of_another_size_is_one_sentence(tmp_path):
 # ---- layers shared with others
 
 
+def lazy_plain(round):
+    return nn.Sequential(nn.LazyLinear(WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES))
+
+
 @pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
-@pytest.mark.parametrize("make", [make_plain, make_student], ids=["plain", "linked"])
+@pytest.mark.parametrize("make", [make_plain, make_student, lazy_plain], ids=["plain", "linked", "lazy"])
 def test_a_frozen_backbone_of_all_rounds_keeps_its_statistics_for_each(tmp_path, make):
     """A callback that sets train mode after an evaluation moves the batch statistics of this round's student only."""
     backbone = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(FEATURES)).requires_grad_(False)
 
     def student(round):
-        if make is make_plain:
+        if make is not make_student:
             return nn.Sequential(backbone, make(round))
         own = make(round)
         return Student(nn.Sequential(backbone, own.body), own.head)
@@ -352,17 +356,33 @@ def test_a_frozen_backbone_of_all_rounds_keeps_its_statistics_for_each(tmp_path,
         torch.testing.assert_close(one.logits, other.logits)
 
 
-class Uncopied(nn.Linear):
-    def __deepcopy__(self, memo):
-        raise TypeError("cannot be copied")
+class Adapted(nn.Module):
+    """A hook adds to a layer; a copy of it would go on with the layers of the original."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.adapter = make_plain(0), nn.Linear(WIDTH, WIDTH)
+        self.net[0].register_forward_hook(lambda module, args, answer: answer + self.adapter(answer.tanh()))
+
+    def forward(self, x):
+        return self.net(x)
 
 
-def test_a_student_that_cannot_be_copied_is_refused(tmp_path):
-    def student(round):
-        return Student(Uncopied(FEATURES, WIDTH), nn.Linear(WIDTH, CLASSES))
+def pretrained(round):
+    """It is trained for a step when it is made."""
+    net = make_plain(round)
+    x, y = Toys().parts["train"]
+    nn.functional.cross_entropy(net(x), y).backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    return net
 
-    with pytest.raises(UserError, match=r"a student that copy\.deepcopy copies.*TypeError: cannot be copied"):
-        boost(tmp_path, student=student)
+
+@pytest.mark.parametrize("student", [lambda round: Adapted(), pretrained], ids=["hook", "pretrained"])
+def test_students_that_a_copy_would_change_are_restored_as_they_are(tmp_path, student):
+    controller = boost(tmp_path, student=student)
+    x, y = Toys().parts["val"]
+    accuracies = [float((stage.logits.argmax(-1) == y).float().mean()) for stage in controller.ensemble.stages(x)]
+    assert accuracies == pytest.approx([row["val_accuracy"] for row in controller.run.rows()[1:]], abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
@@ -373,8 +393,10 @@ def test_layers_of_the_teacher_are_not_a_students_unless_frozen_before(tmp_path)
 
         return boost(folder, student=student, teacher=teacher, settings=settings_for(1))
 
-    with pytest.raises(UserError, match=r"weights of its own, got `body.0.weight` that the teacher holds.*deepcopy"):
-        run(tmp_path / "a", make_teacher())
+    teacher = make_teacher()
+    for _ in range(2):  # in a notebook, the second time with the same teacher
+        with pytest.raises(UserError, match=r"own, got `body.0.weight` that the teacher holds.*deepcopy"):
+            run(tmp_path / "a", teacher)
     assert len(run(tmp_path / "b", make_teacher().requires_grad_(False)).ensemble) == 1
 
 

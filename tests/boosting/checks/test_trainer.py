@@ -423,7 +423,7 @@ def test_a_pruned_round_is_not_resumed(tmp_path):
 
     with pytest.raises(Killed):
         run(stop=1)
-    with pytest.raises(UserError, match=r"without ModelPruning to be resumed.*delete .*last\.ckpt"):
+    with pytest.raises(UserError, match=r"resumed fit without ModelPruning.*Delete .*last\.ckpt"):
         run(stop=None)
     next((tmp_path / "work").rglob("last.ckpt")).unlink()
     weights = run(stop=None).ensemble.students[0].body[0].weight
