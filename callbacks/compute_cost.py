@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from bdistil.boosting.round import BoostingRound
@@ -78,7 +78,7 @@ class ComputeCost(FitState):
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a submodule of a boosting round, whose student also reads earlier ones, and warns of the whole."""
+        """Refuses a submodule of a boosting round, whose student also reads earlier ones, and says what the whole is."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or not (isinstance(pl_module, BoostingRound) and isinstance(pl_module.student, Student)):
             return
@@ -88,7 +88,7 @@ class ComputeCost(FitState):
                 f"Expected ComputeCost without `attribute` beside RoundController, got {self.attribute!r}, whose input "
                 f"also comes from earlier students. Leave it out. {there}"
             )
-        rank_zero_warn(
+        rank_zero_info(
             "ComputeCost beside RoundController also counts the parts of earlier students that a student reads, which "
             f"training takes from a cache. {there}"
         )
