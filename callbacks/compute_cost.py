@@ -78,7 +78,7 @@ class ComputeCost(FitState):
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a submodule of a boosting round, whose student also reads earlier ones, and says what the whole is."""
+        """Refuses a submodule of a boosting round, whose student reads earlier ones, too; explains the whole."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or not (isinstance(pl_module, BoostingRound) and isinstance(pl_module.student, Student)):
             return
