@@ -78,20 +78,21 @@ class ComputeCost(FitState):
         self.samples_seen, self.seconds = state_dict["samples_seen"], state_dict["seconds"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a submodule of a boosting round, whose student reads earlier ones, too; explains the whole."""
+        """Refuses the linked student of a boosting round; says what the cost of the whole round includes."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or not (isinstance(pl_module, BoostingRound) and isinstance(pl_module.student, Student)):
             return
         there = "The RoundController logs the cost of each student, and writes it to curve.csv."
-        if self.attribute is not None:
+        if self.attribute == "student":
             raise UserError(
-                f"Expected ComputeCost without `attribute` beside RoundController, got {self.attribute!r}, whose input "
-                f"also comes from earlier students. Leave it out. {there}"
+                "Expected `attribute` of ComputeCost beside RoundController to be a module that reads x alone, got "
+                f"'student', which also reads earlier students. Leave the callback out. {there}"
             )
-        rank_zero_info(
-            "ComputeCost beside RoundController also counts the parts of earlier students that a student reads, which "
-            f"training takes from a cache. {there}"
-        )
+        if self.attribute is None:
+            rank_zero_info(
+                "ComputeCost beside RoundController also counts the parts of earlier students that a student reads, "
+                f"which training takes from a cache. {there}"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resets the counts unless the fit is resumed, as the instance may have been used in another fit."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from helpers.toys import boost, make_plain
+from helpers.toys import BODY, boost, make_plain
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -287,8 +287,11 @@ def test_in_a_boosting_run(tmp_path, caplog):
     with caplog.at_level("INFO"):
         boost(tmp_path / "whole", callbacks=lambda: [ComputeCost(latency=False)])
     assert "also counts the parts of earlier students" in caplog.text
-    with pytest.raises(UserError, match=r"without `attribute` beside RoundController, got 'student'"):
+    with pytest.raises(UserError, match=r"reads x alone, got 'student', which also reads earlier"):
         boost(tmp_path / "part", callbacks=lambda: [ComputeCost(attribute="student", latency=False)])
+    body = ComputeCost(attribute="student.body", latency=False)
+    boost(tmp_path / "body", callbacks=lambda: [body])
+    assert body.cost.macs == BODY
     of_plain = ComputeCost(attribute="student", latency=False)
     rows = boost(tmp_path / "plain", student=make_plain, callbacks=lambda: [of_plain]).run.rows()
     assert of_plain.cost.macs == rows[1]["macs"]
